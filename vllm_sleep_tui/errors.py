@@ -1,0 +1,41 @@
+"""What can go wrong, in words for people.
+
+    PanelError             one line on what is wrong, one on what to do; exit code 1
+    ├── UsageError         the command or the config is wrong; exit code 2
+    ├── RefusedError       the operation would do harm or cannot work, so nothing was done
+    ├── OperationError     the operation was tried and failed
+    └── CancelledByUser    stopped at a safe point on request; exit code 130
+"""
+
+from __future__ import annotations
+
+
+class PanelError(Exception):
+    """An expected failure: ``what`` is wrong and ``cure`` says what to do; both are shown as they are."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, cure: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.cure = cure
+
+
+class UsageError(PanelError):
+    """The command line or the config file is wrong; nothing was done."""
+
+    exit_code = 2
+
+
+class RefusedError(PanelError):
+    """The operation would do harm or cannot work from here; nothing was done."""
+
+
+class OperationError(PanelError):
+    """The operation was tried and did not succeed."""
+
+
+class CancelledByUser(PanelError):  # noqa: N818 - it is not an error of anything
+    """The person stopped the operation; it ended at its next safe point."""
+
+    exit_code = 130

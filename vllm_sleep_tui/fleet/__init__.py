@@ -1,0 +1,1 @@
+"""The core: it owns the models, whoever drives it."""

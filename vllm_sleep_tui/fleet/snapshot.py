@@ -1,0 +1,172 @@
+"""What is known now about models, GPUs and the host: frozen values that cross the layers.
+
+The first fields of each struct, in order, are the contract of ``status --json``; unknown is None, never 0.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from vllm_sleep_tui.fleet.states import StartPhase, State
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Base: immutable, named fields."""
+
+
+class OperationSnapshot(Snapshot):
+    """An operation under way on a model."""
+
+    name: str
+    since: float
+    """UTC seconds."""
+    eta: float | None = None
+    """Seconds the whole operation is expected to take."""
+
+
+class SwitchTimes(Snapshot):
+    """The ledger of one switch, in seconds; a phase that did not happen is None."""
+
+    phases: dict[str, float | None]
+    """Keys: drain, sleep, settle, wake, weights, reload, kv_cache, reset, prove."""
+    total: float
+
+
+class ModelSnapshot(Snapshot):
+    """One model."""
+
+    name: str
+    state: State
+    level: int | None = None
+    """Sleep level while asleep or falling asleep."""
+    phase: StartPhase | str | None = None
+    operation: OperationSnapshot | None = None
+    pid: int | None = None
+    """Of `vllm serve`."""
+    port: int | None = None
+    gpus: tuple[int, ...] = ()
+    vram_bytes: int | None = None
+    vram_by_gpu: dict[str, int] | None = None
+    ram_bytes: int | None = None
+    pinned_bytes: int | None = None
+    since: float | None = None
+    """UTC seconds at which the state was entered."""
+    reason: str | None = None
+    cure: str | None = None
+    last_switch: SwitchTimes | None = None
+
+    # Beyond the contract, for the panel.
+    progress: str | None = None
+    """The detail of a long step, such as "weights 2 of 4"."""
+    configured_level: str = "auto"
+    """auto, 1, 2 or none."""
+    resolved_level: str | None = None
+    """What `auto` became at start: 1, 2 or none."""
+    proof: str | None = None
+    """After the last wake or sleep: proven, unproven, unverified."""
+    frees_memory: bool = True
+    """False for vLLM on the CPU, where sleep is a state and nothing else."""
+    source: str = ""
+    """The model's hub name, folder or URL."""
+    last_request: float | None = None
+
+
+class GpuProcess(Snapshot):
+    """A process that holds VRAM and is not one of our models'."""
+
+    pid: int
+    user: str
+    command: str
+    bytes: int | None
+
+
+class GpuSnapshot(Snapshot):
+    """One GPU."""
+
+    index: int
+    uuid: str
+    name: str
+    used_bytes: int | None
+    total_bytes: int | None
+    utilization: float | None
+    """Per cent."""
+    simulated: bool = False
+
+    power_watts: float | None = None
+    temperature: float | None = None
+    """Degrees Celsius."""
+    others: tuple[GpuProcess, ...] = ()
+
+
+class HostSnapshot(Snapshot):
+    """The machine's memory; container limits counted."""
+
+    ram_available_bytes: int | None
+    ram_total_bytes: int | None
+
+
+class FleetSnapshot(Snapshot):
+    """Everything the screen and `status` show."""
+
+    models: tuple[ModelSnapshot, ...]
+    gpus: tuple[GpuSnapshot, ...]
+    host: HostSnapshot
+    version: int = 1
+
+    time: float = 0.0
+    notes: tuple[str, ...] = ()
+    """One line each on what cannot be known and why, such as "No NVML: …"."""
+
+    def model(self, name: str) -> ModelSnapshot:
+        """The model called `name`; KeyError if the config has none."""
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise KeyError(name)
+
+
+class Prediction(Snapshot):
+    """What `enter` (switch) on a model would do, before it is pressed."""
+
+    target: str
+    action: str
+    """One of: nothing, wake, switch, start, refused."""
+    sleeps: tuple[str, ...] = ()
+    """The models that go to sleep first, in order."""
+    stops: tuple[str, ...] = ()
+    """Models with `level: none` that are stopped instead."""
+    seconds: float | None = None
+    needs_bytes: dict[str, int] = {}
+    """VRAM the target needs, by GPU index."""
+    free_bytes: dict[str, int] = {}
+    """VRAM free for it once the others sleep, by GPU index."""
+    used_after: dict[str, int] = {}
+    """VRAM used on each GPU afterwards."""
+    sentence: str = ""
+    """The whole thing for a person."""
+
+
+class Progress(Snapshot):
+    """One step of an operation, as it happens."""
+
+    model: str
+    operation: str
+    phase: str
+    detail: str = ""
+    fraction: float | None = None
+
+
+class ChatEvent(Snapshot):
+    """One piece of an answer."""
+
+    model: str
+    text: str = ""
+    reasoning: str = ""
+    finish_reason: str | None = None
+    error: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    switch_seconds: float | None = None
+    """On the first event, if the model had to be woken or started."""
+    ttft: float | None = None
+    """Seconds from the request to the first text, on the event that carries it."""
