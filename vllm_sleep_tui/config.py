@@ -1,56 +1,103 @@
-"""The config file: its types. Reading it, with line numbers in every complaint, is `load`."""
+"""The config file: its types, and the units its values are written in.
+
+Reading the file, with line numbers in every complaint, is `vllm_sleep_tui.config_file.load`.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
+
+CONFIG_NAME = "vllm-sleep-tui.yaml"
+SCHEMA_NAME = "vllm-sleep-tui.schema.json"
+
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""A model's name is also the name of its log and record, so it can be no path."""
+
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_DURATION = r"^([0-9]+(\.[0-9]+)?[smhd])+$"
+_MEMORY = r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$"
 
 Level = Literal["auto", 1, 2, "none"]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+GpuIndex = Annotated[int, Meta(ge=0)]
+Duration = Annotated[str, Meta(pattern=_DURATION, examples=["30s", "10m", "2h"])]
+Memory = Annotated[str, Meta(pattern=_MEMORY, examples=["24GiB"])]
 
 
 class IdleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long a model may be idle, counted from the end of its last answer."""
 
-    sleep_after: str | None = None
-    stop_after: str | None = None
+    sleep_after: Duration | None = None
+    stop_after: Duration | None = None
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model of the file; its name is its key under ``models:``."""
 
-    model: str | None = None
+    model: Annotated[str, Meta(description="A hub name or a folder, for `vllm serve`.")] | None = None
     """What `vllm serve` is given: a hub name or a folder."""
-    url: str | None = None
+    url: Annotated[str, Meta(description="A server that somebody else started.")] | None = None
     """A server that somebody else started; attached, never started or ended."""
-    gpus: tuple[int, ...] = (0,)
+    gpus: Annotated[tuple[GpuIndex, ...], Meta(description="NVML indices; [] is vLLM on the CPU.")] = (0,)
     """NVML indices. Empty: vLLM on the CPU, where sleeping frees no memory."""
-    level: Level = "auto"
-    args: dict[str, Any] = {}
+    level: Annotated[Level, Meta(description="Sleep level; none: stop and start instead.")] = "auto"
+    args: Annotated[dict[str, Any], Meta(description="Flags of `vllm serve` without the dashes.")] = {}
     """Flags of `vllm serve` without the dashes."""
-    env: dict[str, str] = {}
-    port: int | None = None
-    autostart: bool = False
+    env: Annotated[dict[str, str], Meta(description="Environment of this server; ${VAR} is filled in.")] = {}
+    port: Annotated[Port, Meta(description="Chosen free if left out.")] | None = None
+    autostart: Annotated[bool, Meta(description="Started by `serve`; the panel asks.")] = False
     idle: IdleConfig = IdleConfig()
+
+    def __repr__(self) -> str:
+        """Name it without the values of `env` and `args`, which may hold secrets."""
+        shown = {"model": self.model, "url": self.url, "gpus": self.gpus, "level": self.level}
+        return f"ModelConfig({shown})"
 
 
 class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The OpenAI endpoint of `serve`."""
 
-    port: int = 8800
+    port: Port = 8800
 
 
 class SimulatedGpuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A GPU of the demo."""
 
-    name: str
-    memory: str
+    name: Annotated[str, Meta(min_length=1)]
+    memory: Memory
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
-    models: dict[str, ModelConfig]
-    vllm_command: tuple[str, ...] = ("vllm",)
+    models: dict[Annotated[str, Meta(pattern=MODEL_NAME)], ModelConfig]
+    vllm_command: Annotated[tuple[str, ...], Meta(min_length=1)] = ("vllm",)
     gateway: GatewayConfig | None = None
     simulated_gpus: tuple[SimulatedGpuConfig, ...] = ()
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration such as 30s, 10m, 2h or 1h30m; raises ValueError."""
+    if not re.match(_DURATION, text):
+        raise ValueError("a duration is a number and a unit, such as 30s, 10m or 2h")
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in re.findall(r"([0-9.]+)([smhd])", text))
+    if seconds <= 0:
+        raise ValueError("a duration must be more than zero")
+    return seconds
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of an amount of memory such as 24GiB or 512MB; raises ValueError."""
+    match = re.match(r"^([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B$", text)
+    if match is None or (match[3] and not match[2]):
+        raise ValueError("an amount of memory is a number and a unit, such as 24GiB")
+    unit = 1024 if match[3] else 1000
+    amount: int = round(float(match[1]) * unit ** _POWERS[match[2]])
+    if amount <= 0:
+        raise ValueError("an amount of memory must be more than zero")
+    return amount

@@ -1,0 +1,202 @@
+"""What the types of the config cannot say: reserved arguments, clashing ports and GPUs, hidden servers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+from urllib.parse import urlsplit
+
+from vllm_sleep_tui.config import MODEL_NAME, Config, ModelConfig, parse_bytes, parse_duration
+from vllm_sleep_tui.config_yaml import Document, Key
+
+RESERVED_ARGS: dict[str, str] = {
+    "model": "Write it as the model's own `model:`.",
+    "host": "Servers listen on 127.0.0.1 alone: remove it.",
+    "port": "Write it as the model's own `port:`.",
+    "uds": "Servers are reached through a port: remove it.",
+    "served-model-name": "The model's key in this file is its served name: remove it.",
+    "api-key": "Servers listen on 127.0.0.1 alone, behind a guard: remove it.",
+    "middleware": "The guard is the server's middleware: remove it.",
+    "api-server-count": "The guard counts requests in one API server: remove it.",
+    "enable-sleep-mode": "Write `level: auto`, 1 or 2 to have it, `level: none` to go without.",
+    "headless": "A headless server answers no requests: remove it.",
+    "ssl-keyfile": "Servers are reached over plain HTTP on 127.0.0.1: remove it.",
+    "ssl-certfile": "Servers are reached over plain HTTP on 127.0.0.1: remove it.",
+    "hf-token": 'It would show in the process list; write `env: {HF_TOKEN: "${HF_TOKEN}"}`.',
+}
+"""Arguments of `vllm serve` that are this program's own, and what to do instead."""
+RESERVED_ENV: dict[str, str] = {
+    "VLLM_API_KEY": "Servers listen on 127.0.0.1 alone, behind a guard: remove it.",
+    "CUDA_VISIBLE_DEVICES": "Write the model's GPUs as `gpus: [0]`.",
+}
+
+_RESERVED = "reserved, vllm-sleep-tui sets it"
+_SHORT_ARGS = {"tp": "tensor-parallel-size", "pp": "pipeline-parallel-size", "asc": "api-server-count"}
+_WRAPPERS = {"docker", "podman", "nerdctl", "uvx", "ssh", "sudo", "sh", "bash", "srun"}
+_RUNNERS = {"conda", "mamba", "micromamba", "uv", "poetry", "pipx", "hatch", "pixi", "pdm"}
+_VARIABLE = re.compile(r"\$\{([^}]*)\}")
+
+
+def normal_arg(name: str) -> str:
+    """One spelling for an argument: `--Served_Model_Name` is served-model-name; short ones become long."""
+    plain = name.strip().lstrip("-").replace("_", "-").lower().split("=")[0]
+    return _SHORT_ARGS.get(plain, plain)
+
+
+def check_names(document: Document, models: Mapping[str, Any]) -> None:
+    """Complain about a model's name that could not be a file's name."""
+    for name in models:
+        if not re.match(MODEL_NAME, name):
+            raise document.error(
+                ("models", name),
+                "not a name for a model",
+                "Use letters, digits, dot, dash and underscore, at most 64, a letter or digit first.",
+            )
+
+
+def check(document: Document, config: Config) -> None:
+    """Complain about the first value that cannot work; raises UsageError."""
+    check_names(document, config.models)
+    _check_command(document, config.vllm_command)
+    for name, model in config.models.items():
+        key: Key = ("models", name)
+        _check_source(document, key, model)
+        _check_args(document, key, model)
+        _check_gpus(document, key, model, simulated=len(config.simulated_gpus))
+        for field in ("sleep_after", "stop_after"):
+            _check_unit(document, (*key, "idle", field), getattr(model.idle, field), parse_duration)
+    for index, gpu in enumerate(config.simulated_gpus):
+        _check_unit(document, ("simulated_gpus", index, "memory"), gpu.memory, parse_bytes)
+    _check_ports(document, config)
+
+
+def _check_command(document: Document, command: tuple[str, ...]) -> None:
+    key: Key = ("vllm_command",)
+    if not all(command):
+        raise document.error(
+            key, "an empty word", "Write the vllm binary, as in [vllm] or [/opt/venv/bin/vllm]."
+        )
+    first = PurePath(command[0]).name
+    if first in _WRAPPERS or (first in _RUNNERS and "run" in command[1:]):
+        raise document.error(
+            key,
+            f"`{' '.join([first, *command[1:2]])}` hides the server's process, so it cannot be watched",
+            "Write the vllm binary inside that environment, or start the server yourself and use `url:`.",
+        )
+    if command[-1] == "serve" or " " in command[0].strip():
+        raise document.error(key, "one word too many", "Write a list of words without `serve`, as in [vllm].")
+
+
+def _check_source(document: Document, key: Key, model: ModelConfig) -> None:
+    if (model.model is None) == (model.url is None):
+        wrong = "has both `model` and `url`" if model.url else "has neither `model` nor `url`"
+        cure = "Write `model:` for a server that is started here, `url:` for one that somebody else started."
+        raise document.error(key, wrong, cure)
+    if model.model is not None:
+        if not model.model.strip() or model.model.startswith("-"):
+            raise document.error(
+                (*key, "model"), "not a model", "Write a hub name such as Qwen/Qwen3-0.6B or a folder."
+            )
+        return
+    parts = urlsplit(model.url or "")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        raise document.error((*key, "url"), "not a server's address", "Write it like http://127.0.0.1:8000")
+    for field in ("args", "env", "port", "autostart"):
+        if getattr(model, field):
+            wrong = "has no effect on a server that is not started here"
+            raise document.error((*key, field), wrong, "Remove it.")
+
+
+def _check_args(document: Document, key: Key, model: ModelConfig) -> None:
+    seen: dict[str, str] = {}
+    for spelled in model.args:
+        name = normal_arg(spelled)
+        own = next((r for r in RESERVED_ARGS if name in (r, f"no-{r}") or name.startswith(f"{r}.")), None)
+        if own:
+            raise document.error((*key, "args", spelled), _RESERVED, RESERVED_ARGS[own])
+        if not re.match(r"^[a-z][a-z0-9.-]*$", name) or "=" in spelled:
+            raise document.error(
+                (*key, "args", spelled), "not a flag's name", "Write flags as max-model-len: 8192"
+            )
+        if name in seen:
+            raise document.error((*key, "args", spelled), f"the same as {seen[name]}", "Keep one of the two.")
+        seen[name] = spelled
+    for variable in model.env:
+        if variable in RESERVED_ENV:
+            raise document.error((*key, "env", variable), _RESERVED, RESERVED_ENV[variable])
+        if not re.match(r"^[A-Za-z_][A-Za-z0-9_]*$", variable):
+            raise document.error(
+                (*key, "env", variable), "not a variable's name", "Use letters, digits and underscores."
+            )
+
+
+def _check_gpus(document: Document, key: Key, model: ModelConfig, *, simulated: int) -> None:
+    for position, index in enumerate(model.gpus):
+        if index in model.gpus[:position]:
+            raise document.error((*key, "gpus"), f"GPU {index} is there twice", "Name each GPU once.")
+        if simulated and index >= simulated:
+            cure = f"Use 0 to {simulated - 1}, or add one to `simulated_gpus`."
+            raise document.error((*key, "gpus"), f"there is no simulated GPU {index}", cure)
+    sizes = {normal_arg(name): value for name, value in model.args.items()}
+    needed = 1
+    for name in ("tensor-parallel-size", "pipeline-parallel-size"):
+        size = sizes.get(name, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise document.error((*key, "args", name), "must be a whole number from 1", "Write it like 2.")
+        needed *= size
+    if model.gpus and len(model.gpus) < needed:
+        raise document.error(
+            (*key, "gpus"),
+            f"{len(model.gpus)} GPU named, but tensor times pipeline parallel size is {needed}",
+            f"Name {needed} GPUs, as in gpus: {list(range(needed))}, or lower the sizes.",
+        )
+
+
+def _check_unit(document: Document, key: Key, text: str | None, parser: Any) -> None:
+    try:
+        if text is not None:
+            parser(text)
+    except ValueError as error:
+        raise document.error(key, str(error), "Correct the value.") from None
+
+
+def _check_ports(document: Document, config: Config) -> None:
+    taken: dict[int, str] = {}
+    for key, port in _ports(config):
+        owner = ".".join(str(part) for part in key[:-1])
+        if port in taken:
+            cure = "Give each its own port, or leave `port` out and a free one is chosen."
+            raise document.error(key, f"port {port} is already that of {taken[port]}", cure)
+        taken[port] = owner
+
+
+def _ports(config: Config) -> Iterator[tuple[Key, int]]:
+    for name, model in config.models.items():
+        if model.port:
+            yield ("models", name, "port"), model.port
+        elif model.url and urlsplit(model.url).hostname in ("127.0.0.1", "localhost", "::1"):
+            yield ("models", name, "url"), urlsplit(model.url).port or 80
+    if config.gateway:
+        yield ("gateway", "port"), config.gateway.port
+
+
+def fill_in(document: Document, key: Key, value: Any) -> Any:
+    """Put environment variables in place of ``${VAR}``; raises UsageError if unset; shows no value."""
+    if isinstance(value, dict):
+        return {name: fill_in(document, (*key, name), item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [fill_in(document, (*key, index), item) for index, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def look_up(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1])
+        if found is None:
+            wrong = f"the environment variable {match[1]} is not set"
+            raise document.error(key, wrong, f"Set it first: export {match[1]}=…")
+        return found
+
+    return _VARIABLE.sub(look_up, value)

@@ -1,0 +1,219 @@
+"""Reads the config file: every complaint names file, line, key and the cure."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vllm_sleep_tui.config import Config, GatewayConfig, IdleConfig, ModelConfig, SimulatedGpuConfig
+from vllm_sleep_tui.config_checks import RESERVED_ARGS, check, check_names, fill_in
+from vllm_sleep_tui.config_yaml import Document, Key, parse, spell
+from vllm_sleep_tui.errors import UsageError
+
+_EXPECTED = {
+    "vllm_command": "a list of words, such as [vllm]",
+    "models": "a mapping of names to models",
+    "model": "text: a hub name or a folder",
+    "url": "text, such as http://127.0.0.1:8000",
+    "gpus": "a list of GPU numbers from 0, such as [0]",
+    "level": "auto, 1, 2 or none",
+    "args": "a mapping of flags to values, such as {max-model-len: 8192}",
+    "env": "a mapping of names to text (numbers in quotes)",
+    "port": "a whole number from 1 to 65535",
+    "autostart": "true or false",
+    "idle": "a mapping, such as {sleep_after: 10m, stop_after: 2h}",
+    "sleep_after": "a time such as 30s, 10m or 2h",
+    "stop_after": "a time such as 30s, 10m or 2h",
+    "gateway": "a mapping, such as {port: 8800}",
+    "simulated_gpus": "a list of mappings, such as [{name: Demo, memory: 24GiB}]",
+    "name": "text",
+    "memory": "an amount of memory, such as 24GiB",
+}
+
+_KINDS: dict[type, str] = {
+    str: "text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    dict: "a mapping",
+    list: "a list",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A config that holds together, and the file it came from."""
+
+    config: Config
+    path: Path
+    """Absolute."""
+    digest: str
+    """SHA-256 of the file's content, to know it again."""
+    lines: Mapping[str, int] = field(repr=False)
+    """The line of each key, such as models.qwen.gpus."""
+
+    def model(self, name: str) -> ModelConfig:
+        """The model called `name`; raises UsageError with the nearest name."""
+        if name in self.config.models:
+            return self.config.models[name]
+        near = _nearest(name, self.config.models)
+        cure = f"Did you mean {near}? There are: {', '.join(self.config.models)}."
+        raise UsageError(f"No model is called {name!r} in {self.path}.", cure)
+
+
+def load(path: Path) -> LoadedConfig:
+    """Read and check a config file; raises UsageError on the first thing that is wrong in it."""
+    document = parse(path)
+    config = _convert(document)
+    check(document, config)
+    return LoadedConfig(
+        config=_located(config, path.absolute().parent),
+        path=path.resolve(),
+        digest=document.digest,
+        lines={spell(key): line for key, line in document.lines.items()},
+    )
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of the config file, for editors."""
+    described = msgspec.json.schema(Config)
+    model = described["$defs"]["ModelConfig"]
+    model["oneOf"] = [{"required": ["model"]}, {"required": ["url"]}]
+    names = "|".join(name.replace("-", "[-_]") for name in RESERVED_ARGS)
+    model["properties"]["args"]["propertyNames"] = {"not": {"pattern": f"^-*(no[-_])?({names})$"}}
+    described["$defs"]["Config"]["properties"]["models"]["minProperties"] = 1
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}
+
+
+def write_schema(path: Path) -> None:
+    """Write the JSON schema to `path`."""
+    path.write_text(json.dumps(schema(), indent=2) + "\n", encoding="utf-8")
+
+
+def _convert(document: Document) -> Config:
+    values = document.values
+    if values is None:
+        raise document.error((), "the file is empty", "Write one with: vllm-sleep-tui init")
+    values = _mapping(document, (), values)
+    _check_keys(document, (), values, Config)
+    models = _mapping(document, ("models",), values.get("models") or {})
+    if not models:
+        cure = "Add one, as in models: {qwen: {model: Qwen/Qwen3-0.6B}}"
+        raise document.error(("models",), "no model is named", cure)
+    check_names(document, models)
+    for index, gpu in enumerate(_items(document, ("simulated_gpus",), values.get("simulated_gpus"))):
+        _struct(document, ("simulated_gpus", index), gpu, SimulatedGpuConfig)
+    if values.get("gateway") is not None:
+        _struct(document, ("gateway",), values["gateway"], GatewayConfig)
+    complete = {name: _model(document, name, model) for name, model in models.items()}
+    rest = {key: value for key, value in values.items() if value is not None}
+    config: Config = _built(document, (), {**rest, "models": {}}, Config)
+    return msgspec.structs.replace(config, models=complete)
+
+
+def _model(document: Document, name: str, value: Any) -> ModelConfig:
+    key: Key = ("models", name)
+    values = dict(_mapping(document, key, value))
+    _check_keys(document, key, values, ModelConfig)
+    for part in ("args", "env"):
+        if part in values:
+            filled = fill_in(document, (*key, part), _mapping(document, (*key, part), values[part]))
+            values[part] = filled
+    for variable, text in values.get("env", {}).items():
+        if not isinstance(text, str):
+            cure = f'Write it in quotes: {variable}: "…"'
+            raise document.error((*key, "env", variable), f"must be text, not {_kind(text)}", cure)
+    if "idle" in values:
+        _struct(document, (*key, "idle"), values["idle"], IdleConfig)
+    model: ModelConfig = _built(document, key, values, ModelConfig)
+    return model
+
+
+def _struct(document: Document, key: Key, value: Any, kind: type[msgspec.Struct]) -> None:
+    values = _mapping(document, key, value)
+    _check_keys(document, key, values, kind)
+    _built(document, key, values, kind)
+
+
+def _built(document: Document, key: Key, values: Mapping[str, Any], kind: type[msgspec.Struct]) -> Any:
+    """Convert, wording msgspec's complaint anew from the path it gives."""
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$")
+        if "missing required field" in message:
+            missing = message.split("`")[1]
+            cure = f"Add {missing}: {_EXPECTED[missing]}."
+            raise document.error(key, f"{missing} is missing", cure) from None
+        name = where.strip("`").lstrip(".").split(".")[0].split("[")[0]
+        expected = _EXPECTED.get(name, "something else")
+        wrong = f"must be {expected}, not {_shown(values.get(name))}"
+        raise document.error((*key, name), wrong, "Correct the value.") from None
+
+
+def _mapping(document: Document, key: Key, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    of_a_model = len(key) == 2 and key[0] == "models"
+    name = str(key[-1]) if key and not of_a_model else ""
+    expected = _EXPECTED.get(name, "a mapping, lines of `key: value`")
+    raise document.error(key, f"must be {expected}, not {_kind(value)}", "Correct the value.")
+
+
+def _items(document: Document, key: Key, value: Any) -> list[Any]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return value
+    raise document.error(key, f"must be {_EXPECTED[str(key[-1])]}, not {_kind(value)}", "Correct the value.")
+
+
+def _check_keys(document: Document, key: Key, values: Mapping[str, Any], kind: type[msgspec.Struct]) -> None:
+    known = kind.__struct_fields__
+    for name in values:
+        if name not in known:
+            near = _nearest(name, known)
+            wrong = f"unknown key; the nearest known one is {near}" if near else "unknown key"
+            raise document.error((*key, name), wrong, f"Known here: {', '.join(known)}.")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known word that looks most like `name`."""
+    spelled = {word.lower(): word for word in known}
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), spelled, n=1, cutoff=0.0)
+    return spelled[found[0]] if found else None
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), "nothing")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60] if isinstance(value, str | int | float | list) else _kind(value)
+
+
+def _located(config: Config, folder: Path) -> Config:
+    """Make relative paths absolute, from the config's folder: servers run in a folder of their own."""
+    command = (_absolute(config.vllm_command[0], folder, anywhere="/"), *config.vllm_command[1:])
+    models = {
+        name: msgspec.structs.replace(
+            model, model=model.model and _absolute(model.model, folder, anywhere=None)
+        )
+        for name, model in config.models.items()
+    }
+    return msgspec.structs.replace(config, vllm_command=command, models=models)
+
+
+def _absolute(text: str, folder: Path, *, anywhere: str | None) -> str:
+    """A path that starts with ~ or a dot, or holds `anywhere`, made absolute; a hub name stays what it is."""
+    if text.startswith("~/"):
+        return str(Path(text).expanduser())
+    if text.startswith(("./", "../")) or (anywhere and anywhere in text and not text.startswith("/")):
+        return str((folder / text).absolute())
+    return text

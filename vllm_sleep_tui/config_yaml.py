@@ -1,0 +1,147 @@
+"""YAML with line numbers: plain values, and the line of each of them for complaints."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.reader import ReaderError
+
+from vllm_sleep_tui.errors import UsageError
+
+Key = tuple[str | int, ...]
+"""Where a value stands: ("models", "qwen", "gpus", 0)."""
+
+MAX_BYTES = 1_000_000
+_MAX_DEPTH = 32
+_ANOTHER = "Give another file with --config"
+_PROBLEMS = {
+    "found character '\\t' that cannot start any token": (
+        "a tab is used for indentation",
+        "YAML knows only spaces there: replace the tab.",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A file's values with the lines they stand on; it words the complaints about them."""
+
+    path: Path
+    digest: str
+    """SHA-256 of the file's content."""
+    values: Any
+    lines: Mapping[Key, int]
+
+    def line(self, key: Key) -> int:
+        """The line of a key, or of the nearest thing around it (a key merged with ``<<`` has none)."""
+        while key and key not in self.lines:
+            key = key[:-1]
+        return self.lines.get(key, 1)
+
+    def error(self, key: Key, wrong: str, cure: str) -> UsageError:
+        """What is wrong with the value at `key`: file, line, key and the cure."""
+        name = f" {spell(key)}:" if key else ""
+        return UsageError(f"{self.path}:{self.line(key)}:{name} {wrong}", cure)
+
+
+def spell(key: Key) -> str:
+    """A key as people write it: models.qwen.gpus[0]."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
+
+
+def parse(path: Path) -> Document:
+    """Read a YAML file into plain values; raises UsageError with file and line for what is not YAML."""
+    content = _read(path)
+    text = _decoded(path, content)
+    reader = YAML(typ="rt", pure=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an anchor used twice is no mistake
+            tree = reader.load(text)
+    except MarkedYAMLError as error:
+        raise _syntax_error(path, error) from None
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UsageError(f"{path}:{line}: a control character is not allowed", "Remove it.") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}:1: not YAML: {_one_line(str(error))}", "Correct the file.") from None
+    lines: dict[Key, int] = {(): 1}
+    document = Document(path, hashlib.sha256(content).hexdigest(), None, lines)
+    return replace(document, values=_plain(tree, (), lines, document))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file", f"{_ANOTHER}, or write one: vllm-sleep-tui init") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}", f"{_ANOTHER}.") from None
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"{path}: larger than 1 MB, so it is no config", f"{_ANOTHER}.")
+    return content
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}:{line}: not UTF-8 text", "Save the file as UTF-8.") from None
+
+
+def _syntax_error(path: Path, error: MarkedYAMLError) -> UsageError:
+    mark = error.problem_mark or error.context_mark
+    line = mark.line + 1 if mark else 1
+    problem = _one_line(error.problem or error.context or "not YAML")
+    if problem.startswith("found duplicate key"):
+        name = problem.split('"')[1] if '"' in problem else "?"
+        return UsageError(f"{path}:{line}: {name}: this key is there twice", "Keep one of the two.")
+    wrong, cure = _PROBLEMS.get(problem, (f"not YAML: {problem}", "Look at this line and the one above it."))
+    return UsageError(f"{path}:{line}: {wrong}", cure)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+def _plain(node: Any, key: Key, lines: dict[Key, int], document: Document) -> Any:
+    """Copy ruamel's tree into plain Python values and note the line of each."""
+    if len(key) > _MAX_DEPTH:
+        raise document.error(key[:2], "nested too deeply", "Remove the alias that contains itself.")
+    if isinstance(node, CommentedMap):
+        return _plain_mapping(node, key, lines, document)
+    if isinstance(node, CommentedSeq):
+        positions = node.lc.data or {}
+        for index in range(len(node)):
+            if index in positions:
+                lines[*key, index] = positions[index][0] + 1
+        return [_plain(item, (*key, index), lines, document) for index, item in enumerate(node)]
+    if node is None or isinstance(node, bool):
+        return node
+    for kind in (str, int, float):
+        if isinstance(node, kind):
+            return kind(node)
+    if type(node).__name__ == "ScalarBoolean":
+        return bool(node)
+    raise document.error(key, "a tag, a date or another special value", "Write plain text, in quotes.")
+
+
+def _plain_mapping(node: CommentedMap, key: Key, lines: dict[Key, int], document: Document) -> dict[str, Any]:
+    positions = node.lc.data or {}
+    for name in node:
+        if name in positions:
+            lines[*key, str(name)] = positions[name][0] + 1
+    for name in node:
+        if not isinstance(name, str):
+            raise document.error((*key, str(name)), "a key must be text", f'Write it in quotes: "{name}":')
+    return {str(name): _plain(value, (*key, str(name)), lines, document) for name, value in node.items()}
