@@ -1,0 +1,174 @@
+"""The simulated hardware: a folder that says which GPUs there are and what each process holds.
+
+``gpus.json`` names the GPUs and the RAM; each process that holds memory writes ``<pid>.json``. Claims are made
+under a lock of the folder, so that two processes never both get the last GiB. A file counts only while its
+process lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER_VARIABLE = "VLLM_SLEEP_TUI_SIMULATED_GPUS"
+"""The environment variable that names the folder; without it there are no simulated GPUs."""
+GIB = 1 << 30
+
+
+class OutOfMemory(Exception):  # noqa: N818 - named as the GPU's own error
+    """A claim that does not fit; `free_bytes` would have."""
+
+    def __init__(self, device: str, *, asked_bytes: int, free_bytes: int) -> None:
+        super().__init__(
+            f"{device} is out of memory: {asked_bytes / GIB:.2f} GiB asked, {free_bytes / GIB:.2f} GiB free."
+        )
+        self.device = device
+        self.free_bytes = free_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedGpu:
+    """One GPU of the folder."""
+
+    index: int
+    uuid: str
+    name: str
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """What one living process holds; `vram` is bytes by GPU index, `utilization` per cent."""
+
+    pid: int
+    start_ticks: int
+    title: str
+    vram: Mapping[int, int]
+    pinned_bytes: int
+    private_bytes: int
+    utilization: float
+
+
+def folder_from_environment(environment: Mapping[str, str]) -> Path | None:
+    """The folder that `FOLDER_VARIABLE` names, or None."""
+    name = environment.get(FOLDER_VARIABLE)
+    return Path(name) if name else None
+
+
+def create(folder: Path, gpus: Sequence[tuple[str, int]], *, ram_total_bytes: int) -> None:
+    """Make the folder for GPUs given as (name, bytes); does nothing to one that already describes them."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    prefix = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    described = [
+        {"index": index, "uuid": f"SIM-{prefix}-{index}", "name": name, "total_bytes": total}
+        for index, (name, total) in enumerate(gpus)
+    ]
+    content = {"gpus": described, "ram_total_bytes": ram_total_bytes}
+    with _locked(folder):
+        if _read(folder / "gpus.json") != content:
+            _write(folder / "gpus.json", content)
+
+
+def gpus(folder: Path) -> tuple[SimulatedGpu, ...]:
+    """The GPUs of the folder; none if it does not exist."""
+    described = _read(folder / "gpus.json") or {}
+    return tuple(SimulatedGpu(**gpu) for gpu in described.get("gpus", ()))
+
+
+def ram_total(folder: Path) -> int:
+    """The simulated machine's RAM in bytes; 0 if the folder does not exist."""
+    described = _read(folder / "gpus.json") or {}
+    return int(described.get("ram_total_bytes", 0))
+
+
+def allocations(folder: Path) -> tuple[Allocation, ...]:
+    """What living processes hold; files of the dead are removed."""
+    held = []
+    for path in folder.glob("[0-9]*.json"):
+        content = _read(path)
+        if content is None:
+            continue
+        if start_ticks(content["pid"]) != content["start_ticks"]:
+            path.unlink(missing_ok=True)
+            continue
+        vram = {int(index): int(amount) for index, amount in content.pop("vram").items()}
+        held.append(Allocation(vram=vram, **content))
+    return tuple(sorted(held, key=lambda allocation: allocation.pid))
+
+
+def used_by_others(folder: Path, index: int) -> int:
+    """Bytes of one GPU that processes other than this one hold."""
+    return sum(held.vram.get(index, 0) for held in allocations(folder) if held.pid != os.getpid())
+
+
+def claim(
+    folder: Path,
+    *,
+    vram: Mapping[int, int],
+    pinned_bytes: int,
+    private_bytes: int,
+    title: str,
+    utilization: float = 0.0,
+) -> None:
+    """Set what this process holds; raises OutOfMemory, with nothing changed, if a GPU or the RAM is full."""
+    with _locked(folder):
+        others = [held for held in allocations(folder) if held.pid != os.getpid()]
+        for gpu in gpus(folder):
+            free = gpu.total_bytes - sum(held.vram.get(gpu.index, 0) for held in others)
+            if vram.get(gpu.index, 0) > free:
+                raise OutOfMemory(f"GPU {gpu.index}", asked_bytes=vram[gpu.index], free_bytes=free)
+        ram_free = ram_total(folder) - sum(held.pinned_bytes + held.private_bytes for held in others)
+        if pinned_bytes and pinned_bytes + private_bytes > ram_free:
+            raise OutOfMemory("RAM", asked_bytes=pinned_bytes + private_bytes, free_bytes=ram_free)
+        content = {
+            "pid": os.getpid(),
+            "start_ticks": start_ticks(os.getpid()),
+            "title": title,
+            "vram": {str(index): amount for index, amount in vram.items()},
+            "pinned_bytes": pinned_bytes,
+            "private_bytes": private_bytes,
+            "utilization": utilization,
+        }
+        _write(folder / f"{os.getpid()}.json", content)
+
+
+def start_ticks(pid: int) -> int | None:
+    """When the process started, in clock ticks since boot; None if it does not live (a zombie does not)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+    # The name may hold spaces, so fields are counted from its end: state is field 3, start time field 22.
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _write(path: Path, content: Mapping[str, object]) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps(content))
+    partial.replace(path)
