@@ -1,0 +1,116 @@
+"""What each model was measured to need: VRAM awake and asleep, pinned RAM, times.
+
+Kept per model, arguments and vLLM version across runs, in ``footprints.json``. Before the first measurement
+an estimate stands in, and is called one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.fleet.records import write_atomically
+
+GIB = 2**30
+KEPT_SAMPLES = 50
+ASLEEP_GUESS = int(1.6 * GIB)
+"""What a sleeper leaves on one GPU; 0.8 to 1.6 GiB measured on an H100 (vLLM 0.24)."""
+ASLEEP_GUESS_PARALLEL = int(2.8 * GIB)
+"""The same with several GPUs a model, NCCL's buffers included; 2.3 to 2.7 GiB measured."""
+AWAKE_OVERHEAD = int(1.7 * GIB)
+"""What a server holds beyond its utilization: context and CUDA graphs; 1.6 GiB measured on an H100."""
+
+
+class Footprint(msgspec.Struct, frozen=True, kw_only=True):
+    """Measurements of one model with one set of arguments on one vLLM version; bytes and seconds."""
+
+    awake: dict[str, int] = {}
+    """VRAM by GPU index while awake."""
+    asleep: dict[str, int] = {}
+    """VRAM by GPU index while asleep."""
+    pinned: int | None = None
+    weights: int | None = None
+    backed_up: int | None = None
+    """What level 1 copies to RAM, before pinned allocations are rounded up."""
+    times: dict[str, tuple[float, ...]] = {}
+    """The last seconds measured, by what was done: start, sleep1-first, sleep1, sleep2, wake1, wake2, prove."""
+
+    def typical(self, what: str) -> float | None:
+        """The median of the seconds measured for `what`; None if it was never done."""
+        samples = self.times.get(what)
+        return median(samples) if samples else None
+
+    def with_time(self, what: str, seconds: float) -> Footprint:
+        """With one more measurement of `what`."""
+        kept = (*self.times.get(what, ()), seconds)[-KEPT_SAMPLES:]
+        return msgspec.structs.replace(self, times={**self.times, what: kept})
+
+
+class FootprintStore:
+    """``footprints.json`` of a state folder."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._path = state_dir / "footprints.json"
+        self._lock = state_dir / "footprints.lock"
+        self._cache: tuple[tuple[int, int], dict[str, Footprint]] | None = None
+
+    def get(self, digest: str | None, version: str | None) -> Footprint:
+        """What was measured, an empty footprint if nothing was; another version's stands in for a missing one."""
+        known = self._read()
+        exact = known.get(f"{digest}@{version}")
+        if exact is not None:
+            return exact
+        return next((found for key, found in known.items() if key.startswith(f"{digest}@")), Footprint())
+
+    def update(self, digest: str, version: str | None, change: Callable[[Footprint], Footprint]) -> None:
+        """Apply `change` to what is kept, between processes one at a time."""
+        descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            known = dict(self._read())
+            key = f"{digest}@{version}"
+            known[key] = change(known.get(key, Footprint()))
+            write_atomically(self._path, msgspec.json.encode(known))
+        finally:
+            os.close(descriptor)
+
+    def _read(self) -> dict[str, Footprint]:
+        try:
+            status = self._path.stat()
+            stamp = (status.st_mtime_ns, status.st_ino)
+            if self._cache is None or self._cache[0] != stamp:
+                self._cache = (
+                    stamp,
+                    msgspec.json.decode(self._path.read_bytes(), type=dict[str, Footprint]),
+                )
+        except (FileNotFoundError, msgspec.DecodeError):
+            return {}  # they are measured again
+        return self._cache[1]
+
+
+def digest(model: ModelConfig) -> str:
+    """Names what was measured: the model, its GPUs and its arguments."""
+    content = json.dumps([model.model, model.gpus, model.args], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def argument(model: ModelConfig, name: str) -> object:
+    """A flag of the model's `args`, however it is spelled; None if it is not there."""
+    wanted = name.replace("_", "-")
+    for key, value in model.args.items():
+        if key.lstrip("-").replace("_", "-") == wanted:
+            return value
+    return None
+
+
+def asleep_guess(gpus: Iterable[int]) -> int:
+    """Bytes a sleeper is assumed to leave on each of its GPUs until it was measured."""
+    return ASLEEP_GUESS if len(tuple(gpus)) < 2 else ASLEEP_GUESS_PARALLEL

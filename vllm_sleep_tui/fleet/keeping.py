@@ -1,0 +1,134 @@
+"""Our side of the keeper: launch one, ask whether it lives, read what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+
+from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.fleet import keeper
+from vllm_sleep_tui.telemetry.processes import ProcessId, environment_has, signal_process, start_ticks
+
+LOG_BYTES = 20 * 2**20
+LAUNCH_VARIABLE = "VLLM_SLEEP_TUI_LAUNCH"
+
+
+class Exit(msgspec.Struct, frozen=True):
+    """How a server ended; `code` is None if it never began, negative for a signal."""
+
+    code: int | None
+    asked: bool
+    at: float
+
+
+class Word(msgspec.Struct, frozen=True):
+    """What a keeper says of itself and its server."""
+
+    launch: str | None = None
+    keeper: ProcessId | None = None
+    server: ProcessId | None = None
+    exit: Exit | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """What a keeper is to keep."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    cwd: str
+    launch: str
+    log: str
+    lock: str
+    tmp_dir: str
+    grace: float = 10.0
+    """Seconds between the first SIGTERM and SIGKILL to the group."""
+    log_bytes: int = LOG_BYTES
+
+
+def read_word(path: Path) -> Word:
+    """The last word in the keeper's file; an empty one if there is none."""
+    try:
+        return msgspec.json.decode(path.read_bytes().strip() or b"{}", type=Word)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return Word()
+
+
+def is_kept(path: Path) -> bool:
+    """Whether a living keeper holds `path`."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+async def launch(order: Order) -> Word:
+    """Start a keeper with its server; raises OperationError if either cannot be started."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-I",
+        "-S",
+        keeper.__file__,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={"PATH": os.defpath, LAUNCH_VARIABLE: order.launch},
+    )
+    answer, _ = await asyncio.wait_for(process.communicate(json.dumps(asdict(order)).encode()), 30)
+    word = msgspec.json.decode(answer or b"{}", type=Word)
+    if word.error is None and word.server is not None:
+        return word
+    if word.launch is None:
+        raise OperationError(
+            "Another keeper still holds this model's place.",
+            "Wait a moment and try again; `vllm-sleep-tui orphans` names what is left.",
+        )
+    raise OperationError(f"Could not run {order.argv[0]}: {word.error}.", "Check `vllm_command` in the config.")
+
+
+def ask_to_stop(word: Word, *, at_once: bool) -> bool:
+    """Ask a keeper to stop its server, or to kill it at once; False if it is gone."""
+    if word.keeper is None:
+        return False
+    return signal_process(word.keeper, signal.SIGINT if at_once else signal.SIGTERM)
+
+
+def members(launch: str) -> tuple[ProcessId, ...]:
+    """The living processes of this user that carry a launch's id, keeper included."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and environment_has(int(entry), LAUNCH_VARIABLE, launch):
+            start = start_ticks(int(entry))
+            if start is not None:
+                found.append(ProcessId(pid=int(entry), start=start))
+    return tuple(found)
+
+
+async def end_members(launch: str, limit: float = 20.0) -> bool:
+    """SIGKILL whatever still carries a launch's id; True once nothing is left within `limit` seconds."""
+    deadline = asyncio.get_running_loop().time() + limit
+    while left := await asyncio.to_thread(members, launch):
+        if asyncio.get_running_loop().time() > deadline:
+            return False
+        for process in left:
+            signal_process(process, signal.SIGKILL)
+        await asyncio.sleep(0.05)
+    return True

@@ -1,0 +1,135 @@
+"""Locks between processes: one per model, one per GPU.
+
+The kernel frees them with their holder, however it dies. Order, always: GPUs by index, then models by name;
+nobody waits for a GPU while holding a model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import getpass
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+POLL_SECONDS = 0.02
+LIMIT_SECONDS = 1800.0
+
+
+class Holder(msgspec.Struct, frozen=True, kw_only=True):
+    """Who holds a lock and for what; advice for people, never proof."""
+
+    user: str
+    pid: int
+    operation: str
+    model: str
+    since: float
+    until: float | None = None
+
+
+def holder(operation: str, model: str, seconds: float | None = None) -> Holder:
+    """This process as a holder, expected to be done in `seconds`."""
+    now = time.time()
+    until = None if seconds is None else now + seconds
+    return Holder(
+        user=getpass.getuser(), pid=os.getpid(), operation=operation, model=model, since=now, until=until
+    )
+
+
+def gpu_lock_path(uuid: str) -> Path:
+    """The machine-wide lock file of a GPU; simulated ones have a name space of their own in their uuid."""
+    run_lock = Path("/run/lock")
+    base = run_lock if os.access(run_lock, os.W_OK) else Path(tempfile.gettempdir())
+    return base / f"vllm-sleep-tui-{uuid}.lock"
+
+
+def open_shared(path: Path) -> int:
+    """Open a lock file, usable by every user; never creates over what is there (fs.protected_regular)."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    with contextlib.suppress(FileNotFoundError):
+        return os.open(path, flags)
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        os.fchmod(descriptor, 0o666)  # the umask does not know that it is shared
+        return descriptor
+    return os.open(path, flags)
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Who holds the lock, as it says itself; None if nobody does or the word cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return decode_holder(os.pread(descriptor, 4096, 0))
+    finally:
+        os.close(descriptor)
+
+
+def decode_holder(content: bytes) -> Holder | None:
+    """A holder's word; None if it cannot be read."""
+    try:
+        return msgspec.json.decode(content.strip() or b"null", type=Holder | None)
+    except msgspec.DecodeError:
+        return None
+
+
+class LockBusyError(Exception):
+    """A lock was not to be had in time; `holder` is who has it, if known."""
+
+    def __init__(self, path: Path, who: Holder | None) -> None:
+        super().__init__(str(path))
+        self.holder = who
+
+
+@contextlib.asynccontextmanager
+async def hold(
+    paths: Sequence[Path],
+    who: Holder,
+    *,
+    limit: float = LIMIT_SECONDS,
+    waiting: Callable[[Holder | None], None] = lambda _: None,
+) -> AsyncIterator[None]:
+    """Hold all of `paths`, taken in the order given; raises LockBusyError after `limit` seconds."""
+    held: list[int] = []
+    deadline = time.monotonic() + limit
+    word = msgspec.json.encode(who).ljust(1024)
+    try:
+        for path in paths:
+            descriptor = open_shared(path)
+            held.append(descriptor)
+            await take(descriptor, path, deadline, waiting)
+            os.pwrite(descriptor, word, 0)
+        yield
+    finally:
+        for descriptor in reversed(held):
+            os.close(descriptor)
+
+
+async def take(
+    descriptor: int, path: Path, deadline: float, waiting: Callable[[Holder | None], None]
+) -> None:
+    """Wait until the lock is ours; says once who is waited for."""
+    said = False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            who = decode_holder(os.pread(descriptor, 4096, 0))
+        if time.monotonic() >= deadline:
+            raise LockBusyError(path, who)
+        if not said:
+            waiting(who)
+            said = True
+        await asyncio.sleep(POLL_SECONDS)
