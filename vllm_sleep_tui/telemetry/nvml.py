@@ -1,0 +1,200 @@
+"""NVIDIA's GPUs through NVML: every figure that a card, a driver or a permission withholds becomes None."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from vllm_sleep_tui.telemetry.gpus import GpuReading
+
+RETRY_AFTER = 3.0
+"""Seconds between two tries to reach a driver or GPU that went away."""
+
+# Bits of nvmlClocksEventReasons (nvml.h); idle clocks and clocks set by a person are no throttling.
+_THROTTLE = (
+    (0x04, "power cap"),
+    (0x08, "hardware slowdown"),
+    (0x10, "sync boost"),
+    (0x20, "heat (driver)"),
+    (0x40, "heat (hardware)"),
+    (0x80, "power brake"),
+)
+_MEMORY = "nvmlDeviceGetMemoryInfo"
+_PROCESS_LISTS = ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    """A GPU and what never changes about it; without a handle it does not answer at present."""
+
+    index: int
+    handle: Any | None
+    uuid: str
+    name: str
+    total_bytes: int | None
+
+
+class NvmlReader:
+    """Reads GPUs through the module `pynvml`, and finds them again after the driver or one of them went away.
+
+    Making one raises the module's NVMLError_LibraryNotFound where no NVIDIA driver is installed.
+    """
+
+    def __init__(self, nvml: ModuleType, retry_after: float = RETRY_AFTER) -> None:
+        self._nvml = nvml
+        self._retry_after = retry_after
+        self._devices: tuple[_Device, ...] = ()
+        self._trouble: str | None = None
+        self._next_try = 0.0
+        self._connecting = threading.Lock()
+        self._memory_version: tuple[int, ...] = (nvml.nvmlMemory_v2,)
+        self._complaints: dict[tuple[int, str], str] = {}
+        self._gone = frozenset(
+            {nvml.NVML_ERROR_UNINITIALIZED, nvml.NVML_ERROR_DRIVER_NOT_LOADED, nvml.NVML_ERROR_GPU_IS_LOST}
+        )
+        self._connect()
+
+    @property
+    def note(self) -> str | None:
+        """One line on what cannot be known now and why; None if all is well."""
+        if self._trouble is not None:
+            return self._trouble
+        if not self._devices:
+            return "NVML lists no GPU; VRAM is not known."
+        for device in self._devices:
+            if why := self._complaints.get((device.index, _MEMORY)):
+                return f"GPU {device.index} does not tell its memory ({why})."
+        return None
+
+    def read(self) -> tuple[GpuReading, ...]:
+        """All GPUs now, in NVML's order; figures that cannot be had are None."""
+        return tuple(self._reading(device) for device in self._reachable())
+
+    def memory(self, index: int) -> tuple[int | None, Mapping[int, int | None] | None]:
+        """Used bytes of one GPU and its bytes by pid; None for what is not known."""
+        for device in self._reachable():
+            if device.index == index:
+                info = self._memory(device)
+                return (None if info is None else int(info.used)), self._processes(device)
+        return None, None
+
+    def close(self) -> None:
+        """Let go of the driver; a later read finds nothing."""
+        self._devices = ()
+        self._shutdown()
+
+    def _reachable(self) -> tuple[_Device, ...]:
+        if self._trouble is not None and time.monotonic() >= self._next_try:
+            self._connect()
+        return self._devices
+
+    def _connect(self) -> None:
+        """Start NVML afresh and look for the GPUs."""
+        if not self._connecting.acquire(blocking=False):
+            return
+        try:
+            self._next_try = time.monotonic() + self._retry_after
+            self._shutdown()
+            self._nvml.nvmlInit()
+            self._trouble = None
+            self._find_devices(self._nvml.nvmlDeviceGetCount())
+        except self._nvml.NVMLError_LibraryNotFound:
+            raise
+        except self._nvml.NVMLError as error:
+            self._trouble = f"The NVIDIA driver does not answer ({error}); VRAM is not known. Trying again."
+        finally:
+            self._connecting.release()
+
+    def _shutdown(self) -> None:
+        try:
+            self._nvml.nvmlShutdown()
+        except self._nvml.NVMLError:
+            # It was not started, or the driver is gone: there is nothing left to let go of.
+            return
+
+    def _find_devices(self, count: int) -> None:
+        known = {device.index: device for device in self._devices}
+        found = (self._find_device(index, known.get(index)) for index in range(count))
+        self._devices = tuple(device for device in found if device)
+
+    def _find_device(self, index: int, known: _Device | None) -> _Device | None:
+        try:
+            handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
+            uuid, name = self._nvml.nvmlDeviceGetUUID(handle), self._nvml.nvmlDeviceGetName(handle)
+        except self._nvml.NVMLError as error:
+            self._trouble = _silent(index, error)
+            return _Device(index, None, known.uuid, known.name, known.total_bytes) if known else None
+        info = self._memory(_Device(index, handle, "", "", None))
+        return _Device(index, handle, _text(uuid), _text(name), None if info is None else int(info.total))
+
+    def _ask(self, device: _Device, function: str, *arguments: int) -> Any | None:
+        """The one way to ask NVML about a device: None for whatever it does not tell."""
+        ask = getattr(self._nvml, function, None)
+        if ask is None or device.handle is None:
+            return None
+        try:
+            answer = ask(device.handle, *arguments)
+        except self._nvml.NVMLError as error:
+            self._complaints[device.index, function] = str(error)
+            if error.value in self._gone and self._trouble is None:
+                self._trouble = _silent(device.index, error)
+            return None
+        self._complaints.pop((device.index, function), None)
+        return answer
+
+    def _memory(self, device: _Device) -> Any | None:
+        info = self._ask(device, _MEMORY, *self._memory_version)
+        if info is None and self._memory_version:
+            # The first form counts what the driver reserves as used, which nvidia-smi does not.
+            info = self._ask(device, _MEMORY)
+            if info is not None:
+                self._memory_version = ()
+        return info
+
+    def _processes(self, device: _Device) -> Mapping[int, int | None] | None:
+        """Bytes by pid; a process that computes and draws is in both lists with the same memory."""
+        lists = [found for name in _PROCESS_LISTS if (found := self._ask(device, name)) is not None]
+        if not lists:
+            return None
+        used: dict[int, int | None] = {}
+        for process in (process for found in lists for process in found):
+            amount, before = process.usedGpuMemory, used.get(process.pid)
+            used[process.pid] = before if amount is None else max(int(amount), before or 0)
+        return used
+
+    def _reading(self, device: _Device) -> GpuReading:
+        info = self._memory(device)
+        busy = self._ask(device, "nvmlDeviceGetUtilizationRates")
+        reasons = self._ask(device, "nvmlDeviceGetCurrentClocksEventReasons")
+        return GpuReading(
+            index=device.index,
+            uuid=device.uuid,
+            name=device.name,
+            used_bytes=None if info is None else int(info.used),
+            free_bytes=None if info is None else int(info.free),
+            total_bytes=device.total_bytes,
+            utilization=None if busy is None else float(busy.gpu),
+            temperature=self._ask(device, "nvmlDeviceGetTemperature", self._nvml.NVML_TEMPERATURE_GPU),
+            power_watts=_watts(self._ask(device, "nvmlDeviceGetPowerUsage")),
+            power_limit_watts=_watts(self._ask(device, "nvmlDeviceGetEnforcedPowerLimit")),
+            sm_clock_mhz=self._ask(device, "nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM),
+            throttle=None if reasons is None else tuple(word for bit, word in _THROTTLE if reasons & bit),
+            processes=self._processes(device),
+        )
+
+
+def _silent(index: int, error: Exception) -> str:
+    return f"GPU {index} does not answer ({error}); its VRAM is not known. Trying again."
+
+
+def _watts(milliwatts: int | None) -> float | None:
+    return None if milliwatts is None else milliwatts / 1000
+
+
+def _text(value: str | bytes) -> str:
+    """Older bindings answer bytes."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
