@@ -11,10 +11,20 @@ from typing import Any
 
 import msgspec
 
-from vllm_sleep_tui.config import Config, GatewayConfig, IdleConfig, ModelConfig, SimulatedGpuConfig
+from vllm_sleep_tui.config import (
+    Config,
+    GatewayConfig,
+    IdleConfig,
+    ModelConfig,
+    SimulatedGpuConfig,
+    parse_bytes,
+    parse_duration,
+)
 from vllm_sleep_tui.config_checks import RESERVED_ARGS, check, check_names, fill_in
 from vllm_sleep_tui.config_yaml import Document, Key, parse, spell
 from vllm_sleep_tui.errors import UsageError
+
+__all__ = ["LoadedConfig", "load", "parse_bytes", "parse_duration", "schema", "write_schema"]
 
 _EXPECTED = {
     "vllm_command": "a list of words, such as [vllm]",

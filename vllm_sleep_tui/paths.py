@@ -21,7 +21,7 @@ def config_dir() -> Path:
 
 
 def state_dir() -> Path:
-    """The user's state folder (XDG_STATE_HOME is honoured), made for this user alone; raises OperationError."""
+    """The user's state folder (XDG_STATE_HOME is honoured), private; raises OperationError."""
     return private_dir(platformdirs.user_state_path(APP))
 
 
@@ -38,7 +38,7 @@ def private_dir(folder: Path) -> Path:
 
 
 def find_config(explicit: Path | None) -> Path:
-    """The config file: the given one, else the current folder's, else the user's; raises UsageError if none."""
+    """The given config file, else the current folder's, else the user's; raises UsageError if none."""
     if explicit is not None:
         if explicit.is_file():
             return explicit
@@ -66,7 +66,7 @@ def trust(path: Path, digest: str, state: Path) -> None:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Replace a file as a whole, readable by this user alone; raises OperationError if it cannot be written."""
+    """Replace a file as a whole, readable by this user alone; raises OperationError."""
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         try:

@@ -1,0 +1,121 @@
+"""The verbs by name, and what every error and interruption looks like from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vllm_sleep_tui import __version__
+from vllm_sleep_tui.cli.common import config_option, load_config, run_commands_of
+from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.paths import state_dir
+
+VERBS: dict[str, str] = {
+    "status": "status",
+    "start": "operations",
+    "stop": "operations",
+    "restart": "operations",
+    "sleep": "operations",
+    "wake": "operations",
+    "switch": "operations",
+    "chat": "chat",
+    "logs": "logs",
+    "demo": "demo",
+}
+"""Verb → the module of this folder that holds it."""
+INTERRUPTED = 130
+
+
+class Verbs(click.Group):
+    """A group whose verbs are imported when they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All verbs, in the order of their use."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb, imported now; None if there is none of that name."""
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"vllm_sleep_tui.cli.{VERBS[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+
+@click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@config_option
+@click.version_option(__version__, prog_name="vllm-sleep-tui")
+@click.pass_context
+def command(ctx: click.Context) -> None:
+    """Switch between vLLM models that do not fit on the GPU together; without a verb: the panel."""
+    if ctx.invoked_subcommand is None:
+        loaded = load_config(ctx)
+        run_commands_of(loaded)
+        from vllm_sleep_tui.tui.app import run_panel
+
+        ctx.exit(run_panel(loaded, state_dir()))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; the exit code. Expected errors are two lines on stderr, never a traceback."""
+    try:
+        code = command.main(list(arguments), prog_name="vllm-sleep-tui", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        return _usage_error(error)
+    except PanelError as error:
+        _complain(error.what, error.cure)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort, asyncio.CancelledError):
+        _complain("Interrupted.")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has seen enough; what is still buffered must not raise again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        _complain(f"Unexpected: {type(error).__name__}: {_first_line(error)}", _keep_details())
+        return 1
+
+
+def _usage_error(error: click.ClickException) -> int:
+    ctx: Any = getattr(error, "ctx", None)
+    path = ctx.command_path if ctx else "vllm-sleep-tui"
+    _complain(" ".join(error.format_message().split()), f"See: {path} --help")
+    return 2
+
+
+def _complain(what: str, cure: str = "") -> None:
+    with contextlib.suppress(BrokenPipeError):
+        for line in filter(None, (what, cure)):
+            print(" ".join(line.split()), file=sys.stderr, flush=True)  # noqa: T201 - the command line's voice
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no words")[:200]
+
+
+def _keep_details() -> str:
+    """Write the traceback to the state folder; says where it lies."""
+    try:
+        folder = state_dir() / "crashes"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        path: Path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+        path.touch(mode=0o600)
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+    except (OSError, PanelError):
+        return "The details could not be written either; the state folder is not writable."
+    return f"The details are in {path}; please report them."

@@ -1,0 +1,111 @@
+"""`chat`: one question, or a conversation; the answer on stdout, the timings on stderr."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vllm_sleep_tui.cli.common import config_option, json_option, load_config, put_json, run_commands_of, say
+from vllm_sleep_tui.cli.running import Reporter, with_fleet
+from vllm_sleep_tui.errors import OperationError, UsageError
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.fleet.fleet import Fleet
+
+_READ_BYTES = 65536
+
+
+@click.command()
+@click.argument("name")
+@click.argument("prompt", required=False)
+@json_option
+@config_option
+@click.pass_context
+def chat(ctx: click.Context, name: str, prompt: str | None, as_json: bool) -> None:
+    """Ask a model; without PROMPT it is read from stdin, on a terminal line by line until Ctrl-D."""
+    loaded = load_config(ctx)
+    loaded.model(name)
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    if prompt is not None and not prompt.strip():
+        raise UsageError("The prompt is empty.", f'Write one: vllm-sleep-tui chat {name} "Hello"')
+    run_commands_of(loaded)
+    if prompt is None:
+        with_fleet(loaded, lambda fleet: _converse(fleet, name))
+        return
+    question = [{"role": "user", "content": prompt}]
+    answer = with_fleet(loaded, lambda fleet: _ask(fleet, name, question, aloud=not as_json))
+    if as_json:
+        put_json({"version": 1, "model": name, **answer})
+
+
+async def _converse(fleet: Fleet, name: str) -> None:
+    """Questions from the terminal, each with all that was said before, until Ctrl-D."""
+    messages: list[dict[str, Any]] = []
+    while True:
+        click.echo(f"{name}> ", nl=False, err=True)
+        line = await _read_line()
+        if not line:
+            click.echo(err=True)
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        answer = await _ask(fleet, name, messages, aloud=True)
+        messages.append({"role": "assistant", "content": answer["text"]})
+
+
+async def _read_line() -> str:
+    """A line of the terminal; empty at its end. Not in a thread: one that waits for input cannot be ended."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    descriptor = sys.stdin.fileno()
+    loop.add_reader(descriptor, readable.set)
+    try:
+        await readable.wait()
+        return os.read(descriptor, _READ_BYTES).decode(errors="replace")
+    finally:
+        loop.remove_reader(descriptor)
+
+
+async def _ask(fleet: Fleet, name: str, messages: list[dict[str, Any]], *, aloud: bool) -> dict[str, Any]:
+    """Stream one answer; what it was and took, in seconds. Raises OperationError if it breaks off."""
+    from vllm_sleep_tui.engine.logs import strip_escapes
+
+    texts: list[str] = []
+    answer: dict[str, Any] = dict.fromkeys(
+        ("text", "finish_reason", "prompt_tokens", "completion_tokens", "switch_seconds", "ttft")
+    )
+    began = time.monotonic()
+    async for event in fleet.chat(name, messages, report=Reporter()):
+        if event.error:
+            raise OperationError(f"{name} broke off: {event.error}", f"See: vllm-sleep-tui logs {name}")
+        for field in answer:
+            if field != "text" and getattr(event, field) is not None:
+                answer[field] = getattr(event, field)
+        if event.text:
+            texts.append(event.text)
+            if aloud:
+                click.echo(strip_escapes(event.text), nl=False)
+    answer |= {"text": "".join(texts), "seconds": time.monotonic() - began}
+    if aloud:
+        click.echo()
+        say(_timings(answer))
+    return answer
+
+
+def _timings(answer: dict[str, Any]) -> str:
+    """Such as: woke in 0.36 s · TTFT 26 ms · 212 tok/s."""
+    switched, ttft, tokens = answer["switch_seconds"], answer["ttft"], answer["completion_tokens"]
+    parts = [f"woke in {switched:.2f} s"] if switched else []
+    if ttft is not None:
+        parts.append(f"TTFT {ttft * 1000:.0f} ms")
+    streamed = answer["seconds"] - (switched or 0) - (ttft or 0)
+    if tokens and tokens > 1 and streamed > 0:
+        parts.append(f"{(tokens - 1) / streamed:.0f} tok/s")
+    return " · ".join(parts)

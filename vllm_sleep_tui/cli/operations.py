@@ -1,0 +1,175 @@
+"""The verbs that change what runs; each waits for its end."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vllm_sleep_tui.cli.common import (
+    config_option,
+    in_words,
+    json_option,
+    load_config,
+    put_json,
+    run_commands_of,
+)
+from vllm_sleep_tui.cli.running import Reporter, with_fleet
+from vllm_sleep_tui.cli.status import model_json
+from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.errors import UsageError
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.fleet.fleet import Fleet
+    from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
+
+names_argument = click.argument("names", metavar="NAME…", nargs=-1)
+all_option = click.option("--all", "everything", is_flag=True, help="Every model of the config.")
+force_option = click.option("--force", is_flag=True, help="Do not wait for answers under way.")
+
+
+@click.command()
+@names_argument
+@all_option
+@json_option
+@config_option
+@click.pass_context
+def start(ctx: click.Context, names: tuple[str, ...], everything: bool, as_json: bool) -> None:
+    """Start models; with --all the file's first one is left awake."""
+    loaded = load_config(ctx)
+    chosen = _choose(loaded, names, everything=everything)
+    run_commands_of(loaded)
+    _put_several(_operate(loaded, chosen, lambda fleet: fleet.start(chosen, report=Reporter())), as_json)
+
+
+@click.command()
+@names_argument
+@all_option
+@force_option
+@json_option
+@config_option
+@click.pass_context
+def stop(ctx: click.Context, names: tuple[str, ...], everything: bool, force: bool, as_json: bool) -> None:
+    """Stop models and free all they hold."""
+    loaded = load_config(ctx)
+    chosen = _choose(loaded, names, everything=everything)
+    _put_several(
+        _operate(loaded, chosen, lambda fleet: fleet.stop(chosen, force=force, report=Reporter())), as_json
+    )
+
+
+@click.command()
+@names_argument
+@force_option
+@json_option
+@config_option
+@click.pass_context
+def restart(ctx: click.Context, names: tuple[str, ...], force: bool, as_json: bool) -> None:
+    """Stop models and start them again."""
+    loaded = load_config(ctx)
+    if not names:
+        raise UsageError("No model is named.", f"Name one or more of: {', '.join(loaded.config.models)}.")
+    chosen = _choose(loaded, names, everything=False)
+    run_commands_of(loaded)
+    _put_several(
+        _operate(loaded, chosen, lambda fleet: fleet.restart(chosen, force=force, report=Reporter())), as_json
+    )
+
+
+@click.command()
+@click.argument("name")
+@click.option("--level", type=click.IntRange(1, 2), help="1 keeps the weights in RAM, 2 drops them.")
+@force_option
+@json_option
+@config_option
+@click.pass_context
+def sleep(ctx: click.Context, name: str, level: int | None, force: bool, as_json: bool) -> None:
+    """Put a model to sleep: its VRAM is freed, its server stays."""
+    loaded = load_config(ctx)
+    loaded.model(name)
+    _put_one(
+        _operate(
+            loaded, [name], lambda fleet: fleet.sleep(name, level=level, force=force, report=Reporter())
+        ),
+        as_json,
+    )
+
+
+@click.command()
+@click.argument("name")
+@json_option
+@config_option
+@click.pass_context
+def wake(ctx: click.Context, name: str, as_json: bool) -> None:
+    """Wake a sleeping model, if there is room."""
+    loaded = load_config(ctx)
+    loaded.model(name)
+    _put_one(_operate(loaded, [name], lambda fleet: fleet.wake(name, report=Reporter())), as_json)
+
+
+@click.command()
+@click.argument("name")
+@force_option
+@json_option
+@config_option
+@click.pass_context
+def switch(ctx: click.Context, name: str, force: bool, as_json: bool) -> None:
+    """Make a model the one that answers; others sleep as far as it needs."""
+    loaded = load_config(ctx)
+    loaded.model(name)
+    run_commands_of(loaded)
+    _put_one(
+        _operate(loaded, [name], lambda fleet: fleet.switch(name, force=force, report=Reporter())), as_json
+    )
+
+
+def _choose(loaded: LoadedConfig, names: Sequence[str], *, everything: bool) -> list[str]:
+    """The models meant, each once; raises UsageError for an unknown name, or names together with --all."""
+    if everything and names:
+        raise UsageError("Models are named and --all is given too.", "Leave one of the two out.")
+    if not everything and not names:
+        raise UsageError(
+            "No model is named.", f"Say --all, or name some of: {', '.join(loaded.config.models)}."
+        )
+    for name in names:
+        loaded.model(name)
+    return list(dict.fromkeys(names or loaded.config.models))
+
+
+def _operate(
+    loaded: LoadedConfig, names: Sequence[str], act: Callable[[Fleet], Awaitable[Any]]
+) -> list[ModelSnapshot]:
+    """Carry the operation out; how the models are afterwards."""
+
+    async def then_look(fleet: Fleet) -> list[ModelSnapshot]:
+        await act(fleet)
+        snapshot = fleet.snapshot()
+        return [snapshot.model(name) for name in names]
+
+    return with_fleet(loaded, then_look)
+
+
+def _put_one(models: list[ModelSnapshot], as_json: bool) -> None:
+    if as_json:
+        put_json({"version": 1, **_result(models[0])})
+    else:
+        _put_lines(models)
+
+
+def _put_several(models: list[ModelSnapshot], as_json: bool) -> None:
+    if as_json:
+        put_json({"version": 1, "models": [_result(model) for model in models]})
+    else:
+        _put_lines(models)
+
+
+def _put_lines(models: list[ModelSnapshot]) -> None:
+    for model in models:
+        level = "" if model.level is None else f" L{model.level}"
+        click.echo(f"{model.name}  {model.state}{level}  VRAM {in_words(model.vram_bytes)}")
+
+
+def _result(model: ModelSnapshot) -> dict[str, Any]:
+    shown = model_json(model)
+    return {"model": shown.pop("name"), **shown}

@@ -1,0 +1,69 @@
+"""Runs a long operation from a shell: progress on stderr, Ctrl-C stops it at its next safe point."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from vllm_sleep_tui.cli.common import say
+from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.errors import CancelledByUser
+from vllm_sleep_tui.fleet.snapshot import Progress
+from vllm_sleep_tui.paths import state_dir
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.fleet.fleet import Fleet
+
+Result = TypeVar("Result")
+DETAIL_SECONDS = 1.0
+"""A phase is told at once, its details no oftener than this."""
+
+
+class Reporter:
+    """Prints progress, a line for each step: ``qwen  loading  weights 2/4``."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, tuple[str, str, float]] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        """Say what is new."""
+        phase, detail, told_at = self._told.get(progress.model, ("", "", 0.0))
+        if progress.phase == phase and (
+            progress.detail == detail or time.monotonic() - told_at < DETAIL_SECONDS
+        ):
+            return
+        self._told[progress.model] = (progress.phase, progress.detail, time.monotonic())
+        say("  ".join(filter(None, (progress.model, progress.phase, progress.detail))))
+
+
+def with_fleet(loaded: LoadedConfig, act: Callable[[Fleet], Awaitable[Result]]) -> Result:
+    """Open the fleet and act on it; raises PanelError, CancelledByUser after an interruption."""
+
+    async def opened() -> Result:
+        from vllm_sleep_tui.fleet.fleet import Fleet
+
+        async with Fleet(loaded, state_dir()) as fleet:
+            return await act(fleet)
+
+    return asyncio.run(_interruptible(opened))
+
+
+async def _interruptible(begin: Callable[[], Awaitable[Result]]) -> Result:
+    """Await it; the first signal cancels it, and it is waited for, because it ends at its next safe point."""
+    task = asyncio.ensure_future(begin())
+    loop = asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        if not task.cancelling():
+            task.cancel()
+        say("Stopping at the next safe point…")
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, interrupt)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise CancelledByUser("Interrupted.") from None

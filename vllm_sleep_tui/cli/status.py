@@ -1,0 +1,130 @@
+"""`status`: what runs, what it holds; the fixed JSON of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+import msgspec
+
+from vllm_sleep_tui.cli.common import config_option, in_words, json_option, load_config, put_json
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
+from vllm_sleep_tui.paths import state_dir
+
+MODEL_FIELDS = (
+    "name",
+    "state",
+    "level",
+    "phase",
+    "operation",
+    "pid",
+    "port",
+    "gpus",
+    "vram_bytes",
+    "vram_by_gpu",
+    "ram_bytes",
+    "pinned_bytes",
+    "since",
+    "reason",
+    "cure",
+    "last_switch",
+)
+GPU_FIELDS = ("index", "uuid", "name", "used_bytes", "total_bytes", "utilization", "simulated")
+SWITCH_PHASES = ("drain", "sleep", "settle", "wake", "weights", "reload", "kv_cache", "reset", "prove")
+WATCH_SECONDS = 1.0
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
+@json_option
+@config_option
+@click.pass_context
+def status(ctx: click.Context, watch: bool, as_json: bool) -> None:
+    """Show every model and GPU."""
+    from vllm_sleep_tui.fleet.view import read_once
+
+    loaded = load_config(ctx)
+    while True:
+        snapshot = read_once(loaded, state_dir())
+        if watch and sys.stdout.isatty() and not as_json:
+            click.clear()
+        if as_json:
+            put_json(status_json(snapshot))
+        else:
+            click.echo("\n".join(status_lines(snapshot)))
+        if not watch:
+            return
+        time.sleep(WATCH_SECONDS)
+
+
+def status_json(snapshot: FleetSnapshot) -> dict[str, Any]:
+    """The fixed contract of ``status --json``, its fields in their order."""
+    return {
+        "version": snapshot.version,
+        "models": [model_json(model) for model in snapshot.models],
+        "gpus": [{name: getattr(gpu, name) for name in GPU_FIELDS} for gpu in snapshot.gpus],
+        "host": msgspec.to_builtins(snapshot.host),
+    }
+
+
+def model_json(model: ModelSnapshot) -> dict[str, Any]:
+    """One model as the contract has it."""
+    shown = {name: msgspec.to_builtins(getattr(model, name)) for name in MODEL_FIELDS}
+    if model.last_switch is not None:
+        phases = {phase: model.last_switch.phases.get(phase) for phase in SWITCH_PHASES}
+        shown["last_switch"] = {"phases": phases, "total": model.last_switch.total}
+    return shown
+
+
+def status_lines(snapshot: FleetSnapshot) -> list[str]:
+    """The same for people: a table, then what failed and why."""
+    now = snapshot.time or time.time()
+    rows: list[tuple[str, ...]] = [("MODEL", "STATE", "VRAM", "RAM", "GPUS", "PORT", "FOR", "LAST SWITCH")]
+    rows += [_row(model, now) for model in snapshot.models]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    lines.append("")
+    lines += [_gpu_line(gpu) for gpu in snapshot.gpus]
+    host = snapshot.host
+    lines.append(f"RAM    {in_words(host.ram_available_bytes)} free of {in_words(host.ram_total_bytes)}")
+    for model in snapshot.models:
+        if model.reason:
+            lines += ["", f"{model.name}: {model.reason}", *([f"  {model.cure}"] if model.cure else [])]
+    return [*lines, *snapshot.notes]
+
+
+def _row(model: ModelSnapshot, now: float) -> tuple[str, ...]:
+    state = str(model.state)
+    if model.level is not None:
+        state += f" L{model.level}"
+    if model.phase is not None:
+        state += f" ({model.phase})"
+    switch = model.last_switch
+    return (
+        model.name,
+        state,
+        in_words(model.vram_bytes),
+        in_words(model.ram_bytes),
+        ",".join(str(gpu) for gpu in model.gpus) or "CPU",
+        str(model.port or "–"),
+        _age(now - model.since) if model.since else "–",
+        f"{switch.total:.2f} s" if switch else "–",
+    )
+
+
+def _age(seconds: float) -> str:
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _gpu_line(gpu: GpuSnapshot) -> str:
+    simulated = "  SIMULATED" if gpu.simulated else ""
+    busy = "" if gpu.utilization is None else f"  {gpu.utilization:.0f} %"
+    memory = f"{in_words(gpu.used_bytes)} of {in_words(gpu.total_bytes)}"
+    others = "".join(f"\n       {in_words(p.bytes)}  pid {p.pid}  {p.user}  {p.command}" for p in gpu.others)
+    return f"GPU {gpu.index}  {memory}{busy}  {gpu.name}{simulated}{others}"
