@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import settings
 
 MARKER = "VLLM_SLEEP_TUI_TEST"
-"""In the environment of all processes that a test starts: finds one left behind, whoever its parent is now."""
+"""In the environment of all processes a test starts: finds one left behind, whoever its parent is now."""
 GRACE_SECONDS = 5.0
 """For processes that are already on their way out when the test's own work is done."""
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
@@ -44,16 +45,27 @@ def marked_processes(marker: str) -> dict[int, str]:
     return found
 
 
-def end_what_is_left(marker: str) -> None:
-    """Fails if marked processes outlive their grace, after ending them by pid."""
+def wait_until_gone(marker: str) -> dict[int, str]:
+    """The marked processes that are still there after the grace."""
     deadline = time.monotonic() + GRACE_SECONDS
-    while left := marked_processes(marker):
-        if time.monotonic() > deadline:
-            break
+    while (left := marked_processes(marker)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    for pid in left:
-        if pid in marked_processes(marker):
-            os.kill(pid, signal.SIGKILL)
+    return left
+
+
+def end_what_is_left(marker: str) -> None:
+    """Fails if marked processes outlive their grace, after ending them by pid, kindly first.
+
+    A keeper that gets SIGTERM ends its whole group; vLLM's engine, which overwrites its environment with its
+    title, is found in no other way.
+    """
+    left = wait_until_gone(marker)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in marked_processes(marker):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if left and not wait_until_gone(marker):
+            break
     if left:
         lines = "\n".join(f"  {pid}  {command[:200]}" for pid, command in left.items())
         pytest.fail(f"{len(left)} process(es) left behind, ended now:\n{lines}", pytrace=False)
