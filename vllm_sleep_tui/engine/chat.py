@@ -1,0 +1,107 @@
+"""A streamed chat answer: what is asked for, and its events as deltas."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+
+from vllm_sleep_tui.engine.failures import broken_off, refused, unreadable
+
+REQUEST = "POST /v1/chat/completions"
+MAX_EVENT_BYTES = 4 * 1024 * 1024
+
+
+class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """One event of an answer; the token counts are totals so far, None where the event has none.
+
+    `finish_reason` "abort" means that the server was put to sleep or paused meanwhile.
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    error: str | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None  # its name up to vLLM 0.14
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta = msgspec.field(default_factory=_Delta)
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: tuple[_Choice, ...] = ()
+    usage: _Usage | None = None
+    error: msgspec.Raw | None = None
+
+
+_decoder = msgspec.json.Decoder(_Chunk)
+
+
+def chat_body(messages: Sequence[Mapping[str, Any]], model: str, params: Mapping[str, Any]) -> bytes:
+    """The request: streamed, with running token counts; `params` (temperature, …) go on top."""
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    return msgspec.json.encode(
+        {"model": model, "messages": messages, **params, "stream": True, "stream_options": usage}
+    )
+
+
+async def deltas(parts: AsyncGenerator[bytes, None], where: str) -> AsyncGenerator[ChatDelta, None]:
+    """The deltas of a stream of server-sent events; one that ends early raises EngineUnreachable.
+
+    An error in the middle is a last delta with `error` set: its status was 200 long before.
+    """
+    pending = b""
+    async with aclosing(parts):
+        async for part in parts:
+            *lines, pending = (pending + part).split(b"\n")
+            if len(pending) > MAX_EVENT_BYTES:
+                raise unreadable(REQUEST, pending)
+            for payload in _payloads(lines):
+                if payload == b"[DONE]":
+                    return
+                delta = _delta(payload)
+                yield delta
+                if delta.error is not None:
+                    return
+    raise broken_off(where, REQUEST)
+
+
+def _payloads(lines: Sequence[bytes]) -> Iterator[bytes]:
+    # vLLM sends one data line per event; anything else is a comment that keeps the line open.
+    for line in lines:
+        if line.startswith(b"data:"):
+            yield line[5:].strip()
+
+
+def _delta(payload: bytes) -> ChatDelta:
+    try:
+        chunk = _decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise unreadable(REQUEST, payload) from None
+    if chunk.error is not None:
+        return ChatDelta(error=refused(200, payload).message)
+    choice = chunk.choices[0] if chunk.choices else _Choice()
+    usage = chunk.usage or _Usage()
+    return ChatDelta(
+        text=choice.delta.content or "",
+        reasoning=choice.delta.reasoning or choice.delta.reasoning_content or "",
+        finish_reason=choice.finish_reason,
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+    )

@@ -1,0 +1,87 @@
+"""How a call to vLLM can fail, and how its three shapes of error are read."""
+
+from __future__ import annotations
+
+import msgspec
+
+from vllm_sleep_tui.engine.logs import strip_escapes
+from vllm_sleep_tui.errors import OperationError
+
+MESSAGE_LENGTH = 600
+
+
+class EngineError(OperationError):
+    """A call to a vLLM server did not succeed."""
+
+
+class EngineUnreachable(EngineError):  # noqa: N818 - it says what happened
+    """Nobody listens, or the connection broke; `sent` says whether the request may have arrived."""
+
+    def __init__(self, what: str, cure: str = "", *, sent: bool = False) -> None:
+        super().__init__(what, cure)
+        self.sent = sent
+
+
+class EngineTimeout(EngineError):  # noqa: N818 - it says what happened
+    """No answer in time; the server may still do what was asked (vLLM 0.32, 06-frozen-engine.txt)."""
+
+
+class EngineRefused(EngineError):  # noqa: N818 - it says what happened
+    """The server answered with an error: its HTTP `status`, its own `message` and its `kind` of error."""
+
+    def __init__(self, status: int, message: str, kind: str | None = None) -> None:
+        super().__init__(f"vLLM answered {status}: {message}")
+        self.status = status
+        self.message = message
+        self.kind = kind
+
+
+def unreachable(where: str, request: str) -> EngineUnreachable:
+    """The failure for a refused connection to `where`."""
+    return EngineUnreachable(
+        f"Nothing answers at {where} ({request}).", "Look whether the server is running, and at its log."
+    )
+
+
+def broken_off(where: str, request: str) -> EngineUnreachable:
+    """The failure for a connection to `where` that broke after the request had left."""
+    return EngineUnreachable(
+        f"vLLM at {where} closed the connection during {request}.",
+        "Look at the server's log: its engine may have died.",
+        sent=True,
+    )
+
+
+def timed_out(where: str, request: str, seconds: float) -> EngineTimeout:
+    """The failure for an answer that did not come within `seconds`."""
+    cure = "" if request.startswith("GET") else "vLLM may still do it: ask for its state before trying again."
+    return EngineTimeout(f"vLLM at {where} did not answer {request} within {seconds:g} s.", cure)
+
+
+def refused(status: int, body: bytes) -> EngineRefused:
+    """The failure that an error answer tells of.
+
+    vLLM's own errors are objects, a missing key is a string under ``error``, and unknown routes have
+    ``detail`` (vLLM 0.32, 05-api-key.txt and 07-dev-mode-off.txt).
+    """
+    try:
+        answer = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        answer = None
+    match answer:
+        case {"error": {"message": message, "type": str(kind)}}:
+            return EngineRefused(status, _shown(message), kind)
+        case {"error": {"message": message}} | {"error": str(message)} | {"detail": message}:
+            return EngineRefused(status, _shown(message))
+        case _:
+            return EngineRefused(status, _shown(body.decode(errors="replace")) or "no reason given")
+
+
+def unreadable(request: str, body: bytes) -> EngineRefused:
+    """The failure for a success whose body is not what vLLM sends."""
+    start = _shown(body[:80].decode(errors="replace"))
+    return EngineRefused(200, f"the answer to {request} is not vLLM's: {start!r}")
+
+
+def _shown(message: object) -> str:
+    return strip_escapes(str(message)).strip()[:MESSAGE_LENGTH]

@@ -1,0 +1,201 @@
+"""What a server's log tells: the phase of a start, and figures in bytes."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+GIB = 1024**3
+MAX_LINE = 16 * 1024
+MAX_READ = 4 * 1024 * 1024
+
+PhaseName = Literal["loading", "compiling", "capturing", "warming"]
+
+_ESCAPES = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours, cursor
+    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)"  # titles, links and other strings
+    r"|\x1b[ -/]*[0-~]"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]",
+    re.DOTALL,
+)
+
+
+def strip_escapes(text: str) -> str:
+    """`text` without terminal escapes and control characters; tabs and line ends stay."""
+    return _ESCAPES.sub("", text)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What a starting server is doing; `fraction` is 0 to 1 of this phase, None where it does not say."""
+
+    name: PhaseName
+    detail: str
+    fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogFacts:
+    """Figures that vLLM logged, in bytes, summed over its workers; None where no line told."""
+
+    weights_bytes: int | None
+    kv_cache_bytes: int | None
+    sleep_freed_bytes: int | None
+    """What the last sleep gave back, and a wake will need."""
+    sleep_backed_up_bytes: int | None
+    """How much of it is held in RAM, before rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sign:
+    literal: str
+    """What the line contains; whole lines change with each minor release of vLLM."""
+    name: PhaseName
+    detail: str
+    fraction: float | None = None
+
+
+# vLLM 0.24 to 0.33; the CPU lines from log-start-cold-torch-compile.txt, the rest h100/start-phi3-mini.log.
+_SIGNS = (
+    _Sign("Starting to load model", "loading", "reading weights", 0.0),
+    _Sign("checkpoint shards:", "loading", "reading weights"),
+    _Sign("Loading weights took", "loading", "weights read", 1.0),
+    _Sign("Model loading took", "loading", "weights loaded", 1.0),
+    _Sign("Dynamo bytecode transform time", "compiling", "torch.compile"),
+    _Sign("Starting torch.compile", "compiling", "torch.compile"),
+    _Sign("Compiling a graph for", "compiling", "torch.compile"),
+    _Sign("Warming up model for the compilation", "compiling", "torch.compile"),
+    _Sign("torch.compile took", "compiling", "compiled", 1.0),
+    # Before the graphs, although it is called a warm-up.
+    _Sign("JIT kernel warmup starting", "compiling", "kernels"),
+    _Sign("JIT kernel warmup finished", "compiling", "kernels compiled", 1.0),
+    _Sign("Capturing CUDA graphs", "capturing", "CUDA graphs"),
+    _Sign("Graph capturing finished", "capturing", "CUDA graphs captured", 1.0),
+    _Sign("init engine (profile", "warming", "engine ready"),
+    _Sign("Starting vLLM server on", "warming", "opening the port"),
+    _Sign("Application startup complete", "warming", "serving", 1.0),
+)
+_PERCENT = re.compile(r"(\d+)%(?: Completed)? ?\|")
+_ORDER: tuple[PhaseName, ...] = ("loading", "compiling", "capturing", "warming")
+
+_WORKER = re.compile(r"^\((\w+) pid=\d+\)")
+_FIGURES = {
+    "weights": re.compile(r"Model loading took (?P<weights>[\d.]+) GiB"),
+    "kv_cache": re.compile(
+        r"Available KV cache memory: (?P<gpu>[\d.]+) GiB|Explicitly set \((?P<cpu>[\d.]+)/[\d.]+\) GiB for KV"
+    ),
+    "freed": re.compile(r"sleep freed (?P<freed>[\d.]+) GiB"),
+    "backed_up": re.compile(r"of which (?P<backed_up>[\d.]+) GiB is backed up in CPU"),
+}
+
+
+class PhaseReader:
+    """Follows one start of a server, line by line; it never goes back to an earlier phase.
+
+    Only decoration: readiness is what HTTP says.
+    """
+
+    def __init__(self) -> None:
+        self._phase: Phase | None = None
+        self._figures: dict[str, dict[str, int]] = {name: {} for name in _FIGURES}
+
+    def feed(self, line: str) -> Phase | None:
+        """The phase that `line` tells of, if it tells anything new."""
+        self._read_figures(line)
+        phase = _phase_in(line)
+        if phase is None or phase == self._phase or self._is_earlier(phase):
+            return None
+        self._phase = phase
+        return phase
+
+    @property
+    def facts(self) -> LogFacts:
+        """The figures so far."""
+        return LogFacts(
+            weights_bytes=self._total("weights"),
+            kv_cache_bytes=self._total("kv_cache"),
+            sleep_freed_bytes=self._total("freed"),
+            sleep_backed_up_bytes=self._total("backed_up"),
+        )
+
+    def _is_earlier(self, phase: Phase) -> bool:
+        # With several workers the slower ones still load while the first compiles.
+        return self._phase is not None and _ORDER.index(phase.name) < _ORDER.index(self._phase.name)
+
+    def _read_figures(self, line: str) -> None:
+        if "GiB" not in line:
+            return
+        named = _WORKER.match(line)
+        worker = named[1] if named else ""
+        for name, pattern in _FIGURES.items():
+            if found := pattern.search(line):
+                figure = next(group for group in found.groups() if group is not None)
+                self._figures[name][worker] = round(float(figure) * GIB)
+
+    def _total(self, name: str) -> int | None:
+        by_worker = self._figures[name]
+        return sum(by_worker.values()) if by_worker else None
+
+
+def _phase_in(line: str) -> Phase | None:
+    for sign in _SIGNS:
+        if sign.literal in line:
+            # A bar that was redrawn in one line ends with its newest figure.
+            percent = _PERCENT.findall(line)
+            fraction = int(percent[-1]) / 100 if percent else sign.fraction
+            return Phase(sign.name, sign.detail, fraction)
+    return None
+
+
+class LogTail:
+    """Reads what is appended to a log file, also after it was cut or replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._inode: int | None = None
+        self._pending = b""
+
+    def read_new(self) -> list[str]:
+        """The lines that were completed since the last call, none if there is no file.
+
+        At most 4 MiB a call; lines are cut at 16 KiB. Of a progress bar that redraws itself with
+        carriage returns only the newest state is kept.
+        """
+        fresh = self._read()  # which forgets the pending part of a file that was cut
+        lines = (self._pending + fresh).split(b"\n")
+        complete = [_last_drawn(line) for line in lines[:-1]]
+        drawn, self._pending = _split_unfinished(lines[-1])
+        return [line[:MAX_LINE].decode(errors="replace") for line in [*complete, *drawn]]
+
+    def _read(self) -> bytes:
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._inode or status.st_size < self._offset:
+                    self._offset, self._inode, self._pending = 0, status.st_ino, b""
+                file.seek(self._offset)
+                fresh = file.read(MAX_READ)
+        except FileNotFoundError:
+            return b""
+        self._offset += len(fresh)
+        return fresh
+
+
+def _last_drawn(line: bytes) -> bytes:
+    states = [state for state in line.split(b"\r") if state]
+    return states[-1] if states else b""
+
+
+def _split_unfinished(rest: bytes) -> tuple[list[bytes], bytes]:
+    """What can be shown of a line without an end: the newest complete state of a bar; and what stays."""
+    *states, tail = rest.split(b"\r")
+    if not tail and states:
+        tail = states.pop() + b"\r"  # it may be half of \r\n
+    drawn = [state for state in states if state][-1:]
+    if len(tail) > MAX_LINE:
+        return [*drawn, tail], b""
+    return drawn, tail
