@@ -1,0 +1,270 @@
+"""What vLLM and its libraries print when something is wrong, and what to tell a person.
+
+The more particular a pattern, the earlier it stands. Named groups fill the sentences.
+Recorded: those named in tests/unit/data; the others are messages in the sources of vLLM 0.24 to 0.33,
+PyTorch, transformers and huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """A pattern in a log, the reason it tells of, and the cure."""
+
+    pattern: re.Pattern[str]
+    reason: str
+    cure: str
+
+
+def _cause(pattern: str, reason: str, cure: str) -> Cause:
+    return Cause(re.compile(pattern), reason, cure)
+
+
+_COMMAND_LINE = (
+    _cause(
+        r"error: unrecognized arguments: (?P<flags>.*)",
+        "This vLLM does not know the flag {flags}.",
+        "Correct `args:` of the model; `vllm serve --help=all` lists the flags of your version.",
+    ),
+    _cause(
+        r"^vllm(?: serve)?: error: (?P<what>.*)",
+        "vLLM does not accept its arguments: {what}.",
+        "Correct `args:` of the model; `vllm serve --help=all` lists the flags of your version.",
+    ),
+    _cause(
+        r"Sleep mode is not supported on current platform",
+        "vLLM has no sleep mode on this platform (it has on CUDA, ROCm and XPU).",
+        "Set `level: none`, or `gpus: []` for vLLM on the CPU.",
+    ),
+    _cause(
+        r"Address already in use",
+        "The port is taken by another program.",
+        "Leave `port:` out so that a free one is chosen, or end that program.",
+    ),
+    _cause(
+        r"AF_UNIX path too long|ipc path .* is longer than",
+        "The temporary folder's path is too long for vLLM's sockets (107 characters).",
+        "Set TMPDIR to a short folder before starting the panel.",
+    ),
+    _cause(
+        r"User-specified max_model_len \((?P<wanted>\d+)\) is greater than the derived max_model_len "
+        r"\(\D*(?P<most>\d+)?",
+        "`max-model-len` {wanted} is more than the model was made for ({most}).",
+        "Set `max-model-len` to {most} or less.",
+    ),
+    _cause(
+        r"World size \((?P<wanted>\d+)\) is larger than the number of available GPUs \((?P<there>\d+)\)",
+        "The model asks for {wanted} GPUs and is given {there}.",
+        "List as many GPUs under `gpus:` as tensor and pipeline parallelism need.",
+    ),
+    _cause(
+        r"(?P<what>Total number of attention heads \(\d+\) must be divisible by "
+        r"tensor parallel size \(\d+\))",
+        "{what}.",
+        "Choose a `tensor-parallel-size` that divides the number of heads.",
+    ),
+)
+
+_INSTALLATION = (
+    _cause(
+        r"No package metadata was found for vllm|No module named 'vllm'|No module named vllm",
+        "vLLM is not properly installed in the environment of `vllm_command:`.",
+        "Set `vllm_command:` to the `vllm` of the right environment, or install vLLM there.",
+    ),
+    _cause(
+        r"(?:No such file or directory: '?ninja|Ninja is required)",
+        "The `ninja` build tool, which vLLM compiles kernels with, was not found.",
+        "Install it into vLLM's environment: `pip install ninja`.",
+    ),
+    _cause(
+        r"driver on your system is too old|CUDA driver version is insufficient",
+        "The NVIDIA driver is too old for this vLLM.",
+        "Update the driver, or install a vLLM built for an older CUDA.",
+    ),
+    _cause(
+        r"no kernel image is available for execution",
+        "This vLLM has no kernels for this GPU: it is too old or too new for it.",
+        "Install a vLLM and a PyTorch that support the GPU.",
+    ),
+    _cause(
+        r"No CUDA GPUs are available|Failed to infer device type|no CUDA-capable device is detected",
+        "vLLM finds no GPU.",
+        "Check `nvidia-smi` and `gpus:` of the model; `gpus: []` is for vLLM on the CPU.",
+    ),
+    _cause(
+        r"undefined symbol: (?P<symbol>\S+)|ImportError: (?P<library>lib\S+\.so\S*): cannot open",
+        "vLLM's libraries do not fit together.",
+        "Install vLLM into a fresh environment of its own, with the PyTorch that it asks for.",
+    ),
+    _cause(
+        r"Expandable segments are not compatible with memory pool",
+        "`expandable_segments:True` in PYTORCH_CUDA_ALLOC_CONF does not go with sleep mode.",
+        "Remove it from the environment or from `env:` of the model.",
+    ),
+    _cause(
+        r"No module named 'panel_guard'|ImportError.*panel_guard",
+        "vLLM did not find the panel's guard.",
+        "Use the `vllm` program itself in `vllm_command:`; wrappers may drop PYTHONPATH.",
+    ),
+)
+
+_MODEL = (
+    _cause(
+        r"GatedRepoError|gated repo|Access to model (?P<model>\S+) is restricted",
+        "The model is gated: its owner wants an agreement first.",
+        "Accept the terms on the model's page, then set HF_TOKEN to a token of that account.",
+    ),
+    _cause(
+        r"401 Client Error|Invalid username or password|RepositoryNotFoundError|Invalid user token",
+        "The hub does not know the model, or not without a valid token.",
+        "Check the spelling of `model:`, and HF_TOKEN if it is private.",
+    ),
+    _cause(
+        r"LocalEntryNotFoundError|outgoing traffic has been disabled|OfflineModeIsEnabled|HF_HUB_OFFLINE",
+        "The model is not in the local cache and the hub may not be asked.",
+        "Download it first, or unset HF_HUB_OFFLINE.",
+    ),
+    _cause(
+        r"We couldn't connect to|Failed to resolve|Name or service not known|Network is unreachable"
+        r"|Max retries exceeded with url",
+        "The hub cannot be reached.",
+        "Check the network, or download the model beforehand and set HF_HUB_OFFLINE=1.",
+    ),
+    _cause(
+        r"No space left on device|Not enough free disk space",
+        "The disk is full.",
+        "Free space where models, compile caches and logs lie.",
+    ),
+    _cause(
+        r"Repo id must (?:use|be in the form)[^']*.*: '(?P<model>[^']*)'",
+        "There is no model folder {model}, and it is no hub name either.",
+        "Check the path in `model:`; relative ones count from where the panel was started.",
+    ),
+    _cause(
+        r"Invalid repository ID or local directory specified: '(?P<model>[^']*)'",
+        "{model} holds no model: its config.json is missing.",
+        "Point `model:` at the folder that holds config.json, or finish the download.",
+    ),
+    _cause(
+        r"trust_remote_code|custom code which must be executed",
+        "The model brings code of its own, which vLLM does not run unasked.",
+        "If you trust it, add `trust-remote-code: true` to `args:`.",
+    ),
+    _cause(
+        r"Model architectures \[(?P<name>[^\]]*)\] (?:are not supported|failed)|has no vLLM implementation",
+        "This vLLM does not support the model's architecture.",
+        "Use a newer vLLM, or another model.",
+    ),
+    _cause(
+        r"does not recognize this architecture",
+        "The transformers library in vLLM's environment is too old for the model.",
+        "Use a newer vLLM.",
+    ),
+    _cause(
+        r"Error while deserializing header|SafetensorError|incomplete metadata",
+        "A weights file of the model is damaged or incomplete.",
+        "Delete it and download it again.",
+    ),
+)
+
+_MEMORY = (
+    _cause(
+        r"Free memory on device \S* ?\((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on startup is less "
+        r"than desired GPU memory utilization \((?P<share>[\d.]+), (?P<wanted>[\d.]+) GiB\)",
+        "Not enough free GPU memory to start: {free} of {total} GiB are free, {wanted} GiB are asked for.",
+        "Put other models to sleep, end other programs on the GPU, or lower `gpu-memory-utilization`.",
+    ),
+    _cause(
+        r"Free memory on device",
+        "Not enough free GPU memory to start.",
+        "Put other models to sleep, end other programs on the GPU, or lower `gpu-memory-utilization`.",
+    ),
+    _cause(
+        r"max seq len \((?P<length>\d+)\)[^\n]*?\((?P<need>[\d.]+) GiB KV cache is needed[^\n]*?"
+        r"available KV cache memory \((?P<room>[\d.]+) GiB\)"
+        r"(?:[^\n]*?estimated maximum model length is (?P<most>\d+))?",
+        "`max-model-len` {length} needs {need} GiB of KV cache and {room} GiB are there.",
+        "Set `max-model-len` to at most {most}, or raise `gpu-memory-utilization`.",
+    ),
+    _cause(
+        r"larger than the available KV cache memory",
+        "The KV cache has no room for one request of `max-model-len` tokens.",
+        "Lower `max-model-len`, or raise `gpu-memory-utilization`.",
+    ),
+    _cause(
+        r"No available memory for the cache blocks",
+        "After loading the weights no GPU memory is left for the KV cache.",
+        "Raise `gpu-memory-utilization`, or use a smaller or quantised model.",
+    ),
+    _cause(
+        r"Available memory on node \d+ \((?P<free>[\d.]+)/[\d.]+ GiB\).*requested memory for kv "
+        r"\((?P<wanted>[\d.]+) GiB\)",
+        "The KV cache is to have {wanted} GiB of RAM and {free} GiB are free.",
+        "Lower `kv-cache-memory-bytes` or VLLM_CPU_KVCACHE_SPACE.",
+    ),
+    _cause(
+        r"Error in memory profiling",
+        "GPU memory changed hands while vLLM was measuring it.",
+        "Start it again when nothing else starts, sleeps or ends on that GPU.",
+    ),
+    _cause(
+        r"Memory usage increased after sleeping",
+        "Another program took GPU memory while the model fell asleep, which this vLLM does not survive.",
+        "Restart the model; let nothing else start or wake on that GPU meanwhile.",
+    ),
+    _cause(
+        r"CUDA Error: out of memory at \S*cumem|CUDA Error: invalid argument at \S*cumem",
+        "The GPU had no room for the model to wake.",
+        "Put other models to sleep or end other programs on the GPU, then restart the model.",
+    ),
+    _cause(
+        r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|CUDA_ERROR_OUT_OF_MEMORY",
+        "The GPU ran out of memory.",
+        "Lower `gpu-memory-utilization` or `max-model-len`, or put other models to sleep first.",
+    ),
+    _cause(
+        r"DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|^MemoryError",
+        "The machine ran out of memory (RAM).",
+        "Free RAM, use sleep level 2, or lower what the model needs.",
+    ),
+    _cause(
+        r"illegal memory access",
+        "The GPU reported an illegal memory access: the engine is lost.",
+        "Restart the model; if it happens again after sleeping, use `level: none` and report it to vLLM.",
+    ),
+)
+
+CAUSES: tuple[Cause, ...] = (*_COMMAND_LINE, *_INSTALLATION, *_MEMORY, *_MODEL)
+"""Searched in the engine's own exception, then in all other exceptions."""
+
+KILLED: tuple[Cause, ...] = (
+    _cause(
+        r"Worker proc (?P<name>\S+) died unexpectedly",
+        "A worker process of the engine ({name}) was killed.",
+        "Look for `Out of memory` in `dmesg`; otherwise look at the log (key l) and start it again.",
+    ),
+    _cause(
+        r"engine core exited unexpectedly|Engine core proc \S+ died unexpectedly",
+        "The engine process was killed.",
+        "Look for `Out of memory` in `dmesg`; otherwise look at the log (key l) and start it again.",
+    ),
+    _cause(
+        r"(?m)^KeyboardInterrupt",
+        "The start was interrupted by a signal.",
+        "Start it again.",
+    ),
+)
+"""Searched in the whole log: the exceptions of a process that was killed say nothing."""
+
+SIGNALLED: tuple[Cause, ...] = (
+    _cause(
+        r"\[shutdown\] API server: shutdown triggered|trigger received signal=SIG",
+        "Somebody asked the server to end with a signal.",
+        "Start it again.",
+    ),
+)
+"""Searched last, in the whole log: every proper end logs it too."""
