@@ -28,7 +28,7 @@ JOIN_LIMIT = 2.0
 FULL_SCAN_EVERY = 10
 """Samples between two full scans of /proc; the others read only what changed."""
 LATE_AFTER = 5.0
-"""Intervals without a new sample after which the latest one says that it is old."""
+"""Seconds beyond the interval after which the latest sample says that it is old."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,18 @@ class Sample:
 class Sampler:
     """Takes a sample every `interval` seconds in a daemon thread; the reader stays the caller's to close."""
 
-    def __init__(self, reader: GpuReader, simulated: Path | None, interval: float = 1.0) -> None:
+    def __init__(
+        self,
+        reader: GpuReader,
+        simulated: Path | None,
+        interval: float = 1.0,
+        *,
+        late_after: float = LATE_AFTER,
+    ) -> None:
         self._reader = reader
         self._simulated = simulated
         self._interval = interval
+        self._late_after = interval + late_after
         self._roots: Mapping[str, int] = {}
         self._latest = Sample()
         self._table: ProcessTable | None = None
@@ -71,7 +79,7 @@ class Sampler:
         """The newest sample, at once; it says so in its notes if the thread has been stuck."""
         sample = self._latest
         age = time.time() - sample.time
-        if not sample.time or not self._thread.is_alive() or age < LATE_AFTER * max(self._interval, 1.0):
+        if not sample.time or not self._thread.is_alive() or age < self._late_after:
             return sample
         late = f"The figures are {age:.0f} s old: the GPU driver or /proc does not answer."
         return replace(sample, notes=(*sample.notes, late))
