@@ -1,1 +1,1 @@
-"""."""
+"""The panel: one screen over the fleet, built on Textual."""

@@ -1,0 +1,169 @@
+"""The panel's application: themes, the palette of commands, leaving."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import msgspec
+from rich.theme import Theme as RichTheme
+from textual.app import App, SystemCommand
+from textual.screen import Screen
+from textual.theme import Theme
+
+from vllm_sleep_tui import paths
+from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.tui.dashboard import Dashboard
+from vllm_sleep_tui.tui.keys import KEYS
+from vllm_sleep_tui.tui.operations import Operations
+from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, textual_theme
+from vllm_sleep_tui.tui.view import PanelFleet
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.config_file import LoadedConfig
+
+
+class Remembered(msgspec.Struct):
+    """What the panel keeps between runs, in `panel.json` of the state folder."""
+
+    theme: str = DEFAULT_THEME
+
+
+class PanelApp(App[None]):
+    """The panel over a fleet that is open already and outlives it."""
+
+    CSS_PATH = "panel.tcss"
+    TITLE = "vllm-sleep-tui"
+    ENABLE_COMMAND_PALETTE = True
+    theme_names: tuple[str, ...]
+
+    def __init__(
+        self,
+        fleet: PanelFleet,
+        *,
+        state_dir: Path,
+        theme_folders: Sequence[Path],
+        autostart: Sequence[str] = (),
+    ) -> None:
+        self._files, self._complaints = load_themes(theme_folders)
+        super().__init__()
+        self.fleet = fleet
+        self.operations = Operations()
+        self._memory = state_dir / "panel.json"
+        self._autostart = autostart
+        for file in self._files.values():
+            self.register_theme(textual_theme(file))
+        self.theme_names = tuple(self._files)
+        remembered = self._recall().theme
+        self.theme = remembered if remembered in self._files else DEFAULT_THEME
+        self.palette = Palette(self._files[self.theme])
+
+    def get_theme_variable_defaults(self) -> dict[str, str]:
+        """Literal colours for our own names in the stylesheet, before a theme is chosen."""
+        return {"line": "#444444", "quiet": "#888888"}
+
+    def on_mount(self) -> None:
+        """Open the dashboard."""
+        self.theme_changed_signal.subscribe(self, self._recolor)
+        self._recolor(self.current_theme)
+        self.dashboard = Dashboard(self.fleet, self.operations)
+        self.push_screen(self.dashboard)
+        for complaint in self._complaints:
+            self.notify(complaint, severity="warning", timeout=12, markup=False)
+        if self._autostart:
+            self.dashboard.call_after_refresh(self.dashboard.ask_autostart, self._autostart)
+
+    def _recolor(self, theme: Theme) -> None:
+        if theme.name not in self._files:
+            return
+        self.palette = Palette(self._files[theme.name])
+        self.console.push_theme(_rich_theme(self.palette))
+        dashboard = getattr(self, "dashboard", None)
+        if dashboard is not None and dashboard.is_attached:
+            dashboard.recolor()
+
+    def _recall(self) -> Remembered:
+        try:
+            return msgspec.json.decode(self._memory.read_bytes(), type=Remembered)
+        except (OSError, msgspec.DecodeError):
+            return Remembered()
+
+    def remember_theme(self, name: str) -> None:
+        """Begin with this theme the next time."""
+        try:
+            paths.write_private(self._memory, msgspec.json.encode(Remembered(theme=name)))
+        except PanelError as error:
+            self.notify(f"The theme is not remembered. {error.what}", severity="warning", markup=False)
+
+    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+        """The palette: what the keys do, and a switch to each model by name."""
+        if not isinstance(screen, Dashboard):
+            return
+        for key in KEYS:
+            yield SystemCommand(key.help, f"key {key.cap}", self._runner(key.action))
+        for model in self.fleet.snapshot().models:
+            yield SystemCommand(f"Switch to {model.name}", model.source, self._switcher(model.name))
+
+    def _runner(self, action: str) -> Callable[[], Awaitable[None]]:
+        async def run() -> None:
+            await self.dashboard.run_action(action)
+
+        return run
+
+    def _switcher(self, name: str) -> Callable[[], None]:
+        def switch() -> None:
+            self.dashboard.selected = name
+            self.dashboard.action_switch()
+
+        return switch
+
+    async def action_quit(self) -> None:
+        """Ctrl+q asks like q, where a question can be asked."""
+        if isinstance(self.screen, Dashboard):
+            self.dashboard.action_quit_panel()
+
+
+def _rich_theme(palette: Palette) -> RichTheme:
+    """The colours of Markdown in answers."""
+    style = palette.style
+    return RichTheme(
+        {
+            "markdown.code": style("accent"),
+            "markdown.code_block": style("text on-panel"),
+            "markdown.h1": style("text bold"),
+            "markdown.h1.border": style("border"),
+            "markdown.h2": style("text bold underline"),
+            "markdown.h3": style("text bold"),
+            "markdown.item.bullet": style("accent"),
+            "markdown.item.number": style("accent"),
+            "markdown.block_quote": style("muted italic"),
+            "markdown.hr": style("border"),
+            "markdown.link": style("accent"),
+            "markdown.link_url": style("accent underline"),
+        }
+    )
+
+
+async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
+    marked = [name for name, model in loaded.config.models.items() if model.autostart]
+    folders = (package_folder(), paths.config_dir() / "themes")
+    from vllm_sleep_tui.fleet.fleet import Fleet
+
+    async with Fleet(loaded, state_dir) as fleet:
+        app = PanelApp(fleet, state_dir=state_dir, theme_folders=folders, autostart=marked)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, app.exit)
+        try:
+            await app.run_async()
+        finally:
+            await app.operations.close()
+        return app.return_code or 0
+
+
+def run_panel(loaded: LoadedConfig, state_dir: Path) -> int:
+    """Open the fleet, then the panel over it; servers outlive both. The exit code."""
+    return asyncio.run(_run(loaded, state_dir))

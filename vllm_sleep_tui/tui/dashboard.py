@@ -1,0 +1,199 @@
+"""The dashboard: memory, models, what a key would do, and the chat."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from textual import work
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.events import DescendantBlur, DescendantFocus, Resize
+from textual.timer import Timer
+from textual.widgets import Static
+
+from vllm_sleep_tui.fleet.snapshot import Prediction
+from vllm_sleep_tui.fleet.states import SETTLED, State
+from vllm_sleep_tui.tui.bands import BottomBand, TopBand
+from vllm_sleep_tui.tui.chat import ChatPane
+from vllm_sleep_tui.tui.detail import Detail
+from vllm_sleep_tui.tui.dialogs import Help, ThemeChooser
+from vllm_sleep_tui.tui.keys import bindings
+from vllm_sleep_tui.tui.logs import LogScreen
+from vllm_sleep_tui.tui.memory import MemoryPanel
+from vllm_sleep_tui.tui.models import ModelTable
+from vllm_sleep_tui.tui.operating import OperatingScreen
+from vllm_sleep_tui.tui.operations import Operations
+from vllm_sleep_tui.tui.paint import Painted
+from vllm_sleep_tui.tui.view import PanelFleet, View
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.tui.app import PanelApp
+
+TICK_SECONDS = 0.25
+IDLE_TICKS = 3
+"""While nothing is under way, only every third tick looks at the fleet."""
+MIN_WIDTH, MIN_HEIGHT = 60, 20
+NARROW_WIDTH, LOW_HEIGHT = 100, 30
+_TYPING_HINT = "⏎ or ctrl+j send   esc leave the input   letters are text here"
+
+
+class Dashboard(OperatingScreen):
+    """The one screen of every day."""
+
+    BINDINGS = bindings()
+
+    def __init__(self, fleet: PanelFleet, operations: Operations) -> None:
+        super().__init__(fleet, operations)
+        self._ticks = 0
+        self._is_busy = False
+        self._look_timer: Timer | None = None
+        snapshot = fleet.snapshot()
+        awake = [model.name for model in snapshot.models if model.state is State.AWAKE]
+        self.selected = next(iter(awake or [model.name for model in snapshot.models]), None)
+
+    def compose(self) -> ComposeResult:
+        """Top to bottom."""
+        yield TopBand(id="top")
+        yield BottomBand(id="bottom")
+        yield MemoryPanel(id="memory")
+        with Horizontal(id="body"):
+            with Vertical(id="models") as box:
+                box.border_title = "Models"
+                yield ModelTable(id="table")
+                with VerticalScroll(id="scroll", can_focus=True):
+                    yield Detail(id="detail")
+            yield ChatPane(self.fleet, self.operations, id="chat")
+        yield Static(id="too-small", markup=False)
+
+    async def on_mount(self) -> None:
+        """Show the first moment, then look again four times a second."""
+        self.query_one(ModelTable).focus()
+        await self.look()
+        self._look_timer = self.set_interval(TICK_SECONDS, self._tick)
+
+    def on_screen_suspend(self) -> None:
+        """Rest while another screen is in front, unless it lets this one be seen."""
+        if self._look_timer is not None and not self.app.screen.is_modal:
+            self._look_timer.pause()
+
+    def on_screen_resume(self) -> None:
+        """Go on."""
+        if self._look_timer is not None:
+            self._look_timer.resume()
+
+    def on_resize(self, event: Resize) -> None:
+        """Fit the layout to the terminal."""
+        width, height = event.size
+        self.set_class(width < MIN_WIDTH or height < MIN_HEIGHT, "-tiny")
+        self.set_class(width < NARROW_WIDTH, "-narrow")
+        self.set_class(height < LOW_HEIGHT, "-low")
+        words = f"The panel needs {MIN_WIDTH}×{MIN_HEIGHT} at least; this terminal has {width}×{height}."
+        self.query_one("#too-small", Static).update(words)
+
+    def view(self) -> View:
+        """This moment."""
+        snapshot = self.fleet.snapshot()
+        return View(
+            snapshot=snapshot,
+            selected=self.selected,
+            prediction=self._prediction(),
+            running=dict(self.operations.running),
+            troubles=dict(self.operations.troubles),
+        )
+
+    def _prediction(self) -> Prediction | None:
+        return None if self.selected is None else self.fleet.predict(self.selected)
+
+    async def _tick(self) -> None:
+        self._ticks += 1
+        if self._is_busy or self._ticks % IDLE_TICKS == 0:
+            await self.look()
+
+    async def look(self) -> None:
+        """Look at the fleet and show what changed."""
+        view = self.view()
+        moving = any(model.state not in SETTLED or model.operation for model in view.snapshot.models)
+        self._is_busy = moving or bool(view.running)
+        self.query_one(TopBand).show(view)
+        self.query_one(MemoryPanel).show(view)
+        self.query_one(ModelTable).show(view)
+        self.query_one(Detail).show(view)
+        await self.query_one(ChatPane).show(view)
+
+    def changed(self) -> None:
+        """Look at once."""
+        self.call_later(self.look)
+
+    def recolor(self) -> None:
+        """Paint everything in the theme's new colours."""
+        for widget in self.query(Painted):
+            widget.refresh()
+        self.query_one(ChatPane).recolor()
+
+    def on_model_table_selected(self, message: ModelTable.Selected) -> None:
+        """Another row."""
+        self.selected = message.name
+        self.changed()
+
+    def on_model_table_chosen(self) -> None:
+        """A double click."""
+        self.action_switch()
+
+    def on_descendant_focus(self, _event: DescendantFocus) -> None:
+        """Say which keys work now."""
+        self._hint()
+
+    def on_descendant_blur(self, _event: DescendantBlur) -> None:
+        """Say which keys work now."""
+        self._hint()
+
+    def _hint(self) -> None:
+        typing = self.query_one(ChatPane).input.has_focus
+        self.query_one(BottomBand).show_typing(_TYPING_HINT if typing else "")
+
+    def action_chat(self) -> None:
+        """Into the chat's input."""
+        self.add_class("-chatting")
+        self.query_one(ChatPane).input.focus()
+
+    def action_back(self) -> None:
+        """Leave the input; else stop the answer; else stop an operation; else close the chat of a narrow screen."""
+        chat = self.query_one(ChatPane)
+        if chat.input.has_focus:
+            self.query_one(ModelTable).focus()
+            if self.focused is not self.query_one(ModelTable):
+                self.set_focus(None)
+        elif chat.stop_answer():
+            self.notify("Stopped the answer; what was said is kept.", markup=False)
+        elif (name := self.operations.cancel(self.selected)) is not None:
+            self.notify(f"{name}: stops at the next safe point.", markup=False)
+            self.changed()
+        else:
+            self.remove_class("-chatting")
+            self.query_one(ModelTable).focus()
+
+    def action_copy_answer(self) -> None:
+        """The last answer, as it was written, to the clipboard."""
+        text = self.query_one(ChatPane).last_answer()
+        if text is None:
+            self.notify(f"{self.selected} has not answered anything yet.", markup=False)
+            return
+        self.app.copy_to_clipboard(text)
+        self.notify(f"Copied {len(text)} characters.", markup=False)
+
+    def action_log(self) -> None:
+        """The selected model's log."""
+        if self.selected is not None:
+            self.app.push_screen(LogScreen(self.selected, self.fleet.log_path(self.selected)))
+
+    def action_help(self) -> None:
+        """All keys."""
+        self.app.push_screen(Help())
+
+    @work
+    async def action_theme(self) -> None:
+        """Choose a theme."""
+        app = cast("PanelApp", self.app)
+        chosen = await app.push_screen_wait(ThemeChooser(app.theme_names, app.theme))
+        if chosen is not None:
+            app.remember_theme(chosen)

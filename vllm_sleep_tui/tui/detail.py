@@ -1,0 +1,179 @@
+"""Below the table: what went wrong, what is under way, what enter would do, and what the last switch took."""
+
+from __future__ import annotations
+
+from textual.geometry import Size
+
+from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.tui.bars import progress, waterfall
+from vllm_sleep_tui.tui.paint import Line, Painted, Span, cut, cut_line, wrap
+from vllm_sleep_tui.tui.view import Running, View
+from vllm_sleep_tui.tui.words import clock, gib, phases_of, took
+
+_INDENT = "  "
+
+
+def rule(title: list[Span], width: int) -> Line:
+    """A thin line with a title, across the box."""
+    line = cut_line((("─ ", "border"), *title, (" ", "")), width)
+    used = sum(len(text) for text, _ in line)
+    return (*line, ("─" * max(0, width - used), "border"))
+
+
+def _wrapped(text: str, width: int, paint: str) -> list[Line]:
+    return [((_INDENT, ""), (line, paint)) for line in wrap(text, width - len(_INDENT))]
+
+
+def trouble_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:
+    """The reason and the cure, in full, of a failed model and of the last refusal."""
+    lines: list[Line] = []
+    if model.state is State.FAILED or model.reason:
+        lines.append(rule([(f"why {model.name} {model.state}", "bad bold")], width))
+        lines += _wrapped(model.reason or "No reason is known; the log (l) may tell.", width, "text")
+        lines += _wrapped(model.cure, width, "accent") if model.cure else []
+    trouble = view.troubles.get(model.name)
+    if trouble is not None and trouble.what != model.reason:
+        lines.append(rule([(f"{trouble.verb} {model.name} did not work", "bad bold")], width))
+        lines += _wrapped(trouble.what, width, "text")
+        lines += _wrapped(trouble.cure, width, "accent") if trouble.cure else []
+    return lines
+
+
+def running_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:
+    """Every operation under way: this panel's, and what others do to the selected model."""
+    lines: list[Line] = []
+    for running in view.running.values():
+        lines += _running(view, running, width)
+    operation = model.operation
+    if operation is not None and not view.running:
+        elapsed = view.snapshot.time - operation.since
+        fraction = min(0.99, elapsed / operation.eta) if operation.eta else None
+        title = [
+            (f"{operation.name} {model.name}", "warning bold"),
+            (f"  {_times(elapsed, operation.eta)}", "muted"),
+        ]
+        lines.append(rule(title, width))
+        lines += _step(str(model.phase or ""), model.progress or "", fraction, width)
+    return lines
+
+
+def _running(view: View, running: Running, width: int) -> list[Line]:
+    model = view.snapshot.model(running.model)
+    latest = running.progress
+    acting = view.snapshot.model(latest.model) if latest is not None and _knows(view, latest.model) else model
+    eta = model.operation.eta if model.operation else None
+    elapsed = view.snapshot.time - running.since
+    color = view.colors[running.model]
+    title: list[Span] = [
+        (f"{running.verb} ", "warning bold"),
+        (running.model, f"{color} bold"),
+        (f"  {_times(elapsed, eta)}", "muted"),
+    ]
+    if running.cancelled:
+        title.append(("  stops at the next safe point", "warning"))
+    phase = latest.phase if latest else str(acting.phase or "")
+    if acting is not model and phase:
+        phase = f"{acting.name}: {phase}"
+    detail = (latest.detail if latest else "") or acting.progress or ""
+    fraction = latest.fraction if latest else None
+    if fraction is None and eta:
+        fraction = min(0.99, elapsed / eta)
+    return [rule(title, width), *_step(phase, detail, fraction, width)]
+
+
+def _knows(view: View, name: str) -> bool:
+    return any(model.name == name for model in view.snapshot.models)
+
+
+def _times(elapsed: float, eta: float | None) -> str:
+    return clock(elapsed) if eta is None else f"{clock(elapsed)} of about {clock(eta + 0.5)}"
+
+
+def _step(phase: str, detail: str, fraction: float | None, width: int) -> list[Line]:
+    per_cent = "" if fraction is None else f" {fraction * 100:3.0f} %"
+    bar = progress(fraction, width - len(_INDENT) - len(per_cent) - 1)
+    words = cut(f"{phase}  {detail}".strip() or "working", width - len(_INDENT))
+    return [((_INDENT, ""), (words, "text")), ((_INDENT, ""), *bar, (per_cent, "muted"))]
+
+
+def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
+    """What enter would do, with its numbers."""
+    color = view.colors.get(prediction.target, "text")
+    title: list[Span] = [("enter → ", "accent bold"), (prediction.target, f"{color} bold")]
+    if prediction.seconds is not None and prediction.action not in {"nothing", "refused"}:
+        title.append((f"  ≈ {took(prediction.seconds)}", "text bold"))
+    paint = "warning" if prediction.action == "refused" else "text"
+    lines = [rule(title, width), *_wrapped(prediction.sentence, width, paint)]
+    if prediction.action in {"nothing", "refused"}:
+        return lines
+    totals = {str(gpu.index): gpu.total_bytes for gpu in view.snapshot.gpus}
+    for index, needed in prediction.needs_bytes.items():
+        words = f"GPU {index}: needs {gib(needed)} GiB, {gib(prediction.free_bytes.get(index))} will be free"
+        if index in prediction.used_after:
+            words += f"; {gib(prediction.used_after[index])} of {gib(totals.get(index))} used after"
+        lines += _wrapped(words, width, "muted")
+    return lines
+
+
+def last_switch_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:
+    """The phases of the last switch to the model, as a waterfall."""
+    if model.last_switch is None:
+        return []
+    color = view.colors[model.name]
+    title: list[Span] = [
+        ("last switch to ", "muted"),
+        (model.name, f"{color} bold"),
+        (f"  {took(model.last_switch.total)}", "text bold"),
+    ]
+    bars = waterfall(phases_of(model.last_switch), width - len(_INDENT), color)
+    return [rule(title, width), *(((_INDENT, ""), *bar) for bar in bars)]
+
+
+def facts_line(model: ModelSnapshot, width: int) -> list[Line]:
+    """One quiet line: where the model comes from, its level, its process, its proof."""
+    level = model.configured_level
+    if level == "auto" and model.resolved_level is not None:
+        level = f"auto ({model.resolved_level})"
+    words = [model.source, f"level {level}"]
+    if model.gpus:
+        words.append(f"GPU {', '.join(map(str, model.gpus))}")
+    if model.port is not None:
+        words.append(f"port {model.port}")
+    if model.pid is not None:
+        words.append(f"pid {model.pid}")
+    if model.proof:
+        words.append(model.proof)
+    if not model.frees_memory:
+        words.append("sleeping frees no memory here")
+    return _wrapped(" · ".join(word for word in words if word), width, "muted")
+
+
+class Detail(Painted):
+    """All that is to be said about the selected model."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._view: View | None = None
+
+    def show(self, view: View) -> None:
+        """Show this moment."""
+        self._view = view
+        self.repaint()
+
+    def paint(self, size: Size) -> list[Line]:
+        """The sections that have something to say, the most pressing first."""
+        view = self._view
+        if view is None or view.model is None:
+            return []
+        model, width = view.model, size.width
+        sections = [trouble_lines(view, model, width), running_lines(view, model, width)]
+        if view.prediction is not None:
+            sections.append(enter_lines(view, view.prediction, width))
+        sections += [last_switch_lines(view, model, width), facts_line(model, width)]
+        lines: list[Line] = []
+        airy = sum(map(len, sections)) + len(sections) < size.height
+        for section in filter(None, sections):
+            lines += [((" ", ""),)] if airy and lines else []
+            lines += section
+        return lines

@@ -1,0 +1,135 @@
+"""Questions and help, over the dashboard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.events import Key
+from textual.screen import ModalScreen
+from textual.widgets import Button, Label, OptionList, Static
+from textual.widgets.option_list import Option
+
+from vllm_sleep_tui.tui.keys import ELSEWHERE, KEYS
+
+
+class Choice(NamedTuple):
+    """One answer to a question."""
+
+    key: str
+    words: str
+    value: str
+
+
+class Question(ModalScreen[str | None]):
+    """A question with a few answers; escape is none of them."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "dismiss", "cancel", show=False),
+        Binding("left,up", "app.focus_previous", show=False),
+        Binding("right,down", "app.focus_next", show=False),
+    ]
+
+    def __init__(self, title: str, text: str, choices: Sequence[Choice]) -> None:
+        super().__init__()
+        self._title_text = title
+        self._text = text
+        self._choices = choices
+
+    def compose(self) -> ComposeResult:
+        """The question and its answers, the harmless one in focus."""
+        with Vertical(classes="dialog") as box:
+            box.border_title = Text(self._title_text).markup
+            yield Label(Text(self._text), classes="words")
+            with Horizontal(classes="choices"):
+                for choice in self._choices:
+                    yield Button(Text(f"{choice.key}  {choice.words}"), name=choice.value, compact=True)
+                yield Button(Text("esc  Cancel"), name="", compact=True, id="cancel")
+
+    def on_mount(self) -> None:
+        """Enter alone never does harm."""
+        self.query_one("#cancel").focus()
+
+    def on_key(self, event: Key) -> None:
+        """A choice's own key picks it."""
+        for choice in self._choices:
+            if event.key == choice.key:
+                event.stop()
+                self.dismiss(choice.value)
+
+    def on_button_pressed(self, event: Button.Pressed) -> None:
+        """A pressed button picks its answer."""
+        self.dismiss(event.button.name or None)
+
+
+class Help(ModalScreen[None]):
+    """Every key and what it does."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,q,question_mark", "dismiss", "close", show=False)
+    ]
+
+    def compose(self) -> ComposeResult:
+        """The table of keys."""
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold", justify="right")
+        for key in KEYS:
+            table.add_row(Text(key.cap), Text(key.help))
+        for cap, words in ELSEWHERE:
+            table.add_row(Text(cap), Text(words))
+        with VerticalScroll(classes="dialog wide") as box:
+            box.border_title = "Keys"
+            box.border_subtitle = "esc closes"
+            yield Static(table)
+
+
+class ThemeChooser(ModalScreen[str | None]):
+    """The themes; the one under the cursor is tried on at once, escape puts the old one back."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "cancel", "cancel", show=False),
+        Binding("t,j", "next(1)", "next", show=False),
+        Binding("k", "next(-1)", "previous", show=False),
+    ]
+
+    def __init__(self, names: Sequence[str], current: str) -> None:
+        super().__init__()
+        self._names = names
+        self._current = current
+
+    def compose(self) -> ComposeResult:
+        """One line a theme."""
+        with Vertical(classes="dialog small") as box:
+            box.border_title = "Theme"
+            box.border_subtitle = "⏎ keeps, esc undoes"
+            options = OptionList(*(Option(Text(name), id=name) for name in self._names))
+            yield options
+
+    def on_mount(self) -> None:
+        """Begin at the theme in use."""
+        options = self.query_one(OptionList)
+        options.highlighted = self._names.index(self._current)
+        options.focus()
+
+    def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
+        """Try it on."""
+        self.app.theme = self._names[event.option_index]
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Keep it."""
+        self.dismiss(self._names[event.option_index])
+
+    def action_next(self, step: int) -> None:
+        """The next theme, round and round."""
+        options = self.query_one(OptionList)
+        options.highlighted = ((options.highlighted or 0) + step) % len(self._names)
+
+    def action_cancel(self) -> None:
+        """Put the old one back."""
+        self.app.theme = self._current
+        self.dismiss(None)

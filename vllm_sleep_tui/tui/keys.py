@@ -1,0 +1,78 @@
+"""Every key of the panel, once: bindings, footer, help and palette read this table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from textual.binding import Binding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One key, what it does, and in what words."""
+
+    key: str
+    action: str
+    short: str
+    """For the footer."""
+    help: str
+    shown: str = ""
+    """The key as people know it, if Textual calls it otherwise."""
+    in_footer: bool = True
+
+    @property
+    def cap(self) -> str:
+        """The key for the eye."""
+        return self.shown or self.key
+
+
+KEYS: tuple[Key, ...] = (
+    Key(key="enter", action="switch", short="switch", help="Switch to the selected model", shown="⏎"),
+    Key(key="s", action="sleep", short="sleep", help="Put it to sleep at its level"),
+    Key(
+        key="1",
+        action="sleep_at(1)",
+        short="level 1",
+        help="Put it to sleep at level 1 (weights kept in RAM)",
+        in_footer=False,
+    ),
+    Key(
+        key="2",
+        action="sleep_at(2)",
+        short="level 2",
+        help="Put it to sleep at level 2 (weights read again)",
+        in_footer=False,
+    ),
+    Key(key="w", action="wake", short="wake", help="Wake it beside the others, if there is room"),
+    Key(key="u", action="start", short="start", help="Start it"),
+    Key(key="x", action="stop", short="stop", help="Stop it (asks)"),
+    Key(key="r", action="restart", short="restart", help="Restart it (asks)", in_footer=False),
+    Key(key="c", action="chat", short="chat", help="Chat with it; asleep, it is switched to first"),
+    Key(key="y", action="copy_answer", short="copy", help="Copy its last answer", in_footer=False),
+    Key(key="l", action="log", short="log", help="Follow its log"),
+    Key(key="g", action="gpus", short="GPUs", help="GPU view: memory by model, use over time"),
+    Key(key="t", action="theme", short="theme", help="Choose a theme", in_footer=False),
+    Key(key="question_mark", action="help", short="help", help="This list", shown="?"),
+    Key(key="q", action="quit_panel", short="quit", help="Quit (asks what becomes of running servers)"),
+    Key(
+        key="escape",
+        action="back",
+        short="back",
+        in_footer=False,
+        shown="esc",
+        help="Leave the input; else stop the answer; else stop the operation at its next safe point",
+    ),
+)
+
+ELSEWHERE: tuple[tuple[str, str], ...] = (
+    ("↑ ↓ j k", "Select a model"),
+    ("ctrl+j ⏎", "In the chat: send (paste keeps its lines)"),
+    ("ctrl+p", "Palette: every action by name"),
+    ("tab", "Next part of the screen"),
+)
+"""Keys that widgets handle themselves."""
+
+
+def bindings() -> list[Binding]:
+    """The table as bindings of the dashboard."""
+    return [Binding(key.key, key.action, key.short, show=False) for key in KEYS]

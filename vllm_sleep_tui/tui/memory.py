@@ -1,0 +1,152 @@
+"""The memory box: one stacked bar for each GPU, one for the RAM."""
+
+from __future__ import annotations
+
+from textual.geometry import Size
+
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.tui.bars import FREE, HATCHED, SOLID, Part, legend, stacked
+from vllm_sleep_tui.tui.paint import Line, Painted, Span, cut, left, line_width, right, spread
+from vllm_sleep_tui.tui.view import View
+from vllm_sleep_tui.tui.words import GIB, UNKNOWN, gib, gib_short
+
+_NAME_WIDTH = 7
+_TOTAL_WIDTH = 17
+
+
+def gpu_parts(gpu: GpuSnapshot, models: tuple[ModelSnapshot, ...], colors: dict[str, str]) -> list[Part]:
+    """Who holds the GPU's memory: the models in the order of the file, then everybody else."""
+    parts: list[Part] = []
+    ours = 0
+    for model in models:
+        held = (model.vram_by_gpu or {}).get(str(gpu.index), 0)
+        if held <= 0:
+            continue
+        ours += held
+        fill = HATCHED if model.state is State.ASLEEP else SOLID
+        parts.append(Part(f"{model.name} {gib(held)}", held, colors[model.name], fill))
+    others = (gpu.used_bytes or 0) - ours
+    if others > GIB // 20:
+        parts.append(Part(f"others {gib(others)}", others, "others", SOLID))
+    return parts
+
+
+def ram_parts(snapshot: FleetSnapshot, colors: dict[str, str]) -> list[Part]:
+    """Who holds the RAM: pinned pools by model, our servers' private memory, everybody else."""
+    total, available = snapshot.host.ram_total_bytes, snapshot.host.ram_available_bytes
+    parts: list[Part] = []
+    private = 0
+    for model in snapshot.models:
+        pinned = model.pinned_bytes or 0
+        private += max(0, (model.ram_bytes or 0) - pinned)
+        if pinned > 0:
+            parts.append(Part(f"{model.name} {gib(pinned)}", pinned, colors[model.name], HATCHED))
+    if private > 0:
+        parts.append(Part(f"private {gib(private)}", private, "muted", SOLID))
+    if total is not None and available is not None:
+        others = total - available - private - sum(part.size for part in parts if part.fill == HATCHED)
+        if others > GIB // 20:
+            parts.append(Part(f"others {gib(int(others))}", others, "others", SOLID))
+    return parts
+
+
+def _totals(used: int | None, total: int | None) -> str:
+    return f"{gib_short(used)} / {gib_short(total)} GiB"
+
+
+def _readings(gpu: GpuSnapshot) -> list[Span]:
+    parts = [gpu.name]
+    if gpu.utilization is not None:
+        parts.append(f"{gpu.utilization:.0f} %")
+    if gpu.power_watts is not None:
+        parts.append(f"{gpu.power_watts:.0f} W")
+    if gpu.temperature is not None:
+        parts.append(f"{gpu.temperature:.0f} °C")
+    return [("  ".join(parts), "muted")]
+
+
+def _free_words(used: int | None, total: int | None) -> list[Part]:
+    if used is None or total is None:
+        return []
+    return [Part(f"free {gib(total - used)}", total - used, "faint", FREE)]
+
+
+def gpu_lines(view: View, gpu: GpuSnapshot, width: int, *, compact: bool) -> list[Line]:
+    """The bar of a GPU, and below it who is who and what the card reads."""
+    name = left(f"GPU {gpu.index}", _NAME_WIDTH)
+    if gpu.used_bytes is None or gpu.total_bytes is None:
+        return [((name, "text bold"), (f"{gpu.name}: memory unknown ({UNKNOWN})", "muted"))]
+    parts = gpu_parts(gpu, view.snapshot.models, view.colors)
+    prediction = view.prediction
+    moves = prediction is not None and prediction.action in {"wake", "switch", "start"}
+    after = prediction.used_after.get(str(gpu.index)) if prediction is not None and moves else None
+    bar = stacked(parts, gpu.total_bytes, width - _NAME_WIDTH - _TOTAL_WIDTH, mark=after)
+    first: Line = (
+        (name, "text bold"),
+        *bar,
+        (right(_totals(gpu.used_bytes, gpu.total_bytes), _TOTAL_WIDTH), "text"),
+    )
+    if compact:
+        return [first]
+    return [first, _below(parts, gpu, after, width)]
+
+
+def _below(parts: list[Part], gpu: GpuSnapshot, after: int | None, width: int) -> Line:
+    readings = _readings(gpu)
+    mark: list[Span] = []
+    if after is not None:
+        mark = [("┃ ", "text bold"), (f"{gib(after)} after enter   ", "text")]
+    room = width - _NAME_WIDTH - line_width(readings) - line_width(mark) - 1
+    names = legend([*parts, *_free_words(gpu.used_bytes, gpu.total_bytes)], room)
+    return spread([(" " * _NAME_WIDTH, ""), *names, *mark], readings, width)
+
+
+def ram_lines(view: View, width: int, *, compact: bool) -> list[Line]:
+    """The bar of the RAM, and below it who holds it."""
+    host = view.snapshot.host
+    total, available = host.ram_total_bytes, host.ram_available_bytes
+    name = left("RAM", _NAME_WIDTH)
+    if total is None or available is None:
+        return [((name, "text bold"), (f"unknown ({UNKNOWN})", "muted"))]
+    parts = ram_parts(view.snapshot, view.colors)
+    first: Line = (
+        (name, "text bold"),
+        *stacked(parts, total, width - _NAME_WIDTH - _TOTAL_WIDTH),
+        (right(_totals(total - available, total), _TOTAL_WIDTH), "text"),
+    )
+    if compact:
+        return [first]
+    hatched = [
+        part._replace(label=f"{part.label} pinned") if part.fill == HATCHED else part for part in parts
+    ]
+    names = legend([*hatched, *_free_words(total - available, total)], width - _NAME_WIDTH)
+    return [first, ((" " * _NAME_WIDTH, ""), *names)]
+
+
+class MemoryPanel(Painted):
+    """All bars; compact (one line each) when the screen is low."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.border_title = "Memory"
+        self._view: View | None = None
+
+    def show(self, view: View) -> None:
+        """Show this moment."""
+        self._view = view
+        self.repaint()
+
+    def paint(self, size: Size) -> list[Line]:
+        """The bars and the notes on what cannot be known."""
+        view = self._view
+        if view is None:
+            return []
+        height = self.app.size.height
+        compact = height < 30 or 2 * len(view.snapshot.gpus) + 2 > height // 3
+        lines: list[Line] = []
+        for gpu in view.snapshot.gpus:
+            lines += gpu_lines(view, gpu, size.width, compact=compact)
+        lines += ram_lines(view, size.width, compact=compact)
+        lines += [((cut(note, size.width), "warning"),) for note in view.snapshot.notes]
+        return lines

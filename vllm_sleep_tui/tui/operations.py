@@ -1,0 +1,110 @@
+"""What this panel has under way: one task for each operation, its last progress, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from dataclasses import replace
+from typing import Any
+
+from vllm_sleep_tui.errors import CancelledByUser, PanelError
+from vllm_sleep_tui.fleet.snapshot import Progress
+from vllm_sleep_tui.tui.view import Report, Running, Trouble
+
+CLOSE_SECONDS = 30.0
+"""How long leaving waits for operations to reach a safe point."""
+
+Work = Callable[[Report], Awaitable[object]]
+Ended = Callable[[Running, PanelError | None], None]
+
+
+def expected(error: BaseException) -> PanelError | None:
+    """The error in words for a person; None if the person stopped it."""
+    if isinstance(error, (asyncio.CancelledError, CancelledByUser)):
+        return None
+    if isinstance(error, PanelError):
+        return error
+    return PanelError(
+        f"Something unforeseen went wrong: {type(error).__name__}: {error}",
+        "The operation ended. This is a defect of the panel: please report it with these words.",
+    )
+
+
+class Operations:
+    """Owns the tasks; one operation a model at a time, and a stop takes the place of what is under way."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, Running] = {}
+        self.troubles: dict[str, Trouble] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._others: set[asyncio.Task[None]] = set()
+
+    def begin(self, model: str, *, verb: str, work: Work, ended: Ended, replaces: bool = False) -> bool:
+        """Start an operation; False if the model has one under way and this one does not replace it."""
+        before = self._tasks.get(model)
+        if before is not None and not replaces:
+            return False
+        self.running[model] = Running(model=model, verb=verb, since=time.time())
+        self.troubles.pop(model, None)
+        task = asyncio.create_task(self._run(model, before, work, ended))
+        self._tasks[model] = task
+        self._keep(task)
+        return True
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run something else that must end before the panel does, such as an answer; it handles its errors."""
+        task = asyncio.create_task(work)
+        self._keep(task)
+        return task
+
+    def cancel(self, preferred: str | None) -> str | None:
+        """Ask one operation to stop at its next safe point; its model, or None if there is none to ask."""
+        open_ones = [name for name, running in self.running.items() if not running.cancelled]
+        if not open_ones:
+            return None
+        name = preferred if preferred in open_ones else open_ones[-1]
+        self.running[name] = replace(self.running[name], cancelled=True)
+        self._tasks[name].cancel()
+        return name
+
+    async def settled(self, models: Iterable[str]) -> None:
+        """Wait until nothing is under way on these models."""
+        while tasks := {self._tasks[name] for name in models if name in self._tasks}:
+            await asyncio.wait(tasks)
+
+    async def close(self) -> None:
+        """Stop all at their next safe points and wait for them, CLOSE_SECONDS at most."""
+        for task in self._others:
+            task.cancel()
+        if self._others:
+            await asyncio.wait(self._others, timeout=CLOSE_SECONDS)
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._others.add(task)
+        task.add_done_callback(self._others.discard)
+
+    async def _run(self, model: str, before: asyncio.Task[None] | None, work: Work, ended: Ended) -> None:
+        error: PanelError | None = None
+        try:
+            if before is not None:
+                before.cancel()
+                await asyncio.wait({before})
+            await work(lambda progress: self._report(model, progress))
+        except (Exception, asyncio.CancelledError) as raised:
+            error = expected(raised)
+        self._end(model, error, ended)
+
+    def _report(self, model: str, progress: Progress) -> None:
+        running = self.running.get(model)
+        if running is not None:
+            self.running[model] = replace(running, progress=progress)
+
+    def _end(self, model: str, error: PanelError | None, ended: Ended) -> None:
+        if self._tasks.get(model) is not asyncio.current_task():
+            return
+        del self._tasks[model]
+        running = self.running.pop(model)
+        if error is not None:
+            self.troubles[model] = Trouble(verb=running.verb, what=error.what, cure=error.cure)
+        ended(running, error)
