@@ -30,7 +30,10 @@ VERBS: dict[str, str] = {
     "switch": "operations",
     "chat": "chat",
     "logs": "logs",
+    "init": "init",
+    "doctor": "doctor",
     "demo": "demo",
+    "orphans": "orphans",
 }
 """Verb → the module of this folder that holds it."""
 INTERRUPTED = 130

@@ -27,7 +27,10 @@ _READ_BYTES = 65536
 @config_option
 @click.pass_context
 def chat(ctx: click.Context, name: str, prompt: str | None, as_json: bool) -> None:
-    """Ask a model; without PROMPT it is read from stdin, on a terminal line by line until Ctrl-D."""
+    """Ask a model.
+
+    Without PROMPT it is read from stdin, on a terminal line by line until Ctrl-D.
+    """
     loaded = load_config(ctx)
     loaded.model(name)
     if prompt is None and not sys.stdin.isatty():

@@ -115,7 +115,7 @@ def wake(ctx: click.Context, name: str, as_json: bool) -> None:
 @config_option
 @click.pass_context
 def switch(ctx: click.Context, name: str, force: bool, as_json: bool) -> None:
-    """Make a model the one that answers; others sleep as far as it needs."""
+    """Make a model answer; others sleep as far as needed."""
     loaded = load_config(ctx)
     loaded.model(name)
     run_commands_of(loaded)

@@ -1,0 +1,226 @@
+"""The checks of `doctor`: each looks at one thing and says ok, warn or fail, and the cure."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from vllm_sleep_tui.cli.common import in_words
+from vllm_sleep_tui.cli.init import Surroundings, best_environment
+from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.discovery import (
+    VllmEnvironment,
+    find_command,
+    find_foreign_servers,
+    find_orphans,
+    hub_cache,
+)
+from vllm_sleep_tui.fleet.keeping import is_kept
+from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.telemetry.host import host_memory
+from vllm_sleep_tui.telemetry.processes import holder_of_port
+
+LOW_RAM_BYTES = 8 * 2**30
+LOW_STATE_BYTES = 200 * 2**20
+LOW_CACHE_BYTES = 20 * 2**30
+
+
+class Verdict(StrEnum):
+    """How a check went."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One thing that was looked at."""
+
+    name: str
+    verdict: Verdict
+    what: str
+    cure: str = ""
+
+
+def check_config(loaded: LoadedConfig) -> Iterator[Check]:
+    """The config and the binary it names."""
+    yield Check("config", Verdict.OK, f"{loaded.path}, models: {', '.join(loaded.config.models)}")
+    if all(model.url for model in loaded.config.models.values()):
+        return
+    environment = find_command(loaded.config.vllm_command, os.environ)
+    if environment is None:
+        cure = "Correct `vllm_command`; `vllm-sleep-tui init` lists the environments it finds."
+        yield Check(
+            "vllm", Verdict.FAIL, f"{loaded.config.vllm_command[0]} is not there or may not be run", cure
+        )
+    elif loaded.config.simulated_gpus:
+        yield Check("vllm", Verdict.OK, "SIMULATED: the demo's stand-in")
+    else:
+        yield _vllm_check(environment)
+
+
+def _vllm_check(environment: VllmEnvironment) -> Check:
+    if environment.version is None:
+        what = f"{environment.command}: its version cannot be read beside it"
+        return Check("vllm", Verdict.WARN, what, "Sleep mode needs vLLM 0.24 or newer.")
+    what = f"{environment.version}, {environment.command}"
+    if environment.can_sleep:
+        return Check("vllm", Verdict.OK, what)
+    return Check(
+        "vllm", Verdict.WARN, f"{what}: too old to sleep", "Install vLLM 0.24 or newer to use sleep mode."
+    )
+
+
+def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:
+    """GPUs, ports and folders that the models name."""
+    known = {gpu.index for gpu in found.gpus}
+    for name, model in loaded.config.models.items():
+        missing = [index for index in model.gpus if index not in known]
+        if missing and not loaded.config.simulated_gpus and not model.url:
+            have = ", ".join(map(str, sorted(known))) or "none that NVML can see"
+            cure = "Correct `gpus`; [] is vLLM on the CPU."
+            what = f"there is no GPU {', '.join(map(str, missing))}; this machine has: {have}"
+            yield Check(f"{name}.gpus", Verdict.FAIL, what, cure)
+        if model.model and model.model.startswith("/") and not (Path(model.model) / "config.json").is_file():
+            yield Check(
+                f"{name}.model", Verdict.FAIL, f"{model.model} holds no config.json", "Correct the path."
+            )
+        if model.port:
+            yield _port_check(loaded, name, model.port)
+
+
+def _port_check(loaded: LoadedConfig, name: str, port: int) -> Check:
+    """Whether the port is free or the model's own; vLLM shares ports silently, so it is bound to see."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            pass
+        else:
+            return Check(f"{name}.port", Verdict.OK, f"{port} is free")
+    records = RecordStore(state_dir(), loaded.path)
+    if records.read(name).port == port and is_kept(records.path(name, "keeper")):
+        return Check(f"{name}.port", Verdict.OK, f"{port} is in use by {name} itself")
+    holder = holder_of_port(port)
+    who = f"user {holder.user}: {holder.command or 'a process that cannot be seen'}" if holder else "somebody"
+    pid = f"pid {holder.process.pid}, " if holder and holder.process else ""
+    cure = "Give the model another `port`, or leave it out and a free one is chosen."
+    return Check(f"{name}.port", Verdict.FAIL, f"{port} is taken by {pid}{who}", cure)
+
+
+def check_machine(found: Surroundings, loaded: LoadedConfig | None) -> Iterator[Check]:
+    """What does not depend on a model."""
+    simulated = bool(loaded and loaded.config.simulated_gpus)
+    if loaded is None:
+        best = best_environment(found.environments)
+        yield (
+            _vllm_check(best)
+            if best
+            else Check("vllm", Verdict.WARN, "none found", "Install vLLM in its own venv.")
+        )
+    if simulated and loaded:
+        yield Check("gpus", Verdict.OK, f"{len(loaded.config.simulated_gpus)}, SIMULATED")
+    elif found.gpus:
+        names = ", ".join(f"{gpu.index} {gpu.name} {in_words(gpu.total_bytes)}" for gpu in found.gpus)
+        yield Check("gpus", Verdict.OK, names)
+    else:
+        cure = "Without an NVIDIA driver, models run on the CPU alone: gpus: []"
+        yield Check("gpus", Verdict.WARN, found.gpu_note or "none", cure)
+    yield _ram_check()
+    yield _state_check()
+    if not simulated:
+        yield _cache_check(hub_cache(os.environ))
+        yield Check(
+            "token",
+            Verdict.OK,
+            "Hugging Face token: " + ("yes" if found.token else "no, gated models need one"),
+        )
+        yield from _foreign_checks(found)
+    yield from _logout_checks()
+    for orphan in find_orphans():
+        cure = "End it with: vllm-sleep-tui orphans --end"
+        yield Check("orphans", Verdict.WARN, f"pid {orphan.process.pid}: {orphan.command}", cure)
+
+
+def _ram_check() -> Check:
+    host = host_memory(None)
+    what = f"{in_words(host.available_bytes)} free of {in_words(host.total_bytes)}"
+    if host.available_bytes is not None and host.available_bytes < LOW_RAM_BYTES:
+        return Check(
+            "ram", Verdict.WARN, what, "Sleep level 1 keeps the weights in RAM; use level 2 for large models."
+        )
+    return Check("ram", Verdict.OK, what)
+
+
+def _state_check() -> Check:
+    try:
+        folder = state_dir()
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except PanelError as error:
+        return Check("state folder", Verdict.FAIL, error.what, error.cure)
+    except OSError as error:
+        return Check(
+            "state folder",
+            Verdict.FAIL,
+            f"not writable: {error.strerror}",
+            "Correct it or set XDG_STATE_HOME.",
+        )
+    what = f"{folder}, {in_words(free)} free on its disk"
+    if free < LOW_STATE_BYTES:
+        return Check("state folder", Verdict.WARN, what, "Make room: logs need up to 60 MiB a model.")
+    return Check("state folder", Verdict.OK, what)
+
+
+def _cache_check(cache: Path) -> Check:
+    there = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    what = f"{cache}, {in_words(free)} free on its disk"
+    if free < LOW_CACHE_BYTES:
+        return Check(
+            "model cache", Verdict.WARN, what, "Make room before a model is fetched, or move it: HF_HOME."
+        )
+    return Check("model cache", Verdict.OK, what)
+
+
+def _foreign_checks(found: Surroundings) -> Iterator[Check]:
+    for server in find_foreign_servers(found.gpus):
+        held = f"VRAM {in_words(server.vram_bytes)}"
+        what = f"pid {server.process.pid}, user {server.user}, {held}: {server.command}"
+        cure = "It is left alone; to see it in the panel, add a model with `url:`."
+        yield Check("another vLLM", Verdict.WARN, what, cure)
+
+
+def _logout_checks() -> Iterator[Check]:
+    """Whether logging out ends servers: systemd's KillUserProcesses without lingering does."""
+    files = [Path("/etc/systemd/logind.conf"), *sorted(Path("/etc/systemd/logind.conf.d").glob("*.conf"))]
+    kills = False
+    for file in files:
+        try:
+            settings = re.findall(
+                r"^\s*KillUserProcesses\s*=\s*(\w+)", file.read_text(errors="replace"), re.MULTILINE
+            )
+        except OSError:
+            continue
+        kills = settings[-1].lower() in ("yes", "true", "1", "on") if settings else kills
+    if not kills:
+        yield Check("logout", Verdict.OK, "servers outlive it")
+        return
+    if Path("/var/lib/systemd/linger", getpass.getuser()).exists():
+        yield Check("logout", Verdict.OK, "servers outlive it: lingering is enabled")
+        return
+    what = "KillUserProcesses=yes: logging out ends your servers"
+    yield Check("logout", Verdict.WARN, what, "Let your processes stay: loginctl enable-linger")

@@ -1,0 +1,46 @@
+"""`doctor`: is everything there that the config needs?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vllm_sleep_tui.cli.checks import Check, Verdict, check_config, check_machine, check_models
+from vllm_sleep_tui.cli.common import config_option, given_config, json_option, put_json
+from vllm_sleep_tui.cli.init import look_around
+from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.paths import find_config
+
+
+@click.command()
+@json_option
+@config_option
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Check config and machine; exit 1 if a check fails.
+
+    It looks at the config, vLLM, GPUs, ports, folders and other people's servers, and changes nothing.
+    """
+    checks = examine(given_config(ctx))
+    failed = any(check.verdict is Verdict.FAIL for check in checks)
+    if as_json:
+        put_json({"version": 1, "ok": not failed, "checks": checks})
+    else:
+        for check in checks:
+            click.echo(f"{check.verdict:<4}  {check.name}: {check.what}")
+            if check.cure:
+                click.echo(f"        {check.cure}")
+    ctx.exit(1 if failed else 0)
+
+
+def examine(given: Path | None) -> list[Check]:
+    """All checks, as far as the config allows them."""
+    found = look_around(Path.cwd())
+    try:
+        loaded = load(find_config(given))
+    except PanelError as error:
+        broken = Check("config", Verdict.FAIL, error.what, error.cure)
+        return [broken, *check_machine(found, None)]
+    return [*check_config(loaded), *check_models(loaded, found), *check_machine(found, loaded)]

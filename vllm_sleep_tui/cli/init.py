@@ -1,0 +1,184 @@
+"""`init`: look around, write a config that fits what is there, say the next step."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from vllm_sleep_tui.cli.common import config_option, given_config, in_words, say
+from vllm_sleep_tui.config import CONFIG_NAME, SCHEMA_NAME
+from vllm_sleep_tui.config_file import load, write_schema
+from vllm_sleep_tui.errors import OperationError, RefusedError
+from vllm_sleep_tui.fleet.discovery import (
+    CachedModel,
+    VllmEnvironment,
+    find_models,
+    find_vllm,
+    has_token,
+    hub_cache,
+)
+from vllm_sleep_tui.paths import state_dir, trust
+from vllm_sleep_tui.telemetry.gpus import GpuReading, open_reader
+
+MAX_MODELS = 8
+WEIGHTS_SHARE = 0.8
+"""Of a GPU's memory: more weights than that leave no room for a KV cache."""
+EXAMPLE = "Qwen/Qwen3-0.6B"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What there is to work with."""
+
+    environments: tuple[VllmEnvironment, ...]
+    gpus: tuple[GpuReading, ...]
+    gpu_note: str | None
+    models: tuple[CachedModel, ...]
+    token: bool
+
+
+def look_around(here: Path) -> Surroundings:
+    """Look for vLLM, GPUs and cached models; starts nothing."""
+    reader = open_reader(None)
+    try:
+        gpus, note = reader.read(), reader.note
+    finally:
+        reader.close()
+    return Surroundings(
+        environments=find_vllm(os.environ, here),
+        gpus=gpus,
+        gpu_note=note,
+        models=find_models(hub_cache(os.environ)),
+        token=has_token(os.environ),
+    )
+
+
+@click.command()
+@click.option("--force", is_flag=True, help="Replace a config that is there.")
+@config_option
+@click.pass_context
+def init(ctx: click.Context, force: bool) -> None:
+    """Write a commented config of what is found on this machine."""
+    path = given_config(ctx) or Path(CONFIG_NAME)
+    if path.exists() and not force:
+        raise RefusedError(
+            f"{path} is there already.", "Replace it with --force, or write another with --config."
+        )
+    found = look_around(Path.cwd())
+    for line in describe(found):
+        say(line)
+    try:
+        path.write_text(config_text(found), encoding="utf-8")
+        write_schema(path.with_name(SCHEMA_NAME))
+    except OSError as error:
+        raise OperationError(
+            f"{path} cannot be written: {error.strerror}.", "Choose another place: --config."
+        ) from None
+    loaded = load(path)
+    trust(loaded.path, loaded.digest, state_dir())
+    click.echo(path)
+    here = path == Path(CONFIG_NAME)
+    say(f"Next: look at {path}, then: vllm-sleep-tui{'' if here else f' --config {path}'} doctor")
+
+
+def describe(found: Surroundings) -> list[str]:
+    """What was found, a line each."""
+    lines = [
+        f"vLLM   {environment.version or 'of unknown version'}  {environment.command}  ({environment.place})"
+        for environment in found.environments
+    ] or ["vLLM   none found: install it in an environment of its own and name its binary in vllm_command"]
+    lines += [f"GPU {gpu.index}  {gpu.name}  {in_words(gpu.total_bytes)}" for gpu in found.gpus] or [
+        f"GPU    {found.gpu_note or 'none found'}"
+    ]
+    lines += [f"Model  {model.name}  {in_words(model.bytes)}" for model in found.models] or [
+        f"Model  none in the Hugging Face cache; {EXAMPLE} is written as an example"
+    ]
+    token = "there is one" if found.token else "none; gated models need one (hf auth login)"
+    return [*lines, f"Token  {token}"]
+
+
+def config_text(found: Surroundings) -> str:
+    """The config file for these surroundings, with comments."""
+    best = best_environment(found.environments)
+    command = str(best.command) if best else "vllm"
+    lines = [
+        f"# yaml-language-server: $schema={SCHEMA_NAME}",
+        "# The vllm binary of the environment that holds vLLM. What hides the process (conda run, uv run,",
+        "# docker) cannot be watched: start such a server yourself and name it with `url:` below.",
+        f"vllm_command: [{_quoted(command)}]",
+        *(
+            f"# also found: {other.command}  {other.version or ''}".rstrip()
+            for other in found.environments
+            if other != best
+        ),
+        "",
+        "models:",
+        "  # Each model: its own name, and what `vllm serve` takes. More keys, all optional:",
+        "  #   gpus: [0]                      GPU numbers of nvidia-smi; [] is vLLM on the CPU",
+        "  #   level: auto                    1 keeps the weights in RAM, 2 drops them, none: stop and start",
+        "  #   args: {max-model-len: 8192}    flags of `vllm serve` without the dashes",
+        '  #   env: {HF_TOKEN: "${HF_TOKEN}"} environment; ${VAR} is taken from yours',
+        "  #   port: 8001                     chosen free if left out",
+        "  #   autostart: true                started by `vllm-sleep-tui serve`",
+        "  #   idle: {sleep_after: 10m, stop_after: 2h}",
+        "  #   url: http://127.0.0.1:8000     instead of `model:`, a server that you start yourself",
+    ]
+    for name, model in named_models(found.models, found.gpus):
+        lines += _model_lines(name, model, found.gpus)
+    lines += ["", "# The OpenAI endpoint of `vllm-sleep-tui serve`:", "# gateway: {port: 8800}"]
+    return "\n".join(lines) + "\n"
+
+
+def best_environment(environments: Sequence[VllmEnvironment]) -> VllmEnvironment | None:
+    """The first one that can sleep, else the first."""
+    able = [environment for environment in environments if environment.can_sleep]
+    return next(iter(able or environments), None)
+
+
+def named_models(models: Sequence[CachedModel], gpus: Sequence[GpuReading]) -> list[tuple[str, CachedModel]]:
+    """The models that chat and fit, smallest first, with a short name each; an example if there are none."""
+    fitting = (model for model in models if model.generates and gpus_needed(model.bytes, gpus) is not None)
+    chosen = sorted(fitting, key=lambda model: model.bytes)[:MAX_MODELS]
+    named: dict[str, CachedModel] = {}
+    for model in chosen or [CachedModel(name=EXAMPLE, bytes=0, generates=True)]:
+        name = short_name(model.name)
+        named[name if name not in named else short_name(model.name.replace("/", "-"))] = model
+    return list(named.items())
+
+
+def short_name(model: str) -> str:
+    """A name for a model: the last part of its hub name in small letters."""
+    return re.sub(r"[^a-z0-9._-]+", "-", model.rsplit("/", 1)[-1].lower()).lstrip("._-")[:64] or "model"
+
+
+def _model_lines(name: str, model: CachedModel, gpus: Sequence[GpuReading]) -> list[str]:
+    size = f"{in_words(model.bytes)} of weights" if model.bytes else "an example, fetched at its first start"
+    lines = [f"  {_quoted(name)}:", f"    model: {_quoted(model.name)}  # {size}"]
+    if not gpus:
+        return [*lines, "    gpus: []  # no GPU was found: vLLM on the CPU, where sleeping frees no memory"]
+    count = gpus_needed(model.bytes, gpus) or 1
+    lines.append(f"    gpus: {[gpu.index for gpu in gpus[:count]]}")
+    if count > 1:
+        lines.append(f"    args: {{tensor-parallel-size: {count}}}")
+    return lines
+
+
+def gpus_needed(weights: int, gpus: Sequence[GpuReading]) -> int | None:
+    """How many GPUs (1, 2, 4, 8) these weights need, with a KV cache; 0 without any; None: too large."""
+    if not gpus:
+        return 0
+    for count in (1, 2, 4, 8):
+        sizes = [gpu.total_bytes for gpu in gpus[:count]]
+        known = [size for size in sizes if size is not None]
+        if len(sizes) == count and (len(known) < count or weights <= WEIGHTS_SHARE * min(known) * count):
+            return count
+    return None
+
+
+def _quoted(text: str) -> str:
+    return text if re.match(r"^[A-Za-z/][A-Za-z0-9_./-]*$", text) else "'" + text.replace("'", "''") + "'"
