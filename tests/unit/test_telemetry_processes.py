@@ -102,6 +102,15 @@ def test_a_signal_reaches_the_process() -> None:
         assert process.wait(10) == -signal.SIGTERM
 
 
+def test_a_signal_reaches_only_this_very_process_where_the_kernel_has_no_pidfd() -> None:
+    with python(WAIT) as process:
+        this = identity(process.pid)
+        assert not processes._signal_by_pid(ProcessId(this.pid, this.start - 1), signal.SIGKILL)
+        assert processes._signal_by_pid(this, signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
+        assert not processes._signal_by_pid(this, signal.SIGTERM)
+
+
 def test_a_name_with_brackets_and_spaces_does_not_shift_the_fields() -> None:
     code = "open('/proc/self/comm', 'w').write('a) Z 1 (b'); " + WAIT
     with python(code) as process, open(f"/proc/{process.pid}/stat") as file:

@@ -241,7 +241,11 @@ def _safe(command: str) -> str:
 
 
 def environment_has(pid: int, key: str, value: str) -> bool:
-    """Whether the process was started with this variable; False too where it may not be looked at."""
+    """Whether the process was started with this variable; False too where it may not be looked at.
+
+    A process that renames itself, as vLLM's engine and workers do, wipes what the kernel shows of its
+    environment, unless it was started with SPT_NOENV=1 (setproctitle 1.3, tried).
+    """
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
             return f"{key}={value}".encode() in file.read().split(b"\0")
