@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from vllm_sleep_tui.config import Config, ModelConfig
 from vllm_sleep_tui.fleet.footprints import (
-    ASLEEP_GUESS,
     AWAKE_OVERHEAD,
     GIB,
     Footprint,
@@ -17,8 +16,10 @@ from vllm_sleep_tui.fleet.footprints import (
 
 HIGHEST_UTILIZATION = 0.9
 LOWEST_UTILIZATION = 0.1
+MARGIN = GIB // 2
+"""VRAM left over beside an awake model, for what the driver and vLLM's temporaries take."""
 PINNED_PER_WEIGHTS = 2.0
-"""Pinned allocations round up to powers of two: 1.4 and 2.6 times the weights were measured, 2 is the rule."""
+"""Pinned allocations round up to powers of two: 1.4 and 2.6 times the weights were measured."""
 
 
 def fixed_utilization(model: ModelConfig) -> float | None:
@@ -42,7 +43,7 @@ def utilization(
             return None
         neighbours = [key for key, other in config.models.items() if key != name and gpu in other.gpus]
         residues = sum(asleep.get(key, asleep_guess(config.models[key].gpus)) for key in neighbours)
-        room = totals[gpu] - others.get(gpu, 0) - residues - AWAKE_OVERHEAD
+        room = totals[gpu] - others.get(gpu, 0) - residues - AWAKE_OVERHEAD - MARGIN
         share = min(share, room / totals[gpu])
     return max(LOWEST_UTILIZATION, math.floor(share * 1000) / 1000)
 
@@ -80,15 +81,3 @@ def level_for(model: ModelConfig, pinned: int | None, available: int | None, tot
     if pinned + ram_margin(total) <= available:
         return "1"
     return "1" if argument(model, "load-format") == "dummy" else "2"
-
-
-__all__ = [
-    "ASLEEP_GUESS",
-    "asleep_estimate",
-    "awake_estimate",
-    "fixed_utilization",
-    "level_for",
-    "pinned_estimate",
-    "ram_margin",
-    "utilization",
-]

@@ -10,9 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from vllm_sleep_tui.fleet.keeping import LAUNCH_VARIABLE
+from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.telemetry.gpus import GpuReading
-from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_of, user_of
+from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_of, is_alive, user_of
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
@@ -236,17 +239,33 @@ def launch_of(pid: int) -> str | None:
     )
 
 
-def find_orphans() -> tuple[Orphan, ...]:
-    """Processes of this user that belong to a launch without a living keeper."""
+def find_orphans(state_dir: Path) -> tuple[Orphan, ...]:
+    """Processes of this user that belong to a launch without a living keeper.
+
+    An engine's title overwrites its environment, so the records of `state_dir` are asked for engines too.
+    """
     table = ProcessTable.read()
     launches = {pid: launch for pid in table.parents if (launch := launch_of(pid))}
     kept = {launch for pid, launch in launches.items() if _is_keeper(pid)}
+    recorded = {member.pid: launch for member, launch in _recorded(state_dir) if is_alive(member)}
     found = []
-    for pid, launch in launches.items():
+    for pid, launch in {**recorded, **launches}.items():
         process = table.id_of(pid)
         if launch not in kept and process is not None:
             found.append(Orphan(process=process, launch=launch, command=command_of(pid) or ""))
     return tuple(found)
+
+
+def _recorded(state_dir: Path) -> Iterator[tuple[ProcessId, str]]:
+    """The processes that the records name, each with its launch."""
+    for path in (state_dir / "records").glob("*.json"):
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=Record)
+        except (OSError, msgspec.DecodeError):
+            continue
+        for member in (record.server, *record.engines):
+            if member is not None and record.launch is not None:
+                yield member, record.launch
 
 
 def _is_keeper(pid: int) -> bool:

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -41,12 +41,20 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     backed_up: int | None = None
     """What level 1 copies to RAM, before pinned allocations are rounded up."""
     times: dict[str, tuple[float, ...]] = {}
-    """The last seconds measured, by what was done: start, sleep1-first, sleep1, sleep2, wake1, wake2, prove."""
+    """The last seconds measured, by what was done: start, sleep1-first, sleep1, sleep2, wake1, wake2."""
 
     def typical(self, what: str) -> float | None:
         """The median of the seconds measured for `what`; None if it was never done."""
         samples = self.times.get(what)
         return median(samples) if samples else None
+
+    def with_memory(self, *, awake: Mapping[str, int], asleep: Mapping[str, int]) -> Footprint:
+        """With VRAM seen awake and asleep, by GPU index; what was not seen stays as it was."""
+        return msgspec.structs.replace(self, awake={**self.awake, **awake}, asleep={**self.asleep, **asleep})
+
+    def with_weights(self, weights: int) -> Footprint:
+        """With the bytes of weights that the log told."""
+        return msgspec.structs.replace(self, weights=weights)
 
     def with_time(self, what: str, seconds: float) -> Footprint:
         """With one more measurement of `what`."""
@@ -63,7 +71,7 @@ class FootprintStore:
         self._cache: tuple[tuple[int, int], dict[str, Footprint]] | None = None
 
     def get(self, digest: str | None, version: str | None) -> Footprint:
-        """What was measured, an empty footprint if nothing was; another version's stands in for a missing one."""
+        """What was measured, if anything; another version's figures stand in for missing ones."""
         known = self._read()
         exact = known.get(f"{digest}@{version}")
         if exact is not None:

@@ -101,7 +101,9 @@ async def launch(order: Order) -> Word:
             "Another keeper still holds this model's place.",
             "Wait a moment and try again; `vllm-sleep-tui orphans` names what is left.",
         )
-    raise OperationError(f"Could not run {order.argv[0]}: {word.error}.", "Check `vllm_command` in the config.")
+    raise OperationError(
+        f"Could not run {order.argv[0]}: {word.error}.", "Check `vllm_command` in the config."
+    )
 
 
 def ask_to_stop(word: Word, *, at_once: bool) -> bool:

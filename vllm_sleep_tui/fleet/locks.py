@@ -99,6 +99,7 @@ async def hold(
     *,
     limit: float = LIMIT_SECONDS,
     waiting: Callable[[Holder | None], None] = lambda _: None,
+    checkpoint: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[None]:
     """Hold all of `paths`, taken in the order given; raises LockBusyError after `limit` seconds."""
     held: list[int] = []
@@ -108,7 +109,7 @@ async def hold(
         for path in paths:
             descriptor = open_shared(path)
             held.append(descriptor)
-            await take(descriptor, path, deadline, waiting)
+            await take(descriptor, path, deadline, waiting, checkpoint)
             os.pwrite(descriptor, word, 0)
         yield
     finally:
@@ -117,7 +118,11 @@ async def hold(
 
 
 async def take(
-    descriptor: int, path: Path, deadline: float, waiting: Callable[[Holder | None], None]
+    descriptor: int,
+    path: Path,
+    deadline: float,
+    waiting: Callable[[Holder | None], None],
+    checkpoint: Callable[[], None],
 ) -> None:
     """Wait until the lock is ours; says once who is waited for."""
     said = False
@@ -132,4 +137,5 @@ async def take(
         if not said:
             waiting(who)
             said = True
+        checkpoint()
         await asyncio.sleep(POLL_SECONDS)

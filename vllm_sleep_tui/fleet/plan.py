@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_sleep_tui.fleet.footprints import GIB
-
-MARGIN = GIB // 2
-"""VRAM left over after a wake, for what the driver and vLLM's temporaries take."""
+from vllm_sleep_tui.fleet.budget import MARGIN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

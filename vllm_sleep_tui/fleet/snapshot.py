@@ -10,11 +10,7 @@ import msgspec
 from vllm_sleep_tui.fleet.states import StartPhase, State
 
 
-class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """Base: immutable, named fields."""
-
-
-class OperationSnapshot(Snapshot):
+class OperationSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """An operation under way on a model."""
 
     name: str
@@ -24,7 +20,7 @@ class OperationSnapshot(Snapshot):
     """Seconds the whole operation is expected to take."""
 
 
-class SwitchTimes(Snapshot):
+class SwitchTimes(msgspec.Struct, frozen=True, kw_only=True):
     """The ledger of one switch, in seconds; a phase that did not happen is None."""
 
     phases: dict[str, float | None]
@@ -32,7 +28,7 @@ class SwitchTimes(Snapshot):
     total: float
 
 
-class ModelSnapshot(Snapshot):
+class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """One model."""
 
     name: str
@@ -71,7 +67,7 @@ class ModelSnapshot(Snapshot):
     last_request: float | None = None
 
 
-class GpuProcess(Snapshot):
+class GpuProcess(msgspec.Struct, frozen=True, kw_only=True):
     """A process that holds VRAM and is not one of our models'."""
 
     pid: int
@@ -80,7 +76,7 @@ class GpuProcess(Snapshot):
     bytes: int | None
 
 
-class GpuSnapshot(Snapshot):
+class GpuSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """One GPU."""
 
     index: int
@@ -98,14 +94,14 @@ class GpuSnapshot(Snapshot):
     others: tuple[GpuProcess, ...] = ()
 
 
-class HostSnapshot(Snapshot):
+class HostSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The machine's memory; container limits counted."""
 
     ram_available_bytes: int | None
     ram_total_bytes: int | None
 
 
-class FleetSnapshot(Snapshot):
+class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the screen and `status` show."""
 
     models: tuple[ModelSnapshot, ...]
@@ -125,7 +121,7 @@ class FleetSnapshot(Snapshot):
         raise KeyError(name)
 
 
-class Prediction(Snapshot):
+class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """What `enter` (switch) on a model would do, before it is pressed."""
 
     target: str
@@ -146,7 +142,7 @@ class Prediction(Snapshot):
     """The whole thing for a person."""
 
 
-class Progress(Snapshot):
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """One step of an operation, as it happens."""
 
     model: str
@@ -156,7 +152,7 @@ class Progress(Snapshot):
     fraction: float | None = None
 
 
-class ChatEvent(Snapshot):
+class ChatEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One piece of an answer."""
 
     model: str

@@ -1,0 +1,276 @@
+"""What can be done with models, each from its locks to its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.ending import end_server
+from vllm_sleep_tui.fleet.keeping import ask_to_stop, read_word
+from vllm_sleep_tui.fleet.operation import Operation, actor
+from vllm_sleep_tui.fleet.plan import Room
+from vllm_sleep_tui.fleet.planning import cold_start, is_dummy, refuse_without_room
+from vllm_sleep_tui.fleet.records import Intent, Record
+from vllm_sleep_tui.fleet.rooms import locked
+from vllm_sleep_tui.fleet.server import Server
+from vllm_sleep_tui.fleet.snapshot import SwitchTimes
+from vllm_sleep_tui.fleet.starting import Start, check_command
+from vllm_sleep_tui.fleet.states import Event, State
+
+
+def check_is_ours(core: Core, name: str) -> None:
+    """Raises UsageError for an unknown model, RefusedError for one that is only attached by `url:`."""
+    if core.model(name).url is not None:
+        raise RefusedError(
+            f"{name} is attached by `url:`; its server is not ours to start, stop or put to sleep.",
+            "Manage it where it was started, or give `model:` instead of `url:`.",
+        )
+
+
+# ── switch, wake, start ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def switch(core: Core, name: str, operation: Operation, *, force: bool = False) -> SwitchTimes:
+    """Make `name` awake: others sleep first where room is needed, then it wakes or starts."""
+    check_is_ours(core, name)
+    async with locked(core, name, operation, make_room=True, seconds=cold_start(core, name)) as room:
+        record = core.records.read(name)
+        if record.state is State.AWAKE:
+            return operation.ledger()
+        if record.state is not State.ASLEEP:
+            check_command(core)
+            core.check_gpus(name)
+        refuse_without_room(core, name, room)
+        await clear(core, record, room, operation, force=force)
+        server = await bring_up(core, name, operation)
+        ledger = operation.ledger()
+        core.write(server.record, last_switch=ledger)
+        return ledger
+
+
+async def clear(core: Core, record: Record, room: Room, operation: Operation, *, force: bool) -> None:
+    """Put the plan's models to sleep; the target shows that it is being switched to meanwhile."""
+    intent = Intent(
+        operation=operation.name,
+        phase="making room",
+        since=operation.since,
+        actor=actor(),
+        level=record.level,
+    )
+    core.write(record, intent=intent)
+    try:
+        for leaving in room.leaving:
+            operation.checkpoint()
+            await step_aside(core, leaving, operation, force=force)
+        operation.checkpoint()
+    except BaseException:
+        core.write(core.records.read(record.name), intent=None)
+        raise
+
+
+async def step_aside(core: Core, name: str, operation: Operation, *, force: bool) -> None:
+    """One model makes room, the way its level says."""
+    record = core.records.read(name)
+    if record.state is not State.AWAKE:
+        return
+    if record.resolved_level == "none":
+        await end(core, record, operation, force=force)
+    else:
+        await Server(core, record, operation).fall_asleep(int(record.resolved_level or "1"), force=force)
+
+
+async def bring_up(core: Core, name: str, operation: Operation) -> Server:
+    """Wake the sleeper or start the stopped one; the room for it has been made."""
+    record = core.records.read(name)
+    if record.state is not State.ASLEEP:
+        return await Start(core, name, operation).run()
+    server = Server(core, record, operation)
+    try:
+        await server.wake()
+    except (RefusedError, CancelledByUser):
+        core.write(server.record, intent=None)
+        raise
+    return server
+
+
+async def wake(core: Core, name: str, operation: Operation) -> None:
+    """Wake a sleeper; done if it is awake, refused if it does not run."""
+    check_is_ours(core, name)
+    record = core.records.read(name)
+    if record.state in (State.STOPPED, State.FAILED):
+        raise RefusedError(f"Cannot wake {name}: it is {record.state}.", f"Start it, or `switch {name}`.")
+    await switch(core, name, operation)
+
+
+async def start_all(core: Core, names: Sequence[str], operation: Operation) -> None:
+    """Start models, those that share a GPU one after another, others side by side; the first ends awake."""
+    for name in names:
+        check_is_ours(core, name)
+        core.check_gpus(name)
+    check_command(core)
+    if len(names) == 1:
+        await start(core, names[0], operation)
+        return
+    results = await asyncio.gather(
+        *(start_group(core, group, operation) for group in groups(core, names)), return_exceptions=True
+    )
+    raise_worst([error for found in results for error in (found if isinstance(found, list) else [found])])
+
+
+def groups(core: Core, names: Sequence[str]) -> list[list[str]]:
+    """The names, divided so that no two groups have a GPU in common; order kept. The CPU counts as one."""
+    found: list[tuple[set[int], list[str]]] = []
+    for name in names:
+        gpus = set(core.model(name).gpus) or {-1}
+        touching = [group for group in found if group[0] & gpus]
+        merged = (
+            gpus.union(*(g for g, _ in touching)),
+            [n for _, members in touching for n in members] + [name],
+        )
+        found = [group for group in found if group not in touching] + [merged]
+    return [sorted(members, key=list(names).index) for _, members in found]
+
+
+async def start_group(core: Core, names: Sequence[str], operation: Operation) -> list[BaseException]:
+    """Start the last first, so that the first is the one that stays awake; go on after a failure."""
+    errors: list[BaseException] = []
+    for name in reversed(names):
+        if name != names[0] and core.model(name).level == "none":
+            operation.tell(name, "left stopped", "level: none; the next one would stop it again")
+            continue
+        try:
+            await start(core, name, operation)
+        except CancelledByUser:
+            raise
+        except PanelError as error:
+            errors.append(error)
+    if core.records.read(names[0]).state is State.ASLEEP:
+        await switch(core, names[0], operation)
+    return errors
+
+
+def raise_worst(errors: Sequence[BaseException | None]) -> None:
+    """Raise what went wrong: the first of them, with the others named."""
+    real = [error for error in errors if error is not None]
+    for error in real:
+        if not isinstance(error, PanelError) or isinstance(error, CancelledByUser):
+            raise error
+    if real:
+        first, *rest = [error for error in real if isinstance(error, PanelError)]
+        more = "".join(f" Also: {error.what}" for error in rest)
+        raise OperationError(f"{first.what}{more}", first.cure)
+
+
+async def start(core: Core, name: str, operation: Operation) -> None:
+    """Start a model; done if it runs, awake or asleep."""
+    state = core.records.read(name).state
+    if state is State.ASLEEP:
+        operation.tell(name, "asleep", "it runs already; `wake` wakes it")
+    elif state is State.AWAKE:
+        operation.tell(name, "awake", "it runs already")
+    else:
+        await switch(core, name, operation)
+
+
+# ── sleep ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def sleep(
+    core: Core, name: str, level: int | None, operation: Operation, *, force: bool = False
+) -> None:
+    """Put a model to sleep at `level`, or its own; with `level: none` it is stopped instead."""
+    check_is_ours(core, name)
+    async with locked(core, name, operation, make_room=False):
+        record = core.records.read(name)
+        if record.state is State.ASLEEP:
+            check_same_level(record, level)
+            return
+        if record.state is not State.AWAKE:
+            raise RefusedError(
+                f"Cannot put {name} to sleep: it is {record.state}.", f"Start it: `start {name}`."
+            )
+        if record.resolved_level == "none" and level is None:
+            await end(core, record, operation, force=force)
+            return
+        wanted = level or int(record.resolved_level or "1")
+        check_can_sleep(core, record, wanted)
+        await Server(core, record, operation).fall_asleep(wanted, force=force)
+
+
+def check_same_level(record: Record, level: int | None) -> None:
+    """Raises RefusedError if a sleeper is asked to sleep at another level."""
+    if level is not None and level != record.level:
+        raise RefusedError(
+            f"{record.name} sleeps at level {record.level}; vLLM cannot go to level {level} without a wake.",
+            f"Wake it first, then sleep it at level {level}; its pinned RAM stays until it is stopped.",
+        )
+
+
+def check_can_sleep(core: Core, record: Record, level: int) -> None:
+    """Raises RefusedError where vLLM could not bring the model back."""
+    if record.resolved_level == "none":
+        raise RefusedError(
+            f"{record.name} was started without sleep mode (`level: none`, or a vLLM before 0.24).",
+            "Set `level: auto` and restart it with vLLM 0.24 or newer.",
+        )
+    if level == 2 and is_dummy(core, record.name):
+        raise RefusedError(
+            f"{record.name} runs on dummy weights, which level 2 cannot load again.", "Sleep it at level 1."
+        )
+
+
+# ── stop ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def stop_all(core: Core, names: Sequence[str], operation: Operation, force: bool) -> None:
+    """Stop models; a start under way, anybody's of this user, is broken off."""
+    for name in names:
+        check_is_ours(core, name)
+    results = await asyncio.gather(
+        *(stop(core, name, operation, force=force) for name in names), return_exceptions=True
+    )
+    raise_worst(results)
+
+
+async def stop(core: Core, name: str, operation: Operation, *, force: bool) -> None:
+    """Stop one model; done if it is stopped."""
+    if core.records.read(name).state is State.STARTING:
+        word = read_word(core.keeper_file(name))
+        if word.launch == core.records.read(name).launch:
+            ask_to_stop(word, at_once=False)
+    async with locked(core, name, operation, make_room=False):
+        record = core.records.read(name)
+        if record.state is not State.STOPPED:
+            await end(core, record, operation, force=force)
+
+
+async def end(core: Core, record: Record, operation: Operation, *, force: bool) -> None:
+    """Close the gate, let answers finish unless forced, end the server, see its memory gone."""
+    operation.tell(record.name, "stopping")
+    intent = Intent(operation=operation.name, phase="drain", since=operation.since, actor=actor())
+    if record.state is State.AWAKE:
+        server = Server(core, core.write(record, intent=intent), operation)
+        try:
+            await server.drain(force=force)
+        except CancelledByUser:
+            await server.open_gate()
+            core.write(record, intent=None)
+            raise
+        except PanelError:
+            pass  # a server that does not answer is ended all the same
+    record = core.enter(record, Event.STOP, intent=intent)
+    await end_server(core, record, at_once=force)
+    core.enter(
+        record,
+        Event.EXITED,
+        level=None,
+        intent=None,
+        keeper=None,
+        server=None,
+        engines=(),
+        reason=None,
+        cure=None,
+        proof=None,
+    )

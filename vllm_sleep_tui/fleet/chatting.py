@@ -1,0 +1,61 @@
+"""A conversation with a model, which is switched to first if it is not awake."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.operation import Report
+from vllm_sleep_tui.fleet.snapshot import ChatEvent, SwitchTimes
+from vllm_sleep_tui.fleet.states import State
+
+FIRST_LIMIT = 300.0
+"""Seconds to the first piece of an answer: a long prompt is computed in it."""
+
+
+class Switcher(Protocol):
+    """Who can make a model awake."""
+
+    async def switch(self, name: str, *, force: bool = False, report: Report | None = None) -> SwitchTimes:
+        """Make the model awake."""
+
+
+async def answer(
+    switcher: Switcher,
+    core: Core,
+    name: str,
+    messages: Sequence[Mapping[str, Any]],
+    params: Mapping[str, Any],
+    report: Report | None,
+) -> AsyncIterator[ChatEvent]:
+    """The pieces of an answer; what goes wrong in the middle comes as the last event's `error`."""
+    core.model(name)
+    if core.records.read(name).state is not State.AWAKE:
+        ledger = await switcher.switch(name, report=report)
+        yield ChatEvent(model=name, switch_seconds=ledger.total)
+    began, first = time.monotonic(), True
+    stream = core.client(core.records.read(name)).chat(
+        messages, model=name, params=params, first_timeout=FIRST_LIMIT
+    )
+    try:
+        async for delta in stream:
+            ttft = None
+            if first and (delta.text or delta.reasoning):
+                ttft, first = time.monotonic() - began, False
+            yield ChatEvent(
+                model=name,
+                text=delta.text,
+                reasoning=delta.reasoning,
+                finish_reason=delta.finish_reason,
+                error=delta.error,
+                prompt_tokens=delta.prompt_tokens,
+                completion_tokens=delta.completion_tokens,
+                ttft=ttft,
+            )
+    except PanelError as error:
+        yield ChatEvent(model=name, error=f"{error.what} {error.cure}".strip())
+    finally:
+        await stream.aclose()

@@ -1,0 +1,166 @@
+"""What every operation needs: the config, the records, the measurements, the GPUs, the servers' clients."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.config_file import LoadedConfig, parse_bytes
+from vllm_sleep_tui.errors import OperationError, UsageError
+from vllm_sleep_tui.fleet.footprints import Footprint, FootprintStore, digest
+from vllm_sleep_tui.fleet.locks import gpu_lock_path
+from vllm_sleep_tui.fleet.records import Record, RecordStore
+from vllm_sleep_tui.fleet.states import RUNNING, Event, next_state
+from vllm_sleep_tui.simulator import devices
+from vllm_sleep_tui.telemetry.gpus import GpuReader, open_reader
+from vllm_sleep_tui.telemetry.processes import memory
+from vllm_sleep_tui.telemetry.simulated import memories
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.engine.client import VllmClient
+
+GIB = 2**30
+SIMULATED_RAM = 64 * GIB
+PINNED_NOISE = GIB // 4
+"""Shared memory of an engine that never slept: 0.07 GiB on an H100."""
+
+
+def simulated_folder(loaded: LoadedConfig, state_dir: Path) -> Path | None:
+    """The folder of the config's simulated GPUs, made if need be; None if it has none."""
+    gpus = loaded.config.simulated_gpus
+    if not gpus:
+        return None
+    store = RecordStore(state_dir, loaded.path)
+    folder = store.path("simulated", "gpus")
+    devices.create(
+        folder, [(gpu.name, parse_bytes(gpu.memory)) for gpu in gpus], ram_total_bytes=SIMULATED_RAM
+    )
+    return folder
+
+
+class Core:
+    """One config over one state folder; shared by all operations of a process."""
+
+    def __init__(self, loaded: LoadedConfig, state_dir: Path) -> None:
+        self.loaded = loaded
+        self.config = loaded.config
+        self.state_dir = state_dir
+        self.simulated = simulated_folder(loaded, state_dir)
+        self.records = RecordStore(state_dir, loaded.path)
+        self.footprints = FootprintStore(state_dir)
+        self.reader: GpuReader = open_reader(self.simulated)
+        self._clients: dict[str, VllmClient] = {}
+        self._gpus = {reading.index: reading for reading in self.reader.read()}
+
+    def model(self, name: str) -> ModelConfig:
+        """The model's config; raises UsageError with the nearest name if there is none."""
+        try:
+            return self.config.models[name]
+        except KeyError:
+            near = difflib.get_close_matches(name, self.config.models, n=1)
+            cure = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(self.config.models)}."
+            raise UsageError(f"{self.loaded.path}: no model is called {name!r}.", cure) from None
+
+    def footprint(self, name: str) -> Footprint:
+        """What was measured of the model with its present arguments."""
+        record = self.records.read(name)
+        return self.footprints.get(digest(self.model(name)), record.vllm_version)
+
+    def remember(self, record: Record, change: Callable[[Footprint], Footprint]) -> None:
+        """Keep a measurement of the record's launch; a full disk loses it, never the operation."""
+        with contextlib.suppress(OSError):
+            self.footprints.update(
+                record.digest or digest(self.model(record.name)), record.vllm_version, change
+            )
+
+    def pinned_now(self, record: Record) -> int:
+        """Bytes of RAM that the record's engines have pinned; 0 if they never slept at level 1."""
+        pinned = 0
+        held = memories(self.simulated) if self.simulated else {}
+        for engine in record.engines:
+            found = held.get(engine.pid) or memory(engine.pid)
+            pinned += found.pinned_bytes if found else 0
+        return pinned if pinned > PINNED_NOISE else 0
+
+    def total(self, gpu: int) -> int | None:
+        """The memory of a GPU in bytes; None if it is not known."""
+        reading = self._gpus.get(gpu)
+        return reading.total_bytes if reading else None
+
+    def check_gpus(self, name: str) -> None:
+        """Raises UsageError if the model names a GPU that this machine does not have."""
+        if not self._gpus:
+            return  # without NVML nothing is known; vLLM will say
+        for gpu in self.model(name).gpus:
+            if gpu not in self._gpus:
+                known = ", ".join(map(str, sorted(self._gpus)))
+                raise UsageError(
+                    f"{self.loaded.path}: models.{name}.gpus: there is no GPU {gpu}.",
+                    f"This machine has: {known}.",
+                )
+
+    def gpu_locks(self, gpus: set[int]) -> list[Path]:
+        """The lock files of these GPUs, in PCI order."""
+        uuids = [(gpu, self._gpus[gpu].uuid if gpu in self._gpus else f"index-{gpu}") for gpu in gpus]
+        return [gpu_lock_path(uuid) for _, uuid in sorted(uuids)]
+
+    def model_locks(self, names: set[str]) -> list[Path]:
+        """The lock files of these models, by name."""
+        return [self.records.path(name, "lock") for name in sorted(names)]
+
+    def keeper_file(self, name: str) -> Path:
+        """Where the model's keeper says how its server is."""
+        return self.records.path(name, "keeper")
+
+    def log_path(self, name: str) -> Path:
+        """The model's log; one of its own if a model of another config has this name and runs."""
+        own = self.state_dir / "logs" / f"{name}.log"
+        taken = any(other.log == str(own) and other.state in RUNNING for other in self.records.others())
+        return own.with_name(f"{self.records.path(name, 'log').name}") if taken else own
+
+    def enter(self, record: Record, event: Event, **changes: object) -> Record:
+        """Move the record by `event`, with other fields changed, and write it."""
+        state = next_state(record.state, event)
+        return self.write(record, state=state, since=time.time(), **changes)
+
+    def write(self, record: Record, **changes: object) -> Record:
+        """Write the record with some fields changed; raises OperationError if the disk refuses."""
+        changed = msgspec.structs.replace(record, **changes)
+        try:
+            self.records.write(changed)
+        except OSError as error:
+            raise OperationError(
+                f"Could not write {self.records.path(record.name)}: {error.strerror}.",
+                "Make room or give write permission there; the servers run on.",
+            ) from error
+        return changed
+
+    def client(self, record: Record) -> VllmClient:
+        """The client of the record's running server, one per launch."""
+        from vllm_sleep_tui.engine.client import VllmClient  # httpx costs 0.2 s that `status` does not have
+
+        assert record.launch is not None
+        assert record.port is not None
+        client = self._clients.get(record.launch)
+        if client is None:
+            client = self._clients[record.launch] = VllmClient(record.port, secret=record.secret)
+        return client
+
+    async def close(self) -> None:
+        """Close every connection; servers run on."""
+        for client in self._clients.values():
+            await client.aclose()
+        self._clients.clear()
+        self.reader.close()
+
+
+def gib(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / GIB:.1f} GiB"

@@ -1,0 +1,94 @@
+"""The end of a server: asked for, or after a failure; never half."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from vllm_sleep_tui.engine.causes import Diagnosis, diagnose
+from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.keeping import Word, ask_to_stop, end_members, is_kept, read_word
+from vllm_sleep_tui.fleet.planning import read_memory
+from vllm_sleep_tui.fleet.records import Record
+from vllm_sleep_tui.fleet.states import Event
+
+ENGINE_DIED = Diagnosis("Its engine process died.", "Look at its log, then start it again.")
+SERVER_GONE = Diagnosis("Its server ended by itself.", "Look at its log, then start it again.")
+STOP_LIMIT = 30.0
+"""Seconds for the keeper to be gone: its grace before SIGKILL, and the kernel's work on tens of GiB."""
+MEMORY_LIMIT = 10.0
+LOG_TAIL_BYTES = 512 * 1024
+
+
+async def end_server(core: Core, record: Record, *, at_once: bool) -> None:
+    """End the server's whole group and see its memory gone; raises OperationError if something survives."""
+    path = core.keeper_file(record.name)
+    word = read_word(path)
+    if word.launch == record.launch:
+        ask_to_stop(word, at_once=at_once)
+        await gone(path, STOP_LIMIT)
+    if record.launch is not None and not await end_members(record.launch):
+        raise OperationError(
+            f"Processes of {record.name} do not end.",
+            "The driver may hang: look at `dmesg`, restart the machine.",
+        )
+    await memory_gone(core, record)
+
+
+async def gone(path: Path, limit: float) -> bool:
+    """Wait until no keeper holds `path`; False after `limit` seconds."""
+    deadline = time.monotonic() + limit
+    while is_kept(path):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.02)
+    return True
+
+
+async def memory_gone(core: Core, record: Record) -> None:
+    """Wait until NVML no longer shows the server's processes, MEMORY_LIMIT seconds at most."""
+    deadline = time.monotonic() + MEMORY_LIMIT
+    while record.engines and time.monotonic() < deadline:
+        memory = await asyncio.to_thread(read_memory, core, set(record.gpus))
+        if not any(now.held_by(record) for now in memory.values()):
+            return
+        await asyncio.sleep(0.02)
+
+
+async def fail(core: Core, record: Record, reason: str, cure: str) -> Record:
+    """End the server and write it down as failed; its log's own cause comes first if it names one."""
+    found = cause_in_log(record, read_word(core.keeper_file(record.name)))
+    await end_server(core, record, at_once=True)
+    if found is not None:
+        reason, cure = f"{reason} {found.reason}", found.cure
+    return core.enter(
+        record,
+        Event.FAIL,
+        intent=None,
+        level=None,
+        reason=reason,
+        cure=cure,
+        keeper=None,
+        server=None,
+        engines=(),
+    )
+
+
+def cause_in_log(record: Record, word: Word) -> Diagnosis | None:
+    """What the log says about the server's end; None if it has not ended or says nothing."""
+    if record.log is None or word.exit is None or word.launch != record.launch:
+        return None
+    return diagnose(read_tail(Path(record.log)), exit_code=word.exit.code)
+
+
+def read_tail(path: Path, limit: int = LOG_TAIL_BYTES) -> str:
+    """The last `limit` bytes of a log as text; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - limit))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""

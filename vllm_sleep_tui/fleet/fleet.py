@@ -1,0 +1,124 @@
+"""The fleet: everything a face may ask for. Screens and verbs use this and nothing below it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.fleet import actions
+from vllm_sleep_tui.fleet.chatting import answer
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.operation import Operation, Report, to_safe_point
+from vllm_sleep_tui.fleet.predict import memory_in, predict
+from vllm_sleep_tui.fleet.snapshot import ChatEvent, FleetSnapshot, Prediction, SwitchTimes
+from vllm_sleep_tui.fleet.supervision import Watcher
+from vllm_sleep_tui.fleet.view import Viewer
+from vllm_sleep_tui.telemetry.sampler import Sampler
+
+T = TypeVar("T")
+
+
+class Fleet:
+    """The models of one config; an async context manager whose end leaves the servers running.
+
+    Operations raise PanelError with what is wrong and what to do. Cancelling the task that awaits one stops
+    it at its next safe point and raises CancelledByUser.
+    """
+
+    def __init__(self, loaded: LoadedConfig, state_dir: Path) -> None:
+        self.loaded = loaded
+        self._core = Core(loaded, state_dir)
+        self._viewer = Viewer(self._core)
+        self._sampler = Sampler(self._core.reader, self._core.simulated)
+        self._watcher = Watcher(self._core)
+
+    async def __aenter__(self) -> Self:
+        self._sampler.set_roots(self._viewer.roots())
+        self._sampler.start()
+        self._watcher.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._watcher.close()
+        self._sampler.close()
+        await self._core.close()
+
+    # ── what is ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def snapshot(self) -> FleetSnapshot:
+        """Everything as of now; reads a few small files and the latest sample."""
+        self._sampler.set_roots(self._viewer.roots())
+        return self._viewer.snapshot(self._sampler.latest())
+
+    def predict(self, name: str) -> Prediction:
+        """What a switch to the model would do."""
+        record = self._core.records.read(name)
+        state, _ = self._viewer.observe(record)
+        return predict(self._core, name, state, memory_in(self._sampler.latest().gpus))
+
+    def log_path(self, name: str) -> Path:
+        """The model's log file, which need not exist yet."""
+        record = self._core.records.read(name)
+        return Path(record.log) if record.log else self._core.log_path(name)
+
+    # ── what can be done ─────────────────────────────────────────────────────────────────────────────────
+
+    async def start(self, names: Sequence[str], *, report: Report | None = None) -> None:
+        """Start these models, those that share a GPU one after another; the first one named ends awake."""
+        await self._run(
+            "start", ", ".join(names), report, lambda op: actions.start_all(self._core, names, op)
+        )
+
+    async def stop(self, names: Sequence[str], *, force: bool = False, report: Report | None = None) -> None:
+        """Stop these models and see their memory gone; `force` waits for no answer."""
+        await self._run(
+            "stop", ", ".join(names), report, lambda op: actions.stop_all(self._core, names, op, force)
+        )
+
+    async def restart(
+        self, names: Sequence[str], *, force: bool = False, report: Report | None = None
+    ) -> None:
+        """Stop, then start."""
+        await self.stop(names, force=force, report=report)
+        await self.start(names, report=report)
+
+    async def sleep(
+        self, name: str, *, level: int | None = None, force: bool = False, report: Report | None = None
+    ) -> None:
+        """Put a model to sleep, at its own level unless told; done already is done."""
+        await self._run(
+            "sleep", name, report, lambda op: actions.sleep(self._core, name, level, op, force=force)
+        )
+
+    async def wake(self, name: str, *, report: Report | None = None) -> None:
+        """Wake a sleeper, others sleeping first where room is needed; a stopped model is refused."""
+        await self._run("wake", name, report, lambda op: actions.wake(self._core, name, op))
+
+    async def switch(self, name: str, *, force: bool = False, report: Report | None = None) -> SwitchTimes:
+        """Make a model awake, from wherever it is; the ledger of what it took."""
+        return await self._run(
+            "switch", name, report, lambda op: actions.switch(self._core, name, op, force=force)
+        )
+
+    async def chat(
+        self,
+        name: str,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        params: Mapping[str, Any] | None = None,
+        report: Report | None = None,
+    ) -> AsyncIterator[ChatEvent]:
+        """Stream an answer; a model that is not awake is switched to first. Close the iterator to stop it."""
+        async for event in answer(self, self._core, name, messages, params or {}, report):
+            yield event
+
+    async def _run(
+        self, verb: str, target: str, report: Report | None, work: Callable[[Operation], Awaitable[T]]
+    ) -> T:
+        operation = Operation(verb, target, report)
+        try:
+            return await to_safe_point(operation, work(operation))
+        finally:
+            self._sampler.refresh()

@@ -1,0 +1,98 @@
+"""One operation under way: its phases timed and told, its safe points, its end on request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
+
+from vllm_sleep_tui.errors import CancelledByUser
+from vllm_sleep_tui.fleet.snapshot import Progress, SwitchTimes
+from vllm_sleep_tui.telemetry.processes import ProcessId, start_ticks
+
+T = TypeVar("T")
+Report = Callable[[Progress], None]
+
+PHASES = ("drain", "sleep", "settle", "wake", "weights", "reload", "kv_cache", "reset", "prove")
+
+
+def actor() -> ProcessId:
+    """This process, as the one who acts."""
+    return ProcessId(pid=os.getpid(), start=start_ticks(os.getpid()) or 0)
+
+
+class Operation:
+    """What is being done, for whom to tell, and whether to stop at the next safe point."""
+
+    def __init__(self, name: str, target: str, report: Report | None = None) -> None:
+        self.name = name
+        self.target = target
+        self.since = time.time()
+        self.times: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._report = report
+        self._cancelled = asyncio.Event()
+
+    def cancel(self) -> None:
+        """Ask it to stop at its next safe point."""
+        self._cancelled.set()
+
+    def checkpoint(self) -> None:
+        """A safe point: raises CancelledByUser if the person asked for the end."""
+        if self._cancelled.is_set():
+            raise CancelledByUser(
+                f"The {self.name} of {self.target} was cancelled.", "Nothing was left half done."
+            )
+
+    async def pause(self, seconds: float) -> None:
+        """Wait at a safe point; raises CancelledByUser as soon as the end is asked for."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._cancelled.wait(), seconds)
+        self.checkpoint()
+
+    def tell(self, model: str, phase: str, detail: str = "", fraction: float | None = None) -> None:
+        """Say what is happening now."""
+        if self._report:
+            self._report(
+                Progress(model=model, operation=self.name, phase=phase, detail=detail, fraction=fraction)
+            )
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to the ledger."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - began
+
+    def ledger(self) -> SwitchTimes:
+        """The phases so far, and the time since the operation began."""
+        return SwitchTimes(
+            phases={phase: self.times.get(phase) for phase in PHASES},
+            total=time.monotonic() - self._began,
+        )
+
+
+async def to_safe_point(operation: Operation, work: Awaitable[T]) -> T:
+    """Run `work`; when the awaiting task is cancelled, let it reach its next safe point first.
+
+    Raises CancelledByUser if the work stopped there. Work that was past its last safe point ends normally
+    and its result is lost to the canceller, who gets CancelledByUser all the same.
+    """
+    task = asyncio.ensure_future(work)
+    while True:
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise
+            operation.cancel()
+            await asyncio.wait({task})
+            task.result()  # raises what the work raised, CancelledByUser most of the time
+            raise CancelledByUser(
+                f"The {operation.name} of {operation.target} was too far to be cancelled; it was completed."
+            ) from None

@@ -1,0 +1,215 @@
+"""From what is measured now to a plan: the figures that `plan` and `budget` reckon with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vllm_sleep_tui.errors import RefusedError
+from vllm_sleep_tui.fleet import budget
+from vllm_sleep_tui.fleet.core import Core, gib
+from vllm_sleep_tui.fleet.footprints import argument
+from vllm_sleep_tui.fleet.plan import Neighbour, Room, make_room
+from vllm_sleep_tui.fleet.records import Record
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.telemetry.processes import command_of, user_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuMemory:
+    """One GPU's memory now, in bytes; None where it is not known."""
+
+    total: int | None
+    used: int | None
+    by_pid: Mapping[int, int | None] | None
+
+    def held_by(self, record: Record) -> int | None:
+        """Bytes that the record's server holds here; None if processes cannot be told apart."""
+        if self.by_pid is None:
+            return None
+        held = [self.by_pid.get(engine.pid, 0) for engine in record.engines]
+        return None if any(part is None for part in held) else sum(part or 0 for part in held)
+
+    @property
+    def free(self) -> int | None:
+        """Bytes that nobody holds."""
+        return None if self.total is None or self.used is None else self.total - self.used
+
+
+def read_memory(core: Core, gpus: set[int]) -> dict[int, GpuMemory]:
+    """The memory of these GPUs now; blocks for a millisecond or so."""
+    found = {}
+    for gpu in gpus:
+        used, by_pid = core.reader.memory(gpu)
+        found[gpu] = GpuMemory(total=core.total(gpu), used=used, by_pid=by_pid)
+    return found
+
+
+def needed_to_wake(core: Core, record: Record, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
+    """Further bytes on each GPU that the sleeper will take when it wakes."""
+    footprint = core.footprint(record.name)
+    need = {}
+    for gpu in record.gpus:
+        held = memory[gpu].held_by(record) if gpu in memory else None
+        if held is None:
+            held = budget.asleep_estimate(footprint, core.model(record.name), gpu)
+        need[gpu] = max(0, awake_bytes(core, record.name, gpu) - held)
+    return need
+
+
+def needed_to_start(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
+    """Bytes on each GPU that must be free for a start: vLLM checks its share before it loads."""
+    footprint = core.footprint(name)
+    share = share_of(core, name, memory) or budget.HIGHEST_UTILIZATION
+    need = {}
+    for gpu in core.model(name).gpus:
+        total = core.total(gpu)
+        if total is not None:
+            need[gpu] = max(
+                int(share * total), footprint.awake.get(str(gpu), budget.awake_estimate(share, total))
+            )
+    return need
+
+
+def awake_bytes(core: Core, name: str, gpu: int) -> int:
+    """What the model holds on a GPU while awake: measured, else estimated."""
+    measured = core.footprint(name).awake.get(str(gpu))
+    total = core.total(gpu)
+    if measured is not None or total is None:
+        return measured or 0
+    return budget.awake_estimate(budget.fixed_utilization(core.model(name)), total)
+
+
+def share_of(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> float | None:
+    """The model's `gpu-memory-utilization`: its own, else planned over all models of its GPUs."""
+    model = core.model(name)
+    own = budget.fixed_utilization(model)
+    if own is not None or not model.gpus:
+        return own
+    records = [core.records.read(key) for key in core.config.models]
+    asleep = {}
+    for record in records:
+        left = core.footprint(record.name).asleep
+        if left:
+            asleep[record.name] = max(left.values())
+    others = {}
+    for gpu, now in memory.items():
+        ours = [now.held_by(record) or 0 for record in records]
+        others[gpu] = max(0, (now.used or 0) - sum(ours))
+    totals = {gpu: total for gpu in model.gpus if (total := core.total(gpu)) is not None}
+    return budget.utilization(name, core.config, totals, others, asleep)
+
+
+def plan_for(
+    core: Core,
+    name: str,
+    *,
+    memory: Mapping[int, GpuMemory] | None = None,
+    idle: Mapping[str, tuple[float, bool]] | None = None,
+) -> Room:
+    """Who must make room so that `name` can be awake.
+
+    `memory` is read now unless given; `idle` tells of each model its last request and whether one is running.
+    """
+    if memory is None:
+        memory = read_memory(core, set(core.model(name).gpus))
+    free = {gpu: memory[gpu].free for gpu in core.model(name).gpus if gpu in memory}
+    return make_room(needed(core, name, memory), free, neighbours(core, name, memory, idle or {}))
+
+
+def needed(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
+    """Further bytes on each GPU that the model takes to be awake, from where it is now."""
+    record = core.records.read(name)
+    if record.state in (State.ASLEEP, State.WAKING):
+        return needed_to_wake(core, record, memory)
+    return needed_to_start(core, name, memory)
+
+
+def neighbours(
+    core: Core, name: str, memory: Mapping[int, GpuMemory], idle: Mapping[str, tuple[float, bool]]
+) -> list[Neighbour]:
+    """The awake models that share a GPU with `name`."""
+    found = []
+    mine = set(core.model(name).gpus)
+    for key in core.config.models:
+        record = core.records.read(key)
+        if key == name or record.state is not State.AWAKE or not mine & set(record.gpus):
+            continue
+        footprint = core.footprint(key)
+        last, answering = idle.get(key, (record.since, False))
+        found.append(
+            Neighbour(
+                name=key,
+                awake={gpu: held_awake(core, record, memory, gpu) for gpu in record.gpus},
+                asleep={gpu: budget.asleep_estimate(footprint, core.model(key), gpu) for gpu in record.gpus},
+                idle_since=last,
+                answering=answering,
+                stops=record.resolved_level == "none",
+            )
+        )
+    return found
+
+
+def held_awake(core: Core, record: Record, memory: Mapping[int, GpuMemory], gpu: int) -> int:
+    """What an awake model holds on a GPU: seen now, else as measured before."""
+    held = memory[gpu].held_by(record) if gpu in memory else None
+    return held if held else awake_bytes(core, record.name, gpu)
+
+
+def refuse_without_room(core: Core, name: str, room: Room) -> None:
+    """Raises RefusedError with the numbers if the target does not fit even after the plan."""
+    if room.fits:
+        return
+    gpu, missing = max(room.missing.items(), key=lambda item: item[1])
+    free = room.free[gpu]
+    asleep = f" even with {' and '.join(room.leaving)} asleep" if room.leaving else ""
+    what = (
+        f"{name} needs {gib(free + missing - budget.MARGIN)} on GPU {gpu} and {gib(budget.MARGIN)} to spare; "
+        f"{gib(free)} are free{asleep}."
+    )
+    raise RefusedError(what, who_else(core, gpu) or "Give it less: lower its gpu-memory-utilization.")
+
+
+def who_else(core: Core, gpu: int) -> str | None:
+    """Names the processes that hold memory on a GPU and are none of ours."""
+    _, by_pid = core.reader.memory(gpu)
+    ours = {engine.pid for name in core.config.models for engine in core.records.read(name).engines}
+    strangers = sorted(
+        ((size or 0, pid) for pid, size in (by_pid or {}).items() if pid not in ours), reverse=True
+    )
+    if not strangers:
+        return None
+    size, pid = strangers[0]
+    return f"Pid {pid} ({user_of(pid)}, {command_of(pid)}) holds {gib(size)}: end it or wait."
+
+
+def weights_of(core: Core, name: str) -> int | None:
+    """Bytes of weights: measured, else the size of a local checkpoint; None if neither is known."""
+    return core.footprint(name).weights
+
+
+def check_ram(core: Core, name: str, pinned_now: int | None) -> None:
+    """Raises RefusedError with the numbers if sleeping at level 1 would push the machine into swapping."""
+    from vllm_sleep_tui.telemetry.host import host_memory
+
+    need = budget.pinned_estimate(core.footprint(name), weights_of(core, name))
+    host = host_memory(core.simulated)
+    if need is None or host.available_bytes is None or host.total_bytes is None or pinned_now:
+        return  # its pool is there already and is used again
+    margin = budget.ram_margin(host.total_bytes)
+    if need + margin > host.available_bytes:
+        raise RefusedError(
+            f"{name} would pin {gib(need)} of RAM at level 1 and {gib(margin)} must stay free; "
+            f"{gib(host.available_bytes)} are available.",
+            "Sleep it at level 2, which needs no RAM.",
+        )
+
+
+def cold_start(core: Core, name: str) -> float | None:
+    """Seconds a start of the model takes here, as measured; None before the first."""
+    return core.footprint(name).typical("start")
+
+
+def is_dummy(core: Core, name: str) -> bool:
+    """Whether the model runs on dummy weights, which level 2 cannot bring back."""
+    return argument(core.model(name), "load-format") == "dummy"

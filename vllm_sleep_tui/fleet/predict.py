@@ -1,0 +1,100 @@
+"""What `enter` on a model would do, in numbers, before it is pressed (reads records, asks nobody)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vllm_sleep_tui.fleet.core import Core, gib
+from vllm_sleep_tui.fleet.plan import Room
+from vllm_sleep_tui.fleet.planning import GpuMemory, needed, plan_for
+from vllm_sleep_tui.fleet.snapshot import Prediction
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.telemetry.gpus import GpuReading
+
+BUSY = frozenset({State.STARTING, State.FALLING_ASLEEP, State.WAKING, State.STOPPING})
+
+
+def memory_in(readings: Sequence[GpuReading]) -> dict[int, GpuMemory]:
+    """The GPUs' memory as the last sample saw it."""
+    return {
+        reading.index: GpuMemory(total=reading.total_bytes, used=reading.used_bytes, by_pid=reading.processes)
+        for reading in readings
+    }
+
+
+def predict(core: Core, name: str, state: State, memory: Mapping[int, GpuMemory]) -> Prediction:
+    """What a switch to `name` in `state` would do with the memory as it is."""
+    if state is State.AWAKE:
+        return Prediction(target=name, action="nothing", sentence=f"{name} is awake.")
+    if state in BUSY:
+        return Prediction(target=name, action="nothing", sentence=f"{name} is {state}.")
+    room = plan_for(core, name, memory=memory)
+    need = needed(core, name, memory)
+    action = action_of(state, room)
+    seconds = seconds_of(core, name, state, room)
+    return Prediction(
+        target=name,
+        action=action,
+        sleeps=room.sleeps,
+        stops=room.stops,
+        seconds=seconds,
+        needs_bytes={str(gpu): size for gpu, size in need.items()},
+        free_bytes={str(gpu): size for gpu, size in room.free.items()},
+        used_after=used_after(memory, room, need),
+        sentence=sentence(name, action, seconds, room, need),
+    )
+
+
+def action_of(state: State, room: Room) -> str:
+    """One word for it."""
+    if not room.fits:
+        return "refused"
+    if state is not State.ASLEEP:
+        return "start"
+    return "switch" if room.leaving else "wake"
+
+
+def seconds_of(core: Core, name: str, state: State, room: Room) -> float | None:
+    """How long it took here before, all of it; None if a part of it was never measured."""
+    parts: list[float | None] = []
+    for leaving in room.sleeps:
+        record = core.records.read(leaving)
+        known = core.footprint(leaving)
+        level = record.resolved_level or "1"
+        parts.append(known.typical(f"sleep{level}") or known.typical("sleep1-first"))
+    footprint = core.footprint(name)
+    if state is State.ASLEEP:
+        parts.append(footprint.typical(f"wake{core.records.read(name).level or 1}"))
+    else:
+        parts.append(footprint.typical("start"))
+    return None if None in parts else sum(part or 0.0 for part in parts)
+
+
+def used_after(memory: Mapping[int, GpuMemory], room: Room, need: Mapping[int, int]) -> dict[str, int]:
+    """Bytes used on each GPU afterwards, where the GPU's size is known."""
+    return {
+        str(gpu): total - room.free.get(gpu, 0) + size
+        for gpu, size in need.items()
+        if gpu in memory and (total := memory[gpu].total) is not None
+    }
+
+
+def sentence(name: str, action: str, seconds: float | None, room: Room, need: Mapping[int, int]) -> str:
+    """The prediction for a person."""
+    steps = [f"sleeps {who}" for who in room.sleeps] + [f"stops {who}" for who in room.stops]
+    steps.append(f"{'starts' if action == 'start' else 'wakes'} {name}")
+    if need:
+        gpu = max(need, key=lambda index: need[index] - room.free.get(index, 0))
+        then = " then" if room.leaving else ""
+        figures = f": needs {gib(need[gpu])} on GPU {gpu}, {gib(room.free.get(gpu, 0))} are free{then}"
+    else:
+        figures = ""
+    if action == "refused":
+        return f"Does not fit{figures}."
+    about = "time not measured yet; " if seconds is None else f"≈ {time_text(seconds)}; "
+    return f"{about}{', '.join(steps)}{figures}."
+
+
+def time_text(seconds: float) -> str:
+    """Seconds as people read them."""
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"

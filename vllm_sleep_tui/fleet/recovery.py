@@ -1,0 +1,131 @@
+"""What somebody left unfinished: settled by whoever holds the locks next, before anything else.
+
+The truth is the keeper (does the server live?) and the server (does it sleep?), never the record's hope.
+"""
+
+from __future__ import annotations
+
+from vllm_sleep_tui.engine.failures import EngineError
+from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.ending import ENGINE_DIED, SERVER_GONE, cause_in_log, end_server, fail
+from vllm_sleep_tui.fleet.keeping import is_kept, read_word
+from vllm_sleep_tui.fleet.operation import Operation
+from vllm_sleep_tui.fleet.records import Record
+from vllm_sleep_tui.fleet.server import Server
+from vllm_sleep_tui.fleet.states import Event, State
+from vllm_sleep_tui.telemetry.processes import is_alive
+
+
+def is_unfinished(core: Core, name: str) -> bool:
+    """Whether the record tells of an operation, or of a server that is no more."""
+    record = core.records.read(name)
+    if record.state in (State.STOPPED, State.FAILED):
+        return False
+    return record.intent is not None or not lives(core, record) or not is_whole(record)
+
+
+def needs_care(core: Core, name: str) -> bool:
+    """Whether it is unfinished and nobody is at it."""
+    record = core.records.read(name)
+    if not is_unfinished(core, name):
+        return False
+    at_it = record.intent is not None and is_alive(record.intent.actor)
+    return not at_it
+
+
+def is_whole(record: Record) -> bool:
+    """Whether the processes that hold the model's memory live."""
+    return all(is_alive(engine) for engine in record.engines)
+
+
+def lives(core: Core, record: Record) -> bool:
+    """Whether the record's server has its keeper."""
+    path = core.keeper_file(record.name)
+    return is_kept(path) and read_word(path).launch == record.launch
+
+
+async def recover(core: Core, name: str, operation: Operation) -> None:
+    """Settle what is unfinished on `name`; the caller holds its lock and its GPUs' locks."""
+    if not is_unfinished(core, name):
+        return
+    record = core.records.read(name)
+    operation.tell(name, "settling", "what an earlier operation left")
+    if record.state is State.STOPPING:
+        await finish_stop(core, record)
+    elif not lives(core, record):
+        await bury(core, record)
+    elif not is_whole(record):
+        await fail(core, record, ENGINE_DIED.reason, ENGINE_DIED.cure)
+    elif record.state is State.STARTING:
+        await carry_on_start(core, record, operation)
+    else:
+        await settle(core, record, operation)
+
+
+async def bury(core: Core, record: Record) -> None:
+    """The server is gone: end what is left of it, write down why."""
+    word = read_word(core.keeper_file(record.name))
+    if word.launch == record.launch and word.exit is not None and word.exit.asked:
+        await finish_stop(core, record)
+        return
+    found = cause_in_log(record, word) or SERVER_GONE
+    await fail(core, record, found.reason, found.cure)
+
+
+async def finish_stop(core: Core, record: Record) -> None:
+    """Somebody was stopping it."""
+    if record.state is not State.STOPPING:
+        record = core.enter(record, Event.STOP)
+    await end_server(core, record, at_once=False)
+    core.enter(record, Event.EXITED, level=None, intent=None, keeper=None, server=None, engines=())
+
+
+async def carry_on_start(core: Core, record: Record, operation: Operation) -> None:
+    """A start whose starter died goes on where it is."""
+    from vllm_sleep_tui.fleet.starting import Start
+
+    try:
+        await Start(core, record.name, operation).carry_on()
+    except OperationError as error:
+        operation.tell(record.name, "failed", error.what)
+
+
+async def settle(core: Core, record: Record, operation: Operation) -> None:
+    """A sleep, wake or switch was cut off: ask what became of it, and finish what must not stay half."""
+    server = Server(core, record, operation)
+    try:
+        sleeping = await server.is_sleeping()
+        if record.state is State.FALLING_ASLEEP:
+            await after_sleep(server, sleeping=sleeping)
+        elif record.state is State.WAKING:
+            await after_wake(server, sleeping=sleeping)
+        else:
+            server.record = core.write(server.record, intent=None)
+            if record.state is State.AWAKE:
+                await server.open_gate()
+    except OperationError as error:
+        operation.tell(record.name, "failed", error.what)  # it is recorded as failed
+
+
+async def after_sleep(server: Server, *, sleeping: bool) -> None:
+    """The sleep happened or it did not; both are fine."""
+    if not sleeping:
+        await server.undo_sleep()
+        return
+    level = server.record.intent.level if server.record.intent else None
+    server.record = server.core.enter(server.record, Event.SLEPT, level=level or 1, intent=None)
+
+
+async def after_wake(server: Server, *, sleeping: bool) -> None:
+    """A wake from level 2 is run through again, each step may be repeated; one from level 1 is proven."""
+    try:
+        if server.record.level == 2:
+            await server.wake_from_2()
+        elif sleeping:
+            await server.wake_from_1()
+    except EngineError as error:
+        await server.fail(f"vLLM could not wake it: {error}", "It must be restarted: `start` it again.")
+    verdict = await server.prove()
+    await server.open_gate()
+    server.record = server.core.enter(server.record, Event.WOKE, level=None, intent=None, proof=verdict)

@@ -1,0 +1,78 @@
+"""The locks of an operation: the GPUs first, then the models, with what others left unfinished settled.
+
+The plan is made before the locks and again under them; if it grew meanwhile, they are taken anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from vllm_sleep_tui.errors import RefusedError
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.locks import Holder, LockBusyError, hold, holder
+from vllm_sleep_tui.fleet.operation import Operation
+from vllm_sleep_tui.fleet.plan import Room
+from vllm_sleep_tui.fleet.planning import plan_for
+from vllm_sleep_tui.fleet.recovery import is_unfinished, recover
+
+NO_ROOM_NEEDED = Room(sleeps=(), stops=(), free={}, missing={})
+
+
+def others_on(core: Core, name: str) -> set[str]:
+    """The other models of the config that share a GPU with `name`."""
+    mine = set(core.model(name).gpus)
+    return {key for key, model in core.config.models.items() if key != name and mine & set(model.gpus)}
+
+
+def describe(who: Holder | None) -> str:
+    """What is waited for, in words."""
+    if who is None:
+        return "waits for another operation"
+    left = "" if who.until is None else f", about {max(1, round(who.until - time.time()))} s"
+    return f"waits for {who.user}'s {who.operation} of {who.model}{left}"
+
+
+@contextlib.asynccontextmanager
+async def locked(
+    core: Core, name: str, operation: Operation, *, make_room: bool, seconds: float | None = None
+) -> AsyncIterator[Room]:
+    """Hold what an operation on `name` touches; yields the plan, made under the locks.
+
+    Raises RefusedError if somebody else holds on for too long.
+    """
+    names = {name}
+    word = holder(operation.name, name, seconds)
+    while True:
+        if make_room:
+            names |= set(plan_for(core, name).leaving)
+        names |= {key for key in others_on(core, name) if is_unfinished(core, key)}
+        gpus = {gpu for key in names for gpu in (*core.model(key).gpus, *core.records.read(key).gpus)}
+        paths = [*core.gpu_locks(gpus), *core.model_locks(names)]
+        async with held(paths, word, operation):
+            for key in sorted(names):
+                await recover(core, key, operation)
+            room = plan_for(core, name) if make_room else NO_ROOM_NEEDED
+            if set(room.leaving) <= names:
+                yield room
+                return
+            names |= set(room.leaving)
+
+
+@contextlib.asynccontextmanager
+async def held(paths: list[Path], word: Holder, operation: Operation) -> AsyncIterator[None]:
+    """The locks themselves, cancellable while they are waited for."""
+
+    def waiting(who: Holder | None) -> None:
+        operation.tell(operation.target, "waiting", describe(who))
+
+    try:
+        async with hold(paths, word, waiting=waiting, checkpoint=operation.checkpoint):
+            yield
+    except LockBusyError as error:
+        raise RefusedError(
+            f"{operation.target}: another operation holds its GPU: {describe(error.holder)}.",
+            "Wait for it, or cancel it where it was begun.",
+        ) from error

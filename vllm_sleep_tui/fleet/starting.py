@@ -1,0 +1,329 @@
+"""The start of a server: port, keeper, readiness, warm-up, reference, first sleep; or nothing at all.
+
+The caller holds the model's lock and its GPUs' locks for the whole of it: vLLM's start-up memory check
+counts what others take or give back meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+
+from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv, serve_environment
+from vllm_sleep_tui.engine.client import VllmClient
+from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
+from vllm_sleep_tui.engine.guard_files import copy_guard
+from vllm_sleep_tui.engine.logs import LogTail, PhaseReader
+from vllm_sleep_tui.engine.versions import capabilities
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError, UsageError
+from vllm_sleep_tui.fleet import proof
+from vllm_sleep_tui.fleet.budget import level_for, pinned_estimate
+from vllm_sleep_tui.fleet.core import GIB, Core
+from vllm_sleep_tui.fleet.ending import cause_in_log, end_server, fail
+from vllm_sleep_tui.fleet.footprints import Footprint, digest
+from vllm_sleep_tui.fleet.keeping import Order, is_kept, launch, read_word
+from vllm_sleep_tui.fleet.operation import Operation, actor
+from vllm_sleep_tui.fleet.planning import read_memory, share_of, weights_of
+from vllm_sleep_tui.fleet.records import Intent, Record
+from vllm_sleep_tui.fleet.server import Server
+from vllm_sleep_tui.fleet.states import Event, StartPhase
+from vllm_sleep_tui.telemetry.host import host_memory
+from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, holder_of_port, listens
+
+READY_LIMIT = 900.0
+"""Seconds for a start, on top of READY_PER_GIB for each GiB of weights."""
+READY_PER_GIB = 20.0
+READY_POLL = 0.1
+WARM_UP_LIMIT = 300.0
+"""The first request of a fresh server took 26 s on a CPU (vLLM 0.32)."""
+
+
+def port_is_free(port: int) -> bool:
+    """Whether nobody listens on the port; vLLM itself would share it with a stranger (SO_REUSEPORT)."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def choose_port(core: Core, name: str) -> int:
+    """The configured port, or a free one; raises RefusedError that names who has the configured one."""
+    wanted = core.model(name).port
+    if wanted is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+    if port_is_free(wanted):
+        return wanted
+    holder = holder_of_port(wanted)
+    pid = f"pid {holder.process.pid}, " if holder and holder.process else ""
+    who = f" by {pid}user {holder.user}: {holder.command or 'command unknown'}" if holder else ""
+    raise RefusedError(
+        f"Port {wanted} of {name} is taken{who}.",
+        "End it, choose another `port:`, or use that server with `url:`; it is not touched.",
+    )
+
+
+def check_command(core: Core) -> None:
+    """Raises UsageError if the vLLM binary is not there."""
+    program = core.config.vllm_command[0]
+    if shutil.which(program) is None:
+        raise UsageError(
+            f"{core.loaded.path}: vllm_command: {program!r} was not found.",
+            "Give the full path of the `vllm` in its environment; `vllm-sleep-tui doctor` looks for one.",
+        )
+
+
+class Start:
+    """One start of one model."""
+
+    def __init__(self, core: Core, name: str, operation: Operation) -> None:
+        self.core = core
+        self.name = name
+        self.model = core.model(name)
+        self.operation = operation
+        self.record: Record = core.records.read(name)
+        self.began = time.monotonic()
+
+    async def run(self) -> Server:
+        """Start, warm up, measure, prime; raises OperationError and leaves nothing running if it fails."""
+        check_command(self.core)
+        self.core.check_gpus(self.name)
+        port = choose_port(self.core, self.name)
+        self.record = self.core.enter(
+            self.record,
+            Event.START,
+            reason=None,
+            cure=None,
+            level=None,
+            proof=None,
+            intent=self.intent("loading"),
+        )
+        return await self.guarded(self.launch(port))
+
+    async def carry_on(self) -> Server:
+        """Go on with a start whose starter died; its server lives. Raises as `run` does."""
+        return await self.guarded(self.adopt())
+
+    async def adopt(self) -> None:
+        """Take the keeper's word for what the dead starter could not write down."""
+        word = read_word(self.core.keeper_file(self.name))
+        self.record = self.core.write(self.record, keeper=word.keeper, server=word.server)
+
+    async def guarded(self, begin: Coroutine[None, None, None]) -> Server:
+        """`begin`, then all the rest of a start; whatever goes wrong, nothing is left running."""
+        try:
+            await begin
+            client = self.core.client(self.record)
+            await self.wait_until_ready(client)
+            return await self.settle_in(client)
+        except CancelledByUser:
+            await self.abandon()
+            raise
+        except EngineError as error:
+            self.record = await fail(self.core, self.record, f"It did not start well: {error}", error.cure)
+            raise OperationError(f"{self.name}: {self.record.reason}", self.record.cure or "") from error
+        except (OperationError, RefusedError) as error:
+            await self.give_up(error)
+            raise
+
+    def intent(self, phase: str, detail: str | None = None) -> Intent:
+        """This start as an intent, for whoever looks or must settle it."""
+        return Intent(
+            operation=self.operation.name,
+            phase=phase,
+            since=self.operation.since,
+            actor=actor(),
+            eta=self.core.footprint(self.name).typical("start"),
+            detail=detail,
+        )
+
+    def enter_phase(self, phase: str, detail: str = "", fraction: float | None = None) -> None:
+        """Tell and write down what the start is doing."""
+        self.record = self.core.write(self.record, intent=self.intent(phase, detail or None))
+        self.operation.tell(self.name, phase, detail, fraction)
+
+    async def launch(self, port: int) -> None:
+        """Hand the server to a keeper."""
+        memory = await asyncio.to_thread(read_memory, self.core, set(self.model.gpus))
+        tmp_dir = Path(tempfile.mkdtemp(prefix="vst-", dir="/tmp"))  # socket paths: 107 characters at most
+        spec = ServeSpec(
+            command=self.core.config.vllm_command,
+            model=self.model.model or "",
+            served_name=self.name,
+            port=port,
+            args=self.model.args,
+            env=self.model.env,
+            gpus=self.model.gpus,
+            utilization=share_of(self.core, self.name, memory),
+            guard_dir=tmp_dir / "guard",
+            tmp_dir=tmp_dir,
+            secret=secrets.token_urlsafe(32),
+            launch_id=secrets.token_hex(16),
+            sleep_mode=self.model.level != "none",
+        )
+        copy_guard(spec.guard_dir)
+        log = self.core.log_path(self.name)
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.record = self.core.write(
+            self.record,
+            launch=spec.launch_id,
+            port=port,
+            secret=spec.secret,
+            gpus=self.model.gpus,
+            log=str(log),
+            digest=digest(self.model),
+            engines=(),
+            reference=None,
+        )
+        word = await launch(self.order(spec, log))
+        self.record = self.core.write(self.record, keeper=word.keeper, server=word.server)
+
+    def order(self, spec: ServeSpec, log: Path) -> Order:
+        """What the keeper is to keep."""
+        base = dict(os.environ)
+        if self.core.simulated:
+            base["VLLM_SLEEP_TUI_SIMULATED_GPUS"] = str(self.core.simulated)
+        return Order(
+            argv=tuple(serve_argv(spec)),
+            env=serve_environment(spec, base, ready_seconds=self.limit()),
+            cwd=str(self.core.loaded.path.resolve().parent),
+            launch=spec.launch_id,
+            log=str(log),
+            lock=str(self.core.keeper_file(self.name)),
+            tmp_dir=str(spec.tmp_dir),
+        )
+
+    def limit(self) -> float:
+        """Seconds that this start may take."""
+        return READY_LIMIT + READY_PER_GIB * (weights_of(self.core, self.name) or 0) / GIB
+
+    # ── readiness ────────────────────────────────────────────────────────────────────────────────────────
+
+    async def wait_until_ready(self, client: VllmClient) -> None:
+        """Follow the log until health is good and the listener is ours; raises OperationError if it ends."""
+        assert self.record.log is not None
+        tail, phases = LogTail(Path(self.record.log)), PhaseReader()
+        deadline = time.monotonic() + self.limit()
+        self.enter_phase(StartPhase.LOADING)
+        while True:
+            for line in tail.read_new():
+                if (seen := phases.feed(line)) is not None:
+                    self.enter_phase(seen.name, seen.detail, seen.fraction)
+            if not is_kept(self.core.keeper_file(self.name)):
+                raise OperationError(f"{self.name} ended while it started.", "Look at its log.")
+            if await client.health(timeout=1.0):
+                break
+            if time.monotonic() > deadline:
+                raise OperationError(
+                    f"{self.name} was not ready after {self.limit():.0f} s.",
+                    "Look at its log; start it again.",
+                )
+            await self.operation.pause(READY_POLL)
+        self.remember_log(phases)
+        await self.check_listener(client)
+
+    async def check_listener(self, client: VllmClient) -> None:
+        """Raises OperationError if the port is answered by anybody but this launch."""
+        assert self.record.port is not None
+        assert self.record.keeper is not None
+        table = await asyncio.to_thread(ProcessTable.read)
+        family = table.descendants(self.record.keeper.pid)
+        if not listens(self.record.port, family):
+            raise OperationError(
+                f"Port {self.record.port} is answered by a process that is not {self.name}'s.",
+                "Start it again: it will take another port.",
+            )
+        engines = [pid for pid in family if (command_of(pid) or "").startswith("VLLM::")]
+        identities = tuple(found for pid in engines if (found := table.id_of(pid)))
+        version = await client.version()
+        self.record = self.core.write(self.record, engines=identities, vllm_version=version)
+
+    def remember_log(self, phases: PhaseReader) -> None:
+        """Keep what the log told of the weights."""
+        weights = phases.facts.weights_bytes
+        if weights is not None:
+            self.core.remember(self.record, lambda known: known.with_weights(weights))
+
+    # ── warm, reference, measure, prime ──────────────────────────────────────────────────────────────────
+
+    async def settle_in(self, client: VllmClient) -> Server:
+        """From the first good health to awake: nothing of it is paid by the first real switch."""
+        self.enter_phase(StartPhase.WARMING)
+        with contextlib.suppress(EngineRefused):  # a task without completions has nothing to warm up
+            await client.complete(proof.WARM_UP, model=self.name, max_tokens=1, timeout=WARM_UP_LIMIT)
+        self.operation.checkpoint()
+        level = self.resolve_level()
+        self.record = self.core.write(self.record, resolved_level=level)
+        server = Server(self.core, self.record, self.operation)
+        await server.take_reference()
+        await self.measure(server)
+        seconds = time.monotonic() - self.began
+        self.core.remember(server.record, lambda known: known.with_time("start", seconds))
+        self.operation.checkpoint()
+        if level == "1" and server.frees_memory:
+            await self.prime(server)
+        server.record = self.core.enter(server.record, Event.READY, intent=None)
+        self.record = server.record
+        return server
+
+    def resolve_level(self) -> str:
+        """What the model's `level` means for this launch; an old vLLM cannot sleep at all."""
+        if self.model.level == "none" or not capabilities(self.record.vllm_version or "", None).sleep:
+            return "none"
+        host = host_memory(self.core.simulated)
+        pinned = pinned_estimate(self.core.footprint(self.name), weights_of(self.core, self.name))
+        return level_for(self.model, pinned, host.available_bytes, host.total_bytes)
+
+    async def measure(self, server: Server) -> None:
+        """Keep what the model holds awake."""
+        memory = await asyncio.to_thread(read_memory, self.core, set(self.model.gpus))
+        awake = {str(gpu): held for gpu, now in memory.items() if (held := now.held_by(server.record))}
+
+        def change(known: Footprint) -> Footprint:
+            return known.with_memory(awake=awake, asleep={})
+
+        self.core.remember(server.record, change)
+
+    async def prime(self, server: Server) -> None:
+        """Pay for the first sleep now; without the RAM for it the launch sleeps at level 2."""
+        try:
+            await server.prime()
+        except RefusedError as error:
+            if self.model.level != "auto":
+                raise
+            self.operation.tell(self.name, StartPhase.PRIMING, f"level 2: {error.what}")
+            server.record = self.core.write(server.record, resolved_level="2")
+        self.operation.times.clear()  # the ledger is the switch's, not the priming's
+
+    # ── the other ends ───────────────────────────────────────────────────────────────────────────────────
+
+    async def abandon(self) -> None:
+        """Cancelled: leave nothing half started."""
+        record = self.core.enter(self.core.records.read(self.name), Event.STOP)
+        await end_server(self.core, record, at_once=False)
+        self.core.enter(record, Event.EXITED, intent=None, keeper=None, server=None, engines=())
+
+    async def give_up(self, error: PanelError) -> None:
+        """The server ended or never was: stopped if that was asked for, else failed with the log's cause."""
+        word = read_word(self.core.keeper_file(self.name))
+        if word.launch == self.record.launch and word.exit is not None and word.exit.asked:
+            await self.abandon()
+            raise CancelledByUser(f"The start of {self.name} was stopped.") from error
+        found = cause_in_log(self.record, word)
+        await fail(
+            self.core, self.record, found.reason if found else error.what, found.cure if found else error.cure
+        )
+        if found is not None:
+            raise OperationError(f"{self.name}: {found.reason}", found.cure) from error

@@ -1,0 +1,159 @@
+"""What is known now, read without asking anybody: records, keepers, telemetry. No HTTP, nothing written."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.engine.causes import Diagnosis
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.ending import ENGINE_DIED, SERVER_GONE, cause_in_log
+from vllm_sleep_tui.fleet.keeping import is_kept, read_word
+from vllm_sleep_tui.fleet.records import Intent, Record
+from vllm_sleep_tui.fleet.snapshot import (
+    FleetSnapshot,
+    GpuProcess,
+    GpuSnapshot,
+    HostSnapshot,
+    ModelSnapshot,
+    OperationSnapshot,
+)
+from vllm_sleep_tui.fleet.states import RUNNING, SETTLED, State
+from vllm_sleep_tui.telemetry.attribution import ModelMemory
+from vllm_sleep_tui.telemetry.processes import is_alive
+from vllm_sleep_tui.telemetry.sampler import Sample, Sampler
+
+
+class Viewer:
+    """Turns records and a sample into a snapshot."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._causes: dict[str, Diagnosis] = {}
+
+    def roots(self) -> dict[str, int]:
+        """The keeper's pid of each model that has one: its processes are below it."""
+        found = {}
+        for name in self._core.config.models:
+            record = self._core.records.read(name)
+            if record.state not in (State.STOPPED, State.FAILED):
+                word = read_word(self._core.keeper_file(name))
+                if word.keeper is not None and word.launch == record.launch and word.exit is None:
+                    found[name] = word.keeper.pid
+        return found
+
+    def snapshot(self, sample: Sample) -> FleetSnapshot:
+        """Everything, with the memory of `sample`."""
+        models = tuple(self._model(name, sample.models.get(name)) for name in self._core.config.models)
+        return FleetSnapshot(
+            models=models,
+            gpus=tuple(self._gpu(sample, index) for index in range(len(sample.gpus))),
+            host=HostSnapshot(
+                ram_available_bytes=sample.host.available_bytes, ram_total_bytes=sample.host.total_bytes
+            ),
+            time=time.time(),
+            notes=sample.notes,
+        )
+
+    def _model(self, name: str, memory: ModelMemory | None) -> ModelSnapshot:
+        record = self._core.records.read(name)
+        state, cause = self.observe(record)
+        model = self._core.config.models[name]
+        settled = state in SETTLED
+        intent = None if settled and state is not record.state else record.intent
+        holds_nothing = state is State.STOPPED
+        vram = {} if not model.gpus or holds_nothing else vram_of(memory)
+        return ModelSnapshot(
+            name=name,
+            state=state,
+            level=record.level if state in (State.ASLEEP, State.FALLING_ASLEEP, State.WAKING) else None,
+            phase=intent.phase if intent and not settled else None,
+            operation=operation_of(intent),
+            pid=record.server.pid if record.server and state not in (State.STOPPED, State.FAILED) else None,
+            port=record.port if state not in (State.STOPPED, State.FAILED) else model.port,
+            gpus=model.gpus,
+            vram_bytes=None if vram is None else sum(vram.values()),
+            vram_by_gpu=vram,
+            ram_bytes=0 if holds_nothing else (memory.ram_bytes if memory else None),
+            pinned_bytes=0 if holds_nothing else (memory.pinned_bytes if memory else None),
+            since=record.since or None,
+            reason=cause.reason if cause else record.reason,
+            cure=cause.cure if cause else record.cure,
+            last_switch=record.last_switch,
+            progress=intent.detail if intent else None,
+            configured_level=str(model.level),
+            resolved_level=record.resolved_level,
+            proof=record.proof,
+            frees_memory=bool(model.gpus),
+            source=model.model or model.url or "",
+        )
+
+    def observe(self, record: Record) -> tuple[State, Diagnosis | None]:
+        """The state as it is, and why, where the record does not know yet: servers die without asking."""
+        if record.state in (State.STOPPED, State.FAILED):
+            return record.state, None
+        path = self._core.keeper_file(record.name)
+        word = read_word(path)
+        if word.launch != record.launch:  # its keeper is about to be started
+            return (record.state, None) if record.intent else (State.FAILED, SERVER_GONE)
+        if not is_kept(path):
+            if record.state is State.STOPPING or (word.exit is not None and word.exit.asked):
+                return State.STOPPED, None
+            return State.FAILED, self._cause(record)
+        if record.state in RUNNING and not all(is_alive(engine) for engine in record.engines):
+            return State.FAILED, ENGINE_DIED
+        return record.state, None
+
+    def _cause(self, record: Record) -> Diagnosis:
+        """What the log says, read once per launch."""
+        key = record.launch or ""
+        if key not in self._causes:
+            word = read_word(self._core.keeper_file(record.name))
+            self._causes[key] = cause_in_log(record, word) or SERVER_GONE
+        return self._causes[key]
+
+    def _gpu(self, sample: Sample, position: int) -> GpuSnapshot:
+        reading = sample.gpus[position]
+        others = sample.strangers.get(reading.index, ())
+        return GpuSnapshot(
+            index=reading.index,
+            uuid=reading.uuid,
+            name=reading.name,
+            used_bytes=reading.used_bytes,
+            total_bytes=reading.total_bytes,
+            utilization=reading.utilization,
+            simulated=reading.simulated,
+            power_watts=reading.power_watts,
+            temperature=reading.temperature,
+            others=tuple(
+                GpuProcess(pid=other.pid, user=other.user, command=other.command, bytes=other.bytes)
+                for other in others
+            ),
+        )
+
+
+def operation_of(intent: Intent | None) -> OperationSnapshot | None:
+    """What is under way, for whoever looks."""
+    if intent is None:
+        return None
+    return OperationSnapshot(name=intent.operation, since=intent.since, eta=intent.eta)
+
+
+def vram_of(memory: ModelMemory | None) -> dict[str, int] | None:
+    """VRAM by GPU index as JSON keys; None if it is not known."""
+    if memory is None or memory.vram_by_gpu is None:
+        return None
+    return {str(gpu): size for gpu, size in memory.vram_by_gpu.items()}
+
+
+def read_once(loaded: LoadedConfig, state_dir: Path) -> FleetSnapshot:
+    """One snapshot, for `status`: no HTTP, no thread, nothing kept open."""
+    core = Core(loaded, state_dir)
+    try:
+        viewer = Viewer(core)
+        sampler = Sampler(core.reader, core.simulated)
+        sampler.set_roots(viewer.roots())
+        return viewer.snapshot(sampler.sample_once())
+    finally:
+        core.reader.close()
