@@ -17,6 +17,8 @@ from vllm_sleep_tui.errors import OperationError, UsageError
 if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.fleet import Fleet
 
+MEASURED = ("finish_reason", "prompt_tokens", "completion_tokens", "switch_seconds", "ttft")
+"""What is kept of the events beside the text."""
 _READ_BYTES = 65536
 
 
@@ -81,20 +83,15 @@ async def _ask(fleet: Fleet, name: str, messages: list[dict[str, Any]], *, aloud
     from vllm_sleep_tui.engine.logs import strip_escapes
 
     texts: list[str] = []
-    answer: dict[str, Any] = dict.fromkeys(
-        ("text", "finish_reason", "prompt_tokens", "completion_tokens", "switch_seconds", "ttft")
-    )
+    answer: dict[str, Any] = dict.fromkeys(("text", *MEASURED))
     began = time.monotonic()
     async for event in fleet.chat(name, messages, report=Reporter()):
         if event.error:
             raise OperationError(f"{name} broke off: {event.error}", f"See: vllm-sleep-tui logs {name}")
-        for field in answer:
-            if field != "text" and getattr(event, field) is not None:
-                answer[field] = getattr(event, field)
-        if event.text:
-            texts.append(event.text)
-            if aloud:
-                click.echo(strip_escapes(event.text), nl=False)
+        answer |= {field: value for field in MEASURED if (value := getattr(event, field)) is not None}
+        texts.append(event.text)
+        if aloud:
+            click.echo(strip_escapes(event.text), nl=False)
     answer |= {"text": "".join(texts), "seconds": time.monotonic() - began}
     if aloud:
         click.echo()

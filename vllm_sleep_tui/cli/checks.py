@@ -148,7 +148,7 @@ def check_machine(found: Surroundings, loaded: LoadedConfig | None) -> Iterator[
         )
         yield from _foreign_checks(found)
     yield from _logout_checks()
-    for orphan in find_orphans():
+    for orphan in find_orphans(state_dir()):
         cure = "End it with: vllm-sleep-tui orphans --end"
         yield Check("orphans", Verdict.WARN, f"pid {orphan.process.pid}: {orphan.command}", cure)
 

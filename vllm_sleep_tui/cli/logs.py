@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import click
 
 from vllm_sleep_tui.cli.common import config_option, load_config
 from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.fleet.records import RecordStore
 from vllm_sleep_tui.paths import state_dir
 
 POLL_SECONDS = 0.2
@@ -25,7 +27,8 @@ def logs(ctx: click.Context, name: str, follow: bool, count: int) -> None:
 
     loaded = load_config(ctx)
     loaded.model(name)
-    path = state_dir() / "logs" / f"{name}.log"
+    recorded = RecordStore(state_dir(), loaded.path).read(name).log
+    path = Path(recorded) if recorded else state_dir() / "logs" / f"{name}.log"
     if not path.exists() and not follow:
         raise OperationError(f"{name} has no log yet.", f"Start it: vllm-sleep-tui start {name}")
     tail = LogTail(path)

@@ -19,6 +19,7 @@ from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.cli.status import model_json
 from vllm_sleep_tui.config_file import LoadedConfig
 from vllm_sleep_tui.errors import UsageError
+from vllm_sleep_tui.paths import state_dir
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.fleet import Fleet
@@ -141,13 +142,11 @@ def _operate(
     loaded: LoadedConfig, names: Sequence[str], act: Callable[[Fleet], Awaitable[Any]]
 ) -> list[ModelSnapshot]:
     """Carry the operation out; how the models are afterwards."""
+    from vllm_sleep_tui.fleet.view import read_once
 
-    async def then_look(fleet: Fleet) -> list[ModelSnapshot]:
-        await act(fleet)
-        snapshot = fleet.snapshot()
-        return [snapshot.model(name) for name in names]
-
-    return with_fleet(loaded, then_look)
+    with_fleet(loaded, act)
+    snapshot = read_once(loaded, state_dir())
+    return [snapshot.model(name) for name in names]
 
 
 def _put_one(models: list[ModelSnapshot], as_json: bool) -> None:

@@ -11,6 +11,7 @@ import click
 from vllm_sleep_tui.cli.common import json_option, put_json
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.discovery import Orphan, find_orphans
+from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.telemetry.processes import is_alive, signal_process
 
 END_SECONDS = 10.0
@@ -24,7 +25,7 @@ def orphans(end: bool, as_json: bool) -> None:
 
     Servers that were not started here are never touched.
     """
-    found = find_orphans()
+    found = find_orphans(state_dir())
     if end:
         end_orphans(found)
     if as_json:
