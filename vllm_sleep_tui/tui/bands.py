@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from vllm_sleep_tui.fleet.snapshot import GpuSnapshot
 from vllm_sleep_tui.tui.keys import KEYS, Key
 from vllm_sleep_tui.tui.paint import Line, Painted, Span, cut_line, line_width, spread
 from vllm_sleep_tui.tui.view import View
+from vllm_sleep_tui.tui.words import GIB
 
 
 def hardware(gpus: tuple[GpuSnapshot, ...]) -> str:
@@ -20,8 +22,9 @@ def hardware(gpus: tuple[GpuSnapshot, ...]) -> str:
         return "no GPU"
     kinds: dict[str, int] = {}
     for gpu in gpus:
-        size = "" if gpu.total_bytes is None else f" {gpu.total_bytes / 1024**3:.0f} GiB"
         name = gpu.name.removeprefix("NVIDIA ")
+        is_sized = gpu.total_bytes is None or re.search(r"\d ?Gi?B", name)
+        size = "" if is_sized else f" {(gpu.total_bytes or 0) / GIB:.0f} GiB"
         kinds[name + size] = kinds.get(name + size, 0) + 1
     return ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in kinds.items())
 
@@ -89,14 +92,14 @@ class BottomBand(Painted):
         at = 0
         for key in self._keys_that_fit(size.width):
             text = f"{key.cap} {key.short}"
-            spans += [(key.cap, "accent bold"), (f" {key.short}   ", "muted")]
+            spans += [(key.cap, "accent bold"), (f" {key.short}  ", "muted")]
             self._places.append((at, at + len(text), key))
-            at += len(text) + 3
+            at += len(text) + 2
         return [tuple(spans)]
 
     def _keys_that_fit(self, width: int) -> list[Key]:
         keys = [key for key in KEYS if key.in_footer]
-        while sum(len(key.cap) + len(key.short) + 4 for key in keys) - 3 > width:
+        while sum(len(key.cap) + len(key.short) + 3 for key in keys) - 2 > width:
             droppable = [key for key in keys if key.key not in self.KEYS_THAT_STAY]
             if not droppable:
                 break

@@ -11,6 +11,7 @@ from vllm_sleep_tui.tui.paint import Line, Span, cut, left, right
 from vllm_sleep_tui.tui.words import took
 
 SOLID, HATCHED, FREE = "█", "▒", "░"
+MARK, MARK_PAINT = "┃", "text on-background bold"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -43,12 +44,17 @@ def cells_of(sizes: Sequence[float], total: float, width: int) -> list[int]:
     return cells
 
 
-def _stretch(part: Part, width: int, labelled: bool) -> list[Span]:
+def is_labelled(part: Part, width: int) -> bool:
+    """Whether the part's label fits into its stretch of the bar."""
+    return bool(part.label) and cell_len(part.label) + 4 <= width
+
+
+def _stretch(part: Part, width: int) -> list[Span]:
     solid = part.fill == SOLID
     paint = f"{part.color} on-{part.color}" if solid else part.color
-    label = f" {part.label} " if labelled and part.label else ""
-    if not label or cell_len(label) + 2 > width:
+    if not is_labelled(part, width):
         return [(part.fill * width, paint)]
+    label = f" {part.label} "
     before = (width - cell_len(label)) // 2
     ink = f"ink-{part.color} on-{part.color} bold" if solid else f"{part.color} bold"
     after = width - before - cell_len(label)
@@ -61,7 +67,7 @@ def stacked(parts: Sequence[Part], total: float, width: int, *, mark: float | No
     spans: list[Span] = []
     for part, count in zip(parts, cells, strict=True):
         if count:
-            spans += _stretch(part, count, labelled=True)
+            spans += _stretch(part, count)
     spans.append((FREE * (width - sum(cells)), "faint"))
     if mark is None:
         return tuple(spans)
@@ -69,7 +75,7 @@ def stacked(parts: Sequence[Part], total: float, width: int, *, mark: float | No
 
 
 def _with_mark(spans: Sequence[Span], at: int) -> Line:
-    """The spans with the cell number `at` replaced by an upright on the same ground."""
+    """The spans with the cell number `at` replaced by the mark."""
     marked: list[Span] = []
     start = 0
     for text, paint in spans:
@@ -78,9 +84,7 @@ def _with_mark(spans: Sequence[Span], at: int) -> Line:
         if not 0 <= offset < len(text):
             marked.append((text, paint))
             continue
-        ground = next((word for word in paint.split() if word.startswith("on-")), "")
-        ink = f"ink-{ground[3:]} {ground} bold" if ground else "text bold"
-        marked += [(text[:offset], paint), ("┃", ink), (text[offset + 1 :], paint)]
+        marked += [(text[:offset], paint), (MARK, MARK_PAINT), (text[offset + 1 :], paint)]
     return tuple(span for span in marked if span[0])
 
 

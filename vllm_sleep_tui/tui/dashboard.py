@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual import work
 from textual.app import ComposeResult
+from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.events import DescendantBlur, DescendantFocus, Resize
 from textual.timer import Timer
@@ -40,7 +41,7 @@ _TYPING_HINT = "⏎ or ctrl+j send   esc leave the input   letters are text here
 class Dashboard(OperatingScreen):
     """The one screen of every day."""
 
-    BINDINGS = bindings()
+    BINDINGS: ClassVar[list[BindingType]] = bindings()
 
     def __init__(self, fleet: PanelFleet, operations: Operations) -> None:
         super().__init__(fleet, operations)
@@ -157,7 +158,7 @@ class Dashboard(OperatingScreen):
         self.query_one(ChatPane).input.focus()
 
     def action_back(self) -> None:
-        """Leave the input; else stop the answer; else stop an operation; else close the chat of a narrow screen."""
+        """Leave the input; else stop the answer; else an operation; else close a narrow screen's chat."""
         chat = self.query_one(ChatPane)
         if chat.input.has_focus:
             self.query_one(ModelTable).focus()

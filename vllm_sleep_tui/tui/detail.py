@@ -12,6 +12,8 @@ from vllm_sleep_tui.tui.view import Running, View
 from vllm_sleep_tui.tui.words import clock, gib, phases_of, took
 
 _INDENT = "  "
+AIRY_HEIGHT = 36
+"""Terminals of this height have room for a blank line between sections."""
 
 
 def rule(title: list[Span], width: int) -> Line:
@@ -109,9 +111,9 @@ def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
         return lines
     totals = {str(gpu.index): gpu.total_bytes for gpu in view.snapshot.gpus}
     for index, needed in prediction.needs_bytes.items():
-        words = f"GPU {index}: needs {gib(needed)} GiB, {gib(prediction.free_bytes.get(index))} will be free"
+        words = f"GPU {index}  needs {gib(needed)} · free then {gib(prediction.free_bytes.get(index))}"
         if index in prediction.used_after:
-            words += f"; {gib(prediction.used_after[index])} of {gib(totals.get(index))} used after"
+            words += f" · after {gib(prediction.used_after[index])} of {gib(totals.get(index))} GiB"
         lines += _wrapped(words, width, "muted")
     return lines
 
@@ -172,7 +174,7 @@ class Detail(Painted):
             sections.append(enter_lines(view, view.prediction, width))
         sections += [last_switch_lines(view, model, width), facts_line(model, width)]
         lines: list[Line] = []
-        airy = sum(map(len, sections)) + len(sections) < size.height
+        airy = self.app.size.height >= AIRY_HEIGHT
         for section in filter(None, sections):
             lines += [((" ", ""),)] if airy and lines else []
             lines += section

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,6 @@ KEYS: tuple[Key, ...] = (
     Key(key="c", action="chat", short="chat", help="Chat with it; asleep, it is switched to first"),
     Key(key="y", action="copy_answer", short="copy", help="Copy its last answer", in_footer=False),
     Key(key="l", action="log", short="log", help="Follow its log"),
-    Key(key="g", action="gpus", short="GPUs", help="GPU view: memory by model, use over time"),
     Key(key="t", action="theme", short="theme", help="Choose a theme", in_footer=False),
     Key(key="question_mark", action="help", short="help", help="This list", shown="?"),
     Key(key="q", action="quit_panel", short="quit", help="Quit (asks what becomes of running servers)"),
@@ -73,6 +72,6 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
 """Keys that widgets handle themselves."""
 
 
-def bindings() -> list[Binding]:
+def bindings() -> list[BindingType]:
     """The table as bindings of the dashboard."""
     return [Binding(key.key, key.action, key.short, show=False) for key in KEYS]

@@ -6,7 +6,18 @@ from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.bars import FREE, HATCHED, SOLID, Part, legend, stacked
+from vllm_sleep_tui.tui.bars import (
+    FREE,
+    HATCHED,
+    MARK,
+    MARK_PAINT,
+    SOLID,
+    Part,
+    cells_of,
+    is_labelled,
+    legend,
+    stacked,
+)
 from vllm_sleep_tui.tui.paint import Line, Painted, Span, cut, left, line_width, right, spread
 from vllm_sleep_tui.tui.view import View
 from vllm_sleep_tui.tui.words import GIB, UNKNOWN, gib, gib_short
@@ -81,7 +92,8 @@ def gpu_lines(view: View, gpu: GpuSnapshot, width: int, *, compact: bool) -> lis
     prediction = view.prediction
     moves = prediction is not None and prediction.action in {"wake", "switch", "start"}
     after = prediction.used_after.get(str(gpu.index)) if prediction is not None and moves else None
-    bar = stacked(parts, gpu.total_bytes, width - _NAME_WIDTH - _TOTAL_WIDTH, mark=after)
+    room = width - _NAME_WIDTH - _TOTAL_WIDTH
+    bar = stacked(parts, gpu.total_bytes, room, mark=after)
     first: Line = (
         (name, "text bold"),
         *bar,
@@ -89,14 +101,20 @@ def gpu_lines(view: View, gpu: GpuSnapshot, width: int, *, compact: bool) -> lis
     )
     if compact:
         return [first]
-    return [first, _below(parts, gpu, after, width)]
+    return [first, _below(_unlabelled(parts, gpu.total_bytes, room), gpu, after, width)]
+
+
+def _unlabelled(parts: list[Part], total: int, width: int) -> list[Part]:
+    """The parts whose names did not fit into the bar."""
+    cells = cells_of([part.size for part in parts], total, width)
+    return [part for part, count in zip(parts, cells, strict=True) if not is_labelled(part, count)]
 
 
 def _below(parts: list[Part], gpu: GpuSnapshot, after: int | None, width: int) -> Line:
     readings = _readings(gpu)
     mark: list[Span] = []
     if after is not None:
-        mark = [("┃ ", "text bold"), (f"{gib(after)} after enter   ", "text")]
+        mark = [(f"{MARK} ", MARK_PAINT), (f"{gib(after)} after enter   ", "text")]
     room = width - _NAME_WIDTH - line_width(readings) - line_width(mark) - 1
     names = legend([*parts, *_free_words(gpu.used_bytes, gpu.total_bytes)], room)
     return spread([(" " * _NAME_WIDTH, ""), *names, *mark], readings, width)

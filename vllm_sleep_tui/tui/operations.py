@@ -53,7 +53,7 @@ class Operations:
         return True
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run something else that must end before the panel does, such as an answer; it handles its errors."""
+        """Run what must end before the panel does, such as an answer; it handles its own errors."""
         task = asyncio.create_task(work)
         self._keep(task)
         return task

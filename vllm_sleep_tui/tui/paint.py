@@ -109,11 +109,10 @@ class Painted(Widget):
         if len(before) != len(self._lines):
             self.refresh(layout=self.styles.is_auto_height)
             return
-        width = self.size.width
-        top = self.gutter.top
+        width = self.content_size.width
         changed = [y for y, (old, new) in enumerate(zip(before, self._lines, strict=True)) if old != new]
         if changed:
-            self.refresh(*(Region(0, y + top, width, 1) for y in changed))
+            self.refresh(*(Region(0, y, width, 1) for y in changed))
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         """As many lines as there are to paint."""

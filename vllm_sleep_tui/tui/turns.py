@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
-from rich.console import RenderableType
-from rich.markdown import Markdown
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import CodeBlock, Markdown, MarkdownElement
+from rich.segment import Segment
+from rich.syntax import Syntax
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.color import Color
@@ -17,9 +19,49 @@ from vllm_sleep_tui.tui.blocks import Blocks
 from vllm_sleep_tui.tui.clean import clean
 
 
-def _markdown(block: str) -> RenderableType:
-    # Links stay text: an address that is hidden behind other words is not for a model to choose.
-    return Markdown(clean(block), hyperlinks=False, code_theme="ansi_dark")
+class _Code(CodeBlock):
+    """A block of code on the ground that the theme has for it, without blank lines around."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        style = console.get_style("markdown.code_block")
+        ground = style.bgcolor.name if style.bgcolor is not None else "default"
+        is_dark = style.bgcolor is None or style.bgcolor.get_truecolor()[1] < 128
+        theme = "github-dark" if is_dark else "friendly"
+        code = str(self.text).rstrip()
+        yield Syntax(
+            code, self.lexer_name, theme=theme, word_wrap=True, padding=(0, 1), background_color=ground
+        )
+
+
+class _Markdown(Markdown):
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = {
+        **Markdown.elements,
+        "fence": _Code,
+        "code_block": _Code,
+    }
+
+
+class _Block:
+    """One block of Markdown, without the blank lines that some kinds of block bring along."""
+
+    def __init__(self, source: str) -> None:
+        # Links stay text: an address that is hidden behind other words is not for a model to choose.
+        self._markdown = _Markdown(clean(source), hyperlinks=False)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._markdown, options, pad=False)
+        while lines and _is_blank(lines[-1]):
+            lines.pop()
+        while lines and _is_blank(lines[0]):
+            lines.pop(0)
+        for index, line in enumerate(lines):
+            yield from line
+            if index < len(lines) - 1:
+                yield Segment.line()
+
+
+def _is_blank(line: list[Segment]) -> bool:
+    return not any(segment.text.strip() for segment in line)
 
 
 class Turn(Vertical):
@@ -68,6 +110,7 @@ class Answer(Turn):
     def compose(self) -> ComposeResult:
         """The name, the reasoning, the text, and a line on how it went."""
         yield from super().compose()
+        self._thought.display = False
         yield self._thought
         yield self._tail
         yield self._note
@@ -82,7 +125,8 @@ class Answer(Turn):
         """Show what came since the last time."""
         if self._reasoning != self._shown_reasoning:
             self._shown_reasoning = self._reasoning
-            self._thought.update(Text(clean(self._reasoning)))
+            self._thought.display = True
+            self._thought.update(Text(clean(self._reasoning).strip()))
         if not self._unshown:
             return
         finished = self._blocks.feed(self._unshown)
@@ -103,7 +147,7 @@ class Answer(Turn):
         self._note.update(note)
 
     def _mount_blocks(self, blocks: Iterable[str]) -> None:
-        widgets = [Static(_markdown(block), classes="block") for block in blocks if block.strip()]
+        widgets = [Static(_Block(block), classes="block") for block in blocks if block.strip()]
         if widgets:
             self.mount(*widgets, before=self._tail)
 
