@@ -238,7 +238,9 @@ _MEMORY = (
     ),
 )
 
-CAUSES: tuple[Cause, ...] = (*_COMMAND_LINE, *_INSTALLATION, *_MEMORY, *_MODEL)
+_INTERRUPTED = _cause(r"^KeyboardInterrupt", "The start was interrupted by a signal.", "Start it again.")
+
+CAUSES: tuple[Cause, ...] = (*_COMMAND_LINE, *_INSTALLATION, *_MEMORY, *_MODEL, _INTERRUPTED)
 """Searched in the engine's own exception, then in all other exceptions."""
 
 KILLED: tuple[Cause, ...] = (
@@ -252,13 +254,8 @@ KILLED: tuple[Cause, ...] = (
         "The engine process was killed.",
         "Look for `Out of memory` in `dmesg`; otherwise look at the log (key l) and start it again.",
     ),
-    _cause(
-        r"(?m)^KeyboardInterrupt",
-        "The start was interrupted by a signal.",
-        "Start it again.",
-    ),
 )
-"""Searched in the whole log: the exceptions of a process that was killed say nothing."""
+"""Searched in the whole log when no exception tells more: a worker also dies of a failed start."""
 
 SIGNALLED: tuple[Cause, ...] = (
     _cause(

@@ -22,7 +22,7 @@ _PYDANTIC = re.compile(r"^\s+(?:Value|Assertion) error, (.*?)(?: \[type=.*)?$")
 # These point at the cause and are none.
 _POINTERS = re.compile(
     r"Engine core initialization failed|EngineDeadError|WorkerProc initialization failed"
-    r"|EngineCore encountered an issue|^asyncio\.exceptions\.CancelledError"
+    r"|EngineCore encountered an issue|^RuntimeError: cancelled$|^asyncio\.exceptions\.CancelledError"
 )
 
 
@@ -54,9 +54,9 @@ def diagnose(log: str, *, exit_code: int | None = None) -> Diagnosis:
     return (
         _known(CAUSES, engine)
         or _known(CAUSES, others)
-        or _known(KILLED, [everything])
         or _by_exit(exit_code, engine or others)
         or _unknown(engine or others)
+        or _known(KILLED, [everything])
         or _known(SIGNALLED, [everything])
         or _silent(exit_code)
     )
@@ -96,8 +96,9 @@ def _pydantic(lines: list[_Line], number: int) -> str:
 
 
 def _known(causes: tuple[Cause, ...], texts: list[str]) -> Diagnosis | None:
-    for text in texts:
-        for cause in causes:
+    # The table decides, not the order of the log: a gated model fails with a plain 401 first.
+    for cause in causes:
+        for text in texts:
             if found := cause.pattern.search(text):
                 groups = {name: value or "?" for name, value in found.groupdict().items()}
                 return Diagnosis(cause.reason.format(**groups), cause.cure.format(**groups))

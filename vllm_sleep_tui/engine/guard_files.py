@@ -11,7 +11,7 @@ MODULE = "panel_guard"
 
 
 def copy_guard(folder: Path) -> None:
-    """Write the guard as ``panel_guard.py`` into `folder` (made private, 0700), replacing an older copy."""
+    """Write the guard as ``panel_guard.py`` into `folder` (made with mode 0700), replacing an older copy."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     target = folder / f"{MODULE}.py"
     fresh = folder / f".{MODULE}.{os.getpid()}"

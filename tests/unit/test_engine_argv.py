@@ -1,0 +1,201 @@
+"""The command line and the environment that a server is started with."""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_sleep_tui.engine.argv import (
+    RESERVED_ARGS,
+    RESERVED_ENV,
+    ServeSpec,
+    flag_name,
+    serve_argv,
+    serve_environment,
+)
+from vllm_sleep_tui.engine.guard_files import copy_guard
+
+SECRET = "s3cr3t-of-this-launch"
+SPEC = ServeSpec(
+    command=("vllm",),
+    model="Qwen/Qwen3-0.6B",
+    served_name="qwen",
+    port=8001,
+    args={},
+    env={},
+    gpus=(1, 3),
+    utilization=0.73,
+    guard_dir=Path("/run/guard"),
+    tmp_dir=Path("/tmp/v1"),
+    secret=SECRET,
+    launch_id="launch-1",
+    sleep_mode=True,
+)
+
+
+def after(argv: list[str], flag: str) -> str:
+    return argv[argv.index(flag) + 1]
+
+
+def with_args(**args: Any) -> list[str]:
+    return serve_argv(replace(SPEC, args=args))
+
+
+def test_the_server_is_on_loopback_under_its_name_behind_the_guard() -> None:
+    argv = serve_argv(SPEC)
+
+    assert argv[:3] == ["vllm", "serve", "Qwen/Qwen3-0.6B"]
+    assert after(argv, "--served-model-name") == "qwen"
+    assert after(argv, "--host") == "127.0.0.1"
+    assert after(argv, "--port") == "8001"
+    assert after(argv, "--api-server-count") == "1"
+    assert after(argv, "--middleware") == "panel_guard.PanelGuard"
+    assert after(argv, "--gpu-memory-utilization") == "0.7300"
+    assert "--enable-sleep-mode" in argv
+
+
+def test_the_secret_is_neither_in_the_command_line_nor_in_the_repr() -> None:
+    assert SECRET not in " ".join(serve_argv(SPEC))
+    assert SECRET not in repr(SPEC)
+
+
+def test_vllm_on_the_cpu_gets_neither_sleep_mode_nor_a_share_of_gpu_memory() -> None:
+    argv = serve_argv(replace(SPEC, gpus=()))
+
+    assert "--enable-sleep-mode" not in argv
+    assert "--gpu-memory-utilization" not in argv
+
+
+def test_level_none_leaves_sleep_mode_out() -> None:
+    assert "--enable-sleep-mode" not in serve_argv(replace(SPEC, sleep_mode=False))
+
+
+@pytest.mark.parametrize(
+    "key", ["gpu-memory-utilization", "gpu_memory_utilization", "--gpu-memory-utilization"]
+)
+def test_a_share_of_memory_in_the_args_wins_however_it_is_spelt(key: str) -> None:
+    argv = with_args(**{key: 0.5})
+
+    assert argv.count("--gpu-memory-utilization") == 1
+    assert after(argv, "--gpu-memory-utilization") == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("enforce-eager", True, ["--enforce-eager"]),
+        ("enable_prefix_caching", False, ["--no-enable-prefix-caching"]),
+        ("--max-model-len", 8192, ["--max-model-len", "8192"]),
+        ("lora-modules", ["a=1", "b=2"], ["--lora-modules", "a=1", "b=2"]),
+        ("compilation_config.max_size", 8, ["--compilation-config.max_size", "8"]),
+        ("-tp", 2, ["-tp", "2"]),
+        ("chat-template", "-odd", ["--chat-template=-odd"]),
+        ("seed", -1, ["--seed=-1"]),
+    ],
+)
+def test_args_become_flags(key: str, value: Any, expected: list[str]) -> None:
+    assert with_args(**{key: value})[-len(expected) :] == expected
+
+
+@pytest.mark.parametrize("value", [None, []])
+def test_empty_args_are_left_out(value: Any) -> None:
+    assert with_args(**{"max-model-len": value}) == serve_argv(SPEC)
+
+
+def test_a_mapping_becomes_json() -> None:
+    argv = with_args(**{"compilation-config": {"cudagraph_mode": "NONE", "sizes": [1, 2]}})
+
+    assert json.loads(after(argv, "--compilation-config")) == {"cudagraph_mode": "NONE", "sizes": [1, 2]}
+
+
+def test_every_flag_that_the_panel_sets_is_reserved() -> None:
+    argv = serve_argv(replace(SPEC, utilization=None))
+    ours = {flag_name(word) for word in argv if word.startswith("--")}
+
+    assert ours <= RESERVED_ARGS.keys()
+
+
+def test_the_environment_holds_what_the_panel_relies_on() -> None:
+    environment = serve_environment(replace(SPEC, env={"VLLM_SERVER_DEV_MODE": "0"}), {"HF_TOKEN": "t"})
+
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert environment["CUDA_VISIBLE_DEVICES"] == "1,3"
+    assert environment["VLLM_HOST_IP"] == "127.0.0.1"
+    assert environment["TMPDIR"] == "/tmp/v1"
+    assert environment["VLLM_SLEEP_TUI_LAUNCH"] == "launch-1"
+    assert environment["VLLM_SLEEP_TUI_SECRET"] == SECRET
+    assert environment["HF_TOKEN"] == "t"
+
+
+def test_our_own_python_does_not_leak_into_vllms() -> None:
+    base = {"PYTHONPATH": "/ours", "PYTHONHOME": "/ours", "VIRTUAL_ENV": "/ours", "VLLM_SIM_SPEED": "9"}
+
+    environment = serve_environment(replace(SPEC, env={"PYTHONPATH": "/theirs"}), base)
+
+    assert environment["PYTHONPATH"] == "/run/guard:/theirs"
+    assert "PYTHONHOME" not in environment
+    assert "VIRTUAL_ENV" not in environment
+    assert environment["VLLM_SIM_SPEED"] == "9"
+
+
+def test_what_would_lock_the_panel_out_reaches_no_server() -> None:
+    values = dict.fromkeys(RESERVED_ENV, "1")
+
+    environment = serve_environment(replace(SPEC, env=values), values)
+
+    assert not RESERVED_ENV.keys() & environment.keys()
+
+
+def test_the_models_own_environment_wins_over_the_panels_defaults() -> None:
+    environment = serve_environment(
+        replace(SPEC, env={"NO_COLOR": "", "VLLM_ENGINE_READY_TIMEOUT_S": "9"}), {}, ready_seconds=900.2
+    )
+
+    assert environment["NO_COLOR"] == ""
+    assert environment["VLLM_ENGINE_READY_TIMEOUT_S"] == "9"
+
+
+def test_vllms_limit_for_a_start_is_raised_and_never_lowered() -> None:
+    assert serve_environment(SPEC, {}, ready_seconds=900.2)["VLLM_ENGINE_READY_TIMEOUT_S"] == "901"
+    assert serve_environment(SPEC, {}, ready_seconds=5)["VLLM_ENGINE_READY_TIMEOUT_S"] == "600"
+    assert "VLLM_ENGINE_READY_TIMEOUT_S" not in serve_environment(SPEC, {})
+
+
+def test_the_folder_of_the_vllm_program_comes_first_in_the_path_and_so_does_what_it_links_to(
+    tmp_path: Path,
+) -> None:
+    real = tmp_path / "env" / "bin" / "vllm"
+    real.parent.mkdir(parents=True)
+    real.write_text("#!/bin/sh\n")
+    real.chmod(0o755)
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "vllm").symlink_to(real)
+    base = {"PATH": f"/usr/bin:{tmp_path}/local:/bin"}
+
+    environment = serve_environment(SPEC, base)
+
+    assert environment["PATH"] == f"{tmp_path}/local:{real.parent}:/usr/bin:/bin"
+
+
+def test_a_missing_program_leaves_the_path_alone() -> None:
+    spec = replace(SPEC, command=("/no/such/vllm",))
+
+    assert serve_environment(spec, {"PATH": "/usr/bin"})["PATH"] == "/usr/bin"
+
+
+def test_the_guard_is_copied_alone_and_privately_and_a_copy_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "guard"
+    copy_guard(folder)
+    (folder / "panel_guard.py").write_text("old")
+    copy_guard(folder)
+
+    assert [file.name for file in folder.iterdir()] == ["panel_guard.py"]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "panel_guard.py").stat().st_mode) == 0o600
+    assert "class PanelGuard" in (folder / "panel_guard.py").read_text()

@@ -1,0 +1,194 @@
+"""Phases and figures from recorded starts; following a file that grows, is cut or is replaced."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_sleep_tui.engine.logs import GIB, MAX_LINE, LogTail, Phase, PhaseReader, strip_escapes
+
+DATA = Path(__file__).parent / "data"
+
+
+def read(recording: str) -> tuple[list[Phase], PhaseReader]:
+    reader = PhaseReader()
+    lines = (DATA / recording).read_text().splitlines()
+    return [phase for line in lines if (phase := reader.feed(line))], reader
+
+
+@pytest.mark.parametrize(
+    ("recording", "names"),
+    [
+        ("start-gpu.txt", ["loading", "compiling", "capturing", "warming"]),
+        ("start-tp2.txt", ["loading", "compiling", "capturing", "warming"]),
+        ("start-cpu.txt", ["loading", "compiling", "warming"]),
+    ],
+)
+def test_a_recorded_start_goes_through_its_phases_once_each(recording: str, names: list[str]) -> None:
+    phases, _ = read(recording)
+
+    assert [name for name, _ in groupby(phase.name for phase in phases)] == names
+
+
+def test_progress_bars_give_fractions() -> None:
+    phases, _ = read("start-gpu.txt")
+
+    loading = [phase.fraction for phase in phases if phase.name == "loading"]
+    capturing = [phase.fraction for phase in phases if phase.name == "capturing"]
+    assert loading[0] == 0.0
+    assert 1.0 in loading
+    assert capturing[:3] == [0.0, 0.06, 0.47]
+
+
+def test_a_bar_redrawn_within_a_line_counts_with_its_newest_state() -> None:
+    line = (
+        "Capturing CUDA graphs (decode, FULL):   0%|   | 0/51 [00:00]Capturing CUDA graphs:  37%|█▎  | 19/51"
+    )
+
+    phase = PhaseReader().feed(line)
+
+    assert phase is not None
+    assert phase.fraction == 0.37
+
+
+def test_a_slower_worker_does_not_turn_the_phase_back() -> None:
+    reader = PhaseReader()
+    reader.feed("(Worker_TP0 pid=1) INFO 11-23 07:58:12 [b.py:1] Dynamo bytecode transform time: 9.45 s")
+
+    assert reader.feed("(Worker_TP1 pid=2) INFO 11-23 07:58:13 [m.py:1] Model loading took 0.57 GiB") is None
+
+
+def test_the_same_line_twice_is_news_once() -> None:
+    reader = PhaseReader()
+
+    assert reader.feed("Starting to load model x...") is not None
+    assert reader.feed("Starting to load model x...") is None
+
+
+def test_figures_of_one_gpu_are_read_in_bytes() -> None:
+    facts = read("start-gpu.txt")[1].facts
+
+    assert facts.weights_bytes == round(7.31 * GIB)
+    assert facts.kv_cache_bytes == round(58.57 * GIB)
+    assert facts.sleep_freed_bytes == round(65.94 * GIB)
+    assert facts.sleep_backed_up_bytes == round(7.31 * GIB)
+
+
+def test_figures_of_two_workers_add_up_and_a_later_sleep_replaces_the_earlier() -> None:
+    facts = read("start-tp2.txt")[1].facts
+
+    assert facts.weights_bytes == 2 * round(0.57 * GIB)
+    assert facts.sleep_freed_bytes == 2 * round(30.91 * GIB)
+
+
+def test_what_no_line_told_is_unknown_and_not_zero() -> None:
+    facts = read("start-cpu.txt")[1].facts
+
+    assert facts.weights_bytes is None
+    assert facts.sleep_freed_bytes is None
+    assert facts.kv_cache_bytes == GIB
+
+
+def test_escapes_and_control_characters_go_and_text_stays() -> None:
+    text = "\x1b[1;31mred\x1b[0m \x1b]0;title\x07a\tb\nc \x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\ \x9b1mé\x00"
+
+    assert strip_escapes(text) == "red a\tb\nc link 1mé"
+
+
+@given(st.text())
+def test_nothing_that_a_terminal_obeys_is_left(text: str) -> None:
+    left = strip_escapes(text)
+
+    assert not {char for char in left if (ord(char) < 32 and char not in "\t\n") or 127 <= ord(char) < 160}
+
+
+def test_only_complete_lines_come_and_each_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    tail = LogTail(log)
+    assert tail.read_new() == []
+
+    log.write_bytes(b"one\ntwo\r\nthr")
+    assert tail.read_new() == ["one", "two"]
+    assert tail.read_new() == []
+    with log.open("ab") as file:
+        file.write("ee é\n\nfour".encode()[:-4])
+    assert tail.read_new() == ["three é", ""]
+
+
+def test_a_character_split_between_two_reads_stays_whole(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    tail = LogTail(log)
+    whole = "café\n".encode()
+    log.write_bytes(whole[:4])
+    assert tail.read_new() == []
+    log.write_bytes(whole)
+
+    assert tail.read_new() == ["café"]
+
+
+def test_of_a_bar_only_the_newest_state_is_kept_and_shown_before_the_line_ends(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    tail = LogTail(log)
+    log.write_bytes(b"\r 10%\r 20%\r 30%")
+    assert tail.read_new() == [" 20%"]
+    with log.open("ab") as file:
+        file.write(b"\r 90%\r100%\nnext\n")
+
+    assert tail.read_new() == ["100%", "next"]
+
+
+def test_a_line_end_of_two_bytes_may_be_split_between_two_reads(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    tail = LogTail(log)
+    log.write_bytes(b"one\r")
+    first = tail.read_new()
+    log.write_bytes(b"one\r\ntwo\r\n")
+
+    assert first + tail.read_new() == ["one", "two"]
+
+
+def test_a_file_that_was_cut_is_read_from_its_start(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    tail = LogTail(log)
+    log.write_bytes(b"a long first line\nunfinished")
+    tail.read_new()
+    log.write_bytes(b"new\n")
+
+    assert tail.read_new() == ["new"]
+
+
+def test_a_file_that_was_replaced_is_read_from_its_start(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    tail = LogTail(log)
+    log.write_bytes(b"old\nunfinished")
+    tail.read_new()
+    log.rename(tmp_path / "log.1")
+    log.write_bytes(b"fresh one\nfresh two is longer\n")
+
+    assert tail.read_new() == ["fresh one", "fresh two is longer"]
+
+
+def test_bytes_that_are_no_text_and_lines_without_end_do_no_harm(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    tail = LogTail(log)
+    log.write_bytes(b"bad \xff byte\n" + b"x" * (3 * MAX_LINE) + b"\n")
+
+    lines = tail.read_new()
+
+    assert lines[0] == "bad \ufffd byte"
+    assert len(lines[1]) == MAX_LINE
+
+
+def test_a_line_that_never_ends_is_not_kept_in_memory(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    tail = LogTail(log)
+    log.write_bytes(b"x" * (2 * MAX_LINE))
+
+    assert [len(line) for line in tail.read_new()] == [MAX_LINE]
+    with log.open("ab") as file:
+        file.write(b"end\n")
+    assert tail.read_new() == ["end"]
