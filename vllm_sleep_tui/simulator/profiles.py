@@ -1,0 +1,128 @@
+"""How much memory and time a simulated model takes; measured on an H100 with vLLM 0.24 (h100/*.jsonl)."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+GIB = 1 << 30
+KNOWN_WEIGHTS_GIB = {
+    "Qwen/Qwen3-0.6B": 1.12,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 0.25,
+    "microsoft/Phi-3-mini-4k-instruct": 7.31,
+    "microsoft/Phi-3-vision-128k-instruct": 7.7,
+    "Qwen/Qwen3-Coder-30B-A3B-Instruct-AWQ": 15.6,
+    "Qwen/Qwen3-32B-AWQ": 18.0,
+}
+ARCHITECTURES = {"qwen": "Qwen3ForCausalLM", "phi": "Phi3ForCausalLM", "smollm": "LlamaForCausalLM"}
+
+
+def weights_bytes(model: str) -> int:
+    """Size of the weights: from the table, from a name such as ``sim/3GiB``, or of a folder's files; else a guess."""
+    if model in KNOWN_WEIGHTS_GIB:
+        return int(KNOWN_WEIGHTS_GIB[model] * GIB)
+    if named := re.search(r"(\d+(?:\.\d+)?)\s*(MiB|GiB)$", model):
+        return int(float(named[1]) * (GIB if named[2] == "GiB" else GIB >> 10))
+    if Path(model).is_dir():
+        return sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+    if billions := re.search(r"(\d+(?:\.\d+)?)B\b", model, re.IGNORECASE):
+        bytes_each = 0.55 if re.search("awq|gptq|int4|4bit", model, re.IGNORECASE) else 2.0
+        return int(float(billions[1]) * 1e9 * bytes_each)
+    return GIB + zlib.crc32(model.encode()) % (7 * GIB)
+
+
+def architecture(model: str) -> str:
+    """The class that the log names."""
+    name = model.lower()
+    return next((found for part, found in ARCHITECTURES.items() if part in name), "LlamaForCausalLM")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What one rank holds on its GPU, in bytes; a sleeper keeps only `residual`."""
+
+    weights: int
+    kv_cache: int
+    residual: int
+
+    @property
+    def awake(self) -> int:
+        """Everything."""
+        return self.weights + self.kv_cache + self.residual
+
+
+def plan_memory(
+    *, weights: int, total: int, utilization: float, kv_cache: int | None, ranks: int, eager: bool
+) -> MemoryPlan:
+    """The shares of one rank on a GPU of `total` bytes; `kv_cache` is negative if the weights leave no room for it."""
+    share = weights // ranks
+    residual = residual_bytes(total, ranks=ranks, eager=eager)
+    overhead = max(int(0.4 * GIB), int(1.5 * GIB * total / (80 * GIB)))
+    rest = int(utilization * total) + overhead - residual - share
+    return MemoryPlan(weights=share, kv_cache=rest if kv_cache is None else kv_cache, residual=residual)
+
+
+def residual_bytes(total: int, *, ranks: int, eager: bool) -> int:
+    """What a sleeper leaves: 0.9 GiB on a card of 24 GiB, 1.4 on one of 80; more with NCCL, less without graphs."""
+    fraction = (total / GIB - 24) / 56
+    residual = 1.6 + 1.1 * fraction if ranks > 1 else 0.9 + 0.5 * fraction
+    return int(max(0.3, residual * (0.65 if eager else 1.0)) * GIB)
+
+
+def context_bytes(total: int) -> int:
+    """What the CUDA context alone takes, before anything is loaded."""
+    return residual_bytes(total, ranks=1, eager=True) // 2
+
+
+def pinned_bytes(weights: int) -> int:
+    """Host memory of a level 1 backup: allocations are rounded up to powers of two and never given back."""
+    return int(weights * (2.6 if weights < 2 * GIB else 1.4))
+
+
+def kv_bytes_per_token(weights: int) -> int:
+    """From 112 KiB (0.6B) and 384 KiB (3.8B)."""
+    return int(112 * 1024 * max(0.2, (weights / GIB / 1.12) ** 0.6))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Durations:
+    """Seconds that operations take, from the sizes of one rank."""
+
+    weights_gib: float
+    kv_gib: float
+
+    def sleep(self, *, level: int, has_pinned: bool) -> float:
+        """Falling asleep; the first level 1 sleep allocates the pinned memory, which dominates."""
+        if level != 1:
+            return 0.05
+        return 0.015 * self.weights_gib + 0.055 if has_pinned else 0.65 * self.weights_gib + 0.7
+
+    def wake(self, tag: str, *, level: int) -> float:
+        """Waking one tag; after level 2 the weights come back empty."""
+        if tag == "kv_cache":
+            return 0.003 * self.kv_gib
+        return 0.02 * self.weights_gib + 0.08 if level == 1 else 0.1
+
+    def reload(self) -> float:
+        """`reload_weights`, with the files in the page cache."""
+        return 0.3 + 0.13 * self.weights_gib
+
+
+START_SECONDS: Mapping[str, float] = {
+    "import": 15.0,
+    "configure": 4.0,
+    "spawn": 12.0,
+    "load": 1.5,
+    "compile": 7.5,
+    "profile": 2.0,
+    "capture": 3.0,
+    "warm": 4.0,
+    "serve": 1.0,
+}
+"""Phases of a start with warm compile caches, 50 s in all for a small model."""
+LOAD_SECONDS_PER_GIB = 0.6
+PRIVATE_BYTES = int(2.1 * GIB)
+"""Anonymous memory of an engine and its API server."""

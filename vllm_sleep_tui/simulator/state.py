@@ -1,0 +1,170 @@
+"""The sleep state of an engine and what each operation does to it, as vLLM 0.24 and 0.32 were seen to do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+
+from vllm_sleep_tui.simulator.behaviours import Fault, Faults
+from vllm_sleep_tui.simulator.logs import Log
+from vllm_sleep_tui.simulator.memory import INVALID_ARGUMENT, OUT_OF_MEMORY, Memory, share
+from vllm_sleep_tui.simulator.processes import wait_for_ever
+from vllm_sleep_tui.simulator.profiles import GIB, Durations, MemoryPlan, pinned_bytes
+from vllm_sleep_tui.simulator.settings import Settings
+
+TAGS = ("weights", "kv_cache")
+SLOW_SLEEP_SECONDS = 3.0
+
+
+class OperationFailed(Exception):  # noqa: N818 - the operation's failure, answered as a 500
+    """The engine's operation raised; the text is vLLM's."""
+
+
+def die() -> None:
+    """End the engine as a crash does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SleepState:
+    """What is asleep, and whether what the model says can be trusted."""
+
+    def __init__(
+        self, *, memory: Memory, plan: MemoryPlan, settings: Settings, faults: Faults, frees: bool
+    ) -> None:
+        self.asleep: list[str] = []
+        self.garbage = False
+        self.ruined = False
+        self.crashes_on_request = False
+        self._wedged = False
+        self._level = 0
+        self._memory = memory
+        self._plan = plan
+        self._settings = settings
+        self._faults = faults
+        self.frees = frees
+        self._durations = Durations(
+            weights_gib=plan.weights / GIB, kv_gib=plan.kv_cache / GIB if frees else 0
+        )
+        self._log = Log("EngineCore")
+
+    def sleep(self, level: int) -> None:
+        """Fall asleep; raises OperationFailed, after which only a restart helps."""
+        if self.asleep and not (self._settings.minor >= 31 and len(self.asleep) < len(TAGS)):
+            self._log.warning("abstract.py:385", "Executor is already sleeping.")
+            return
+        begun = time.perf_counter()
+        self._misbehave(Fault.SLEEP_HANGS, Fault.ENGINE_DIES_ON_SLEEP)
+        if self._faults.use(Fault.SLEEP_SLOW):
+            time.sleep(SLOW_SLEEP_SECONDS)
+        if self._faults.use(Fault.SLEEP_500):
+            self._fail_half_asleep(OUT_OF_MEMORY)
+        if self.frees and not self._faults.use(Fault.SLEEP_FREES_NOTHING):
+            self._release(level)
+        else:
+            self._log.info("cumem.py:206", self._freed(0, 0))
+        self._level = level
+        self.asleep = list(TAGS)
+        seconds = time.perf_counter() - begun
+        self._log.info("abstract.py:390", f"It took {seconds:.6f} seconds to fall asleep.")
+
+    def _release(self, level: int) -> None:
+        others = self._memory.used_by_others()
+        before = self._memory.held
+        backed_up = self._plan.weights if level == 1 else 0
+        seconds = self._durations.sleep(level=level, has_pinned=self._memory.has_pinned)
+        if level == 1:
+            self._pin(seconds)
+        else:
+            self._settings.wait(seconds)
+        for tag in TAGS:
+            self._memory.unmap(tag)
+        freed = before - self._memory.held
+        self._log.info("cumem.py:206", self._freed(freed, backed_up))
+        if self._memory.used_by_others() > others:
+            # vLLM compares what is free on the whole device, so a neighbour's growth during a sleep is taken for
+            # its own; the engine does not survive the exception (h100/overlap.jsonl).
+            self.crashes_on_request = True
+            raise OperationFailed("Memory usage increased after sleeping.")
+        if level != 1:
+            self.garbage = True
+        if level > 2:
+            self.ruined = True
+        use = (self._memory.held + self._memory.used_by_others()) / GIB
+        text = f"Sleep mode freed {freed / GIB:.2f} GiB memory, {use:.2f} GiB memory is still in use."
+        self._log.info("gpu_worker.py:181", text)
+
+    def _pin(self, seconds: float) -> None:
+        steps = 1 if self._settings.instant or self._memory.has_pinned else 8
+        pool = pinned_bytes(self._plan.weights)
+        for step in range(1, steps + 1):
+            if not self._memory.pin(pool * step // steps):
+                self._fail_half_asleep("CUDA error: out of memory")
+            self._settings.wait(seconds / steps)
+
+    def _fail_half_asleep(self, text: str) -> None:
+        self._memory.unmap("kv_cache")
+        self.crashes_on_request = True
+        raise OperationFailed(text)
+
+    def _freed(self, freed: int, backed_up: int) -> str:
+        rest = max(0, freed - backed_up)
+        return (
+            f"CuMemAllocator: sleep freed {freed / GIB:.2f} GiB memory in total, of which {backed_up / GIB:.2f} GiB "
+            f"is backed up in CPU and the rest {rest / GIB:.2f} GiB is discarded directly."
+        )
+
+    def wake(self, tags: Sequence[str] | None) -> None:
+        """Wake these tags, or all; a tag that is not asleep makes the call do nothing."""
+        if not self.asleep:
+            self._log.warning("abstract.py:400", "Executor is not sleeping.")
+            return
+        for tag in tags or ():
+            if tag not in self.asleep:
+                text = f"Tag {tag} is not in sleeping tags {self.asleep}"
+                self._log.warning("abstract.py:404", text)
+                return
+        begun = time.perf_counter()
+        self._misbehave(Fault.WAKE_HANGS, Fault.ENGINE_DIES_ON_WAKE)
+        if self._wedged:
+            raise OperationFailed(INVALID_ARGUMENT)
+        if self._faults.use(Fault.WAKE_500):
+            raise OperationFailed(OUT_OF_MEMORY)
+        chosen = [tag for tag in TAGS if tag in (tags or self.asleep)]
+        for tag in chosen:
+            self._map(tag)
+        if self._faults.use(Fault.GARBAGE_AFTER_WAKE):
+            self.garbage = True
+        seconds = time.perf_counter() - begun
+        shown = list(tags) if tags else set(chosen)
+        self._log.info("abstract.py:408", f"It took {seconds:.6f} seconds to wake up tags {shown}.")
+
+    def _map(self, tag: str) -> None:
+        if self.frees:
+            if not self._memory.map(tag, share(self._plan, tag)):
+                self._wedged = self._settings.minor <= 24
+                raise OperationFailed(OUT_OF_MEMORY)
+            self._settings.wait(self._durations.wake(tag, level=self._level))
+        self.asleep.remove(tag)
+
+    def reload(self) -> None:
+        """`reload_weights`: cures garbage, but not what level 3 did; raises OperationFailed."""
+        if self._faults.use(Fault.RELOAD_500):
+            raise OperationFailed("simulated failure of reload_weights")
+        if self.frees and "weights" in self.asleep:
+            raise OperationFailed("CUDA error: an illegal memory access was encountered")
+        self._log.info("gpu_model_runner.py:5433", "Reloading weights inplace...")
+        begun = time.perf_counter()
+        self._settings.wait(self._durations.reload() if self.frees else 0.04)
+        self.garbage = self.ruined
+        seconds = time.perf_counter() - begun
+        self._log.info(
+            "gpu_model_runner.py:5455", f"Reloading and processing weights took {seconds:.2f} seconds"
+        )
+
+    def _misbehave(self, hangs: Fault, dies: Fault) -> None:
+        if self._faults.use(dies):
+            die()
+        if self._faults.use(hangs):
+            wait_for_ever()
