@@ -1,0 +1,191 @@
+"""The keeper, with real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.fleet.keeping import (
+    Order,
+    Word,
+    ask_to_stop,
+    end_members,
+    is_kept,
+    launch,
+    members,
+    read_word,
+)
+from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive, start_ticks
+
+READY = "import signal, sys, time, os, subprocess\nprint('up', flush=True)\n"
+SLEEP = "time.sleep(120)\n"
+
+
+class Kept:
+    """A keeper with a small Python program as its server."""
+
+    def __init__(self, folder: Path, program: str, **order: object) -> None:
+        self.launch = uuid.uuid4().hex
+        self.log = folder / "server.log"
+        self.lock = folder / "m.keeper"
+        self.tmp = folder / "tmp"
+        self.tmp.mkdir(exist_ok=True)
+        env = {**os.environ, "VLLM_SLEEP_TUI_LAUNCH": self.launch}
+        self.order = Order(
+            argv=(sys.executable, "-c", program),
+            env=env,
+            cwd=str(folder),
+            launch=self.launch,
+            log=str(self.log),
+            lock=str(self.lock),
+            tmp_dir=str(self.tmp),
+            **order,  # type: ignore[arg-type]
+        )
+
+    async def start(self) -> Word:
+        word = await launch(self.order)
+        await until(lambda: self.log.exists() and b"up" in self.log.read_bytes())
+        return word
+
+    @property
+    def word(self) -> Word:
+        return read_word(self.lock)
+
+    async def ended(self) -> Word:
+        await until(lambda: not is_kept(self.lock))
+        return self.word
+
+
+async def until(condition: Callable[[], object], limit: float = 20.0) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.01)
+
+
+async def test_it_keeps_a_server_and_tells_its_exit_code(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, READY + "time.sleep(0.2); sys.exit(7)")
+    word = await kept.start()
+    assert word.server is not None
+    assert kept.word.launch == kept.launch
+    ended = await kept.ended()
+    assert ended.exit is not None
+    assert (ended.exit.code, ended.exit.asked) == (7, False)
+    assert not kept.tmp.exists()
+
+
+async def test_it_ends_the_whole_group_when_the_server_dies_even_what_left_the_session(
+    tmp_path: Path,
+) -> None:
+    program = READY + (
+        "a = subprocess.Popen(['sleep', '300'])\n"
+        "b = subprocess.Popen(['sleep', '301'], start_new_session=True)\n"
+        "print(a.pid, b.pid, flush=True)\n"
+    )
+    kept = Kept(tmp_path, program + SLEEP)
+    word = await kept.start()
+    await until(lambda: len(kept.log.read_text().split()) == 3)
+    children = [ProcessId(pid, start_ticks(pid) or 0) for pid in map(int, kept.log.read_text().split()[1:])]
+    assert all(is_alive(child) for child in children)
+    assert word.server is not None
+    os.kill(word.server.pid, signal.SIGKILL)
+    ended = await kept.ended()
+    assert ended.exit is not None
+    assert ended.exit.code == -signal.SIGKILL
+    assert not any(is_alive(child) for child in children)
+
+
+async def test_asked_to_stop_it_asks_the_server_kindly(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, READY + "signal.signal(15, lambda *_: sys.exit(0))\n" + SLEEP)
+    word = await kept.start()
+    assert ask_to_stop(word, at_once=False)
+    ended = await kept.ended()
+    assert ended.exit is not None
+    assert (ended.exit.code, ended.exit.asked) == (0, True)
+
+
+async def test_a_server_that_swallows_the_first_sigterm_gets_a_second(tmp_path: Path) -> None:
+    swallow = "def again(*_): signal.signal(15, signal.SIG_DFL)\nsignal.signal(15, again)\n"
+    kept = Kept(tmp_path, swallow.join(["import signal\n", READY]) + "while True: time.sleep(1)", grace=30.0)
+    ask_to_stop(await kept.start(), at_once=False)
+    ended = await kept.ended()
+    assert ended.exit is not None
+    assert ended.exit.code == -signal.SIGTERM
+
+
+async def test_a_server_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, "import signal\nsignal.signal(15, signal.SIG_IGN)\n" + READY + SLEEP, grace=0.5)
+    ask_to_stop(await kept.start(), at_once=False)
+    ended = await kept.ended()
+    assert ended.exit is not None
+    assert ended.exit.code == -signal.SIGKILL
+
+
+async def test_the_server_dies_with_its_keeper_and_what_survives_is_found_by_its_launch(
+    tmp_path: Path,
+) -> None:
+    kept = Kept(tmp_path, READY + "subprocess.Popen(['sleep', '300'])\nprint('child', flush=True)\n" + SLEEP)
+    word = await kept.start()
+    await until(lambda: "child" in kept.log.read_text())
+    assert word.keeper is not None
+    assert word.server is not None
+    os.kill(word.keeper.pid, signal.SIGKILL)
+    await until(lambda: not is_alive(word.server))  # type: ignore[arg-type]
+    assert not is_kept(kept.lock)
+    assert len(members(kept.launch)) == 1
+    assert await end_members(kept.launch)
+    assert members(kept.launch) == ()
+
+
+async def test_a_second_keeper_for_the_same_model_is_refused(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, READY + SLEEP)
+    word = await kept.start()
+    with pytest.raises(OperationError, match="keeper"):
+        await launch(kept.order)
+    assert read_word(kept.lock).server == word.server
+    ask_to_stop(word, at_once=True)
+    await kept.ended()
+
+
+async def test_a_command_that_cannot_run_is_told_with_the_reason(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, "")
+    order = Order(**{**_fields(kept.order), "argv": (str(tmp_path / "no-such-vllm"),)})
+    with pytest.raises(OperationError, match="No such file"):
+        await launch(order)
+    assert not is_kept(kept.lock)
+
+
+def _fields(order: Order) -> dict[str, object]:
+    return {name: getattr(order, name) for name in Order.__slots__}
+
+
+async def test_a_flood_cannot_grow_the_log_beyond_its_cap(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, READY + "for _ in range(400): print('x' * 4000)", log_bytes=100_000)
+    await launch(kept.order)
+    await kept.ended()
+    files = sorted(tmp_path.glob("server.log*"))
+    assert [file.name for file in files] == ["server.log", "server.log.1", "server.log.2"]
+    assert all(file.stat().st_size <= 100_000 for file in files)
+    assert kept.log.stat().st_mode & 0o777 == 0o600
+
+
+async def test_signals_that_the_launcher_ignores_reach_the_server(tmp_path: Path) -> None:
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        kept = Kept(tmp_path, READY + SLEEP, grace=30.0)
+        word = await kept.start()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    ask_to_stop(word, at_once=False)
+    ended = await kept.ended()
+    assert ended.exit is not None
+    assert ended.exit.code == -signal.SIGTERM

@@ -1,0 +1,93 @@
+"""The plan, over generated machines."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_sleep_tui.fleet.budget import MARGIN
+from vllm_sleep_tui.fleet.plan import Neighbour, Room, make_room
+
+GIB = 2**30
+sizes = st.integers(0, 80 * GIB)
+
+
+@st.composite
+def neighbours(draw: st.DrawFn) -> list[Neighbour]:
+    count = draw(st.integers(0, 6))
+    found = []
+    for number in range(count):
+        gpus = draw(st.sets(st.integers(0, 3), min_size=1, max_size=4))
+        awake = {gpu: draw(sizes) for gpu in gpus}
+        found.append(
+            Neighbour(
+                name=f"m{number}",
+                awake=awake,
+                asleep={gpu: draw(st.integers(0, max(1, size))) for gpu, size in awake.items()},
+                idle_since=draw(st.floats(0, 1e9)),
+                answering=draw(st.booleans()),
+                stops=draw(st.booleans()),
+            )
+        )
+    return found
+
+
+needs = st.dictionaries(st.integers(0, 3), sizes, min_size=1)
+frees = st.dictionaries(st.integers(0, 3), sizes, min_size=4)
+
+
+def after(room: Room, free: dict[int, int], others: list[Neighbour], gpu: int) -> int:
+    return free[gpu] + sum(n.gives(gpu) for n in others if n.name in room.leaving)
+
+
+@given(needs, frees, neighbours())
+def test_a_plan_that_fits_frees_enough_on_every_gpu(
+    need: dict[int, int], free: dict[int, int], others: list[Neighbour]
+) -> None:
+    room = make_room(need, free, others)
+    for gpu, size in need.items():
+        enough = after(room, free, others, gpu) >= size + MARGIN
+        assert enough or gpu in room.missing
+        assert room.free[gpu] == after(room, free, others, gpu)
+
+
+@given(needs, frees, neighbours())
+def test_it_gives_up_only_if_everybody_asleep_would_not_do(
+    need: dict[int, int], free: dict[int, int], others: list[Neighbour]
+) -> None:
+    room = make_room(need, free, others)
+    possible = all(
+        free[gpu] + sum(n.gives(gpu) for n in others) >= size + MARGIN for gpu, size in need.items()
+    )
+    assert room.fits == possible
+
+
+@given(needs, frees, neighbours())
+def test_nobody_sleeps_in_vain(need: dict[int, int], free: dict[int, int], others: list[Neighbour]) -> None:
+    room = make_room(need, free, others)
+    if not room.fits:
+        return
+    for spared in room.leaving:
+        without = {
+            gpu: free[gpu] + sum(n.gives(gpu) for n in others if n.name in room.leaving and n.name != spared)
+            for gpu in need
+        }
+        assert any(without[gpu] < need[gpu] + MARGIN for gpu in need), f"{spared} need not have slept"
+
+
+def one(name: str, size: int, idle: float, *, answering: bool = False) -> Neighbour:
+    return Neighbour(name=name, awake={0: size * GIB}, asleep={0: GIB}, idle_since=idle, answering=answering)
+
+
+def test_the_longest_idle_sleeps_first_and_an_answering_one_last() -> None:
+    others = [one("new", 10, 300.0), one("old", 10, 100.0), one("busy", 10, 50.0, answering=True)]
+    assert make_room({0: 5 * GIB}, {0: 0}, others).sleeps == ("old",)
+    assert make_room({0: 12 * GIB}, {0: 0}, others).sleeps == ("old", "new")
+
+
+def test_models_that_fit_together_stay_awake_together() -> None:
+    assert make_room({0: 5 * GIB}, {0: 6 * GIB}, [one("a", 10, 1.0)]).leaving == ()
+
+
+def test_where_memory_is_not_known_every_neighbour_makes_room() -> None:
+    room = make_room({0: 5 * GIB}, {0: None}, [one("a", 10, 1.0), one("b", 10, 2.0)])
+    assert room.sleeps == ("a", "b")
+    assert room.fits
