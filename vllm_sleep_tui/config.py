@@ -83,7 +83,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 def parse_duration(text: str) -> float:
     """Seconds of a duration such as 30s, 10m, 2h or 1h30m; raises ValueError."""
-    if not re.match(_DURATION, text):
+    if not re.fullmatch(_DURATION, text):
         raise ValueError("a duration is a number and a unit, such as 30s, 10m or 2h")
     seconds = sum(float(number) * _SECONDS[unit] for number, unit in re.findall(r"([0-9.]+)([smhd])", text))
     if seconds <= 0:
@@ -93,7 +93,7 @@ def parse_duration(text: str) -> float:
 
 def parse_bytes(text: str) -> int:
     """Bytes of an amount of memory such as 24GiB or 512MB; raises ValueError."""
-    match = re.match(r"^([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B$", text)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B", text)
     if match is None or (match[3] and not match[2]):
         raise ValueError("an amount of memory is a number and a unit, such as 24GiB")
     unit = 1024 if match[3] else 1000

@@ -49,7 +49,7 @@ def normal_arg(name: str) -> str:
 def check_names(document: Document, models: Mapping[str, Any]) -> None:
     """Complain about a model's name that could not be a file's name."""
     for name in models:
-        if not re.match(MODEL_NAME, name):
+        if not re.fullmatch(MODEL_NAME, name):
             raise document.error(
                 ("models", name),
                 "not a name for a model",
@@ -101,13 +101,24 @@ def _check_source(document: Document, key: Key, model: ModelConfig) -> None:
                 (*key, "model"), "not a model", "Write a hub name such as Qwen/Qwen3-0.6B or a folder."
             )
         return
-    parts = urlsplit(model.url or "")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+    if _address(model.url) is None:
         raise document.error((*key, "url"), "not a server's address", "Write it like http://127.0.0.1:8000")
     for field in ("args", "env", "port", "autostart"):
         if getattr(model, field):
             wrong = "has no effect on a server that is not started here"
             raise document.error((*key, field), wrong, "Remove it.")
+
+
+def _address(url: str | None) -> tuple[str, int] | None:
+    """Host and port of a server's address; None if it is none, or holds a password."""
+    try:
+        parts = urlsplit(url or "")
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except (ValueError, KeyError):
+        return None
+    if not parts.hostname or parts.username or parts.query or re.search(r"\s", url or ""):
+        return None
+    return parts.hostname, port
 
 
 def _check_args(document: Document, key: Key, model: ModelConfig) -> None:
@@ -177,8 +188,8 @@ def _ports(config: Config) -> Iterator[tuple[Key, int]]:
     for name, model in config.models.items():
         if model.port:
             yield ("models", name, "port"), model.port
-        elif model.url and urlsplit(model.url).hostname in ("127.0.0.1", "localhost", "::1"):
-            yield ("models", name, "url"), urlsplit(model.url).port or 80
+        elif (address := _address(model.url)) and address[0] in ("127.0.0.1", "localhost", "::1"):
+            yield ("models", name, "url"), address[1]
     if config.gateway:
         yield ("gateway", "port"), config.gateway.port
 
