@@ -25,6 +25,7 @@ from vllm_sleep_tui.tui.models import ModelTable
 from vllm_sleep_tui.tui.operating import OperatingScreen
 from vllm_sleep_tui.tui.operations import Operations
 from vllm_sleep_tui.tui.paint import Painted
+from vllm_sleep_tui.tui.timeline import Timeline
 from vllm_sleep_tui.tui.view import PanelFleet, View
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ IDLE_TICKS = 3
 """While nothing is under way, only every third tick looks at the fleet."""
 MIN_WIDTH, MIN_HEIGHT = 60, 20
 NARROW_WIDTH, LOW_HEIGHT = 100, 30
+TIMELINE_HEIGHT = 28
 _TYPING_HINT = "⏎ or ctrl+j send   esc leave the input   letters are text here"
 
 
@@ -63,6 +65,7 @@ class Dashboard(OperatingScreen):
                 yield ModelTable(id="table")
                 with VerticalScroll(id="scroll", can_focus=True):
                     yield Detail(id="detail")
+                yield Timeline(id="timeline")
             yield ChatPane(self.fleet, self.operations, id="chat")
         yield Static(id="too-small", markup=False)
 
@@ -88,6 +91,9 @@ class Dashboard(OperatingScreen):
         self.set_class(width < MIN_WIDTH or height < MIN_HEIGHT, "-tiny")
         self.set_class(width < NARROW_WIDTH, "-narrow")
         self.set_class(height < LOW_HEIGHT, "-low")
+        # The timeline is the first thing to go; what a key would do is the last.
+        rows = 2 * len(self.fleet.snapshot().models)
+        self.query_one(Timeline).display = height >= TIMELINE_HEIGHT + rows
         words = f"The panel needs {MIN_WIDTH}×{MIN_HEIGHT} at least; this terminal has {width}×{height}."
         self.query_one("#too-small", Static).update(words)
 
@@ -119,6 +125,7 @@ class Dashboard(OperatingScreen):
         self.query_one(MemoryPanel).show(view)
         self.query_one(ModelTable).show(view)
         self.query_one(Detail).show(view)
+        self.query_one(Timeline).show(view)
         await self.query_one(ChatPane).show(view)
 
     def changed(self) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction
-from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.bars import progress, waterfall
 from vllm_sleep_tui.tui.paint import Line, Painted, Span, cut, cut_line, wrap
 from vllm_sleep_tui.tui.view import Running, View
-from vllm_sleep_tui.tui.words import clock, gib, phases_of, took
+from vllm_sleep_tui.tui.words import clock, phases_of, took
 
 _INDENT = "  "
 AIRY_HEIGHT = 36
@@ -27,19 +27,23 @@ def _wrapped(text: str, width: int, paint: str) -> list[Line]:
     return [((_INDENT, ""), (line, paint)) for line in wrap(text, width - len(_INDENT))]
 
 
+def failure_lines(model: ModelSnapshot, width: int) -> list[Line]:
+    """The reason and the cure of a failed model, in full."""
+    if model.state is not State.FAILED and not model.reason:
+        return []
+    lines = [rule([(f"why {model.name} {model.state}", "bad bold")], width)]
+    lines += _wrapped(model.reason or "No reason is known; the log (l) may tell.", width, "text")
+    return lines + (_wrapped(model.cure, width, "accent") if model.cure else [])
+
+
 def trouble_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:
-    """The reason and the cure, in full, of a failed model and of the last refusal."""
-    lines: list[Line] = []
-    if model.state is State.FAILED or model.reason:
-        lines.append(rule([(f"why {model.name} {model.state}", "bad bold")], width))
-        lines += _wrapped(model.reason or "No reason is known; the log (l) may tell.", width, "text")
-        lines += _wrapped(model.cure, width, "accent") if model.cure else []
+    """The last refusal or failed operation of this panel, unless the model's own reason says the same."""
     trouble = view.troubles.get(model.name)
-    if trouble is not None and trouble.what != model.reason:
-        lines.append(rule([(f"{trouble.verb} {model.name} did not work", "bad bold")], width))
-        lines += _wrapped(trouble.what, width, "text")
-        lines += _wrapped(trouble.cure, width, "accent") if trouble.cure else []
-    return lines
+    if trouble is None or (model.reason and model.reason in trouble.what):
+        return []
+    lines = [rule([(f"{trouble.verb} {model.name} did not work", "bad bold")], width)]
+    lines += _wrapped(trouble.what, width, "text")
+    return lines + (_wrapped(trouble.cure, width, "accent") if trouble.cure else [])
 
 
 def running_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:
@@ -107,14 +111,6 @@ def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
         title.append((f"  ≈ {took(prediction.seconds)}", "text bold"))
     paint = "warning" if prediction.action == "refused" else "text"
     lines = [rule(title, width), *_wrapped(prediction.sentence, width, paint)]
-    if prediction.action in {"nothing", "refused"}:
-        return lines
-    totals = {str(gpu.index): gpu.total_bytes for gpu in view.snapshot.gpus}
-    for index, needed in prediction.needs_bytes.items():
-        words = f"GPU {index}  needs {gib(needed)} · free then {gib(prediction.free_bytes.get(index))}"
-        if index in prediction.used_after:
-            words += f" · after {gib(prediction.used_after[index])} of {gib(totals.get(index))} GiB"
-        lines += _wrapped(words, width, "muted")
     return lines
 
 
@@ -169,8 +165,10 @@ class Detail(Painted):
         if view is None or view.model is None:
             return []
         model, width = view.model, size.width
-        sections = [trouble_lines(view, model, width), running_lines(view, model, width)]
-        if view.prediction is not None:
+        sections = [failure_lines(model, width), trouble_lines(view, model, width)]
+        sections.append(running_lines(view, model, width))
+        # While the model is on its way, what happens now is the answer to what enter would do.
+        if view.prediction is not None and model.state in SETTLED and model.name not in view.running:
             sections.append(enter_lines(view, view.prediction, width))
         sections += [last_switch_lines(view, model, width), facts_line(model, width)]
         lines: list[Line] = []

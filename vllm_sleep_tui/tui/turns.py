@@ -49,15 +49,14 @@ class _Block:
         self._markdown = _Markdown(clean(source), hyperlinks=False)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(self._markdown, options, pad=False)
+        lines = console.render_lines(self._markdown, options.reset_height(), pad=False)
         while lines and _is_blank(lines[-1]):
             lines.pop()
         while lines and _is_blank(lines[0]):
             lines.pop(0)
-        for index, line in enumerate(lines):
+        for line in lines:
             yield from line
-            if index < len(lines) - 1:
-                yield Segment.line()
+            yield Segment.line()
 
 
 def _is_blank(line: list[Segment]) -> bool:
@@ -161,6 +160,10 @@ class Conversation(VerticalScroll, can_focus=True):
         self.answer: Answer | None = None
         """The last one."""
 
+    def compose(self) -> ComposeResult:
+        """A word on what this is, until something is said."""
+        yield Static("Nothing said yet. c goes to the input below.", classes="hint", markup=False)
+
     def on_mount(self) -> None:
         """Stay at the end while text comes in."""
         self.anchor()
@@ -169,6 +172,7 @@ class Conversation(VerticalScroll, can_focus=True):
         """Add a question and an empty answer to it."""
         self.messages.append({"role": "user", "content": question})
         self.answer = Answer(model, color)
+        self.query(".hint").remove()
         self.mount(Question(question, own_color), self.answer)
         self.anchor()
         return self.answer
