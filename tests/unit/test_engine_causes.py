@@ -42,7 +42,7 @@ def test_every_recorded_failure_gets_its_reason(
     [
         (
             "ValueError: Free memory on device cuda:0 (18.4/23.6 GiB) on startup is less than desired GPU "
-            "memory utilization (0.92, 21.71 GiB). Decrease GPU memory utilization or reduce GPU memory used.",
+            "memory utilization (0.92, 21.71 GiB). Decrease GPU memory utilization.",
             "18.4 of 23.6 GiB are free, 21.71 GiB are asked for",
         ),
         ("ValueError: No available memory for the cache blocks. Try increasing it.", "KV cache"),

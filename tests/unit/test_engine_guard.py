@@ -1,0 +1,416 @@
+"""The guard as vLLM runs it: copied alone, imported by name, in front of an app in a real uvicorn."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from vllm_sleep_tui.engine.guard_files import copy_guard
+
+SECRET = "the-secret-of-this-launch"
+TRUSTED = {"X-Panel-Secret": SECRET}
+CHAT = "/v1/chat/completions"
+
+
+class App:
+    """Stands for vLLM: answers everything, holds it until released, notices clients that leave."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.lifespan = False
+        self.release = asyncio.Event()
+        self.release.set()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            self.lifespan = True
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        self.seen.append(scope["path"])
+        await receive()
+        gone = asyncio.ensure_future(receive())
+        released = asyncio.ensure_future(self.release.wait())
+        await asyncio.wait({gone, released}, return_when=asyncio.FIRST_COMPLETED)
+        left = gone.done()
+        for task in (gone, released):
+            task.cancel()
+        if not left:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+            await send({"type": "http.response.body", "body": b"ok"})
+
+
+class Answer:
+    def __init__(self, raw: bytes) -> None:
+        head, _, self.body = raw.partition(b"\r\n\r\n")
+        lines = head.decode().split("\r\n")
+        self.status = int(lines[0].split()[1])
+        self.headers = {key.lower(): value for key, _, value in (line.partition(": ") for line in lines[1:])}
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Guarded:
+    def __init__(self, port: int, app: App) -> None:
+        self.port = port
+        self.app = app
+
+    async def open(
+        self, method: str, target: str, headers: dict[str, str] | None = None, body: bytes = b""
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        lines = {"Host": f"127.0.0.1:{self.port}", "Connection": "close", **(headers or {})}
+        head = "".join(f"{key}: {value}\r\n" for key, value in lines.items() if value != "absent")
+        length = f"Content-Length: {len(body)}\r\n" if body else ""
+        writer.write(f"{method} {target} HTTP/1.1\r\n{head}{length}\r\n".encode("latin-1") + body)
+        return reader, writer
+
+    async def ask(
+        self, method: str, target: str, headers: dict[str, str] | None = None, body: bytes = b""
+    ) -> Answer:
+        reader, writer = await self.open(method, target, headers, body)
+        async with asyncio.timeout(5):
+            raw = await reader.read()
+        writer.close()
+        return Answer(raw)
+
+    async def gate(self) -> Any:
+        return (await self.ask("GET", "/panel/gate", TRUSTED)).json()
+
+    async def set_gate(self, closed: bool) -> Any:
+        body = json.dumps({"closed": closed}).encode()
+        return (await self.ask("POST", "/panel/gate", TRUSTED, body)).json()
+
+    async def until_in_flight(self, number: int) -> Any:
+        async with asyncio.timeout(5):
+            while (state := await self.gate())["in_flight"] != number:  # noqa: ASYNC110 - a server's state
+                await asyncio.sleep(0.005)
+        return state
+
+    async def until_seen(self, number: int) -> None:
+        async with asyncio.timeout(5):
+            while len(self.app.seen) < number:  # noqa: ASYNC110 - a server's state
+                await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def guard_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("VLLM_SLEEP_TUI_SECRET", SECRET)
+    copy_guard(tmp_path / "guard")
+    spec = importlib.util.spec_from_file_location("panel_guard", tmp_path / "guard" / "panel_guard.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.PanelGuard
+
+
+@pytest.fixture
+async def guarded(guard_class: Any, free_port: Callable[[], int]) -> AsyncIterator[Guarded]:
+    app, port = App(), free_port()
+    config = uvicorn.Config(guard_class(app), host="127.0.0.1", port=port, log_level="error", ws="none")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    async with asyncio.timeout(10):
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0.005)
+    yield Guarded(port, app)
+    app.release.set()
+    server.should_exit = True
+    await serving
+
+
+OPEN_PATHS = (
+    CHAT,
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/embeddings",
+    "/v1/rerank",
+    "/rerank",
+    "/score",
+    "/pooling",
+    "/classify",
+    "/v1/audio/transcriptions",
+    "/tokenize",
+    "/detokenize",
+    "/v1/responses/resp_a-1/cancel",
+    "/health?x=1",
+    "/metrics",
+    "/version",
+    "/v1/models",
+    "/ping",
+)
+
+
+async def test_what_anyone_may_use_passes_without_the_secret(guarded: Guarded) -> None:
+    statuses = {path: (await guarded.ask("POST", path)).status for path in OPEN_PATHS}
+
+    assert statuses == dict.fromkeys(OPEN_PATHS, 200)
+    assert guarded.app.seen == [path.partition("?")[0] for path in OPEN_PATHS]
+
+
+PANEL_PATHS = (
+    "/sleep?level=1",
+    "/wake_up",
+    "/is_sleeping",
+    "/collective_rpc",
+    "/pause",
+    "/resume",
+    "/server_info",
+    "/reset_prefix_cache",
+    "/update_weights",
+    "/v1/load_lora_adapter",
+    "/openapi.json",
+    "/docs",
+    "/panel/gate",
+    "/",
+    "*",
+    "/some/route/of/tomorrow",
+)
+
+
+async def test_everything_else_needs_the_secret(guarded: Guarded) -> None:
+    for path in PANEL_PATHS:
+        for given in ({}, {"X-Panel-Secret": SECRET[:-1]}, {"X-Panel-Secret": ""}):
+            refused = await guarded.ask("POST", path, given)
+            assert (path, refused.status) == (path, 403)
+            assert refused.json()["error"]["code"] == 403
+            assert refused.json()["error"]["type"] == "Forbidden"
+    assert guarded.app.seen == []
+
+
+async def test_the_secret_opens_everything(guarded: Guarded) -> None:
+    statuses = {path: (await guarded.ask("POST", path, TRUSTED)).status for path in PANEL_PATHS}
+
+    # The gate is the guard's own and wants a body.
+    assert statuses == dict.fromkeys(PANEL_PATHS, 200) | {"/panel/gate": 400}
+
+
+ODD_SPELLINGS = (
+    "//v1/models",
+    "/v1//models",
+    "/v1/models/",
+    "/V1/models",
+    "/v1/%6dodels",
+    "/v1%2Fmodels",
+    "/health/../sleep",
+    "/health/./x",
+    "/v1/models;x",
+    "/health%3Fx",
+    "/v1/responses/../../sleep",
+    "/v1/responses/a%2F..%2Fsleep",
+    "/sleep%23/health",
+    "/v1/responses/x/cancel/more",
+    "http://127.0.0.1/health",
+)
+
+
+async def test_an_odd_spelling_of_a_listed_path_is_not_listed(guarded: Guarded) -> None:
+    statuses = {path: (await guarded.ask("POST", path)).status for path in ODD_SPELLINGS}
+
+    assert statuses == dict.fromkeys(ODD_SPELLINGS, 403)
+    assert guarded.app.seen == []
+
+
+FOREIGN_HOSTS = (
+    "evil.example",
+    "127.0.0.1.evil.example",
+    "localhost.",
+    "127.0.0.1:80:80",
+    "0.0.0.0",
+    "",
+    "absent",
+)
+
+
+async def test_a_host_that_is_not_loopback_is_refused_even_with_the_secret(guarded: Guarded) -> None:
+    for host in FOREIGN_HOSTS:
+        answer = await guarded.ask("GET", "/health", {**TRUSTED, "Host": host})
+        assert (host, answer.status) in ((host, 403), ("absent", 400))  # uvicorn refuses a missing one
+    assert guarded.app.seen == []
+
+
+LOOPBACK_HOSTS = ("localhost", "LOCALHOST:8001", "[::1]:9", "127.0.0.1")
+
+
+async def test_every_name_of_loopback_is_accepted(guarded: Guarded) -> None:
+    for host in LOOPBACK_HOSTS:
+        assert (host, (await guarded.ask("GET", "/health", {"Host": host})).status) == (host, 200)
+
+
+FOREIGN_PAGES = (
+    {"Origin": "https://evil.example"},
+    {"Origin": "null"},
+    {"Origin": "http://localhost.evil.example"},
+    {"Sec-Fetch-Site": "cross-site"},
+)
+
+
+async def test_a_web_page_of_another_site_is_refused(guarded: Guarded) -> None:
+    for headers in FOREIGN_PAGES:
+        assert (headers, (await guarded.ask("POST", CHAT, headers)).status) == (headers, 403)
+    assert guarded.app.seen == []
+
+
+async def test_a_web_page_on_this_machine_may_chat(guarded: Guarded) -> None:
+    headers = {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "same-site"}
+
+    assert (await guarded.ask("POST", CHAT, headers)).status == 200
+
+
+async def test_requests_in_flight_are_counted_until_they_are_answered(guarded: Guarded) -> None:
+    assert (await guarded.gate()) == {"closed": False, "in_flight": 0, "last_request": None}
+    guarded.app.release.clear()
+    before = time.time()
+    first = asyncio.create_task(guarded.ask("POST", CHAT))
+    second = asyncio.create_task(guarded.ask("POST", "/v1/completions"))
+
+    started = await guarded.until_in_flight(2)
+    guarded.app.release.set()
+    await asyncio.gather(first, second)
+    ended = await guarded.until_in_flight(0)
+
+    assert before <= started["last_request"] <= ended["last_request"] <= time.time()
+
+
+async def test_a_client_that_hangs_up_is_no_longer_in_flight(guarded: Guarded) -> None:
+    guarded.app.release.clear()
+    _, writer = await guarded.open("POST", CHAT)
+    await guarded.until_in_flight(1)
+
+    writer.close()
+
+    await guarded.until_in_flight(0)
+
+
+async def test_looking_and_the_panels_own_requests_count_for_nothing(guarded: Guarded) -> None:
+    guarded.app.release.clear()
+    waiting = [
+        asyncio.create_task(guarded.ask("POST", CHAT, TRUSTED)),
+        asyncio.create_task(guarded.ask("GET", "/metrics")),
+    ]
+    await guarded.until_seen(2)
+
+    assert (await guarded.gate()) == {"closed": False, "in_flight": 0, "last_request": None}
+    guarded.app.release.set()
+    await asyncio.gather(*waiting)
+
+
+async def test_a_closed_gate_answers_inference_at_once_and_lets_the_rest_pass(guarded: Guarded) -> None:
+    assert (await guarded.set_gate(True))["closed"] is True
+
+    answer = await guarded.ask("POST", CHAT, body=b'{"messages": []}')
+
+    assert answer.status == 503
+    assert answer.headers["retry-after"] == "1"
+    error = answer.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("ServiceUnavailable", None, 503)
+    assert (await guarded.ask("GET", "/health")).status == 200
+    assert (await guarded.ask("POST", CHAT, TRUSTED)).status == 200
+    assert (await guarded.set_gate(False))["closed"] is False
+    assert (await guarded.ask("POST", CHAT)).status == 200
+
+
+async def test_closing_the_gate_leaves_what_is_in_flight_alone(guarded: Guarded) -> None:
+    guarded.app.release.clear()
+    running = asyncio.create_task(guarded.ask("POST", CHAT))
+    await guarded.until_in_flight(1)
+
+    assert (await guarded.set_gate(True))["in_flight"] == 1
+    guarded.app.release.set()
+
+    assert (await running).status == 200
+
+
+NONSENSE = (b"", b"{", b"[]", b'{"closed": 1}', b"{}", b" " * 5000)
+
+
+async def test_nonsense_at_the_gate_changes_nothing(guarded: Guarded) -> None:
+    for body in NONSENSE:
+        assert (body, (await guarded.ask("POST", "/panel/gate", TRUSTED, body)).status) == (body, 400)
+    assert (await guarded.ask("DELETE", "/panel/gate", TRUSTED)).status == 405
+    assert (await guarded.gate())["closed"] is False
+
+
+async def test_the_apps_start_and_end_pass_through(guarded: Guarded) -> None:
+    assert guarded.app.lifespan
+
+
+async def test_a_websocket_without_the_secret_is_closed(guard_class: Any) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sent.append("reached")
+
+    scope = {"type": "websocket", "raw_path": b"/v1/realtime", "headers": [(b"host", b"localhost")]}
+    await guard_class(app)(scope, receive, send)
+    scope["headers"] = [(b"host", b"localhost"), (b"x-panel-secret", SECRET.encode())]
+    await guard_class(app)(scope, receive, send)
+
+    assert [message if message == "reached" else message["type"] for message in sent] == [
+        "websocket.close",
+        "reached",
+    ]
+
+
+async def test_a_guard_without_a_secret_trusts_nobody(
+    guard_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_SLEEP_TUI_SECRET")
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "raw_path": b"/sleep",
+        "headers": [(b"host", b"localhost"), (b"x-panel-secret", b"")],
+    }
+    await guard_class(App())(scope, receive, send)
+
+    assert sent[0]["status"] == 403
+
+
+def test_the_copy_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:
+    copy_guard(tmp_path)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import panel_guard; print(panel_guard.PanelGuard)"
+
+    # -I and -S: neither our environment nor site-packages can be found.
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+
+    assert "PanelGuard" in done.stdout, done.stderr
+
+
+def test_the_copy_is_valid_for_the_oldest_python_that_vllm_ran_on(tmp_path: Path) -> None:
+
+    copy_guard(tmp_path)
+
+    ast.parse((tmp_path / "panel_guard.py").read_text(), feature_version=(3, 9))
