@@ -97,13 +97,13 @@ class Guarded:
 
     async def until_in_flight(self, number: int) -> Any:
         async with asyncio.timeout(5):
-            while (state := await self.gate())["in_flight"] != number:  # noqa: ASYNC110 - a server's state
+            while (state := await self.gate())["in_flight"] != number:
                 await asyncio.sleep(0.005)
         return state
 
     async def until_seen(self, number: int) -> None:
         async with asyncio.timeout(5):
-            while len(self.app.seen) < number:  # noqa: ASYNC110 - a server's state
+            while len(self.app.seen) < number:
                 await asyncio.sleep(0.005)
 
 
@@ -126,7 +126,7 @@ async def guarded(guard_class: Any, free_port: Callable[[], int]) -> AsyncIterat
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     async with asyncio.timeout(10):
-        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        while not server.started:
             await asyncio.sleep(0.005)
     yield Guarded(port, app)
     app.release.set()

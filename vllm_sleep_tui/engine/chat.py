@@ -47,7 +47,7 @@ class _Usage(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: tuple[_Choice, ...] = ()
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _decoder = msgspec.json.Decoder(_Chunk)
