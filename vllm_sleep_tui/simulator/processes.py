@@ -79,13 +79,16 @@ def _run_child(title: str, body: Callable[[Channel], None], channel: Channel) ->
 
 
 def set_title(title: str) -> None:
-    """Overwrite the command line that /proc and ps show, as setproctitle does; the name is cut at 15 characters."""
+    """Overwrite the command line that /proc and ps show; the name is cut at 15 characters.
+
+    As with the setproctitle that vLLM uses, the environment in /proc is lost too: it lies behind the arguments.
+    """
     fields = Path("/proc/self/stat").read_bytes().rsplit(b")", 1)[1].split()
-    start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end of proc(5)
+    start, end, environment_end = (int(fields[field - 3]) for field in (48, 49, 51))  # proc(5) counts from 1
     text = title.encode()[: end - start - 1]
     with open("/proc/self/mem", "r+b", buffering=0) as memory:
         memory.seek(start)
-        memory.write(text.ljust(end - start, b"\0"))
+        memory.write(text.ljust(environment_end - start, b"\0"))
     Path("/proc/self/comm").write_text(title)
 
 
