@@ -110,8 +110,7 @@ def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
     if prediction.seconds is not None and prediction.action not in {"nothing", "refused"}:
         title.append((f"  ≈ {took(prediction.seconds)}", "text bold"))
     paint = "warning" if prediction.action == "refused" else "text"
-    lines = [rule(title, width), *_wrapped(prediction.sentence, width, paint)]
-    return lines
+    return [rule(title, width), *_wrapped(prediction.sentence, width, paint)]
 
 
 def last_switch_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -211,6 +210,3 @@ def starting(snapshot: FleetSnapshot) -> FleetSnapshot:
     )
     return msgspec.structs.replace(snapshot, models=models)
 
-
-def wall_clock() -> float:
-    return time.time()

@@ -1,0 +1,314 @@
+"""The dashboard over a scripted fleet: what keys do and what the screen then says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from screen_text import lines_of, panel, text_of, until, until_seen
+from scripted_fleet import NOW, ScriptedFleet, four_models, gib, starting
+
+from vllm_sleep_tui.errors import RefusedError
+from vllm_sleep_tui.fleet.snapshot import HostSnapshot, Progress
+from vllm_sleep_tui.fleet.states import State
+
+
+def line_with(lines: list[str], *words: str) -> str:
+    found = [line for line in lines if all(word in line for word in words)]
+    assert found, f"no line has {words}:\n" + "\n".join(lines)
+    return found[0]
+
+
+async def test_the_first_screen_says_who_is_awake_what_it_costs_and_that_it_is_simulated(tmp_path: Path) -> None:
+    async with panel(ScriptedFleet(), tmp_path) as pilot:
+        await until_seen(pilot, "72.9 / 79.6 GiB")
+        lines = lines_of(pilot.app)
+        assert "SIMULATED" in lines[0]
+        assert "● qwen awake" in lines[0]
+        assert "H100" in lines[0]
+        assert "qwen 69.2" in line_with(lines, "GPU 0")
+        assert "phi 10.1 pinned" in line_with(lines, "pinned", "private")
+        row = line_with(lines, "phi", "asleep L1")
+        assert ["1.6", "12.0", "10.1", "4:12", "0.46", "s"] == row.split("│")[1].split()[4:]
+
+
+async def test_a_stopped_model_holds_nothing_and_an_unknown_figure_is_a_question_mark(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.change("coder", vram_bytes=None, vram_by_gpu=None)
+    async with panel(fleet, tmp_path) as pilot:
+        await until_seen(pilot, "vision")
+        lines = lines_of(pilot.app)
+        assert line_with(lines, "vision", "stopped").split("│")[1].split()[3:] == ["–"] * 5
+        assert line_with(lines, "coder", "asleep").split("│")[1].split()[4] == "?"
+
+
+async def test_enter_says_before_what_it_would_do_and_the_cursor_chooses_the_model(tmp_path: Path) -> None:
+    async with panel(ScriptedFleet(), tmp_path) as pilot:
+        await until_seen(pilot, "qwen is awake already.")
+        await pilot.press("down")
+        await until_seen(pilot, "enter → phi  ≈ 0.53 s", "then wakes phi.", "71.0 after enter", "Chat with phi")
+        await pilot.press("j", "j", "j")
+        await until_seen(pilot, "enter → vision", "Chat with vision")
+        await pilot.press("k")
+        await until_seen(pilot, "enter → coder")
+
+
+@pytest.mark.parametrize(
+    ("key", "call"),
+    [
+        ("enter", ("switch", "phi")),
+        ("s", ("sleep", "phi", None)),
+        ("1", ("sleep", "phi", 1)),
+        ("2", ("sleep", "phi", 2)),
+        ("w", ("wake", "phi")),
+        ("u", ("start", "phi")),
+    ],
+)
+async def test_a_key_does_its_operation_on_the_selected_model(
+    tmp_path: Path, key: str, call: tuple[object, ...]
+) -> None:
+    fleet = ScriptedFleet()
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("down")
+        await until_seen(pilot, "enter → phi")
+        await pilot.press(key)
+        await until(pilot, lambda: fleet.calls == [call], f"{call}")
+        fleet.gate.set()
+
+
+@pytest.mark.parametrize(("key", "verb"), [("x", "stop"), ("r", "restart")])
+async def test_stop_and_restart_ask_first_and_enter_alone_does_nothing(tmp_path: Path, key: str, verb: str) -> None:
+    fleet = ScriptedFleet()
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press(key)
+        await until_seen(pilot, f"{verb.capitalize()} qwen?")
+        await pilot.press("enter")
+        await until(pilot, lambda: f"{verb.capitalize()} qwen?" not in text_of(pilot.app), "the answer no")
+        assert fleet.calls == []
+        await pilot.press(key)
+        await until_seen(pilot, f"{verb.capitalize()} qwen?")
+        await pilot.press("y")
+        await until(pilot, lambda: fleet.calls == [(verb, "qwen")], verb)
+        fleet.gate.set()
+
+
+async def test_a_long_step_shows_its_phase_its_detail_and_how_far_it_is(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.steps = [
+        Progress(model="vision", operation="start", phase="loading", detail="weights 2 of 4", fraction=0.5)
+    ]
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("end", "enter")
+        await until_seen(pilot, "switching to vision", "loading  weights 2 of 4", "50 %")
+        fleet.gate.set()
+        await until(pilot, lambda: "weights 2 of 4" not in text_of(pilot.app), "the end of the step")
+
+
+async def test_what_another_program_does_to_a_model_shows_with_its_expected_end(tmp_path: Path) -> None:
+    fleet = ScriptedFleet(starting(four_models()))
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("end")
+        await until_seen(pilot, "start vision", "0:21 of about 0:52", "compiling  torch.compile", "40 %")
+
+
+async def test_a_refusal_is_told_and_stays_with_its_cure_until_the_next_operation(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+
+    def refuse() -> object:
+        raise RefusedError("phi needs 66.6 GiB and 3 GiB are free. [/b]", "Put qwen to sleep first (s).")
+
+    fleet.outcome = refuse
+    fleet.gate.set()
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("down", "w")
+        await until_seen(pilot, "waking phi did not work", "3 GiB are free. [/b]", "Put qwen to sleep first (s).")
+        await until_seen(pilot, "Waking phi did not work")
+        pilot.app.clear_notifications()
+        await until(pilot, lambda: "Waking phi" not in text_of(pilot.app), "the end of the toast")
+        assert "waking phi did not work" in text_of(pilot.app)
+        assert "!" in line_with(lines_of(pilot.app), "phi", "asleep L1")
+        fleet.outcome = lambda: None
+        await pilot.press("w")
+        await until(pilot, lambda: "did not work" not in text_of(pilot.app), "the end of the trouble")
+
+
+async def test_a_failed_model_shows_reason_and_cure_in_full(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    reason = "The KV cache needs 13.91 GiB and 9.95 GiB are there, " * 3 + "says the engine."
+    fleet.change("phi", state=State.FAILED, reason=reason, cure="Set max-model-len to 29286.")
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("down")
+        await until_seen(pilot, "why phi failed", "says the engine.", "Set max-model-len to 29286.", "✗ failed")
+
+
+async def test_an_error_nobody_foresaw_is_told_and_the_panel_lives(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.outcome = lambda: 1 // 0
+    fleet.gate.set()
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("down", "w")
+        await until_seen(pilot, "ZeroDivisionError")
+        await pilot.press("up")
+        await until_seen(pilot, "enter → qwen")
+
+
+async def test_escape_stops_an_operation_at_its_next_safe_point(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("down", "enter")
+        await until(pilot, lambda: fleet.calls, "the switch")
+        await pilot.press("escape")
+        await until(pilot, lambda: fleet.cancelled == ["switch"], "the end of the switch")
+        await until_seen(pilot, "Stopped switching to phi.")
+        assert "did not work" not in text_of(pilot.app)
+
+
+async def test_a_second_operation_on_a_busy_model_is_refused_and_a_stop_takes_its_place(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("down", "enter")
+        await until(pilot, lambda: fleet.calls, "the switch")
+        await pilot.press("s")
+        await until_seen(pilot, "Already switching to phi")
+        assert fleet.calls == [("switch", "phi")]
+        await pilot.press("x")
+        await until_seen(pilot, "Stop phi?")
+        await pilot.press("y")
+        await until(pilot, lambda: fleet.calls[-1] == ("stop", "phi"), "the stop")
+        assert fleet.cancelled == ["switch"]
+        fleet.gate.set()
+
+
+async def test_without_nvml_the_reason_stands_in_the_box_and_no_zero_does(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.now = msgspec.structs.replace(
+        fleet.now,
+        gpus=(),
+        host=HostSnapshot(ram_available_bytes=None, ram_total_bytes=None),
+        notes=("No NVML: the driver's library was not found, so GPU memory is unknown.",),
+    )
+    async with panel(fleet, tmp_path) as pilot:
+        await until_seen(pilot, "No NVML: the driver's library was not found", "no GPU")
+        assert "0.0" not in text_of(pilot.app)
+        assert "SIMULATED" not in text_of(pilot.app)
+
+
+async def test_the_bar_fits_even_when_more_is_used_than_there_is(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.change("phi", vram_by_gpu={"0": gib(70)}, vram_bytes=gib(70))
+    async with panel(fleet, tmp_path) as pilot:
+        await until_seen(pilot, "qwen 69.2", "phi 70.0")
+        assert all(len(line) <= 120 for line in lines_of(pilot.app))
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (99, 29), (120, 40), (200, 60)])
+async def test_every_size_shows_all_models_the_bars_and_what_enter_does(tmp_path: Path, size: tuple[int, int]) -> None:
+    async with panel(ScriptedFleet(), tmp_path, size=size) as pilot:
+        await pilot.press("down")
+        await until_seen(pilot, "enter → phi", "GPU 0", "RAM", "? help", "SIMULATED", "● awake", "72.9 / 79.6 GiB")
+        lines = lines_of(pilot.app)
+        assert len(lines) <= size[1]
+        assert all(name in "\n".join(lines) for name in ("qwen", "phi", "coder", "vision"))
+
+
+async def test_a_terminal_that_is_too_small_says_what_is_needed_and_recovers(tmp_path: Path) -> None:
+    async with panel(ScriptedFleet(), tmp_path, size=(50, 12)) as pilot:
+        await until_seen(pilot, "needs 60×20 at least", "50×12")
+        await pilot.resize_terminal(80, 24)
+        await until_seen(pilot, "enter → qwen")
+        assert "60×20" not in text_of(pilot.app)
+
+
+async def test_many_models_scroll_with_the_cursor(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    one = fleet.now.model("coder")
+    more = tuple(msgspec.structs.replace(one, name=f"extra-{index:02}") for index in range(30))
+    fleet.now = msgspec.structs.replace(fleet.now, models=(*fleet.now.models, *more))
+    async with panel(fleet, tmp_path, size=(80, 24)) as pilot:
+        await pilot.press("end")
+        await until_seen(pilot, "▶ extra-29")
+        await pilot.press("home")
+        await until_seen(pilot, "▶ qwen")
+
+
+async def test_the_log_follows_the_file_without_its_escapes(tmp_path: Path) -> None:
+    log = tmp_path / "phi.log"
+    log.write_text("INFO first [/b] line\n\x1b[31mred\x1b[0m \x1b]0;title\x07text\n", encoding="utf-8")
+    async with panel(ScriptedFleet(logs=tmp_path), tmp_path) as pilot:
+        await pilot.press("down", "l")
+        await until_seen(pilot, "Log of phi", "INFO first [/b] line", "red text")
+        with log.open("a", encoding="utf-8") as file:
+            file.writelines(f"line {number}\n" for number in range(20_000))
+        await until_seen(pilot, "line 19999")
+        await pilot.press("escape")
+        await until_seen(pilot, "enter → phi")
+
+
+async def test_help_lists_every_key_and_the_palette_knows_the_same_words(tmp_path: Path) -> None:
+    async with panel(ScriptedFleet(), tmp_path) as pilot:
+        await pilot.press("question_mark")
+        await until_seen(pilot, "Put it to sleep at level 2", "Follow its log", "Choose a theme")
+        await pilot.press("escape")
+        await pilot.press("ctrl+p")
+        await pilot.press(*"follow")
+        await until_seen(pilot, "Follow its log")
+
+
+async def test_the_palette_switches_to_a_model_by_name(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("ctrl+p")
+        await pilot.press(*"switch to cod")
+        await until_seen(pilot, "Switch to coder")
+        await pilot.press("enter")
+        await until(pilot, lambda: fleet.calls == [("switch", "coder")], "the switch")
+        fleet.gate.set()
+
+
+async def test_quitting_asks_when_servers_run_and_leaves_them_on_l(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("q")
+        await until_seen(pilot, "Quit the panel?", "qwen, phi, coder")
+        await pilot.press("escape")
+        await until(pilot, lambda: "Quit the panel?" not in text_of(pilot.app), "the end of the question")
+        await pilot.press("q")
+        await until_seen(pilot, "Quit the panel?")
+        await pilot.press("l")
+        await until(pilot, lambda: not pilot.app.is_running or pilot.app._exit, "the end")
+    assert fleet.calls == []
+
+
+async def test_quitting_with_s_stops_all_servers_first(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.gate.set()
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("q")
+        await until_seen(pilot, "Quit the panel?")
+        await pilot.press("s")
+        await until(pilot, lambda: len(fleet.calls) == 3, "three stops")
+        await until(pilot, lambda: pilot.app._exit, "the end")
+    assert sorted(fleet.calls) == [("stop", "coder"), ("stop", "phi"), ("stop", "qwen")]
+
+
+async def test_quitting_with_nothing_running_is_immediate(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    for name in ("qwen", "phi", "coder"):
+        fleet.change(name, state=State.STOPPED)
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("q")
+        await until(pilot, lambda: pilot.app._exit, "the end")
+
+
+async def test_the_time_line_shows_who_was_awake(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.change("qwen", since=NOW - 300)
+    async with panel(fleet, tmp_path) as pilot:
+        await until_seen(pilot, "last 10 minutes")
+        lines = lines_of(pilot.app)
+        start = next(index for index, line in enumerate(lines) if "last 10 minutes" in line)
+        cells = lines[start + 1].split("│")[1].strip().split()[1]
+        assert 0.45 < cells.count("█") / len(cells) < 0.55
+        assert "▁" in lines[start + 2]
+        assert "▁" not in lines[start + 4]
