@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import importlib
 from collections.abc import Awaitable, Callable, Sequence
@@ -52,7 +53,19 @@ class Application:
             return
         known = request.path if request.path in self._paths else "none"
         self._server.metrics.record_answer(known, request.method, answer.status)
-        await http.send_answer(answer, send)
+        if answer.chunks is None:
+            await http.send_answer(answer, send)
+        else:
+            await self._stream(answer, request, send)
+
+    async def _stream(self, answer: Answer, request: Request, send: Send) -> None:
+        # Watching for the client's leaving is what frees the place of a stream that waits for its first token.
+        sending = asyncio.create_task(http.send_answer(answer, send))
+        leaving = asyncio.create_task(request.watch())
+        try:
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await http.end_tasks(sending, leaving)
 
     async def _answer(self, request: Request) -> Answer | None:
         handler = self._routes.get((request.method, request.path))

@@ -135,6 +135,16 @@ class Request:
         return content
 
 
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel what still runs, and wait until all have ended; their errors are their owner's to ask for."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()
+
+
 async def send_answer(answer: Answer, send: Send, *, vary: bool = True) -> None:
     """Put an answer on the wire."""
     headers = [(name.encode(), value.encode()) for name, value in answer.headers.items()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 import uuid
@@ -231,10 +230,7 @@ class Inference:
                 return collecting.result()
             raise ClientLeft
         finally:
-            for task in (leaving, collecting):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, EngineDead):
-                    await task
+            await http.end_tasks(leaving, collecting)
             self._end(begun)
 
     async def _collect(self, begun: Generation) -> Whole:

@@ -55,13 +55,14 @@ class SleepState:
             self._log.warning("abstract.py:385", "Executor is already sleeping.")
             return
         begun = time.perf_counter()
+        others = self._memory.used_by_others()
         self._misbehave(Fault.SLEEP_HANGS, Fault.ENGINE_DIES_ON_SLEEP)
         if self._faults.use(Fault.SLEEP_SLOW):
             time.sleep(SLOW_SLEEP_SECONDS)
         if self._faults.use(Fault.SLEEP_500):
             self._fail_half_asleep(OUT_OF_MEMORY)
         if self.frees and not self._faults.use(Fault.SLEEP_FREES_NOTHING):
-            self._release(level)
+            self._release(level, others)
         else:
             self._log.info("cumem.py:206", self._freed(0, 0))
         self._level = level
@@ -69,8 +70,7 @@ class SleepState:
         seconds = time.perf_counter() - begun
         self._log.info("abstract.py:390", f"It took {seconds:.6f} seconds to fall asleep.")
 
-    def _release(self, level: int) -> None:
-        others = self._memory.used_by_others()
+    def _release(self, level: int, others: int) -> None:
         before = self._memory.held
         backed_up = self._plan.weights if level == 1 else 0
         seconds = self._durations.sleep(level=level, has_pinned=self._memory.has_pinned)
