@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from scripted_fleet import ScriptedFleet
 from textual.app import App
 from textual.pilot import Pilot
 
-from scripted_fleet import ScriptedFleet
 from vllm_sleep_tui.tui.app import PanelApp
 from vllm_sleep_tui.tui.theme import package_folder
 

@@ -209,4 +209,3 @@ def starting(snapshot: FleetSnapshot) -> FleetSnapshot:
         for one in snapshot.models
     )
     return msgspec.structs.replace(snapshot, models=models)
-

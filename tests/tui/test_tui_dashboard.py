@@ -20,7 +20,9 @@ def line_with(lines: list[str], *words: str) -> str:
     return found[0]
 
 
-async def test_the_first_screen_says_who_is_awake_what_it_costs_and_that_it_is_simulated(tmp_path: Path) -> None:
+async def test_the_first_screen_says_who_is_awake_what_it_costs_and_that_it_is_simulated(
+    tmp_path: Path,
+) -> None:
     async with panel(ScriptedFleet(), tmp_path) as pilot:
         await until_seen(pilot, "72.9 / 79.6 GiB")
         lines = lines_of(pilot.app)
@@ -30,7 +32,7 @@ async def test_the_first_screen_says_who_is_awake_what_it_costs_and_that_it_is_s
         assert "qwen 69.2" in line_with(lines, "GPU 0")
         assert "phi 10.1 pinned" in line_with(lines, "pinned", "private")
         row = line_with(lines, "phi", "asleep L1")
-        assert ["1.6", "12.0", "10.1", "4:12", "0.46", "s"] == row.split("│")[1].split()[4:]
+        assert row.split("│")[1].split()[4:] == ["1.6", "12.0", "10.1", "4:12", "0.46", "s"]
 
 
 async def test_a_stopped_model_holds_nothing_and_an_unknown_figure_is_a_question_mark(tmp_path: Path) -> None:
@@ -47,7 +49,9 @@ async def test_enter_says_before_what_it_would_do_and_the_cursor_chooses_the_mod
     async with panel(ScriptedFleet(), tmp_path) as pilot:
         await until_seen(pilot, "qwen is awake already.")
         await pilot.press("down")
-        await until_seen(pilot, "enter → phi  ≈ 0.53 s", "then wakes phi.", "71.0 after enter", "Chat with phi")
+        await until_seen(
+            pilot, "enter → phi  ≈ 0.53 s", "then wakes phi.", "71.0 after enter", "Chat with phi"
+        )
         await pilot.press("j", "j", "j")
         await until_seen(pilot, "enter → vision", "Chat with vision")
         await pilot.press("k")
@@ -78,7 +82,9 @@ async def test_a_key_does_its_operation_on_the_selected_model(
 
 
 @pytest.mark.parametrize(("key", "verb"), [("x", "stop"), ("r", "restart")])
-async def test_stop_and_restart_ask_first_and_enter_alone_does_nothing(tmp_path: Path, key: str, verb: str) -> None:
+async def test_stop_and_restart_ask_first_and_enter_alone_does_nothing(
+    tmp_path: Path, key: str, verb: str
+) -> None:
     fleet = ScriptedFleet()
     async with panel(fleet, tmp_path) as pilot:
         await pilot.press(key)
@@ -122,7 +128,9 @@ async def test_a_refusal_is_told_and_stays_with_its_cure_until_the_next_operatio
     fleet.gate.set()
     async with panel(fleet, tmp_path) as pilot:
         await pilot.press("down", "w")
-        await until_seen(pilot, "waking phi did not work", "3 GiB are free. [/b]", "Put qwen to sleep first (s).")
+        await until_seen(
+            pilot, "waking phi did not work", "3 GiB are free. [/b]", "Put qwen to sleep first (s)."
+        )
         await until_seen(pilot, "Waking phi did not work")
         pilot.app.clear_notifications()
         await until(pilot, lambda: "Waking phi" not in text_of(pilot.app), "the end of the toast")
@@ -139,7 +147,9 @@ async def test_a_failed_model_shows_reason_and_cure_in_full(tmp_path: Path) -> N
     fleet.change("phi", state=State.FAILED, reason=reason, cure="Set max-model-len to 29286.")
     async with panel(fleet, tmp_path) as pilot:
         await pilot.press("down")
-        await until_seen(pilot, "why phi failed", "says the engine.", "Set max-model-len to 29286.", "✗ failed")
+        await until_seen(
+            pilot, "why phi failed", "says the engine.", "Set max-model-len to 29286.", "✗ failed"
+        )
 
 
 async def test_an_error_nobody_foresaw_is_told_and_the_panel_lives(tmp_path: Path) -> None:
@@ -164,7 +174,9 @@ async def test_escape_stops_an_operation_at_its_next_safe_point(tmp_path: Path) 
         assert "did not work" not in text_of(pilot.app)
 
 
-async def test_a_second_operation_on_a_busy_model_is_refused_and_a_stop_takes_its_place(tmp_path: Path) -> None:
+async def test_a_second_operation_on_a_busy_model_is_refused_and_a_stop_takes_its_place(
+    tmp_path: Path,
+) -> None:
     fleet = ScriptedFleet()
     async with panel(fleet, tmp_path) as pilot:
         await pilot.press("down", "enter")
@@ -203,10 +215,14 @@ async def test_the_bar_fits_even_when_more_is_used_than_there_is(tmp_path: Path)
 
 
 @pytest.mark.parametrize("size", [(60, 20), (80, 24), (99, 29), (120, 40), (200, 60)])
-async def test_every_size_shows_all_models_the_bars_and_what_enter_does(tmp_path: Path, size: tuple[int, int]) -> None:
+async def test_every_size_shows_all_models_the_bars_and_what_enter_does(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
     async with panel(ScriptedFleet(), tmp_path, size=size) as pilot:
         await pilot.press("down")
-        await until_seen(pilot, "enter → phi", "GPU 0", "RAM", "? help", "SIMULATED", "● awake", "72.9 / 79.6 GiB")
+        await until_seen(
+            pilot, "enter → phi", "GPU 0", "RAM", "? help", "SIMULATED", "● awake", "72.9 / 79.6 GiB"
+        )
         lines = lines_of(pilot.app)
         assert len(lines) <= size[1]
         assert all(name in "\n".join(lines) for name in ("qwen", "phi", "coder", "vision"))

@@ -38,8 +38,8 @@ class Blocks:
                 self._fence = ""
         elif fence:
             self._fence = fence[1]
-        if not self._fence and not line.strip() and self._blank_at is None and self.tail.strip():
-            self._blank_at = self._scanned
-        elif line.strip():
+        if line.strip():
             # An indented line after a blank one still belongs to the list item above it.
             self._blank_at = None
+        elif not self._fence and self._blank_at is None and self.tail[: self._scanned].strip():
+            self._blank_at = self._scanned
