@@ -141,9 +141,9 @@ async def test_the_server_dies_with_its_keeper_and_what_survives_is_found_by_its
     os.kill(word.keeper.pid, signal.SIGKILL)
     await until(lambda: not is_alive(word.server))  # type: ignore[arg-type]
     assert not is_kept(kept.lock)
-    assert len(members(kept.launch)) == 1
-    assert await end_members(kept.launch)
-    assert members(kept.launch) == ()
+    assert len(members(kept.launch, word.server)) == 1
+    assert await end_members(kept.launch, word.server)
+    assert members(kept.launch, word.server) == ()
 
 
 async def test_a_second_keeper_for_the_same_model_is_refused(tmp_path: Path) -> None:

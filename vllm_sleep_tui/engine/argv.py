@@ -146,6 +146,8 @@ def _fixed(spec: ServeSpec) -> dict[str, str]:
         "VLLM_HOST_IP": "127.0.0.1",
         "PYTHONPATH": os.pathsep.join(python_path),
         "TMPDIR": str(spec.tmp_dir),
+        # Or vLLM's engine and workers wipe their environment in /proc as they rename themselves.
+        "SPT_NOENV": "1",
         LAUNCH_VARIABLE: spec.launch_id,
         SECRET_VARIABLE: spec.secret,
     }

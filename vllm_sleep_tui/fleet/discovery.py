@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_sleep_tui.fleet.keeping import LAUNCH_VARIABLE
+from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLE
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.telemetry.gpus import GpuReading
 from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_of, is_alive, user_of

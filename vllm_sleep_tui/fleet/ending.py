@@ -26,10 +26,11 @@ async def end_server(core: Core, record: Record, *, at_once: bool) -> None:
     """End the server's whole group and see its memory gone; raises OperationError if something survives."""
     path = core.keeper_file(record.name)
     word = read_word(path)
+    launched = word.server if word.launch == record.launch else None
     if word.launch == record.launch:
         ask_to_stop(word, at_once=at_once)
         await gone(path, STOP_LIMIT)
-    if record.launch is not None and not await end_members(record.launch):
+    if record.launch is not None and not await end_members(record.launch, record.server or launched):
         raise OperationError(
             f"Processes of {record.name} do not end.",
             "The driver may hang: look at `dmesg`, restart the machine.",
@@ -58,11 +59,8 @@ async def memory_gone(core: Core, record: Record) -> None:
 
 
 async def fail(core: Core, record: Record, reason: str, cure: str) -> Record:
-    """End the server and write it down as failed; its log's own cause comes first if it names one."""
-    found = cause_in_log(record, read_word(core.keeper_file(record.name)))
+    """End the server and write it down as failed, with the reason and the cure."""
     await end_server(core, record, at_once=True)
-    if found is not None:
-        reason, cure = f"{reason} {found.reason}", found.cure
     return core.enter(
         record,
         Event.FAIL,

@@ -14,12 +14,18 @@ from pathlib import Path
 
 import msgspec
 
+from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLE
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet import keeper
-from vllm_sleep_tui.telemetry.processes import ProcessId, environment_has, signal_process, start_ticks
+from vllm_sleep_tui.telemetry.processes import (
+    ProcessId,
+    environment_has,
+    is_alive,
+    signal_process,
+    start_ticks,
+)
 
 LOG_BYTES = 20 * 2**20
-LAUNCH_VARIABLE = "VLLM_SLEEP_TUI_LAUNCH"
 
 
 class Exit(msgspec.Struct, frozen=True):
@@ -113,21 +119,39 @@ def ask_to_stop(word: Word, *, at_once: bool) -> bool:
     return signal_process(word.keeper, signal.SIGINT if at_once else signal.SIGTERM)
 
 
-def members(launch: str) -> tuple[ProcessId, ...]:
-    """The living processes of this user that carry a launch's id, keeper included."""
+def members(launch: str, server: ProcessId | None) -> tuple[ProcessId, ...]:
+    """The living processes of a launch, keeper included: by its id, else by its server's session.
+
+    The id alone would miss engines: a process that renames itself wipes its environment in /proc.
+    """
     found = []
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and environment_has(int(entry), LAUNCH_VARIABLE, launch):
-            start = start_ticks(int(entry))
-            if start is not None:
-                found.append(ProcessId(pid=int(entry), start=start))
+        if entry.isdigit():
+            process = ProcessId(pid=int(entry), start=start_ticks(int(entry)) or 0)
+            named = environment_has(process.pid, LAUNCH_VARIABLE, launch)
+            if is_alive(process) and (named or (server is not None and is_of_session(process, server))):
+                found.append(process)
     return tuple(found)
 
 
-async def end_members(launch: str, limit: float = 20.0) -> bool:
-    """SIGKILL whatever still carries a launch's id; True once nothing is left within `limit` seconds."""
+def is_of_session(process: ProcessId, leader: ProcessId) -> bool:
+    """Whether a process of this user belongs to the session that `leader` began, even if it ended since.
+
+    The kernel gives a session's number to nobody else while one of its processes lives; if the number is
+    another process's now, the session is over.
+    """
+    if start_ticks(leader.pid) not in (None, leader.start) or process.start < leader.start:
+        return False
+    try:
+        return os.getsid(process.pid) == leader.pid and os.stat(f"/proc/{process.pid}").st_uid == os.getuid()
+    except OSError:
+        return False
+
+
+async def end_members(launch: str, server: ProcessId | None, limit: float = 20.0) -> bool:
+    """SIGKILL whatever is left of a launch; True once nothing is, within `limit` seconds."""
     deadline = asyncio.get_running_loop().time() + limit
-    while left := await asyncio.to_thread(members, launch):
+    while left := await asyncio.to_thread(members, launch, server):
         if asyncio.get_running_loop().time() > deadline:
             return False
         for process in left:

@@ -51,7 +51,7 @@ async def locked(
         names |= {key for key in others_on(core, name) if is_unfinished(core, key)}
         gpus = {gpu for key in names for gpu in (*core.model(key).gpus, *core.records.read(key).gpus)}
         paths = [*core.gpu_locks(gpus), *core.model_locks(names)]
-        async with held(paths, word, operation):
+        async with held(paths, word, operation, name):
             for key in sorted(names):
                 await recover(core, key, operation)
             room = plan_for(core, name) if make_room else NO_ROOM_NEEDED
@@ -62,17 +62,17 @@ async def locked(
 
 
 @contextlib.asynccontextmanager
-async def held(paths: list[Path], word: Holder, operation: Operation) -> AsyncIterator[None]:
+async def held(paths: list[Path], word: Holder, operation: Operation, name: str) -> AsyncIterator[None]:
     """The locks themselves, cancellable while they are waited for."""
 
     def waiting(who: Holder | None) -> None:
-        operation.tell(operation.target, "waiting", describe(who))
+        operation.tell(name, "waiting", describe(who))
 
     try:
         async with hold(paths, word, waiting=waiting, checkpoint=operation.checkpoint):
             yield
     except LockBusyError as error:
         raise RefusedError(
-            f"{operation.target}: another operation holds its GPU: {describe(error.holder)}.",
+            f"{name}: another operation holds its GPU: {describe(error.holder)}.",
             "Wait for it, or cancel it where it was begun.",
         ) from error

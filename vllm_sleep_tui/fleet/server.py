@@ -15,12 +15,12 @@ import msgspec
 
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
-from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.core import GIB, Core, gib
-from vllm_sleep_tui.fleet.ending import fail
+from vllm_sleep_tui.fleet.ending import cause_in_log, fail
 from vllm_sleep_tui.fleet.footprints import Footprint
+from vllm_sleep_tui.fleet.keeping import read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.planning import GpuMemory, check_ram, needed_to_wake, read_memory
 from vllm_sleep_tui.fleet.proof import Verdict
@@ -328,14 +328,9 @@ class Server:
             await self.fail(f"Its gate did not open: {error}", "Look at its log, then start it again.")
 
     async def fail(self, reason: str, cure: str) -> None:
-        """End the server, keep the reason; always raises OperationError."""
+        """End the server, keep the reason, and the log's if it ended by itself; raises OperationError."""
+        found = cause_in_log(self.record, read_word(self.core.keeper_file(self.name)))
+        if found is not None:
+            reason, cure = f"{reason} {found.reason}", found.cure
         self.record = await fail(self.core, self.record, reason, cure)
         raise OperationError(f"{self.name}: {self.record.reason}", self.record.cure or cure)
-
-    async def check_can_sleep(self, level: int) -> None:
-        """Raises RefusedError if this vLLM version or this model must not sleep at `level`."""
-        known = capabilities(self.record.vllm_version or "", None)
-        if not known.sleep:
-            raise RefusedError(
-                f"{self.name} cannot sleep: {known.why_not}", "Use `level: none`, or a newer vLLM."
-            )

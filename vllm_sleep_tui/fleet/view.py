@@ -62,8 +62,8 @@ class Viewer:
         model = self._core.config.models[name]
         settled = state in SETTLED
         intent = None if settled and state is not record.state else record.intent
-        holds_nothing = state is State.STOPPED
-        vram = {} if not model.gpus or holds_nothing else vram_of(memory)
+        holds_nothing = state is State.STOPPED or record.state is State.FAILED
+        vram = {} if not model.gpus or holds_nothing else vram_of(memory, model.gpus)
         return ModelSnapshot(
             name=name,
             state=state,
@@ -140,11 +140,11 @@ def operation_of(intent: Intent | None) -> OperationSnapshot | None:
     return OperationSnapshot(name=intent.operation, since=intent.since, eta=intent.eta)
 
 
-def vram_of(memory: ModelMemory | None) -> dict[str, int] | None:
-    """VRAM by GPU index as JSON keys; None if it is not known."""
-    if memory is None or memory.vram_by_gpu is None:
+def vram_of(memory: ModelMemory | None, gpus: tuple[int, ...]) -> dict[str, int] | None:
+    """VRAM by GPU index as JSON keys; None unless it is known for each of the model's GPUs."""
+    if memory is None or memory.vram_by_gpu is None or not set(gpus) <= set(memory.vram_by_gpu):
         return None
-    return {str(gpu): size for gpu, size in memory.vram_by_gpu.items()}
+    return {str(gpu): memory.vram_by_gpu[gpu] for gpu in gpus}
 
 
 def read_once(loaded: LoadedConfig, state_dir: Path) -> FleetSnapshot:

@@ -1,0 +1,97 @@
+"""What a switch costs beyond the HTTP calls it must make, on simulated servers that take no time.
+
+Raw calls by hand and the product's switch take turns in one run:
+
+    python benchmarks/switch_overhead.py [--rounds 100] [--json]
+
+Raw is sleep + wake_up + one completion of one token, on kept connections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.records import RecordStore
+
+
+def write_config(folder: Path) -> Path:
+    """Two models of which one GPU holds one awake."""
+    instant = {"VLLM_SIM_TIMES": "instant"}
+    model = {"args": {"max-model-len": 2048}, "env": instant}
+    content = {
+        "vllm_command": [sys.executable, "-m", "vllm_sleep_tui.simulator"],
+        "simulated_gpus": [{"name": "Bench", "memory": "24GiB"}],
+        "models": {"a": {"model": "sim/1GiB", **model}, "b": {"model": "sim/4GiB", **model}},
+    }
+    path = folder / "vllm-sleep-tui.yaml"
+    path.write_text(json.dumps(content))
+    return path
+
+
+async def raw_switch(client: httpx.AsyncClient, records: RecordStore, leaving: str, coming: str) -> float:
+    """Sleep one, wake the other, ask it for one token."""
+    went, came = records.read(leaving), records.read(coming)
+    secrets = [{"X-Panel-Secret": record.secret or ""} for record in (went, came)]
+    urls = [f"http://127.0.0.1:{record.port}" for record in (went, came)]
+    question = {"model": coming, "prompt": [1, 2, 3, 4], "max_tokens": 1, "temperature": 0}
+    began = time.perf_counter()
+    (await client.post(f"{urls[0]}/sleep?level=1", headers=secrets[0])).raise_for_status()
+    (await client.post(f"{urls[1]}/wake_up", headers=secrets[1])).raise_for_status()
+    (await client.post(f"{urls[1]}/v1/completions", json=question, headers=secrets[1])).raise_for_status()
+    return time.perf_counter() - began
+
+
+async def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each switch, raw and ours in turn; the records follow the raw ones by hand."""
+    loaded = load(write_config(folder))
+    took: dict[str, list[float]] = {"raw": [], "ours": []}
+    async with Fleet(loaded, folder) as fleet, httpx.AsyncClient(trust_env=False) as client:
+        records = RecordStore(folder, loaded.path)
+        await fleet.start(["a", "b"])
+        try:
+            for _ in range(rounds):
+                await raw_switch(client, records, "a", "b")  # there and back, so that the records stay true
+                took["raw"].append(1e3 * await raw_switch(client, records, "b", "a"))
+                for name in ("b", "a"):
+                    began = time.perf_counter()
+                    await fleet.switch(name)
+                    took["ours"].append(1e3 * (time.perf_counter() - began))
+        finally:
+            await fleet.stop(["a", "b"])
+    return took
+
+
+def main() -> None:
+    """Measure and print medians with their spread."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        took = asyncio.run(measure(Path(folder), arguments.rounds))
+    summary = {
+        kind: dict(zip(("p10", "p50", "p90"), (q[0], q[4], q[8]), strict=True))
+        for kind, samples in took.items()
+        if (q := statistics.quantiles(samples, n=10))
+    }
+    if arguments.json:
+        print(json.dumps({"milliseconds": summary, "rounds": arguments.rounds}))
+        return
+    for kind, figures in summary.items():
+        print(f"{kind:5}", "  ".join(f"{key} {value:6.2f} ms" for key, value in figures.items()))
+    print(f"ours - raw, p50: {summary['ours']['p50'] - summary['raw']['p50']:.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""The operations, on simulated servers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from tests.fleet.conftest import GIB, Box, inject, seen, until, until_state
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError, UsageError
+from vllm_sleep_tui.fleet.states import State
+
+MakeBox = Callable[..., Box]
+
+
+async def test_two_models_that_do_not_fit_together_are_switched(box: MakeBox) -> None:
+    async with box().open() as fleet:
+        await fleet.start(["a", "b"])
+        assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.AWAKE, State.ASLEEP)
+        ledger = await fleet.switch("b")
+        assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.ASLEEP, State.AWAKE)
+        assert seen(fleet, "b").proof == "proven"
+        assert seen(fleet, "a").level == 1
+        assert {phase for phase, took in ledger.phases.items() if took is not None} == {
+            "drain",
+            "sleep",
+            "settle",
+            "wake",
+            "prove",
+        }
+        assert seen(fleet, "b").last_switch == ledger
+        await until(lambda: (seen(fleet, "a").vram_bytes or 0) < 2 * GIB)
+        await until(lambda: (seen(fleet, "b").vram_bytes or 0) > 16 * GIB)
+
+
+async def test_level_2_goes_through_its_four_steps_and_is_proven(box: MakeBox) -> None:
+    models = {"a": {"model": "sim/1GiB", "level": 2}, "b": {"model": "sim/2GiB", "level": 2}}
+    async with box(models).open() as fleet:
+        await fleet.start(["a", "b"])
+        ledger = await fleet.switch("b")
+        assert seen(fleet, "a").level == 2
+        assert all(ledger.phases[step] is not None for step in ("weights", "reload", "kv_cache", "reset"))
+        assert seen(fleet, "b").proof == "proven"
+
+
+async def test_models_that_fit_together_stay_awake_together(box: MakeBox) -> None:
+    share = {"args": {"gpu-memory-utilization": 0.3}}
+    async with box(
+        {"a": {"model": "sim/1GiB", **share}, "b": {"model": "sim/2GiB", **share}}
+    ).open() as fleet:
+        await fleet.start(["a", "b"])
+        assert fleet.predict("b").action == "nothing"
+        assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.AWAKE, State.AWAKE)
+
+
+async def test_level_none_is_stopped_and_started_with_the_same_keys(box: MakeBox) -> None:
+    models = {"a": {"model": "sim/1GiB", "level": "none"}, "b": {"model": "sim/2GiB"}}
+    async with box(models).open() as fleet:
+        await fleet.start(["a"])
+        await fleet.switch("b")
+        assert seen(fleet, "a").state is State.STOPPED
+        await fleet.switch("a")
+        assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.AWAKE, State.ASLEEP)
+        await fleet.sleep("a")
+        assert seen(fleet, "a").state is State.STOPPED
+
+
+async def test_a_model_on_two_gpus_sends_the_models_of_both_to_sleep(box: MakeBox) -> None:
+    models = {
+        "a": {"model": "sim/1GiB", "gpus": [0]},
+        "b": {"model": "sim/1GiB", "gpus": [1]},
+        "big": {"model": "sim/8GiB", "gpus": [0, 1], "args": {"tensor-parallel-size": 2}},
+    }
+    async with box(models, ["24GiB", "24GiB"]).open() as fleet:
+        await fleet.start(["a", "b"])
+        await fleet.switch("big")
+        assert [seen(fleet, name).state for name in ("a", "b", "big")] == [
+            State.ASLEEP,
+            State.ASLEEP,
+            State.AWAKE,
+        ]
+        await until(lambda: set(seen(fleet, "big").vram_by_gpu or {}) == {"0", "1"})
+
+
+async def test_sleep_again_is_done_and_another_level_is_refused(box: MakeBox) -> None:
+    async with box({"a": {"model": "sim/1GiB"}}).open() as fleet:
+        await fleet.start(["a"])
+        await fleet.sleep("a")
+        await fleet.sleep("a")
+        await fleet.sleep("a", level=1)
+        with pytest.raises(RefusedError, match="without a wake"):
+            await fleet.sleep("a", level=2)
+        assert seen(fleet, "a").state is State.ASLEEP
+        await fleet.wake("a")
+        await fleet.sleep("a", level=2)
+        assert seen(fleet, "a").level == 2
+
+
+@pytest.mark.parametrize("verb", ["wake", "sleep"])
+async def test_a_stopped_model_neither_wakes_nor_sleeps(box: MakeBox, verb: str) -> None:
+    async with box({"a": {"model": "sim/1GiB"}}).open() as fleet:
+        with pytest.raises(RefusedError, match="stopped"):
+            await getattr(fleet, verb)("a")
+
+
+async def test_an_unknown_name_is_refused_with_the_nearest(box: MakeBox) -> None:
+    async with box({"qwen": {"model": "sim/1GiB"}}).open() as fleet:
+        with pytest.raises(UsageError) as caught:
+            await fleet.switch("qwem")
+        assert "qwen" in caught.value.cure
+
+
+async def test_stop_leaves_no_process_and_no_memory(box: MakeBox) -> None:
+    async with box().open() as fleet:
+        await fleet.start(["a", "b"])
+        await fleet.stop(["a", "b"])
+        assert {seen(fleet, name).state for name in ("a", "b")} == {State.STOPPED}
+        assert {seen(fleet, name).vram_bytes for name in ("a", "b")} == {0}
+        await until(lambda: fleet.snapshot().gpus[0].used_bytes == 0)
+
+
+async def test_a_second_panel_sees_what_the_first_does_and_takes_over(box: MakeBox) -> None:
+    machine = box()
+    async with machine.open() as first, machine.open() as second:
+        await first.start(["a"])
+        assert seen(second, "a").state is State.AWAKE
+        await second.switch("b")
+        assert (seen(first, "a").state, seen(first, "b").state) == (State.ASLEEP, State.AWAKE)
+    async with machine.open() as later:
+        assert (seen(later, "a").state, seen(later, "b").state) == (State.ASLEEP, State.AWAKE)
+        await later.switch("a")
+        assert seen(later, "a").proof == "proven"
+
+
+async def test_two_switches_at_once_run_one_after_another(box: MakeBox) -> None:
+    machine = box(speed="20")
+    async with machine.open() as first, machine.open() as second:
+        await first.start(["a", "b"])
+        await asyncio.gather(first.switch("b"), second.switch("a", report=machine.report))
+        states = {name: seen(first, name).state for name in ("a", "b")}
+        assert sorted(states.values()) == [State.ASLEEP, State.AWAKE]
+
+
+# ── things go wrong ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_killed_api_server_is_failed_within_two_seconds_and_its_engine_ended(box: MakeBox) -> None:
+    async with box().open() as fleet:
+        await fleet.start(["a"])
+        pid = seen(fleet, "a").pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        failed = await until_state(fleet, "a", State.FAILED, limit=2.0)
+        assert failed.reason is not None
+        assert failed.cure is not None
+        await until(lambda: fleet.snapshot().gpus[0].used_bytes == 0)
+
+
+async def test_a_killed_engine_is_failed_within_two_seconds_and_the_rest_ended(box: MakeBox) -> None:
+    async with box().open() as fleet:
+        await fleet.start(["a"])
+        engine = fleet._core.records.read("a").engines[0]
+        os.kill(engine.pid, signal.SIGKILL)
+        await until_state(fleet, "a", State.FAILED, limit=2.0)
+        await until(lambda: fleet._core.records.read("a").state is State.FAILED)
+        await until(lambda: fleet.snapshot().gpus[0].used_bytes == 0)
+        await fleet.start(["a"])
+        assert seen(fleet, "a").state is State.AWAKE
+
+
+async def test_a_killed_keeper_takes_its_server_along_and_nothing_is_left(box: MakeBox) -> None:
+    async with box().open() as fleet:
+        await fleet.start(["a"])
+        keeper = fleet._core.records.read("a").keeper
+        assert keeper is not None
+        os.kill(keeper.pid, signal.SIGKILL)
+        await until_state(fleet, "a", State.FAILED, limit=2.0)
+        await until(lambda: fleet.snapshot().gpus[0].used_bytes == 0)
+
+
+async def test_a_start_that_fails_names_the_cause_from_the_log(box: MakeBox) -> None:
+    async with box({"a": {"model": "sim/1GiB", "env": {"VLLM_SIM_FAULTS": "gated"}}}).open() as fleet:
+        with pytest.raises(OperationError) as caught:
+            await fleet.start(["a"])
+        failed = seen(fleet, "a")
+        assert failed.state is State.FAILED
+        assert "gated" in (failed.reason or "").lower() + caught.value.what.lower()
+        assert failed.vram_bytes == 0
+
+
+async def test_a_model_that_cannot_fit_is_refused_with_the_numbers(box: MakeBox) -> None:
+    models = {"a": {"model": "sim/1GiB", "args": {"gpu-memory-utilization": 1.0}}}
+    async with box(models).open() as fleet:
+        with pytest.raises(RefusedError, match=r"needs 2\d\.\d GiB on GPU 0"):
+            await fleet.start(["a"])
+        assert seen(fleet, "a").state is State.STOPPED
+
+
+@pytest.mark.parametrize("fault", ["sleep_500", "engine_dies_on_sleep"])
+async def test_a_sleep_that_fails_leaves_it_failed_and_nothing_running(box: MakeBox, fault: str) -> None:
+    async with box().open() as fleet:
+        await fleet.start(["a"])
+        await inject(fleet, "a", fault)
+        with pytest.raises(OperationError):
+            await fleet.sleep("a")
+        await until_state(fleet, "a", State.FAILED)
+        await until(lambda: fleet.snapshot().gpus[0].used_bytes == 0)
+
+
+@pytest.mark.parametrize("fault", ["wake_500", "engine_dies_on_wake"])
+async def test_a_wake_that_fails_leaves_it_failed_and_the_other_asleep(box: MakeBox, fault: str) -> None:
+    async with box().open() as fleet:
+        await fleet.start(["a", "b"])
+        await inject(fleet, "b", fault)
+        with pytest.raises(OperationError):
+            await fleet.switch("b")
+        assert seen(fleet, "b").state is State.FAILED
+        assert seen(fleet, "a").state is State.ASLEEP
+        await fleet.switch("a")
+        assert seen(fleet, "a").proof == "proven"
+
+
+async def test_garbage_after_a_wake_is_cured_by_one_reload(box: MakeBox) -> None:
+    async with box().open() as fleet:
+        await fleet.start(["a"])
+        await fleet.sleep("a")
+        await inject(fleet, "a", "garbage_after_wake:1")
+        await fleet.wake("a")
+        assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.AWAKE, "proven")
+
+
+async def test_a_sleep_that_frees_nothing_is_not_called_proven(box: MakeBox) -> None:
+    async with box({"a": {"model": "sim/1GiB", "level": 2}}).open() as fleet:
+        await fleet.start(["a"])
+        await inject(fleet, "a", "sleep_frees_nothing")
+        await fleet.sleep("a")
+        assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.ASLEEP, "unverified")
+
+
+# ── the person changes their mind ────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_cancelled_start_leaves_nothing(box: MakeBox) -> None:
+    async with box({"a": {"model": "sim/1GiB"}}, speed="5").open() as fleet:
+        task = asyncio.create_task(fleet.start(["a"]))
+        await until(lambda: seen(fleet, "a").phase == "compiling")
+        task.cancel()
+        with pytest.raises(CancelledByUser):
+            await task
+        assert seen(fleet, "a").state is State.STOPPED
+        assert fleet._core.records.read("a").intent is None
+        await until(lambda: fleet.snapshot().gpus[0].used_bytes == 0)
+
+
+async def test_a_start_is_stopped_by_somebody_else(box: MakeBox) -> None:
+    machine = box({"a": {"model": "sim/1GiB"}}, speed="5")
+    async with machine.open() as first, machine.open() as second:
+        task = asyncio.create_task(first.start(["a"]))
+        await until(lambda: seen(second, "a").phase == "compiling")
+        await second.stop(["a"])
+        assert seen(second, "a").state is State.STOPPED
+        with pytest.raises(CancelledByUser):
+            await task
+
+
+async def test_a_switch_cancelled_while_draining_changes_nothing(box: MakeBox) -> None:
+    machine = box({"a": {"model": "sim/1GiB"}, "b": {"model": "sim/1GiB"}})
+    async with machine.open() as fleet:
+        await fleet.start(["a", "b"])
+        await inject(fleet, "a", "hang")
+        answer = fleet.chat("a", [{"role": "user", "content": "hello"}])
+        reading = asyncio.create_task(anext(answer))  # type: ignore[arg-type]
+        client = fleet._core.client(fleet._core.records.read("a"))
+        while not (await client.gate()).in_flight:
+            await asyncio.sleep(0.01)
+        task = asyncio.create_task(fleet.switch("b", report=machine.report))
+        await until(lambda: any("answers under way" in step.detail for step in machine.progress))
+        task.cancel()
+        with pytest.raises(CancelledByUser):
+            await task
+        assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.AWAKE, State.ASLEEP)
+        assert not (await client.gate()).closed
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+
+
+async def test_chat_with_a_sleeper_switches_first_and_says_how_long_it_took(box: MakeBox) -> None:
+    async with box().open() as fleet:
+        await fleet.start(["a", "b"])
+        events = [event async for event in fleet.chat("b", [{"role": "user", "content": "hello there"}])]
+        assert events[0].switch_seconds is not None
+        assert "hello there" in "".join(event.text for event in events)
+        assert [event for event in events if event.ttft is not None]
+        assert events[-1].error is None
+        assert seen(fleet, "b").state is State.AWAKE
