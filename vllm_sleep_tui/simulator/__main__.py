@@ -1,4 +1,4 @@
-"""``python -m vllm_sleep_tui.simulator serve MODEL …``: the command line of `vllm`, as far as it is played."""
+"""``python -m vllm_sleep_tui.simulator serve MODEL …``: as much of `vllm` as is played."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Application:
             await self._stream(answer, request, send)
 
     async def _stream(self, answer: Answer, request: Request, send: Send) -> None:
-        # Watching for the client's leaving is what frees the place of a stream that waits for its first token.
+        # Watching for the client's leaving frees the place of a stream that waits for its first token.
         sending = asyncio.create_task(http.send_answer(answer, send))
         leaving = asyncio.create_task(request.watch())
         try:

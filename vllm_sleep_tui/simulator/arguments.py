@@ -14,45 +14,48 @@ def _names(text: str) -> frozenset[str]:
 
 SWITCHES = _names(
     """aggregate-engine-logging allow-credentials allow-deprecated-quantization async-scheduling
-    calculate-kv-scales     disable-cascade-attn disable-custom-all-reduce disable-fastapi-docs disable-frontend-multiprocessing
-    disable-hybrid-kv-cache-manager disable-log-requests disable-log-stats disable-sliding-window
-    disable-uvicorn-access-log enable-auto-tool-choice enable-chunked-prefill enable-dbo enable-eplb
-    enable-expert-parallel enable-force-include-usage enable-log-outputs enable-log-requests enable-lora
-    enable-nccl-comm-suspend enable-per-request-metrics enable-prefix-caching enable-prompt-embeds
-    enable-prompt-tokens-details enable-request-id-headers enable-scale-out enable-server-load-tracking
-    enable-sleep-mode enable-ssl-refresh enable-tokenizer-info-endpoint enforce-eager
-    exclude-tools-when-tool-choice-none
+    calculate-kv-scales disable-cascade-attn disable-custom-all-reduce disable-fastapi-docs
+    disable-frontend-multiprocessing disable-hybrid-kv-cache-manager disable-log-requests
+    disable-log-stats disable-sliding-window disable-uvicorn-access-log enable-auto-tool-choice
+    enable-chunked-prefill enable-dbo enable-eplb enable-expert-parallel enable-force-include-usage
+    enable-log-outputs enable-log-requests enable-lora enable-nccl-comm-suspend
+    enable-per-request-metrics enable-prefix-caching enable-prompt-embeds enable-prompt-tokens-details
+    enable-request-id-headers enable-scale-out enable-server-load-tracking enable-sleep-mode
+    enable-ssl-refresh enable-tokenizer-info-endpoint enforce-eager exclude-tools-when-tool-choice-none
     fully-sharded-loras generate-loras headless interleave-mm-strings kv-sharing-fast-prefill
-    log-error-stack multi-modal-encoder-only return-tokens-as-token-ids skip-mm-profiling skip-tokenizer-init
-    sleep-mode-offload-cudagraph trust-remote-code trust-request-chat-template use-tqdm-on-load"""
+    log-error-stack multi-modal-encoder-only return-tokens-as-token-ids skip-mm-profiling
+    skip-tokenizer-init sleep-mode-offload-cudagraph trust-remote-code trust-request-chat-template
+    use-tqdm-on-load"""
 )
 """Flags without a value; each also exists as ``--no-…``."""
 VALUES = _names(
     """allowed-local-media-path allowed-media-domains attention-backend block-size chat-template
-    chat-template-content-format code-revision compilation-config config config-format convert cpu-offload-gb
-    cuda-graph-sizes cudagraph-capture-sizes data-parallel-address data-parallel-backend data-parallel-rank
-    data-parallel-rpc-port data-parallel-size data-parallel-size-local default-mm-loras device-ids
-    disable-access-log-for-endpoints distributed-executor-backend download-dir dtype ec-transfer-config
-    generation-config gpu-memory-utilization h11-max-header-count h11-max-incomplete-event-size hf-config-path
-    hf-overrides hf-token host ignore-patterns io-processor-plugin kv-cache-dtype kv-cache-memory
-    kv-cache-memory-bytes kv-events-config kv-offloading-backend kv-offloading-size kv-transfer-config
-    limit-mm-per-prompt load-format log-config-file logging-config logits-processor-pattern logits-processors
-    logprobs-mode lora-dtype lora-modules long-prefill-token-threshold mamba-cache-dtype master-addr master-port
-    max-cpu-loras max-log-len max-logprobs max-lora-rank max-loras max-model-len max-num-batched-tokens
+    chat-template-content-format code-revision compilation-config config config-format convert
+    cpu-offload-gb cuda-graph-sizes cudagraph-capture-sizes data-parallel-address data-parallel-backend
+    data-parallel-rank data-parallel-rpc-port data-parallel-size data-parallel-size-local
+    default-mm-loras device-ids disable-access-log-for-endpoints distributed-executor-backend
+    download-dir dtype ec-transfer-config generation-config gpu-memory-utilization h11-max-header-count
+    h11-max-incomplete-event-size hf-config-path hf-overrides hf-token host ignore-patterns
+    io-processor-plugin kv-cache-dtype kv-cache-memory kv-cache-memory-bytes kv-events-config
+    kv-offloading-backend kv-offloading-size kv-transfer-config limit-mm-per-prompt load-format
+    log-config-file logging-config logits-processor-pattern logits-processors logprobs-mode lora-dtype
+    lora-modules long-prefill-token-threshold mamba-cache-dtype master-addr master-port max-cpu-loras
+    max-log-len max-logprobs max-lora-rank max-loras max-model-len max-num-batched-tokens
     max-num-partial-prefills max-num-seqs max-parallel-loading-workers media-io-kwargs middleware
     mm-encoder-tp-mode mm-processor-cache-gb mm-processor-cache-type mm-processor-kwargs model
     model-impl model-loader-extra-config nnodes node-rank num-gpu-blocks-override num-lookahead-slots
-    optimization-level otlp-traces-endpoint override-generation-config pipeline-parallel-size pooler-config port
-    pt-load-map-location quantization quantization-config reasoning-parser response-role revision root-path runner
-    safetensors-load-strategy scheduler-cls scheduling-policy seed shutdown-timeout sleep-mode-backend
-    speculative-config sse-keep-alive-interval ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-keyfile stream-interval
-    structured-outputs-config swap-space task tensor-parallel-size tokenizer tokenizer-mode tokenizer-revision
-    tool-call-parser tool-parser-plugin tool-server uds uvicorn-log-level worker-cls worker-extension-cls
-    api-server-count"""
+    optimization-level otlp-traces-endpoint override-generation-config pipeline-parallel-size
+    pooler-config port pt-load-map-location quantization quantization-config reasoning-parser
+    response-role revision root-path runner safetensors-load-strategy scheduler-cls scheduling-policy
+    seed shutdown-timeout sleep-mode-backend speculative-config sse-keep-alive-interval ssl-ca-certs
+    ssl-cert-reqs ssl-certfile ssl-keyfile stream-interval structured-outputs-config swap-space task
+    tensor-parallel-size tokenizer tokenizer-mode tokenizer-revision tool-call-parser tool-parser-plugin
+    tool-server uds uvicorn-log-level worker-cls worker-extension-cls api-server-count"""
 )
-"""Flags with one value; a repeated one adds up where vLLM lets it (``--middleware``), else the last counts."""
+"""Flags with one value; of a repeated one the last counts, but ``--middleware`` adds up."""
 LISTS = _names(
-    """allowed-headers allowed-methods allowed-origins api-key served-model-name sleep-preserve-parameter-names"""
+    """allowed-headers allowed-methods allowed-origins api-key served-model-name
+    sleep-preserve-parameter-names"""
 )
 """Flags with one or more values."""
 SHORT = {
@@ -80,7 +83,7 @@ DEFAULT_MAX_MODEL_LEN = 40960
 
 
 class ArgumentError(Exception):
-    """The command line is wrong; the text is what vLLM prints after ``vllm: error:`` before it exits with 2."""
+    """The command line is wrong; the text is what follows ``vllm: error:`` before the exit with 2."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """The simulated hardware: a folder that says which GPUs there are and what each process holds.
 
-``gpus.json`` names the GPUs and the RAM; each process that holds memory writes ``<pid>.json``. Claims are made
-under a lock of the folder, so that two processes never both get the last GiB. A file counts only while its
-process lives.
+``gpus.json`` names the GPUs and the RAM; each process that holds memory writes ``<pid>.json``. Claims are
+made under a lock of the folder, so that two processes never both get the last GiB. A file counts only while
+its process lives.
 """
 
 from __future__ import annotations

@@ -78,14 +78,19 @@ HUB_FAILURES = {
         "If you are trying to access a private or gated repo, make sure you are authenticated."
     ),
     Fault.OFFLINE: (
-        "huggingface_hub.errors.LocalEntryNotFoundError: Cannot find an appropriate cached snapshot folder for the "
-        "specified revision on the local disk and outgoing traffic has been disabled. To enable repo look-ups and "
+        "huggingface_hub.errors.LocalEntryNotFoundError: Cannot find an appropriate cached "
+        "snapshot folder for the "
+        "specified revision on the local disk and outgoing traffic has been disabled. To enable "
+        "repo look-ups and "
         "downloads online, pass 'local_files_only=False' as input."
     ),
-    Fault.DISK_FULL: "OSError: [Errno 28] No space left on device: 'models--{model}/blobs/simulated.incomplete'",
+    Fault.DISK_FULL: (
+        "OSError: [Errno 28] No space left on device: 'models--{model}/blobs/simulated.incomplete'"
+    ),
     Fault.TRUST_REMOTE_CODE: (
         "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
-        "  Value error, The repository {model} contains custom code which must be executed to correctly load the "
+        "  Value error, The repository {model} contains custom code which must be executed to "
+        "correctly load the "
         "model. You can inspect the repository content at https://hf.co/{model} .\n"
         "Please pass the argument `trust_remote_code=True` to allow custom code to be run. [type=value_error]"
     ),
@@ -96,15 +101,18 @@ def _invalid(text: str) -> str:
     return (
         "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
         f"  Value error, {text} [type=value_error, input_value=ArgsKwargs((), {{'model': ...}}), "
-        "input_type=ArgsKwargs]\n    For further information visit https://errors.pydantic.dev/2.14/v/value_error"
+        "input_type=ArgsKwargs]\n    For further information visit "
+        "https://errors.pydantic.dev/2.14/v/value_error"
     )
 
 
 def too_little_free(*, free: int, total: int, utilization: float) -> StartFailed:
     """vLLM's check before it loads anything: the fraction is of the total."""
     return StartFailed(
-        f"ValueError: Free memory on device cuda:0 ({free / GIB:.2f}/{total / GIB:.2f} GiB) on startup is less than "
-        f"desired GPU memory utilization ({utilization:g}, {utilization * total / GIB:.2f} GiB). Decrease GPU memory "
+        f"ValueError: Free memory on device cuda:0 ({free / GIB:.2f}/{total / GIB:.2f} GiB) on "
+        f"startup is less than "
+        f"desired GPU memory utilization ({utilization:g}, {utilization * total / GIB:.2f} GiB). "
+        f"Decrease GPU memory "
         "utilization or reduce GPU memory used by other processes."
     )
 
@@ -112,7 +120,8 @@ def too_little_free(*, free: int, total: int, utilization: float) -> StartFailed
 def cuda_out_of_memory(*, asked: int, total: int, free: int) -> StartFailed:
     """torch's error, while the weights load or the graphs are captured."""
     return StartFailed(
-        f"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate {asked / GIB:.2f} GiB. GPU 0 has a total "
+        f"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate {asked / GIB:.2f} GiB. "
+        f"GPU 0 has a total "
         f"capacity of {total / GIB:.2f} GiB of which {free / GIB:.2f} GiB is free."
     )
 
@@ -130,8 +139,10 @@ def cache_too_small(*, max_model_len: int, needed: int, available: int, fits: in
     return StartFailed(
         f"ValueError: To serve at least one request with the model's max seq len ({max_model_len}), "
         f"({needed / GIB:.2f} GiB KV cache is needed, which is larger than the available KV cache memory "
-        f"({available / GIB:.2f} GiB). Based on the available memory, the estimated maximum model length is {fits}. "
-        "Try increasing `gpu_memory_utilization` (which also controls CPU memory on the CPU backend) or decreasing "
+        f"({available / GIB:.2f} GiB). Based on the available memory, the estimated maximum "
+        f"model length is {fits}. "
+        "Try increasing `gpu_memory_utilization` (which also controls CPU memory on the CPU "
+        "backend) or decreasing "
         "`max_model_len` when initializing the engine."
     )
 
@@ -139,6 +150,7 @@ def cache_too_small(*, max_model_len: int, needed: int, available: int, fits: in
 def profiling_disturbed(*, before: int, now: int) -> StartFailed:
     """Another process gave memory back while this one measured."""
     return StartFailed(
-        f"AssertionError: Error in memory profiling. Initial free memory {before / GIB:.2f} GiB, current free memory "
+        f"AssertionError: Error in memory profiling. Initial free memory {before / GIB:.2f} GiB, "
+        f"current free memory "
         f"{now / GIB:.2f} GiB. Another process released GPU memory meanwhile."
     )

@@ -52,7 +52,7 @@ def token_text(token: int) -> str:
 def prompt_logprobs(
     model: str, tokens: Sequence[int], *, garbage: bool
 ) -> list[Mapping[str, Mapping[str, object]] | None]:
-    """vLLM's form: null for the first token, then a map by token id as text; far off if the weights are gone."""
+    """vLLM's form: null for the first token, then a map by token id as text; far off without weights."""
     found: list[Mapping[str, Mapping[str, object]] | None] = [None]
     state = zlib.crc32(model.encode())
     for previous, token in itertools.pairwise(tokens):

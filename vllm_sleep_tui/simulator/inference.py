@@ -413,8 +413,10 @@ def _max_tokens(body: Mapping[str, Any], length: int, prompt: int) -> int:
 
 def _too_long(length: int) -> str:
     return (
-        f"This model's maximum context length is {length} tokens. However, your prompt contains at least {length + 1} "
-        "input tokens, which exceeds this limit even without any output tokens. Please reduce the length of the input "
+        f"This model's maximum context length is {length} tokens. However, your prompt contains "
+        f"at least {length + 1} "
+        "input tokens, which exceeds this limit even without any output tokens. Please reduce "
+        "the length of the input "
         f"prompt. (parameter=input_tokens, value={length + 1})"
     )
 

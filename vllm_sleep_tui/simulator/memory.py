@@ -125,7 +125,7 @@ class Memory:
         return self._apply() == 0
 
     def pin(self, amount: int) -> bool:
-        """Grow the pinned pool of each rank, which never shrinks; False, and unchanged, if the RAM is full."""
+        """Grow each rank's pinned pool, which never shrinks; False, and unchanged, if the RAM is full."""
         before, self._pinned = self._pinned, max(self._pinned, amount)
         if self._apply() == 0:
             return True
@@ -133,7 +133,7 @@ class Memory:
         return False
 
     def map(self, tag: str, amount: int) -> bool:
-        """Map a pool; False if it does not fit, and then it is mapped as far as it goes: nothing rolls back."""
+        """Map a pool; False if it does not fit, and then what fits stays mapped: nothing rolls back."""
         self._mapped[tag] = amount
         missing = self._apply()
         self._mapped[tag] -= missing

@@ -1,4 +1,4 @@
-"""Child processes that look like vLLM's: forked, titled, and tied by a socket that carries one JSON object a line."""
+"""Child processes that look like vLLM's: forked, titled, and tied by a socket with one JSON object a line."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def spawn(
 ) -> tuple[int, Channel]:
     """Fork a child that runs `body` under `title` and exits; returns its pid and our end.
 
-    Call it only while this process has a single thread. `close` are sockets of ours that the child must not keep.
+    Call it only while this process has a single thread. `close` are our sockets that the child must not keep.
     """
     ours, theirs = socket.socketpair()
     sys.stdout.flush()
@@ -81,7 +81,7 @@ def _run_child(title: str, body: Callable[[Channel], None], channel: Channel) ->
 def set_title(title: str) -> None:
     """Overwrite the command line that /proc and ps show; the name is cut at 15 characters.
 
-    As with the setproctitle that vLLM uses, the environment in /proc is lost too: it lies behind the arguments.
+    As with the setproctitle of vLLM, the environment in /proc is lost too: it lies behind the arguments.
     """
     fields = Path("/proc/self/stat").read_bytes().rsplit(b")", 1)[1].split()
     start, end, environment_end = (int(fields[field - 3]) for field in (48, 49, 51))  # proc(5) counts from 1

@@ -21,7 +21,7 @@ ARCHITECTURES = {"qwen": "Qwen3ForCausalLM", "phi": "Phi3ForCausalLM", "smollm":
 
 
 def weights_bytes(model: str) -> int:
-    """Size of the weights: from the table, from a name such as ``sim/3GiB``, or of a folder's files; else a guess."""
+    """Size of the weights: of the table, a name such as ``sim/3GiB``, or a folder's files; else a guess."""
     if model in KNOWN_WEIGHTS_GIB:
         return int(KNOWN_WEIGHTS_GIB[model] * GIB)
     if named := re.search(r"(\d+(?:\.\d+)?)\s*(MiB|GiB)$", model):
@@ -57,7 +57,7 @@ class MemoryPlan:
 def plan_memory(
     *, weights: int, total: int, utilization: float, kv_cache: int | None, ranks: int, eager: bool
 ) -> MemoryPlan:
-    """The shares of one rank on a GPU of `total` bytes; `kv_cache` is negative if the weights leave no room for it."""
+    """The shares of one rank on a GPU of `total` bytes; `kv_cache` is negative if it has no room."""
     share = weights // ranks
     residual = residual_bytes(total, ranks=ranks, eager=eager)
     overhead = max(int(0.4 * GIB), int(1.5 * GIB * total / (80 * GIB)))
@@ -66,7 +66,7 @@ def plan_memory(
 
 
 def residual_bytes(total: int, *, ranks: int, eager: bool) -> int:
-    """What a sleeper leaves: 0.9 GiB on a card of 24 GiB, 1.4 on one of 80; more with NCCL, less without graphs."""
+    """What a sleeper leaves: 0.9 GiB of 24, 1.4 of 80; more with NCCL, less without graphs."""
     fraction = (total / GIB - 24) / 56
     residual = 1.6 + 1.1 * fraction if ranks > 1 else 0.9 + 0.5 * fraction
     return int(max(0.3, residual * (0.65 if eager else 1.0)) * GIB)

@@ -77,8 +77,8 @@ class ApiServer:
         )
 
     def _bind(self) -> socket.socket:
-        # Bound now and listening only when ready: until then a connection is refused, and a second server that
-        # starts meanwhile binds the same port without an error (log-port-race-loser-deaf.txt).
+        # Bound now and listening only when ready: until then a connection is refused, and a second server
+        # that starts meanwhile binds the same port without an error (log-port-race-loser-deaf.txt).
         if self._options.uds:
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(self._options.uds)

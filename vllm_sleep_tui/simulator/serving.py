@@ -17,7 +17,7 @@ from vllm_sleep_tui.simulator import logs
 from vllm_sleep_tui.simulator.app import Application, wrap
 from vllm_sleep_tui.simulator.arguments import Options
 from vllm_sleep_tui.simulator.behaviours import Fault, Faults
-from vllm_sleep_tui.simulator.client import EngineClient
+from vllm_sleep_tui.simulator.client import DEAD, EngineClient
 from vllm_sleep_tui.simulator.logs import Log
 from vllm_sleep_tui.simulator.metrics import Metrics
 from vllm_sleep_tui.simulator.server_state import ServerState
@@ -124,8 +124,8 @@ class _Serving:
         await self._state.engine.dead.wait()
         if self._stopping:
             return
-        text = "AsyncLLM output_handler failed.\nvllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an "
-        self._state.log.error("async_llm.py:906", f"{text}issue. See stack trace (above) for the root cause.")
+        error = f"vllm.v1.engine.exceptions.EngineDeadError: {DEAD}"
+        self._state.log.error("async_llm.py:906", f"AsyncLLM output_handler failed.\n{error}")
         if self._state.settings.keep_alive:
             return
         if not self._state.settings.instant:

@@ -65,7 +65,8 @@ class _Start:
         self._settings.wait(START_SECONDS["spawn"])
         self._log.info(
             "core.py:133",
-            f"Initializing a V1 LLM engine (v{self._settings.version}) with config: {describe(self._options)}",
+            f"Initializing a V1 LLM engine (v{self._settings.version}) with config: "
+            f"{describe(self._options)}",
         )
         if self._faults.has(Fault.START_HANGS):
             wait_for_ever()
@@ -159,9 +160,8 @@ class _Start:
         )
         for shard in range(shards + 1):
             share = round(100 * shard / shards)
-            self._log.bar(
-                f"Loading safetensors checkpoint shards: {share:3d}% Completed | {shard}/{shards} [00:00<00:00, 1.00it/s]"
-            )
+            done = f"{share:3d}% Completed | {shard}/{shards} [00:00<00:00, 1.00it/s]"
+            self._log.bar(f"Loading safetensors checkpoint shards: {done}")
             if shard < shards:
                 self._settings.wait(seconds / shards)
                 self._map("weights", self._plan.weights * (shard + 1) // shards)
@@ -170,7 +170,8 @@ class _Start:
         )
         self._log.info(
             "gpu_model_runner.py:5255",
-            f"Model loading took {self._plan.weights / GIB:.2f} GiB memory and {seconds / self._settings.speed:.6f} seconds",
+            f"Model loading took {self._plan.weights / GIB:.2f} GiB memory and "
+            f"{seconds / self._settings.speed:.6f} seconds",
         )
 
     def _map(self, tag: str, amount: int) -> None:
@@ -215,7 +216,8 @@ class _Start:
         length = self._options.max_model_len
         self._log.info(
             "kv_cache_utils.py:2327",
-            f"{kind} KV cache size: {self._kv_tokens():,} tokens, Maximum concurrency for {length:,} tokens per "
+            f"{kind} KV cache size: {self._kv_tokens():,} tokens, Maximum concurrency for "
+            f"{length:,} tokens per "
             f"request: {self._kv_tokens() / length:.2f}x",
         )
 
@@ -227,9 +229,8 @@ class _Start:
         if not self._options.enforce_eager and self._gpus:
             for mode in ("mixed prefill-decode, PIECEWISE", "decode, FULL"):
                 for done in (0, graphs // 2, graphs):
-                    self._log.bar(
-                        f"Capturing CUDA graphs ({mode}): {100 * done // graphs:3d}%|          | {done}/{graphs} [00:00<00:01, 26.37it/s]"
-                    )
+                    bar = f"{100 * done // graphs:3d}%|          | {done}/{graphs} [00:00<00:01, 26.37it/s]"
+                    self._log.bar(f"Capturing CUDA graphs ({mode}): {bar}")
                     self._settings.wait(seconds / 6)
             self._log.info(
                 "gpu_model_runner.py:6656", f"Graph capturing finished in {seconds:.0f} secs, took 0.56 GiB"
@@ -243,7 +244,8 @@ def describe(options: Options) -> str:
     return (
         f"model='{options.model}', tokenizer='{options.model}', dtype=torch.bfloat16, "
         f"max_seq_len={options.max_model_len}, load_format={options.load_format}, "
-        f"tensor_parallel_size={options.tensor_parallel}, pipeline_parallel_size={options.pipeline_parallel}, "
+        f"tensor_parallel_size={options.tensor_parallel}, "
+        f"pipeline_parallel_size={options.pipeline_parallel}, "
         f"quantization={options.quantization}, enforce_eager={options.enforce_eager}, "
         f"enable_sleep_mode={options.sleep_mode}, served_model_name={options.served_names[0]}"
     )

@@ -83,8 +83,8 @@ class SleepState:
         freed = before - self._memory.held
         self._log.info("cumem.py:206", self._freed(freed, backed_up))
         if self._memory.used_by_others() > others:
-            # vLLM compares what is free on the whole device, so a neighbour's growth during a sleep is taken for
-            # its own; the engine does not survive the exception (h100/overlap.jsonl).
+            # vLLM compares what is free on the whole device, so a neighbour's growth during a sleep is taken
+            # for its own; the engine does not survive the exception (h100/overlap.jsonl).
             self.crashes_on_request = True
             raise OperationFailed("Memory usage increased after sleeping.")
         if level != 1:
@@ -111,7 +111,8 @@ class SleepState:
     def _freed(self, freed: int, backed_up: int) -> str:
         rest = max(0, freed - backed_up)
         return (
-            f"CuMemAllocator: sleep freed {freed / GIB:.2f} GiB memory in total, of which {backed_up / GIB:.2f} GiB "
+            f"CuMemAllocator: sleep freed {freed / GIB:.2f} GiB memory in total, of which "
+            f"{backed_up / GIB:.2f} GiB "
             f"is backed up in CPU and the rest {rest / GIB:.2f} GiB is discarded directly."
         )
 
