@@ -86,7 +86,7 @@ def _check_command(document: Document, command: tuple[str, ...]) -> None:
             f"`{' '.join([first, *command[1:2]])}` hides the server's process, so it cannot be watched",
             "Write the vllm binary inside that environment, or start the server yourself and use `url:`.",
         )
-    if command[-1] == "serve" or " " in command[0].strip():
+    if command[-1] == "serve" or (" " in command[0] and "/" not in command[0]):
         raise document.error(key, "one word too many", "Write a list of words without `serve`, as in [vllm].")
 
 

@@ -134,6 +134,8 @@ MISTAKES = {
         "simulated_gpus[0]: memory is missing",
     ),
     "command is text": ("vllm_command: vllm\n" + ONE, 1, "vllm_command: must be a list of words"),
+    "command in one word": ("vllm_command: [vllm serve]\n" + ONE, 1, "vllm_command: one word too many"),
+    "command with serve": ("vllm_command: [vllm, serve]\n" + ONE, 1, "vllm_command: one word too many"),
     "command is empty": ("vllm_command: []\n" + ONE, 1, "vllm_command: must be a list of words"),
     "models is a list": ("models: [a]\n", 1, "models: must be a mapping of names to models"),
     "no models": ("models: {}\n", 1, "models: no model is named"),
@@ -215,7 +217,7 @@ MISTAKES = {
     "a control character": ("models:\n  a: {model: x\x01}\n", 2, "a control character"),
     "an alias of itself": ("models: &a {x: *a}\n", 1, "models.x: must be a mapping"),
     "deep nesting": (f"models: {'[' * 40}{']' * 40}\n", 1, "models[0]: nested too deeply"),
-    "very deep nesting": ("[" * 9000, 1, "not YAML"),
+    "very deep nesting": ("[" * 1500, 1, "not YAML"),
 }
 
 

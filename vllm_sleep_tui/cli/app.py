@@ -86,9 +86,9 @@ def run(arguments: Sequence[str]) -> int:
         _complain("Interrupted.")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has seen enough; what is still buffered must not raise again when Python exits.
+        # As click does; what is still buffered must not raise again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1
     except Exception as error:
         _complain(f"Unexpected: {type(error).__name__}: {_first_line(error)}", _keep_details())
         return 1

@@ -27,20 +27,22 @@ models:
   qwen:
     model: Qwen/Qwen3-0.6B
     gpus: [0]
+    args: {{max-model-len: 4096}}
     env: {{VLLM_SIM_SPEED: "{speed:g}"}}
   phi:
     model: microsoft/Phi-3-vision-128k-instruct
     gpus: [0]
-    args: {{trust-remote-code: true}}
+    args: {{max-model-len: 4096, trust-remote-code: true}}
     env: {{VLLM_SIM_SPEED: "{speed:g}"}}
   coder:
     model: Qwen/Qwen3-Coder-30B-A3B-Instruct-AWQ
     gpus: [1]
+    args: {{max-model-len: 4096}}
     env: {{VLLM_SIM_SPEED: "{speed:g}"}}
   big:
     model: Qwen/Qwen3-32B-AWQ
     gpus: [0, 1]
-    args: {{tensor-parallel-size: 2}}
+    args: {{max-model-len: 4096, tensor-parallel-size: 2}}
     env: {{VLLM_SIM_SPEED: "{speed:g}"}}
 """
 
