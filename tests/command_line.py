@@ -117,7 +117,9 @@ def session_of(pid: int) -> int | None:
     return None if state == "Z" else int(session)
 
 
-def write_config(path: Path, command: list[str], models: Mapping[str, Mapping[str, Any]]) -> Path:
+def write_config(
+    path: Path, command: list[str], models: Mapping[str, Mapping[str, Any]], **more: Any
+) -> Path:
     """Write a config file; JSON is YAML too."""
-    path.write_text(json.dumps({"vllm_command": command, "models": models}, indent=2))
+    path.write_text(json.dumps({"vllm_command": command, "models": models, **more}, indent=2))
     return path

@@ -1,0 +1,274 @@
+"""Measures switches by the panel and the same HTTP calls by hand, in turn, in one run on one GPU.
+
+    python tests/gpu/measure.py --out DIR [--levels 1 2] [--rounds 10]
+
+The environment names vLLM and the two models (`gpu_config.py`). The result is DIR/measure.json, written after
+each step: started again with the same DIR it goes on where it was, with the servers that still run.
+A round is two switches by the panel, a → b and b → a, and two by hand. A raw switch is /sleep and /wake_up (at
+level 2 with the calls that it needs) and the one-token request that proves the wake; the panel's is all that
+it does. Times in seconds, memory in bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from gpu_config import NEEDED, missing, write_pair
+
+from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet import proof
+from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.records import Record, RecordStore
+from vllm_sleep_tui.fleet.snapshot import Progress
+from vllm_sleep_tui.fleet.view import read_once
+
+PAIR = ("a", "b")
+CALL_SECONDS = 120
+WAKES = {
+    1: ("/wake_up",),
+    2: ("/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache", "/reset_prefix_cache"),
+}
+"""What a wake from each level takes (vLLM 0.24, measured)."""
+
+
+class Notes:
+    """The result file: what is known so far, written whole after every step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"levels": {}}
+
+    def level(self, level: int) -> dict[str, Any]:
+        """The part of one sleep level."""
+        empty: dict[str, Any] = {"start": {}, "memory": {}, "switches": []}
+        part: dict[str, Any] = self.known["levels"].setdefault(str(level), empty)
+        return part
+
+    def save(self) -> None:
+        """Replace the file in one step."""
+        draft = self.path.with_suffix(".draft")
+        draft.write_text(json.dumps(self.known, indent=1))
+        draft.replace(self.path)
+
+
+class RawServer:
+    """One server, called by hand over one open connection."""
+
+    def __init__(self, record: Record) -> None:
+        assert record.port is not None
+        self.name = record.name
+        self.headers = {"X-Panel-Secret": record.secret or "", "Content-Type": "application/json"}
+        self.connection = http.client.HTTPConnection("127.0.0.1", record.port, timeout=CALL_SECONDS)
+        self.connection.connect()
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> float:
+        """Seconds of one call; raises RuntimeError unless it answers 200."""
+        began = time.perf_counter()
+        self.connection.request("POST", path, json.dumps(body) if body else None, self.headers)
+        answer = self.connection.getresponse()
+        text = answer.read()
+        if answer.status != 200:
+            raise RuntimeError(f"{self.name} {path}: {answer.status} {text[:300]!r}")
+        return time.perf_counter() - began
+
+    def sleep(self, level: int) -> float:
+        """Seconds of the call that puts it to sleep."""
+        return self.post(f"/sleep?level={level}")
+
+    def wake(self, level: int) -> float:
+        """Seconds of all calls that wake it."""
+        reload = {"method": "reload_weights"}
+        return sum(self.post(path, reload if path == "/collective_rpc" else None) for path in WAKES[level])
+
+    def first_token(self) -> float:
+        """Seconds of the panel's own proof request: one token."""
+        question = {"model": self.name, "prompt": list(proof.PROMPT), "max_tokens": 1, "temperature": 0}
+        return self.post("/v1/completions", question | {"prompt_logprobs": 1})
+
+
+def raw_switch(store: RecordStore, leaving: str, target: str, level: int) -> dict[str, Any]:
+    """One switch by hand; the connections are open before the clock runs."""
+    old, new = RawServer(store.read(leaving)), RawServer(store.read(target))
+    try:
+        began = time.perf_counter()
+        phases = {"sleep": old.sleep(level), "wake": new.wake(level), "prove": new.first_token()}
+        return {"how": "raw", "to": target, "total": time.perf_counter() - began, "phases": phases}
+    finally:
+        old.connection.close()
+        new.connection.close()
+
+
+async def panel_switch(fleet: Fleet, target: str) -> dict[str, Any]:
+    """One switch by the panel, then a chat of one token for the time to it."""
+    began = time.perf_counter()
+    ledger = await fleet.switch(target)
+    total = time.perf_counter() - began
+    first = None
+    question = [{"role": "user", "content": "Say something."}]
+    async for event in fleet.chat(target, question, params={"max_tokens": 4, "temperature": 0}):
+        first = event.ttft if event.ttft is not None else first
+    return {"how": "panel", "to": target, "total": total, "phases": ledger.phases, "first_token": first}
+
+
+def tell(progress: Progress) -> None:
+    """Progress of a start, one line a step."""
+    print(" ".join((progress.model, progress.phase, progress.detail)), file=sys.stderr, flush=True)
+
+
+def memory_now(loaded: LoadedConfig, state: Path, name: str) -> dict[str, Any]:
+    """What the model holds: VRAM, RAM, and of that the pinned pool."""
+    model = read_once(loaded, state).model(name)
+    return {
+        "vram": model.vram_bytes,
+        "ram": model.ram_bytes,
+        "pinned": model.pinned_bytes,
+        "level": model.level,
+    }
+
+
+class Run:
+    """The measurement of one level."""
+
+    def __init__(self, notes: Notes, loaded: LoadedConfig, state: Path, level: int) -> None:
+        self.notes, self.loaded, self.state, self.level = notes, loaded, state, level
+        self.part = notes.level(level)
+        self.store = RecordStore(state, loaded.path)
+
+    async def measure(self, rounds: int) -> None:
+        """Start what does not run, then do the rounds that are missing, then stop."""
+        async with Fleet(self.loaded, self.state) as fleet:
+            for name in reversed(PAIR):
+                await self.start(fleet, name)
+            await fleet.switch(PAIR[0])
+            if PAIR[0] not in self.part["memory"]:
+                await self.measure_memory(fleet)
+            while len(self.part["switches"]) < 4 * rounds:
+                await self.round(fleet)
+            await fleet.stop(PAIR, force=True)
+        self.part["summary"] = summary(self.part["switches"])
+        self.notes.save()
+
+    async def start(self, fleet: Fleet, name: str) -> None:
+        """Start a model unless it runs already; its time is kept."""
+        if fleet.snapshot().model(name).state in ("awake", "asleep"):
+            return
+        began = time.perf_counter()
+        await fleet.start([name], report=tell)
+        self.part["start"][name] = time.perf_counter() - began
+        self.notes.known["vllm"] = self.store.read(name).vllm_version
+        self.notes.save()
+
+    async def measure_memory(self, fleet: Fleet) -> None:
+        """What each model holds awake and asleep."""
+        found: dict[str, Any] = {}
+        for target, other in (PAIR, PAIR[::-1]):
+            await fleet.switch(target)
+            found.setdefault(target, {})["awake"] = memory_now(self.loaded, self.state, target)
+            found.setdefault(other, {})["asleep"] = memory_now(self.loaded, self.state, other)
+        await fleet.switch(PAIR[0])
+        self.part["memory"] = found
+        self.notes.save()
+
+    async def round(self, fleet: Fleet) -> None:
+        """Two switches by the panel and two by hand; `a` is awake before and after."""
+        a, b = PAIR
+        done = [await panel_switch(fleet, b), await panel_switch(fleet, a)]
+        for leaving, target in ((a, b), (b, a)):
+            done.append(await asyncio.to_thread(raw_switch, self.store, leaving, target, self.level))
+        self.part["switches"] += done
+        self.notes.save()
+
+
+def spread(values: Iterable[float | None]) -> dict[str, float] | None:
+    """Median, lowest and highest; None without values."""
+    known = sorted(value for value in values if value is not None)
+    return {"median": statistics.median(known), "low": known[0], "high": known[-1]} if known else None
+
+
+def summary(switches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By target and by way: the spread of the whole, of its phases, and of the first token."""
+    found: dict[str, Any] = {}
+    for target in PAIR:
+        for how in ("panel", "raw"):
+            these = [switch for switch in switches if switch["to"] == target and switch["how"] == how]
+            phases = {phase: spread(s["phases"].get(phase) for s in these) for phase in these[0]["phases"]}
+            found[f"to {target}, {how}"] = {
+                "count": len(these),
+                "total": spread(s["total"] for s in these),
+                "phases": {phase: seen for phase, seen in phases.items() if seen},
+                "first_token": spread(s.get("first_token") for s in these),
+            }
+    return found
+
+
+def print_tables(known: Mapping[str, Any]) -> None:
+    """What is measured, as Markdown."""
+    print(
+        "| level | switch | n | median | lowest to highest | sleep | wake | first token |\n"
+        + "|---" * 8
+        + "|"
+    )
+    for level, part in known["levels"].items():
+        for name, row in part.get("summary", {}).items():
+            total, phases = row["total"], row["phases"]
+            cells = [f"{1000 * phases[phase]['median']:.0f} ms" for phase in ("sleep", "wake", "prove")]
+            whole = f"{total['median']:.3f} s | {total['low']:.3f} to {total['high']:.3f} s"
+            print(f"| {level} | {name} | {row['count']} | {whole} | {' | '.join(cells)} |")
+    print("\n| level | model | state | VRAM | RAM | of it pinned | start |\n" + "|---" * 7 + "|")
+    for level, part in known["levels"].items():
+        for name, states in part["memory"].items():
+            for state, held in states.items():
+                sizes = " | ".join(in_gib(held[kind]) for kind in ("vram", "ram", "pinned"))
+                print(f"| {level} | {name} | {state} | {sizes} | {part['start'].get(name, 0):.0f} s |")
+
+
+def in_gib(size: int | None) -> str:
+    """Bytes as GiB, a dash for what is not known."""
+    return "–" if size is None else f"{size / 2**30:.2f} GiB"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the result, the state and the logs"
+    )
+    parser.add_argument("--levels", type=int, nargs="+", default=[1, 2], choices=[1, 2])
+    parser.add_argument("--rounds", type=int, default=10, help="four switches each")
+    parser.add_argument(
+        "--simulated", metavar="SIZE", help="a simulated GPU, such as 80GiB, to try this script"
+    )
+    given = parser.parse_args()
+    if absent := missing():
+        parser.error("not set: " + "; ".join(f"{name} ({NEEDED[name]})" for name in absent))
+    given.out.mkdir(parents=True, exist_ok=True)
+    notes = Notes(given.out / "measure.json")
+    notes.known["host"] = {"kernel": platform.release(), "python": platform.python_version()}
+    for level in given.levels:
+        if "summary" in notes.level(level):
+            continue
+        loaded = load(write_pair(given.out.absolute(), level, simulated=given.simulated))
+        state = given.out.absolute() / f"state-{level}"
+        notes.known["gpus"] = [gpu.name for gpu in read_once(loaded, state).gpus]
+        try:
+            asyncio.run(Run(notes, loaded, state, level).measure(given.rounds))
+        except PanelError as error:
+            raise SystemExit(f"{error.what}\n{error.cure}") from error
+    print_tables(notes.known)
+
+
+if __name__ == "__main__":
+    main()

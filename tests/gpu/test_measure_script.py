@@ -1,0 +1,75 @@
+"""The measuring script itself, tried on simulated servers: GPU time is too dear to find its mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("measure.py")
+
+
+def measure(out: Path, rounds: int) -> subprocess.CompletedProcess[str]:
+    """Run the script on two simulated models without delays."""
+    simulated = {
+        "VLLM_GPU_COMMAND": f"{sys.executable} -m vllm_sleep_tui.simulator",
+        "VLLM_GPU_MODEL_A": "sim/1GiB",
+        "VLLM_GPU_MODEL_B": "sim/7GiB",
+        "VLLM_SIM_TIMES": "instant",
+    }
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--out",
+        str(out),
+        "--rounds",
+        str(rounds),
+        "--simulated",
+        "80GiB",
+    ]
+    return subprocess.run(
+        command, env=os.environ | simulated, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished measurement of two rounds a level."""
+    out = tmp_path_factory.mktemp("measured")
+    done = measure(out, rounds=2)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_panel_and_raw_switches_are_measured_in_turn_at_both_levels(measured: Path) -> None:
+    levels = json.loads((measured / "measure.json").read_text())["levels"]
+    for level in ("1", "2"):
+        switches = levels[level]["switches"]
+        assert [(one["how"], one["to"]) for one in switches] == 2 * [
+            ("panel", "b"),
+            ("panel", "a"),
+            ("raw", "b"),
+            ("raw", "a"),
+        ]
+        assert levels[level]["summary"]["to b, raw"]["total"]["median"] > 0
+
+
+def test_memory_is_kept_by_model_and_state(measured: Path) -> None:
+    levels = json.loads((measured / "measure.json").read_text())["levels"]
+    for level in ("1", "2"):
+        for name in ("a", "b"):
+            held = levels[level]["memory"][name]
+            assert held["asleep"]["level"] == int(level)
+            assert held["asleep"]["vram"] < 2 * 2**30 < held["awake"]["vram"]
+
+
+def test_started_again_it_has_nothing_left_to_do(measured: Path) -> None:
+    before = (measured / "measure.json").read_text()
+    done = measure(measured, rounds=2)
+    assert done.returncode == 0, done.stderr
+    assert "to a, panel" in done.stdout
+    assert (measured / "measure.json").read_text() == before
