@@ -4,7 +4,7 @@
 
 The environment names vLLM and the two models (`gpu_config.py`). The result is DIR/measure.json, written after
 each step: started again with the same DIR it goes on where it was, with the servers that still run.
-A round is two switches by the panel, a → b and b → a, and two by hand. A raw switch is /sleep and /wake_up (at
+A round is two switches by the panel, a → b and b → a, and two by hand. A raw switch is /sleep, /wake_up (at
 level 2 with the calls that it needs) and the one-token request that proves the wake; the panel's is all that
 it does. Times in seconds, memory in bytes.
 """
