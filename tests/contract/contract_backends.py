@@ -82,7 +82,8 @@ class Server:
         self.port = free_port()
         self.log = folder / f"{self.port}.log"
         address = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME]
-        self.command = [*backend.command(), *address, *backend.flags, *flags]
+        common = [*address, "--enable-server-load-tracking"]
+        self.command = [*backend.command(), *common, *backend.flags, *flags]
         given = {"VLLM_SERVER_DEV_MODE": "1", **backend.environment, **environment}
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(

@@ -192,14 +192,15 @@ def test_polled_paths_can_be_kept_out_of_the_log(simulate: Simulate) -> None:
 
 
 def test_the_loser_of_a_port_race_says_ready_and_never_listens(simulate: Simulate) -> None:
-    winner = simulate(VLLM_SIM_SPEED="100")
-    port = ("--port", str(winner.port), "--served-model-name", "loser")
-    loser = simulate(*port, CUDA_VISIBLE_DEVICES="1", VLLM_SIM_SPEED="20")
-    winner.wait_ready()
+    loser = simulate("--served-model-name", "loser", CUDA_VISIBLE_DEVICES="1", VLLM_SIM_SPEED="12")
+    wait_for(lambda: "Resolved architecture" in loser.log.read_text())  # it has bound its port
+    winner = simulate("--port", str(loser.port), "--served-model-name", "winner", **INSTANT)
     wait_for(lambda: "Application startup complete." in loser.log.read_text(), 20)
-    assert winner.get("/v1/models").json()["data"][0]["id"] != "loser"
+    assert loser.get("/v1/models").json()["data"][0]["id"] == "winner"
+    assert loser.engine().is_running()
     loser.process.send_signal(signal.SIGTERM)
     assert loser.wait_exit() == 0
+    assert winner.process.poll() is None
 
 
 def test_a_taken_port_fails_at_once(simulate: Simulate) -> None:

@@ -121,11 +121,8 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     _fault(Fault.GARBAGE_AFTER_WAKE, "answers are garbage after the next wake", "vLLM issue 53888"),
     _fault(Fault.ENGINE_DIES_ON_SLEEP, "the engine dies during /sleep", "log-engine-killed.txt"),
     _fault(Fault.ENGINE_DIES_ON_WAKE, "the engine dies during /wake_up", "log-engine-killed.txt"),
-    _fault(
-        Fault.ENGINE_DIES,
-        "the engine dies some time after, or in the middle of an answer",
-        "log-engine-killed.txt",
-    ),
+    _fault(Fault.ENGINE_DIES, "the engine dies in the middle of an answer", "log-engine-killed.txt"),
+    _fault(Fault.ENGINE_DIES_LATER, "the engine dies 2 s later (divided by the speed), idle or not"),
     _fault(Fault.HANG, "/health is 200 and no token ever comes", "06-frozen-engine.txt"),
     _fault(
         Fault.SIGTERM_WAITS_FOR_CLIENT, "SIGTERM waits for open streams", "log-sigterm-while-streaming.txt"

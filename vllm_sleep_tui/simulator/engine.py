@@ -26,6 +26,8 @@ BATCH_SECONDS = 0.002
 KNOWN_METHODS = ("check_health", "reset_mm_cache", "reset_encoder_cache")
 TOKENS_BEFORE_DEATH = 5
 DEATH_SECONDS = 2.0
+BUSY_PERCENT = 93.0
+"""GPU utilization while it makes tokens."""
 
 
 @dataclass
@@ -268,7 +270,9 @@ class Engine:
             self._tell_load()
 
     def _tell_load(self) -> None:
-        self._channel.send({"running": len(self._running())})
+        running = len(self._running())
+        self._memory.show_work(BUSY_PERCENT if running else 0.0)
+        self._channel.send({"running": running})
 
 
 def end_quietly() -> None:

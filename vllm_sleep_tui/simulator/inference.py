@@ -7,33 +7,22 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from vllm_sleep_tui.simulator import generation, http
 from vllm_sleep_tui.simulator.client import EngineDead, Generation
 from vllm_sleep_tui.simulator.http import Answer, HttpError, Request
 from vllm_sleep_tui.simulator.server_state import ServerState
+from vllm_sleep_tui.simulator.wanted import (
+    Wanted,
+    chat_tokens,
+    check_length,
+    check_temperature,
+    max_tokens,
+    question,
+)
 
-TEMPLATE_TOKENS = 8
-"""What a chat template adds to a message."""
 DONE = b"data: [DONE]\n\n"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """A validated request."""
-
-    id: str
-    model: str
-    prompt: list[int]
-    question: str
-    max_tokens: int
-    ignore_eos: bool
-    logprobs: bool
-    chat: bool
-    include_usage: bool
-    continuous_usage: bool
 
 
 class Inference:
@@ -103,7 +92,7 @@ class Inference:
         body = request.json()
         self._check_model(body)
         tokens = (
-            _chat_tokens(body["messages"])
+            chat_tokens(body["messages"])
             if "messages" in body
             else generation.token_ids(str(body.get("prompt", "")))
         )
@@ -145,7 +134,7 @@ class Inference:
             message = "Cannot apply chat template to an empty conversation. Provide at least one message."
             raise HttpError(400, message)
         messages = body["messages"]
-        wanted = self._wanted(request, body, _chat_tokens(messages), _question(messages), chat=True)
+        wanted = self._wanted(request, body, chat_tokens(messages), question(messages), chat=True)
         return await self._respond(request, body, wanted)
 
     async def completions(self, request: Request) -> Answer:
@@ -172,21 +161,16 @@ class Inference:
         self, request: Request, body: Mapping[str, Any], prompt: list[int], question: str, *, chat: bool
     ) -> Wanted:
         length = self._server.options.max_model_len
-        if len(prompt) > length:
-            raise HttpError(400, _too_long(length), param="input_tokens")
+        check_length(prompt, length)
+        check_temperature(body)
         prefix = "chatcmpl" if chat else "cmpl"
         stream_options = body.get("stream_options") or {}
-        temperature = body.get("temperature") or 0
-        if temperature < 0:
-            given = float(temperature)
-            text = f"temperature must be non-negative, got {given}. (parameter=temperature, value={given})"
-            raise HttpError(400, text, param="temperature")
         return Wanted(
             id=self._free_id(f"{prefix}-{request.headers.get('x-request-id') or uuid.uuid4().hex[:16]}"),
             model=self._names[0],
             prompt=prompt,
             question=question,
-            max_tokens=_max_tokens(body, length, len(prompt)),
+            max_tokens=max_tokens(body, length, len(prompt)),
             ignore_eos=bool(body.get("ignore_eos")),
             logprobs=body.get("prompt_logprobs") is not None,
             chat=chat,
@@ -393,46 +377,3 @@ def _text_choice(text: str, finish: str | None, *, chat: bool) -> dict[str, obje
 def _usage(wanted: Wanted, made: int) -> dict[str, object]:
     prompt = len(wanted.prompt)
     return {"prompt_tokens": prompt, "total_tokens": prompt + made, "completion_tokens": made}
-
-
-def _max_tokens(body: Mapping[str, Any], length: int, prompt: int) -> int:
-    wanted = body.get("max_completion_tokens", body.get("max_tokens"))
-    if wanted is None:
-        return length - prompt
-    if wanted < 1:
-        text = f"max_tokens must be at least 1, got {wanted}. (parameter=max_tokens, value={wanted})"
-        raise HttpError(400, text, param="max_tokens")
-    if wanted > length:
-        text = (
-            f"max_tokens={wanted} cannot be greater than max_model_len={length}. Please request fewer output "
-            f"tokens. (parameter=max_tokens, value={wanted})"
-        )
-        raise HttpError(400, text, param="max_tokens")
-    return max(1, min(int(wanted), length - prompt))
-
-
-def _too_long(length: int) -> str:
-    return (
-        f"This model's maximum context length is {length} tokens. However, your prompt contains "
-        f"at least {length + 1} "
-        "input tokens, which exceeds this limit even without any output tokens. Please reduce "
-        "the length of the input "
-        f"prompt. (parameter=input_tokens, value={length + 1})"
-    )
-
-
-def _chat_tokens(messages: list[Mapping[str, Any]]) -> list[int]:
-    text = " ".join(_content(message) for message in messages)
-    return [*range(TEMPLATE_TOKENS * len(messages)), *generation.token_ids(text)]
-
-
-def _question(messages: list[Mapping[str, Any]]) -> str:
-    asked = [_content(message) for message in messages if message.get("role") == "user"]
-    return asked[-1] if asked else ""
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return " ".join(part.get("text") or f"[{part.get('type', 'part')}]" for part in content)

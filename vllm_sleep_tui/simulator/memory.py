@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Holding:
 
     vram: int
     pinned: int
+    utilization: float
 
 
 class Rank:
@@ -47,7 +49,7 @@ class Rank:
             if error.device == "RAM":
                 return holding.pinned
             room = max(0, error.free_bytes - SPARE_BYTES)
-            self._claim(self._folder, self._gpu, Holding(room, holding.pinned))
+            self._claim(self._folder, self._gpu, Holding(room, holding.pinned, holding.utilization))
             return holding.vram - room
         return 0
 
@@ -58,6 +60,7 @@ class Rank:
             pinned_bytes=holding.pinned,
             private_bytes=PRIVATE_BYTES,
             title=self._title,
+            utilization=holding.utilization,
         )
 
 
@@ -70,7 +73,7 @@ class WorkerRank:
 
     def hold(self, holding: Holding) -> int:
         """As `Rank.hold`; raises WorkerDied."""
-        self.channel.send({"vram": holding.vram, "pinned": holding.pinned})
+        self.channel.send(dataclasses.asdict(holding))
         answers = self.channel.receive()
         if answers is None:
             raise WorkerDied
@@ -81,7 +84,7 @@ def work(rank: Rank, channel: Channel) -> None:
     """A worker's life: hold what the engine says, end with the engine."""
     while (messages := channel.receive()) is not None:
         for message in messages:
-            channel.send({"missing": rank.hold(Holding(message["vram"], message["pinned"]))})
+            channel.send({"missing": rank.hold(Holding(**message))})
 
 
 class Memory:
@@ -94,6 +97,7 @@ class Memory:
         self._base = 0
         self._mapped: dict[str, int] = {}
         self._pinned = 0
+        self._utilization = 0.0
 
     @property
     def has_pinned(self) -> bool:
@@ -118,6 +122,12 @@ class Memory:
     def held(self) -> int:
         """Bytes of VRAM that one rank holds."""
         return self._base + sum(self._mapped.values())
+
+    def show_work(self, utilization: float) -> None:
+        """Report how busy the GPUs are, in per cent."""
+        if utilization != self._utilization:
+            self._utilization = utilization
+            self._apply()
 
     def set_base(self, amount: int) -> bool:
         """Hold what never sleeps: context, graphs, buffers; False if it does not fit."""
@@ -145,7 +155,7 @@ class Memory:
         self._apply()
 
     def _apply(self) -> int:
-        holding = Holding(self.held, self._pinned)
+        holding = Holding(self.held, self._pinned, self._utilization)
         return max([rank.hold(holding) for rank in self.ranks], default=0)
 
 

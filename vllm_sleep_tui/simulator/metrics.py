@@ -6,7 +6,7 @@ import contextlib
 import os
 import resource
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from vllm_sleep_tui.simulator.client import Generation
@@ -49,6 +49,33 @@ DURATIONS_FROM = 32
 """The minor version from which the durations of sleep and wake are counted."""
 
 
+class _Histogram:
+    """Counts by bucket, of one family."""
+
+    def __init__(self, buckets: Sequence[float]) -> None:
+        self._buckets = buckets
+        self._inside = [0] * len(buckets)
+        self._count = 0
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        """One more value."""
+        self._count += 1
+        self._sum += value
+        for place, bucket in enumerate(self._buckets):
+            self._inside[place] += value <= bucket
+
+    def render(self, name: str, model: str) -> Iterator[str]:
+        """Its lines."""
+        yield f"# HELP {name} Histogram of {name.removeprefix('vllm:')}."
+        yield f"# TYPE {name} histogram"
+        for bucket, inside in zip(self._buckets, self._inside, strict=True):
+            yield f'{name}_bucket{{engine="0",le="{float(bucket)}",{model}}} {float(inside)}'
+        yield f'{name}_bucket{{engine="0",le="+Inf",{model}}} {float(self._count)}'
+        yield f'{name}_count{{engine="0",{model}}} {float(self._count)}'
+        yield f'{name}_sum{{engine="0",{model}}} {self._sum}'
+
+
 class Metrics:
     """Counts of one server since its start."""
 
@@ -59,10 +86,10 @@ class Metrics:
         self._kv_tokens = kv_tokens
         self._utilization = utilization
         self._sleep_state = "awake"
-        self._values: dict[str, list[float]] = defaultdict(list)
+        self._histograms = {name: _Histogram(buckets) for name, buckets in HISTOGRAMS.items()}
         self._finished: Counter[str] = Counter()
         self._http: Counter[tuple[str, str, str]] = Counter()
-        self._seconds: dict[str, list[float]] = {}
+        self._seconds: dict[str, tuple[int, float]] = {}
         self._in_flight: Counter[str] = Counter()
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -83,7 +110,8 @@ class Metrics:
         self._in_flight[name] += 1
         try:
             yield
-            self._seconds.setdefault(name, []).append(time.monotonic() - begun)
+            count, total = self._seconds.get(name, (0, 0.0))
+            self._seconds[name] = (count + 1, total + time.monotonic() - begun)
         finally:
             self._in_flight[name] -= 1
 
@@ -114,7 +142,7 @@ class Metrics:
             "vllm:request_decode_time_seconds": now - first,
         }
         for name, value in found.items():
-            self._values[name].append(value)
+            self._histograms[name].add(value)
 
     def record_answer(self, handler: str, method: str, status: int) -> None:
         """One HTTP answer."""
@@ -124,7 +152,10 @@ class Metrics:
         """The whole text."""
         lines = [*self._process()]
         if self._log_stats:
-            lines += [*self._gauges(running, held_tokens), *self._counters(), *self._histograms()]
+            lines += [*self._gauges(running, held_tokens), *self._counters()]
+            model = self._labels.partition(",")[2]
+            for name, histogram in self._histograms.items():
+                lines += histogram.render(name, model)
         if self._minor >= DURATIONS_FROM:
             lines += self._operations()
         lines += self._answers()
@@ -174,27 +205,14 @@ class Metrics:
         }
         yield from _family("vllm:request_success_total", "counter", finished)
 
-    def _histograms(self) -> Iterator[str]:
-        model = self._labels.partition(",")[2]
-        for name, buckets in HISTOGRAMS.items():
-            values = self._values[name]
-            yield f"# HELP {name} Histogram of {name.removeprefix('vllm:')}."
-            yield f"# TYPE {name} histogram"
-            for bucket in buckets:
-                inside = sum(value <= bucket for value in values)
-                yield f'{name}_bucket{{engine="0",le="{float(bucket)}",{model}}} {float(inside)}'
-            yield f'{name}_bucket{{engine="0",le="+Inf",{model}}} {float(len(values))}'
-            yield f"{name}_count{{{self._labels}}} {float(len(values))}"
-            yield f"{name}_sum{{{self._labels}}} {sum(values)}"
-
     def _operations(self) -> Iterator[str]:
         name = "vllm:sleep_mode_operation_duration_seconds"
         if self._seconds:
             yield f"# HELP {name} Duration of sleep mode operations."
             yield f"# TYPE {name} summary"
-        for operation, seconds in self._seconds.items():
-            yield f'{name}_count{{operation="{operation}"}} {float(len(seconds))}'
-            yield f'{name}_sum{{operation="{operation}"}} {sum(seconds)}'
+        for operation, (count, total) in self._seconds.items():
+            yield f'{name}_count{{operation="{operation}"}} {float(count)}'
+            yield f'{name}_sum{{operation="{operation}"}} {total}'
         flying = {f'operation="{operation}"': float(count) for operation, count in self._in_flight.items()}
         if flying:
             yield from _family("vllm:sleep_mode_operations_in_flight", "gauge", flying)

@@ -29,6 +29,8 @@ from vllm_sleep_tui.simulator.state import SleepState
 
 CPU_KV_CACHE_BYTES = 4 * GIB
 """What vLLM takes for its cache on the CPU when it is not told."""
+TINY_KV_CACHE_BYTES = 1 << 20
+"""Too little for one request of any length a model is served with."""
 TITLE = "VLLM::EngineCore"
 
 
@@ -200,12 +202,13 @@ class _Start:
             raise failures.profiling_disturbed(
                 before=self._total - held - before, now=self._total - held - now
             )
-        available = self._plan.kv_cache if not self._faults.has(Fault.KV_CACHE_TOO_SMALL) else 1 << 20
+        too_small = self._faults.has(Fault.KV_CACHE_TOO_SMALL)
+        available = TINY_KV_CACHE_BYTES if too_small else self._plan.kv_cache
         if available <= 0:
             raise failures.no_cache_blocks()
         each = kv_bytes_per_token(self._plan.weights)
         needed = each * self._options.max_model_len
-        if (self._gpus and available < needed) or available == 1 << 20:
+        if too_small or (self._gpus and available < needed):
             fits = available // each
             raise failures.cache_too_small(
                 max_model_len=self._options.max_model_len, needed=needed, available=available, fits=fits
