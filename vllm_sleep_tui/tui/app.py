@@ -16,6 +16,7 @@ from textual.theme import Theme
 
 from vllm_sleep_tui import paths
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.tui.dashboard import Dashboard
 from vllm_sleep_tui.tui.keys import KEYS
 from vllm_sleep_tui.tui.operations import Operations
@@ -150,8 +151,6 @@ def _rich_theme(palette: Palette) -> RichTheme:
 async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
     marked = [name for name, model in loaded.config.models.items() if model.autostart]
     folders = (package_folder(), paths.config_dir() / "themes")
-    from vllm_sleep_tui.fleet.fleet import Fleet
-
     async with Fleet(loaded, state_dir) as fleet:
         app = PanelApp(fleet, state_dir=state_dir, theme_folders=folders, autostart=marked)
         loop = asyncio.get_running_loop()

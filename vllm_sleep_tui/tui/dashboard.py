@@ -132,6 +132,11 @@ class Dashboard(OperatingScreen):
         """Look at once."""
         self.call_later(self.look)
 
+    @property
+    def is_answering(self) -> bool:
+        """True while an answer streams."""
+        return self.query_one(ChatPane).is_answering
+
     def recolor(self) -> None:
         """Paint everything in the theme's new colours."""
         for widget in self.query(Painted):

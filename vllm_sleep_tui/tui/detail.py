@@ -12,6 +12,8 @@ from vllm_sleep_tui.tui.view import Running, View
 from vllm_sleep_tui.tui.words import clock, phases_of, took
 
 _INDENT = "  "
+NOTED_SHARE = 0.05
+"""Time of a switch that belongs to no phase is shown when it is more than this share of it."""
 AIRY_HEIGHT = 36
 """Terminals of this height have room for a blank line between sections."""
 
@@ -123,7 +125,16 @@ def last_switch_lines(view: View, model: ModelSnapshot, width: int) -> list[Line
         (model.name, f"{color} bold"),
         (f"  {took(model.last_switch.total)}", "text bold"),
     ]
-    bars = waterfall(phases_of(model.last_switch), width - len(_INDENT), color)
+    phases = phases_of(model.last_switch)
+    if not phases:
+        return [
+            rule(title, width),
+            *_wrapped("A start; nothing slept or woke.", width, "muted"),
+        ]
+    between = model.last_switch.total - sum(seconds for _, seconds in phases)
+    if between > model.last_switch.total * NOTED_SHARE:
+        phases.append(("between", between))
+    bars = waterfall(phases, width - len(_INDENT), color)
     return [rule(title, width), *(((_INDENT, ""), *bar) for bar in bars)]
 
 

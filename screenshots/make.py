@@ -1,0 +1,116 @@
+"""Makes the pictures of the README from the real demo: SVG, and PNG where resvg-py is installed.
+
+python -m screenshots.make [--size 120x40] [--theme night] [--speed 4] [--into screenshots]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from textual.pilot import Pilot
+
+from vllm_sleep_tui.cli.demo import write_demo
+from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.tui.app import PanelApp
+from vllm_sleep_tui.tui.theme import package_folder
+
+DEADLINE = 300.0
+FONT = Path("/usr/share/fonts/truetype/dejavu")
+"""Fira Code, which Textual names, is seldom installed; DejaVu has every sign that the panel uses."""
+
+
+async def _until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("The demo did not come to the state of the picture.")
+        await pilot.pause(0.05)
+
+
+def _write(app: PanelApp, into: Path, name: str) -> None:
+    into.mkdir(parents=True, exist_ok=True)
+    svg = app.export_screenshot(title="")
+    (into / f"{name}.svg").write_text(svg, encoding="utf-8")
+    if importlib.util.find_spec("resvg_py") is None:
+        return
+    import resvg_py
+
+    fonts = [str(path) for path in sorted(FONT.glob("DejaVuSansMono*.ttf"))]
+    drawn = svg.replace("Fira Code", "DejaVu Sans Mono") if fonts else svg
+    (into / f"{name}.png").write_bytes(bytes(resvg_py.svg_to_bytes(svg_string=drawn, font_files=fonts)))
+
+
+async def _story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str], Awaitable[None]]) -> None:
+    def is_in(name: str, state: State) -> bool:
+        return fleet.snapshot().model(name).state is state
+
+    await fleet.start(["qwen"])
+    await fleet.start(["coder"])
+    await fleet.switch("phi")
+    await fleet.switch("qwen")
+    await pilot.press("home", "enter")
+    await pilot.press("c", *"Why is the sky blue?", "enter")
+    await _until(pilot, lambda: not _is_answering(pilot))
+    await pilot.press("escape", "down")
+    await _until(pilot, lambda: is_in("qwen", State.AWAKE))
+    await take("panel-before")
+    await pilot.press("c", *"And at sunset?", "enter")
+    await _until(pilot, lambda: is_in("phi", State.AWAKE) and not _is_answering(pilot))
+    await pilot.press("escape")
+    await take("panel")
+    await pilot.press("question_mark")
+    await take("help")
+    await pilot.press("escape")
+
+
+def _is_answering(pilot: Pilot[None]) -> bool:
+    app = pilot.app
+    assert isinstance(app, PanelApp)
+    return app.dashboard.is_answering
+
+
+async def make(size: tuple[int, int], theme: str, speed: float, into: Path) -> None:
+    """Run the demo headless and take its pictures."""
+    with tempfile.TemporaryDirectory(prefix="vst-") as folder:
+        state = Path(folder) / "state"
+        state.mkdir(mode=0o700)
+        async with Fleet(load(write_demo(Path(folder) / "demo", speed)), state) as fleet:
+            app = PanelApp(fleet, state_dir=state, theme_folders=[package_folder()])
+            app.theme = theme
+
+            async def take(name: str) -> None:
+                await pilot.pause(1.0)  # the numbers settle with the next sample
+                app.clear_notifications()
+                await pilot.pause(0.2)
+                _write(app, into, name)
+
+            try:
+                async with app.run_test(size=size) as pilot:
+                    await _story(pilot, fleet, take)
+            finally:
+                await app.operations.close()
+                await fleet.stop([model.name for model in fleet.snapshot().models], force=True)
+
+
+def main() -> None:
+    """Read the arguments and make the pictures; at speed 1 it takes some four minutes."""
+    parser = argparse.ArgumentParser(description="Make the pictures of the README from the demo.")
+    parser.add_argument("--size", default="120x40", help="columns x rows")
+    parser.add_argument("--theme", default="night")
+    parser.add_argument("--speed", type=float, default=1.0, help="how many times faster than measured")
+    parser.add_argument("--into", type=Path, default=Path(__file__).parent)
+    given = parser.parse_args()
+    width, height = map(int, given.size.split("x"))
+    asyncio.run(make((width, height), given.theme, given.speed, given.into))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The panel over the real fleet, with real processes of the simulator."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from screen_text import lines_of, text_of, until, until_seen
+from textual.pilot import Pilot
+
+from vllm_sleep_tui.cli.demo import write_demo
+from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.tui.app import PanelApp
+from vllm_sleep_tui.tui.theme import package_folder
+
+SPEED = 40
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> LoadedConfig:
+    (tmp_path / "state").mkdir()
+    return load(write_demo(tmp_path / "demo", SPEED))
+
+
+@asynccontextmanager
+async def real_panel(demo: LoadedConfig, state_dir: Path) -> AsyncIterator[tuple[Pilot[None], Fleet]]:
+    async with Fleet(demo, state_dir) as fleet:
+        app = PanelApp(fleet, state_dir=state_dir, theme_folders=[package_folder()])
+        try:
+            async with app.run_test(size=(120, 40), notifications=True) as pilot:
+                await until_seen(pilot, "SIMULATED", "qwen")
+                yield pilot, fleet
+        finally:
+            await app.operations.close()
+            running = [model.name for model in fleet.snapshot().models if model.state is not State.STOPPED]
+            await fleet.stop(running, force=True)
+
+
+def row_of(pilot: Pilot[None], name: str) -> str:
+    return next(line for line in lines_of(pilot.app) if re.search(rf"│ [ ▶▸] {name} ", line))
+
+
+async def test_one_key_starts_a_model_and_the_next_switches_and_another_panel_agrees(
+    demo: LoadedConfig, tmp_path: Path
+) -> None:
+    async with real_panel(demo, tmp_path / "state") as (pilot, _):
+        await pilot.press("enter")
+        await until(pilot, lambda: "● awake" in row_of(pilot, "qwen"), "qwen awake")
+        await pilot.press("down", "enter")
+        await until(pilot, lambda: "● awake" in row_of(pilot, "phi"), "phi awake")
+        assert "◐ asleep L1" in row_of(pilot, "qwen")
+        await pilot.press("up")
+        await until_seen(pilot, "enter → qwen")
+        await pilot.press("enter")
+        await until(pilot, lambda: "● awake" in row_of(pilot, "qwen"), "qwen awake again")
+        await until_seen(pilot, "last switch to qwen", "sleep", "wake", "prove")
+        async with Fleet(demo, tmp_path / "state") as other:
+            states = {model.name: model.state for model in other.snapshot().models}
+            assert states["qwen"] is State.AWAKE
+            assert states["phi"] is State.ASLEEP
+
+
+async def test_a_chat_with_a_stopped_model_starts_it_and_streams_its_answer(
+    demo: LoadedConfig, tmp_path: Path
+) -> None:
+    async with real_panel(demo, tmp_path / "state") as (pilot, _):
+        await pilot.press("c", *"hello", "enter")
+        await until_seen(pilot, "started in", "TTFT", "tok/s", "hello")
+        await until(pilot, lambda: "● awake" in row_of(pilot, "qwen"), "qwen awake")
+
+
+async def test_stopping_all_on_quit_leaves_nothing_and_the_log_can_be_read_before(
+    demo: LoadedConfig, tmp_path: Path
+) -> None:
+    async with real_panel(demo, tmp_path / "state") as (pilot, fleet):
+        await pilot.press("u")
+        await until(pilot, lambda: "● awake" in row_of(pilot, "qwen"), "qwen awake")
+        await pilot.press("l")
+        await until_seen(pilot, "Log of qwen", "Application startup complete")
+        await pilot.press("escape")
+        await until_seen(pilot, "enter → qwen")
+        await pilot.press("q")
+        await until_seen(pilot, "Quit the panel?")
+        await pilot.press("s")
+        await until(pilot, lambda: not pilot.app.is_running or pilot.app._exit, "the end")
+        assert all(model.state is State.STOPPED for model in fleet.snapshot().models)
+
+
+async def test_escape_during_a_start_leaves_the_model_stopped(demo: LoadedConfig, tmp_path: Path) -> None:
+    async with real_panel(demo, tmp_path / "state") as (pilot, fleet):
+        await pilot.press("enter")
+        await until_seen(pilot, "switching to qwen")
+        await until(pilot, lambda: fleet.snapshot().model("qwen").state is State.STARTING, "the start")
+        await pilot.press("escape")
+        await until(pilot, lambda: "○ stopped" in row_of(pilot, "qwen"), "qwen stopped")
+        assert "did not work" not in text_of(pilot.app)
