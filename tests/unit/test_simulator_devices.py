@@ -151,6 +151,12 @@ def test_flags_are_read_in_every_form_vllm_takes() -> None:
     assert (options.max_model_len, options.enforce_eager, options.utilization) == (32000, False, 0.92)
 
 
+def test_of_a_repeated_flag_the_last_counts_but_middlewares_add_up() -> None:
+    names = ["--served-model-name", "a", "b", "--served-model-name", "c"]
+    options = parse(["m", *names, "--middleware", "x.X", "--middleware", "y.Y"], 0.92)
+    assert (options.served_names, options.middlewares) == (("c",), ("x.X", "y.Y"))
+
+
 def test_keys_are_hidden_in_what_is_logged() -> None:
     assert "secret" not in str(parse(["m", "--api-key", "secret"], 0.9).given)
 

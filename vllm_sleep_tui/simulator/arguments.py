@@ -52,7 +52,7 @@ VALUES = _names(
     tensor-parallel-size tokenizer tokenizer-mode tokenizer-revision tool-call-parser tool-parser-plugin
     tool-server uds uvicorn-log-level worker-cls worker-extension-cls api-server-count"""
 )
-"""Flags with one value; of a repeated one the last counts, but ``--middleware`` adds up."""
+"""Flags with one value; of a repeated one the last counts, as argparse has it, but ``--middleware`` adds up."""
 LISTS = _names(
     """allowed-headers allowed-methods allowed-origins api-key served-model-name
     sleep-preserve-parameter-names"""
@@ -157,7 +157,7 @@ def _collect(arguments: list[str]) -> tuple[str, dict[str, list[str]]]:
         name = SHORT.get(name) or re.sub(r"^--", "", name).replace("_", "-")
         if name in VALUES or name in LISTS:
             taken = [value] if has_value else _take(name, arguments)
-            flags.setdefault(name, []).extend(taken)
+            flags[name] = [*flags.get(name, ()), *taken] if name == "middleware" else taken
         elif name in SWITCHES:
             flags[name] = []
         elif name.startswith("no-") and name[3:] in SWITCHES:
