@@ -160,7 +160,8 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
             await app.run_async()
         finally:
             await app.operations.close()
-        return app.return_code or 0
+        # Without a code it was ended by a stray cancellation, which is no success.
+        return 1 if app.return_code is None else app.return_code
 
 
 def run_panel(loaded: LoadedConfig, state_dir: Path) -> int:

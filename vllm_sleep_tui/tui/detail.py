@@ -129,7 +129,7 @@ def last_switch_lines(view: View, model: ModelSnapshot, width: int) -> list[Line
     if not phases:
         return [
             rule(title, width),
-            *_wrapped("A start; nothing slept or woke.", width, "muted"),
+            *_wrapped("A start, not a wake.", width, "muted"),
         ]
     between = model.last_switch.total - sum(seconds for _, seconds in phases)
     if between > model.last_switch.total * NOTED_SHARE:
