@@ -52,7 +52,7 @@ VALUES = _names(
     tensor-parallel-size tokenizer tokenizer-mode tokenizer-revision tool-call-parser tool-parser-plugin
     tool-server uds uvicorn-log-level worker-cls worker-extension-cls api-server-count"""
 )
-"""Flags with one value; of a repeated one the last counts, as argparse has it, but ``--middleware`` adds up."""
+"""Flags with one value; of a repeated one the last counts, but ``--middleware`` adds up."""
 LISTS = _names(
     """allowed-headers allowed-methods allowed-origins api-key served-model-name
     sleep-preserve-parameter-names"""

@@ -9,21 +9,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GIB = 1 << 30
-KNOWN_WEIGHTS_GIB = {
-    "Qwen/Qwen3-0.6B": 1.12,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": 0.25,
-    "microsoft/Phi-3-mini-4k-instruct": 7.31,
-    "microsoft/Phi-3-vision-128k-instruct": 7.7,
-    "Qwen/Qwen3-Coder-30B-A3B-Instruct-AWQ": 15.6,
-    "Qwen/Qwen3-32B-AWQ": 18.0,
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """Sizes of a model that the demo and the blog post use."""
+
+    weights_gib: float
+    kv_kib_per_token: int
+
+
+KNOWN_MODELS = {
+    "Qwen/Qwen3-0.6B": KnownModel(1.12, 112),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": KnownModel(0.25, 23),
+    "microsoft/Phi-3-mini-4k-instruct": KnownModel(7.31, 384),
+    "microsoft/Phi-3-vision-128k-instruct": KnownModel(7.7, 384),
+    "Qwen/Qwen3-Coder-30B-A3B-Instruct-AWQ": KnownModel(15.6, 96),
+    "Qwen/Qwen3-32B-AWQ": KnownModel(18.0, 256),
 }
 ARCHITECTURES = {"qwen": "Qwen3ForCausalLM", "phi": "Phi3ForCausalLM", "smollm": "LlamaForCausalLM"}
 
 
 def weights_bytes(model: str) -> int:
     """Size of the weights: of the table, a name such as ``sim/3GiB``, or a folder's files; else a guess."""
-    if model in KNOWN_WEIGHTS_GIB:
-        return int(KNOWN_WEIGHTS_GIB[model] * GIB)
+    if model in KNOWN_MODELS:
+        return int(KNOWN_MODELS[model].weights_gib * GIB)
     if named := re.search(r"(\d+(?:\.\d+)?)\s*(MiB|GiB)$", model):
         return int(float(named[1]) * (GIB if named[2] == "GiB" else GIB >> 10))
     if Path(model).is_dir():
@@ -82,9 +92,11 @@ def pinned_bytes(weights: int) -> int:
     return int(weights * (2.6 if weights < 2 * GIB else 1.4))
 
 
-def kv_bytes_per_token(weights: int) -> int:
-    """From 112 KiB (0.6B) and 384 KiB (3.8B)."""
-    return int(112 * 1024 * max(0.2, (weights / GIB / 1.12) ** 0.6))
+def kv_bytes_per_token(model: str, *, ranks: int) -> int:
+    """What one rank's cache takes for a token; of an unknown model, a guess that grows with its weights."""
+    if model in KNOWN_MODELS:
+        return KNOWN_MODELS[model].kv_kib_per_token * 1024 // ranks
+    return int(112 * 1024 * max(0.2, (weights_bytes(model) / GIB / 1.12) ** 0.4)) // ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,6 +60,7 @@ class _Start:
         self._total = self._gpus[0].total_bytes if self._gpus else 0
         self._weights = weights_bytes(options.model)
         self._plan = self._plan_memory(world)
+        self._kv_bytes_each = max(1, kv_bytes_per_token(options.model, ranks=world))
         self._memory = Memory((), (), None)
 
     def run(self) -> None:
@@ -206,7 +207,7 @@ class _Start:
         available = TINY_KV_CACHE_BYTES if too_small else self._plan.kv_cache
         if available <= 0:
             raise failures.no_cache_blocks()
-        each = kv_bytes_per_token(self._plan.weights)
+        each = self._kv_bytes_each
         needed = each * self._options.max_model_len
         if too_small or (self._gpus and available < needed):
             fits = available // each
@@ -225,7 +226,7 @@ class _Start:
         )
 
     def _kv_tokens(self) -> int:
-        return self._plan.kv_cache // kv_bytes_per_token(self._plan.weights)
+        return self._plan.kv_cache // self._kv_bytes_each
 
     def _capture(self) -> None:
         seconds, graphs = START_SECONDS["capture"], 51
