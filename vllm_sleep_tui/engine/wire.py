@@ -16,6 +16,8 @@ from vllm_sleep_tui.engine.failures import EngineRefused, broken_off, refused, t
 
 KEEP_ALIVE_SECONDS = 4.0
 """Less than vLLM's own 5 s (`VLLM_HTTP_TIMEOUT_KEEP_ALIVE`), so that we hang up first."""
+FRESH_SECONDS = 3.0
+"""For so long after a good answer a kept connection is sure to be open still."""
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
 BROKEN = (httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError)
 
@@ -43,6 +45,7 @@ class Wire:
         self._pool = httpx.AsyncHTTPTransport(verify=verify, trust_env=False, limits=pooled)
         single = httpx.Limits(max_keepalive_connections=0)
         self._single = httpx.AsyncHTTPTransport(verify=verify, trust_env=False, limits=single)
+        self._fresh_until = 0.0
 
     async def call(
         self,
@@ -56,8 +59,9 @@ class Wire:
     ) -> Answer:
         """Send one request and read its answer within `timeout` seconds in all.
 
-        A request that is not `repeatable` gets a connection of its own: vLLM closes idle ones after
-        5 s and any after a 500, and a break on a kept one does not tell whether the request arrived.
+        A request that is not `repeatable` is never sent twice and gets a connection of its own, unless a
+        kept one gave a good answer just now: vLLM closes idle ones after 5 s and any after a 500, and a
+        break on a kept one does not tell whether the request arrived.
         """
         request = self._request(method, target, headers, body)
         name = _name(request)
@@ -72,12 +76,21 @@ class Wire:
             raise broken_off(self.where, name) from None
 
     async def _attempt(self, request: httpx.Request, repeatable: bool) -> Answer:
-        if repeatable:
+        if repeatable or asyncio.get_running_loop().time() < self._fresh_until:
             try:
-                return await _exchange(self._pool, request)
+                return await self._on_kept(request)
             except BROKEN:
-                pass  # the kept connection had been closed; once more on a new one
+                if not repeatable:
+                    raise
+                # The kept connection had been closed; once more on a new one.
         return await _exchange(self._single, request)
+
+    async def _on_kept(self, request: httpx.Request) -> Answer:
+        self._fresh_until = 0.0
+        answer = await _exchange(self._pool, request)
+        if answer.status == 200:
+            self._fresh_until = asyncio.get_running_loop().time() + FRESH_SECONDS
+        return answer
 
     async def stream(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet.core import Core
@@ -14,7 +14,7 @@ from vllm_sleep_tui.fleet.plan import Room
 from vllm_sleep_tui.fleet.planning import cold_start, is_dummy, refuse_without_room
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.rooms import locked
-from vllm_sleep_tui.fleet.server import Server
+from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.starting import Start, check_command
 from vllm_sleep_tui.fleet.states import Event, State
@@ -45,9 +45,7 @@ async def switch(core: Core, name: str, operation: Operation, *, force: bool = F
         refuse_without_room(core, name, room)
         await clear(core, record, room, operation, force=force)
         server = await bring_up(core, name, operation)
-        ledger = operation.ledger()
-        core.write(server.record, last_switch=ledger)
-        return ledger
+        return server.record.last_switch or operation.ledger()
 
 
 async def clear(core: Core, record: Record, room: Room, operation: Operation, *, force: bool) -> None:
@@ -60,25 +58,37 @@ async def clear(core: Core, record: Record, room: Room, operation: Operation, *,
         level=record.level,
     )
     core.write(record, intent=intent)
+    heard = asyncio.ensure_future(knock(core, record))
     try:
         for leaving in room.leaving:
             operation.checkpoint()
-            await step_aside(core, leaving, operation, force=force)
+            await step_aside(core, leaving, operation, force=force, unless=heard)
+        await heard
         operation.checkpoint()
     except BaseException:
+        heard.cancel()
         core.write(core.records.read(record.name), intent=None)
         raise
 
 
-async def step_aside(core: Core, name: str, operation: Operation, *, force: bool) -> None:
-    """One model makes room, the way its level says."""
+async def knock(core: Core, record: Record) -> None:
+    """Hear from a sleeper before others are put to sleep for it; raises OperationError if it is silent."""
+    if record.state is State.ASLEEP:
+        await core.client(record).gate(GATE_LIMIT)
+
+
+async def step_aside(
+    core: Core, name: str, operation: Operation, *, force: bool, unless: Awaitable[object]
+) -> None:
+    """One model makes room, the way its level says, unless `unless` raises before it is too late."""
     record = core.records.read(name)
     if record.state is not State.AWAKE:
         return
     if record.resolved_level == "none":
         await end(core, record, operation, force=force)
     else:
-        await Server(core, record, operation).fall_asleep(int(record.resolved_level or "1"), force=force)
+        level = int(record.resolved_level or "1")
+        await Server(core, record, operation).fall_asleep(level, force=force, unless=unless)
 
 
 async def bring_up(core: Core, name: str, operation: Operation) -> Server:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import time
 from collections.abc import Callable
@@ -56,6 +55,7 @@ class Core:
         self.records = RecordStore(state_dir, loaded.path)
         self.footprints = FootprintStore(state_dir)
         self.reader: GpuReader = open_reader(self.simulated)
+        self._digests: dict[str, str] = {}
         self._clients: dict[str, VllmClient] = {}
         self._gpus = {reading.index: reading for reading in self.reader.read()}
 
@@ -70,15 +70,19 @@ class Core:
 
     def footprint(self, name: str) -> Footprint:
         """What was measured of the model with its present arguments."""
-        record = self.records.read(name)
-        return self.footprints.get(digest(self.model(name)), record.vllm_version)
+        return self.footprints.get(self.digest(name), self.records.read(name).vllm_version)
+
+    def digest(self, name: str) -> str:
+        """Names the model with its present arguments."""
+        known = self._digests.get(name)
+        if known is None:
+            known = self._digests[name] = digest(self.model(name))
+        return known
 
     def remember(self, record: Record, change: Callable[[Footprint], Footprint]) -> None:
-        """Keep a measurement of the record's launch; a full disk loses it, never the operation."""
-        with contextlib.suppress(OSError):
-            self.footprints.update(
-                record.digest or digest(self.model(record.name)), record.vllm_version, change
-            )
+        """Keep a measurement of the record's launch; it is written after the operation."""
+        name = record.digest or self.digest(record.name)
+        self.footprints.note(name, record.vllm_version, change)
 
     def pinned_now(self, record: Record) -> int:
         """Bytes of RAM that the record's engines have pinned; 0 if they never slept at level 1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -43,6 +44,7 @@ class Fleet:
     async def __aexit__(self, *_: object) -> None:
         await self._watcher.close()
         self._sampler.close()
+        self._core.footprints.flush()
         await self._core.close()
 
     # ── what is ──────────────────────────────────────────────────────────────────────────────────────────
@@ -122,3 +124,4 @@ class Fleet:
             return await to_safe_point(operation, work(operation))
         finally:
             self._sampler.refresh()
+            asyncio.get_running_loop().run_in_executor(None, self._core.footprints.flush)

@@ -6,6 +6,7 @@ an estimate stands in, and is called one.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -68,27 +69,41 @@ class FootprintStore:
     def __init__(self, state_dir: Path) -> None:
         self._path = state_dir / "footprints.json"
         self._lock = state_dir / "footprints.lock"
+        self._noted: dict[str, Footprint] = {}
+        self._changes: list[tuple[str, Callable[[Footprint], Footprint]]] = []
         self._cache: tuple[tuple[int, int], dict[str, Footprint]] | None = None
 
     def get(self, digest: str | None, version: str | None) -> Footprint:
         """What was measured, if anything; another version's figures stand in for missing ones."""
-        known = self._read()
+        known = {**self._read(), **self._noted} if self._noted else self._read()
         exact = known.get(f"{digest}@{version}")
         if exact is not None:
             return exact
         return next((found for key, found in known.items() if key.startswith(f"{digest}@")), Footprint())
 
-    def update(self, digest: str, version: str | None, change: Callable[[Footprint], Footprint]) -> None:
-        """Apply `change` to what is kept, between processes one at a time."""
-        descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            known = dict(self._read())
-            key = f"{digest}@{version}"
-            known[key] = change(known.get(key, Footprint()))
-            write_atomically(self._path, msgspec.json.encode(known))
-        finally:
-            os.close(descriptor)
+    def note(self, digest: str, version: str | None, change: Callable[[Footprint], Footprint]) -> None:
+        """Apply `change` to what is known here, at once; `flush` writes it, off the path of an operation."""
+        key = f"{digest}@{version}"
+        self._noted[key] = change(self.get(digest, version))
+        self._changes.append((key, change))
+
+    def flush(self) -> None:
+        """Write what was noted, between processes one at a time; a full disk loses it, nothing else."""
+        changes, self._changes = self._changes, []
+        if not changes:
+            return
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                known = dict(self._read())
+                for key, change in changes:
+                    known[key] = change(known.get(key, Footprint()))
+                write_atomically(self._path, msgspec.json.encode(known))
+            finally:
+                os.close(descriptor)
+        for key, _ in changes:
+            self._noted.pop(key, None)
 
     def _read(self) -> dict[str, Footprint]:
         try:

@@ -12,6 +12,7 @@ from vllm_sleep_tui.fleet.footprints import argument
 from vllm_sleep_tui.fleet.plan import Neighbour, Room, make_room
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import command_of, user_of
 
 
@@ -188,14 +189,12 @@ def weights_of(core: Core, name: str) -> int | None:
     return core.footprint(name).weights
 
 
-def check_ram(core: Core, name: str, pinned_now: int | None) -> None:
-    """Raises RefusedError with the numbers if sleeping at level 1 would push the machine into swapping."""
-    from vllm_sleep_tui.telemetry.host import host_memory
-
+def check_ram(core: Core, name: str) -> None:
+    """Raises RefusedError with the numbers if a first level 1 sleep would push the machine into swapping."""
     need = budget.pinned_estimate(core.footprint(name), weights_of(core, name))
     host = host_memory(core.simulated)
-    if need is None or host.available_bytes is None or host.total_bytes is None or pinned_now:
-        return  # its pool is there already and is used again
+    if need is None or host.available_bytes is None or host.total_bytes is None:
+        return
     margin = budget.ram_margin(host.total_bytes)
     if need + margin > host.available_bytes:
         raise RefusedError(

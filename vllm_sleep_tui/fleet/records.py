@@ -1,7 +1,8 @@
 """What is known about each model on disk: the truth that outlives every process of ours.
 
-A record is written whole and renamed into place, so that a reader never sees half of one, and only by who
-holds the model's lock. It carries the launch's secret, hence mode 0600.
+A record is one page with a checksum, written in place by one call, and only by who holds the model's lock:
+replacing a file by renaming costs a disk write on ext4, 5 ms of a switch. A reader that sees half of a write
+reads again. It carries the launch's secret, hence mode 0600.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -16,6 +18,11 @@ import msgspec
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.telemetry.processes import ProcessId
+
+PAGE = 4096
+"""A write within one page is not cut in two, even by SIGKILL."""
+READ_ATTEMPTS = 5
+READ_PAUSE = 0.001
 
 
 class Intent(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +85,6 @@ class RecordStore:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.config = str(config_path.resolve())
         self._suffix = hashlib.sha256(self.config.encode()).hexdigest()[:8]
-        self._cache: dict[Path, tuple[tuple[int, int], Record]] = {}
 
     def path(self, name: str, kind: str = "json") -> Path:
         """The file of a model: ``json`` the record, ``lock`` its lock, ``keeper`` its keeper's word."""
@@ -87,26 +93,32 @@ class RecordStore:
     def read(self, name: str) -> Record:
         """The model's record, or a stopped one if there is none; a broken file is set aside."""
         path = self.path(name)
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            return Record(config=self.config, name=name)
-        stamp = (status.st_mtime_ns, status.st_ino)
-        known = self._cache.get(path)
-        if known and known[0] == stamp:
-            return known[1]
-        try:
-            record = msgspec.json.decode(path.read_bytes(), type=Record)
-        except FileNotFoundError:
-            return Record(config=self.config, name=name)
-        except msgspec.DecodeError:
-            return self._set_aside(path, name)
-        self._cache[path] = (stamp, record)
-        return record
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                return decode(path.read_bytes())
+            except FileNotFoundError:
+                return Record(config=self.config, name=name)
+            except (ValueError, msgspec.DecodeError):
+                time.sleep(READ_PAUSE * (attempt > 0))
+        return self._set_aside(path, name)
 
     def write(self, record: Record) -> None:
-        """Replace the model's record; raises OSError if the disk refuses."""
-        write_atomically(self.path(record.name), msgspec.json.encode(record))
+        """Put the model's record on disk; raises OSError if the disk refuses."""
+        path = self.path(record.name)
+        content = encode(record)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            write_atomically(path, content)
+            return
+        try:
+            in_place = os.fstat(descriptor).st_size == len(content) == PAGE
+            if in_place:
+                os.pwrite(descriptor, content, 0)
+        finally:
+            os.close(descriptor)
+        if not in_place:
+            write_atomically(path, content)
 
     def _set_aside(self, path: Path, name: str) -> Record:
         """Keep a record that cannot be read for the person, out of the way."""
@@ -131,10 +143,24 @@ class RecordStore:
             if path.stem.endswith(f"-{self._suffix}"):
                 continue
             try:
-                found.append(msgspec.json.decode(path.read_bytes(), type=Record))
-            except (OSError, msgspec.DecodeError):
+                found.append(decode(path.read_bytes()))
+            except (OSError, ValueError, msgspec.DecodeError):
                 continue
         return found
+
+
+def encode(record: Record) -> bytes:
+    """A line of JSON, a line with its checksum, blanks to the end of the page."""
+    line = msgspec.json.encode(record)
+    return b"%s\n%08x\n" % (line, zlib.crc32(line)) + b" " * (PAGE - len(line) - 10)
+
+
+def decode(content: bytes) -> Record:
+    """The record in `content`; raises ValueError or msgspec.DecodeError if it is not whole."""
+    line, checksum = content.split(b"\n", 2)[:2]
+    if zlib.crc32(line) != int(checksum, 16):
+        raise ValueError("the checksum does not fit")
+    return msgspec.json.decode(line, type=Record)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

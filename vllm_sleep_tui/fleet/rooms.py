@@ -1,6 +1,7 @@
 """The locks of an operation: the GPUs first, then the models, with what others left unfinished settled.
 
-The plan is made before the locks and again under them; if it grew meanwhile, they are taken anew.
+Whoever might have to make room is locked; if the plan, made under the locks, names somebody who has woken
+up meanwhile, they are taken anew.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from vllm_sleep_tui.fleet.operation import Operation
 from vllm_sleep_tui.fleet.plan import Room
 from vllm_sleep_tui.fleet.planning import plan_for
 from vllm_sleep_tui.fleet.recovery import is_unfinished, recover
+from vllm_sleep_tui.fleet.states import State
 
 NO_ROOM_NEEDED = Room(sleeps=(), stops=(), free={}, missing={})
 
@@ -47,7 +49,7 @@ async def locked(
     word = holder(operation.name, name, seconds)
     while True:
         if make_room:
-            names |= set(plan_for(core, name).leaving)
+            names |= {key for key in others_on(core, name) if core.records.read(key).state is State.AWAKE}
         names |= {key for key in others_on(core, name) if is_unfinished(core, key)}
         gpus = {gpu for key in names for gpu in (*core.model(key).gpus, *core.records.read(key).gpus)}
         paths = [*core.gpu_locks(gpus), *core.model_locks(names)]

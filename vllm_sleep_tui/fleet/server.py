@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 
 import msgspec
 
@@ -56,7 +56,10 @@ class Server:
         return bool(self.record.gpus)
 
     def intend(self, phase: str, *, level: int | None = None, event: Event | None = None) -> None:
-        """Write what is about to be done; with `event`, enter its state as well."""
+        """Write what is about to be done; with `event`, enter its state as well.
+
+        Steps of milliseconds are told and not written: a successor asks the server, not the phase.
+        """
         intent = Intent(
             operation=self.operation.name,
             phase=phase,
@@ -79,41 +82,49 @@ class Server:
 
     # ── sleep ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def fall_asleep(self, level: int, *, force: bool = False) -> None:
+    async def fall_asleep(
+        self, level: int, *, force: bool = False, unless: Awaitable[object] | None = None
+    ) -> None:
         """Drain, sleep, see the memory gone; raises OperationError and leaves the model failed if vLLM fails.
 
         Raises RefusedError before anything is done if level 1 has no RAM, and CancelledByUser if the person
-        asked for the end while it was draining; the model is awake then, its gate open.
+        asked for the end while it was draining; the model is awake then, its gate open. So it is if `unless`,
+        awaited between drain and sleep, raises.
         """
-        self.check_ram_for(level)
+        pool = self.core.pinned_now(self.record)
+        self.check_ram_for(level, pool)
         self.intend("drain", level=level, event=Event.SLEEP)
         try:
             with self.operation.timed("drain"):
                 await self.drain(force=force)
+                if unless is not None:
+                    await unless
         except BaseException:
             await self.undo_sleep()
             raise
-        self.intend("sleep", level=level)
-        verdict = await self.sleep_and_settle(level)
+        verdict = await self.sleep_and_settle(level, pool)
         self.record = self.core.enter(
             self.record, Event.SLEPT, level=level, intent=None, proof=verdict, reason=None, cure=None
         )
 
-    def check_ram_for(self, level: int) -> None:
-        """Raises RefusedError if sleeping at `level` would push the machine into swapping."""
-        if self.frees_memory and level == 1:
-            check_ram(self.core, self.name, self.core.pinned_now(self.record))
+    def check_ram_for(self, level: int, pool: int) -> None:
+        """Raises RefusedError if level 1 would cause swapping; a `pool` pinned before is used again."""
+        if self.frees_memory and level == 1 and not pool:
+            check_ram(self.core, self.name)
 
-    async def sleep_and_settle(self, level: int) -> str | None:
-        """The call, and the memory seen gone: the verdict, None where there is no memory to free."""
-        pool = self.core.pinned_now(self.record)
+    async def sleep_and_settle(self, level: int, pool: int) -> str | None:
+        """The call, and the memory seen gone: the verdict, None where there is no memory to free.
+
+        `pool` is the bytes of RAM that were pinned before.
+        """
         before = await asyncio.to_thread(read_memory, self.core, set(self.record.gpus))
+        self.operation.tell(self.name, "sleep")
         with self.operation.timed("sleep"):
             seconds = await self.call_sleep(level)
         with self.operation.timed("settle"):
             verdict, asleep = await self.settle(before)
         what = "sleep1-first" if level == 1 and not pool else f"sleep{level}"
-        self.remember_sleep(what, seconds, before, asleep)
+        self.remember_sleep(what, seconds, before, asleep, pool or self.core.pinned_now(self.record))
         return verdict
 
     async def prime(self) -> None:
@@ -122,10 +133,11 @@ class Server:
         The first level 1 sleep is up to 29 times slower than the next (H100, vLLM 0.24). Raises RefusedError
         if the RAM for it is not there; nothing was done then.
         """
-        self.check_ram_for(1)
+        pool = self.core.pinned_now(self.record)
+        self.check_ram_for(1, pool)
         self.intend("priming", level=1)
         await self.drain(force=True)
-        await self.sleep_and_settle(1)
+        await self.sleep_and_settle(1, pool)
         try:
             await self.wake_from_1()
         except EngineError as error:
@@ -194,10 +206,14 @@ class Server:
         return before.used - now.used >= GIB / 2
 
     def remember_sleep(
-        self, what: str, seconds: float, before: Mapping[int, GpuMemory], asleep: Mapping[int, int]
+        self,
+        what: str,
+        seconds: float,
+        before: Mapping[int, GpuMemory],
+        asleep: Mapping[int, int],
+        pinned: int,
     ) -> None:
         """Keep what this sleep showed: VRAM before and after, the pinned pool, seconds."""
-        pinned = self.core.pinned_now(self.record)
         awake = {str(gpu): held for gpu, m in before.items() if (held := m.held_by(self.record))}
         left = {str(gpu): held for gpu, held in asleep.items()}
 
@@ -226,7 +242,14 @@ class Server:
         await self.open_gate()
         self.core.remember(self.record, lambda known: known.with_time(f"wake{level}", seconds))
         self.record = self.core.enter(
-            self.record, Event.WOKE, level=None, intent=None, proof=verdict, reason=None, cure=None
+            self.record,
+            Event.WOKE,
+            level=None,
+            intent=None,
+            proof=verdict,
+            reason=None,
+            cure=None,
+            last_switch=self.operation.ledger(),
         )
 
     def check_room(self, memory: Mapping[int, GpuMemory]) -> None:

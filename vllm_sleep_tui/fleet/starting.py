@@ -137,6 +137,14 @@ class Start:
         except (OperationError, RefusedError) as error:
             await self.give_up(error)
             raise
+        except BaseException as error:
+            await fail(
+                self.core,
+                self.core.records.read(self.name),
+                f"Its start broke off: {error!r}.",
+                "Start it again.",
+            )
+            raise
 
     def intent(self, phase: str, detail: str | None = None) -> Intent:
         """This start as an intent, for whoever looks or must settle it."""
@@ -274,7 +282,9 @@ class Start:
         self.operation.checkpoint()
         if level == "1" and server.frees_memory:
             await self.prime(server)
-        server.record = self.core.enter(server.record, Event.READY, intent=None)
+        server.record = self.core.enter(
+            server.record, Event.READY, intent=None, last_switch=self.operation.ledger()
+        )
         self.record = server.record
         return server
 
