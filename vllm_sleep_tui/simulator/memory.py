@@ -12,8 +12,8 @@ from vllm_sleep_tui.simulator import devices
 from vllm_sleep_tui.simulator.processes import Channel
 from vllm_sleep_tui.simulator.profiles import PRIVATE_BYTES, MemoryPlan
 
-OUT_OF_MEMORY = "CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:163"
-INVALID_ARGUMENT = "CUDA Error: invalid argument at /workspace/csrc/cumem_allocator.cpp:169"
+OUT_OF_MEMORY = "CUDA Error: out of memory at csrc/cumem_allocator.cpp:163"
+INVALID_ARGUMENT = "CUDA Error: invalid argument at csrc/cumem_allocator.cpp:169"
 SPARE_BYTES = 16 << 20
 """What even a mapping that takes all it can get leaves on the GPU."""
 

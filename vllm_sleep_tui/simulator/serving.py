@@ -122,11 +122,10 @@ class _Serving:
 
     async def _watch(self) -> None:
         await self._state.engine.dead.wait()
-        if self._stopping:
-            return
+        # Logged on a clean stop too, as the real one does (log-sigterm-while-streaming.txt).
         error = f"vllm.v1.engine.exceptions.EngineDeadError: {DEAD}"
         self._state.log.error("async_llm.py:906", f"AsyncLLM output_handler failed.\n{error}")
-        if self._state.settings.keep_alive:
+        if self._stopping or self._state.settings.keep_alive:
             return
         if not self._state.settings.instant:
             await asyncio.sleep(WATCHDOG_SECONDS / self._state.settings.speed)
