@@ -313,8 +313,22 @@ async def test_what_changes_the_model_is_never_sent_twice(server: Server, client
 
     assert failure.value.sent is True
     assert server.targets() == ["GET /version", "POST /sleep?level=1"]
-    # Not on the kept connection, which vLLM may have closed at any time.
-    assert server.requests[1].connection == 2
+
+
+async def test_what_changes_the_model_uses_a_kept_connection_only_after_a_good_answer_on_it(
+    server: Server, client: VllmClient
+) -> None:
+    server.answer("GET /version", {"version": "0.24.0"})
+    server.answer("POST /sleep", {"status": "sleeping", "level": 1})
+    await client.version()
+    await client.sleep(1, timeout=5)
+    assert [request.connection for request in server.requests] == [1, 1]
+
+    server.answer("GET /version", {}, status=404)
+    with pytest.raises(EngineRefused):
+        await client.version()
+    await client.sleep(1, timeout=5)
+    assert server.requests[-1].connection == 2
 
 
 async def test_after_a_500_the_next_call_works(server: Server, client: VllmClient) -> None:

@@ -145,6 +145,7 @@ class Keeper:
         """SIGTERM: stop the server, kindly at first."""
         if self.asked_at is None:
             self.asked_at = time.monotonic()
+            self.say(asked=True)
 
     def on_kill(self, *_: object) -> None:
         """SIGINT: end the group now."""

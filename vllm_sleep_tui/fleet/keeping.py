@@ -42,6 +42,8 @@ class Word(msgspec.Struct, frozen=True):
     launch: str | None = None
     keeper: ProcessId | None = None
     server: ProcessId | None = None
+    asked: bool = False
+    """Whether the server was asked to stop."""
     exit: Exit | None = None
     error: str | None = None
 

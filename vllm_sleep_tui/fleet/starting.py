@@ -229,7 +229,7 @@ class Start:
             for line in tail.read_new():
                 if (seen := phases.feed(line)) is not None:
                     self.enter_phase(seen.name, seen.detail, seen.fraction)
-            if not is_kept(self.core.keeper_file(self.name)):
+            if self.is_asked_to_stop() or not is_kept(self.core.keeper_file(self.name)):
                 raise OperationError(f"{self.name} ended while it started.", "Look at its log.")
             if await client.health(timeout=1.0):
                 break
@@ -275,6 +275,8 @@ class Start:
         level = self.resolve_level()
         self.record = self.core.write(self.record, resolved_level=level)
         server = Server(self.core, self.record, self.operation)
+        if self.is_asked_to_stop():
+            raise OperationError(f"{self.name} was asked to stop.")
         await server.take_reference()
         await self.measure(server)
         seconds = time.monotonic() - self.began
@@ -317,6 +319,11 @@ class Start:
             server.record = self.core.write(server.record, resolved_level="2")
         self.operation.times.clear()  # the ledger is the switch's, not the priming's
 
+    def is_asked_to_stop(self) -> bool:
+        """Whether somebody asked this launch's keeper to stop: vLLM may swallow it and become ready."""
+        word = read_word(self.core.keeper_file(self.name))
+        return word.launch == self.record.launch and word.asked
+
     # ── the other ends ───────────────────────────────────────────────────────────────────────────────────
 
     async def abandon(self) -> None:
@@ -328,7 +335,7 @@ class Start:
     async def give_up(self, error: PanelError) -> None:
         """The server ended or never was: stopped if that was asked for, else failed with the log's cause."""
         word = read_word(self.core.keeper_file(self.name))
-        if word.launch == self.record.launch and word.exit is not None and word.exit.asked:
+        if self.is_asked_to_stop():
             await self.abandon()
             raise CancelledByUser(f"The start of {self.name} was stopped.") from error
         found = cause_in_log(self.record, word)
