@@ -174,12 +174,16 @@ class Run:
     async def measure_memory(self, fleet: Fleet) -> None:
         """What each model holds awake and asleep."""
         found: dict[str, Any] = {}
+        firsts = []
         for target, other in (PAIR, PAIR[::-1]):
-            await fleet.switch(target)
+            ledger = await fleet.switch(target)
+            firsts.append({"to": target, "total": ledger.total, "phases": ledger.phases})
             found.setdefault(target, {})["awake"] = memory_now(self.loaded, self.state, target)
             found.setdefault(other, {})["asleep"] = memory_now(self.loaded, self.state, other)
-        await fleet.switch(PAIR[0])
+        ledger = await fleet.switch(PAIR[0])
+        firsts.append({"to": PAIR[0], "total": ledger.total, "phases": ledger.phases})
         self.part["memory"] = found
+        self.part["first_switches"] = firsts[1:]  # the first target was awake already
         self.notes.save()
 
     async def round(self, fleet: Fleet) -> None:
