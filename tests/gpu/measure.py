@@ -147,8 +147,8 @@ class Run:
         self.part = notes.level(level)
         self.store = RecordStore(state, loaded.path)
 
-    async def measure(self, rounds: int) -> None:
-        """Start what does not run, then do the rounds that are missing, then stop."""
+    async def measure(self, rounds: int, *, keep: bool) -> None:
+        """Start what does not run, then do the rounds that are missing, then stop unless told to `keep`."""
         async with Fleet(self.loaded, self.state) as fleet:
             for name in reversed(PAIR):
                 await self.start(fleet, name)
@@ -157,7 +157,8 @@ class Run:
                 await self.measure_memory(fleet)
             while len(self.part["switches"]) < 4 * rounds:
                 await self.round(fleet)
-            await fleet.stop(PAIR, force=True)
+            if not keep:
+                await fleet.stop(PAIR, force=True)
         self.part["summary"] = summary(self.part["switches"])
         self.notes.save()
 
@@ -255,6 +256,7 @@ def main() -> None:
     parser.add_argument(
         "--simulated", metavar="SIZE", help="a simulated GPU, such as 80GiB, to try this script"
     )
+    parser.add_argument("--keep", action="store_true", help="leave the servers running, to look at them")
     given = parser.parse_args()
     if absent := missing():
         parser.error("not set: " + "; ".join(f"{name} ({NEEDED[name]})" for name in absent))
@@ -268,7 +270,7 @@ def main() -> None:
         state = given.out.absolute() / f"state-{level}"
         notes.known["gpus"] = [gpu.name for gpu in read_once(loaded, state).gpus]
         try:
-            asyncio.run(Run(notes, loaded, state, level).measure(given.rounds))
+            asyncio.run(Run(notes, loaded, state, level).measure(given.rounds, keep=given.keep))
         except PanelError as error:
             raise SystemExit(f"{error.what}\n{error.cure}") from error
     print_tables(notes.known)
