@@ -14,6 +14,7 @@ from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.operation import Operation, Report, to_safe_point
 from vllm_sleep_tui.fleet.predict import memory_in, predict
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, FleetSnapshot, Prediction, SwitchTimes
+from vllm_sleep_tui.fleet.states import StartPhase
 from vllm_sleep_tui.fleet.supervision import Watcher
 from vllm_sleep_tui.fleet.view import Viewer
 from vllm_sleep_tui.telemetry.sampler import Sampler
@@ -30,6 +31,7 @@ class Fleet:
 
     def __init__(self, loaded: LoadedConfig, state_dir: Path) -> None:
         self.loaded = loaded
+        self.state_dir = state_dir
         self._core = Core(loaded, state_dir)
         self._viewer = Viewer(self._core)
         self._sampler = Sampler(self._core.reader, self._core.simulated)
@@ -54,6 +56,15 @@ class Fleet:
         self._sampler.set_roots(self._viewer.roots())
         return self._viewer.snapshot(self._sampler.latest())
 
+    async def measured(self) -> FleetSnapshot:
+        """Everything, with memory that is read after this call."""
+        self._sampler.set_roots(self._viewer.roots())
+        return self._viewer.snapshot(await asyncio.to_thread(self._sampler.sample_once))
+
+    def vllm_version(self, name: str) -> str | None:
+        """The vLLM that the model's last launch ran on; None before the first."""
+        return self._core.records.read(name).vllm_version
+
     def predict(self, name: str) -> Prediction:
         """What a switch to the model would do."""
         record = self._core.records.read(name)
@@ -67,10 +78,19 @@ class Fleet:
 
     # ── what can be done ─────────────────────────────────────────────────────────────────────────────────
 
-    async def start(self, names: Sequence[str], *, report: Report | None = None) -> None:
-        """Start these models, those that share a GPU one after another; the first one named ends awake."""
+    async def start(
+        self,
+        names: Sequence[str],
+        *,
+        skip: frozenset[StartPhase] = frozenset(),
+        report: Report | None = None,
+    ) -> None:
+        """Start these models, those that share a GPU one after another; the first one named ends awake.
+
+        `skip` leaves out WARMING (its wakes are unproven then) or PRIMING, to measure without them.
+        """
         await self._run(
-            "start", ", ".join(names), report, lambda op: actions.start_all(self._core, names, op)
+            "start", ", ".join(names), report, lambda op: actions.start_all(self._core, names, op), skip
         )
 
     async def stop(self, names: Sequence[str], *, force: bool = False, report: Report | None = None) -> None:
@@ -88,11 +108,14 @@ class Fleet:
 
     async def sleep(
         self, name: str, *, level: int | None = None, force: bool = False, report: Report | None = None
-    ) -> None:
-        """Put a model to sleep, at its own level unless told; done already is done."""
-        await self._run(
-            "sleep", name, report, lambda op: actions.sleep(self._core, name, level, op, force=force)
-        )
+    ) -> SwitchTimes:
+        """Put a model to sleep, at its own level unless told; the ledger of it. Done already is done."""
+
+        async def work(operation: Operation) -> SwitchTimes:
+            await actions.sleep(self._core, name, level, operation, force=force)
+            return operation.ledger()
+
+        return await self._run("sleep", name, report, work)
 
     async def wake(self, name: str, *, report: Report | None = None) -> None:
         """Wake a sleeper, others sleeping first where room is needed; a stopped model is refused."""
@@ -117,9 +140,14 @@ class Fleet:
             yield event
 
     async def _run(
-        self, verb: str, target: str, report: Report | None, work: Callable[[Operation], Awaitable[T]]
+        self,
+        verb: str,
+        target: str,
+        report: Report | None,
+        work: Callable[[Operation], Awaitable[T]],
+        skip: frozenset[StartPhase] = frozenset(),
     ) -> T:
-        operation = Operation(verb, target, report)
+        operation = Operation(verb, target, report, skip=skip)
         try:
             return await to_safe_point(operation, work(operation))
         finally:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from vllm_sleep_tui.errors import CancelledByUser
 from vllm_sleep_tui.fleet.snapshot import Progress, SwitchTimes
+from vllm_sleep_tui.fleet.states import StartPhase
 from vllm_sleep_tui.telemetry.processes import ProcessId, start_ticks
 
 T = TypeVar("T")
@@ -27,10 +28,19 @@ def actor() -> ProcessId:
 class Operation:
     """What is being done, for whom to tell, and whether to stop at the next safe point."""
 
-    def __init__(self, name: str, target: str, report: Report | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        target: str,
+        report: Report | None = None,
+        *,
+        skip: frozenset[StartPhase] = frozenset(),
+    ) -> None:
         self.name = name
         self.target = target
         self.since = time.time()
+        self.skip = skip
+        """Phases that its starts leave out: WARMING (with the reference of the proof), PRIMING."""
         self.times: dict[str, float] = {}
         self._began = time.monotonic()
         self._report = report

@@ -268,27 +268,34 @@ class Start:
 
     async def settle_in(self, client: VllmClient) -> Server:
         """From the first good health to awake: nothing of it is paid by the first real switch."""
-        self.enter_phase(StartPhase.WARMING)
-        with contextlib.suppress(EngineRefused):  # a task without completions has nothing to warm up
-            await client.complete(proof.WARM_UP, model=self.name, max_tokens=1, timeout=WARM_UP_LIMIT)
+        warm = StartPhase.WARMING not in self.operation.skip
+        if warm:
+            await self.warm_up(client)
         self.operation.checkpoint()
         level = self.resolve_level()
         self.record = self.core.write(self.record, resolved_level=level)
         server = Server(self.core, self.record, self.operation)
         if self.is_asked_to_stop():
             raise OperationError(f"{self.name} was asked to stop.")
-        await server.take_reference()
+        if warm:
+            await server.take_reference()
         await self.measure(server)
         seconds = time.monotonic() - self.began
         self.core.remember(server.record, lambda known: known.with_time("start", seconds))
         self.operation.checkpoint()
-        if level == "1" and server.frees_memory:
+        if level == "1" and server.frees_memory and StartPhase.PRIMING not in self.operation.skip:
             await self.prime(server)
         server.record = self.core.enter(
             server.record, Event.READY, intent=None, last_switch=self.operation.ledger()
         )
         self.record = server.record
         return server
+
+    async def warm_up(self, client: VllmClient) -> None:
+        """One token, so that the person's first question does not pay for what is set up lazily."""
+        self.enter_phase(StartPhase.WARMING)
+        with contextlib.suppress(EngineRefused):  # a task without completions has nothing to warm up
+            await client.complete(proof.WARM_UP, model=self.name, max_tokens=1, timeout=WARM_UP_LIMIT)
 
     def resolve_level(self) -> str:
         """What the model's `level` means for this launch; an old vLLM cannot sleep at all."""
