@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet import budget
 from vllm_sleep_tui.fleet.core import Core, gib
+from vllm_sleep_tui.fleet.estimate import estimated_weights
 from vllm_sleep_tui.fleet.footprints import argument
 from vllm_sleep_tui.fleet.plan import Neighbour, Room, make_room
 from vllm_sleep_tui.fleet.records import Record
@@ -186,7 +187,8 @@ def who_else(core: Core, gpu: int) -> str | None:
 
 def weights_of(core: Core, name: str) -> int | None:
     """Bytes of weights: measured, else the size of a local checkpoint; None if neither is known."""
-    return core.footprint(name).weights
+    measured = core.footprint(name).weights
+    return measured or estimated_weights(core.model(name), core.loaded.path.parent)
 
 
 def check_ram(core: Core, name: str) -> None:
