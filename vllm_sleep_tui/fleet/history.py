@@ -1,0 +1,293 @@
+"""What happened and how long it took: switches, states and cold starts, in ``history.db``.
+
+All of it runs on one thread of its own, in order: `record_…` returns at once, a question waits for what was
+recorded before it. A database that is locked, full or broken costs its entries and one note, never an
+operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sqlite3
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import msgspec
+
+from vllm_sleep_tui.fleet.snapshot import SwitchTimes
+from vllm_sleep_tui.fleet.states import State
+
+Value = str | float | None
+
+DAY = 86400.0
+KEPT_DAYS = 90
+LOCK_SECONDS = 0.5
+"""How long another process's write is waited for."""
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS switches (
+    time REAL NOT NULL, config TEXT NOT NULL, model TEXT NOT NULL, level INTEGER, from_state TEXT NOT NULL,
+    phases TEXT NOT NULL, total REAL NOT NULL, left TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS states (
+    time REAL NOT NULL, config TEXT NOT NULL, model TEXT NOT NULL, state TEXT NOT NULL, level INTEGER);
+CREATE TABLE IF NOT EXISTS cold_starts (
+    time REAL NOT NULL, config TEXT NOT NULL, model TEXT NOT NULL, seconds REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS switches_by_time ON switches (config, time);
+CREATE INDEX IF NOT EXISTS states_by_model ON states (config, model, time);
+CREATE INDEX IF NOT EXISTS cold_starts_by_model ON cold_starts (config, model, time);
+"""
+TABLES = ("switches", "states", "cold_starts")
+
+
+class PastSwitch(msgspec.Struct, frozen=True, kw_only=True):
+    """One switch that went well."""
+
+    time: float
+    """UTC seconds of its end."""
+    model: str
+    level: int | None
+    """The level it slept at; None if it was started instead."""
+    from_state: State
+    times: SwitchTimes
+    left: tuple[str, ...]
+    """Who made room."""
+
+
+class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a model's switches took, in seconds."""
+
+    count: int
+    p50: float
+    p95: float
+
+
+class Saved(msgspec.Struct, frozen=True, kw_only=True):
+    """What sleeping saved against stopping and starting the same models."""
+
+    switches: int
+    """Of sleepers; a start saves nothing."""
+    seconds: float
+    unknown: int = 0
+    """Switches that are not counted in `seconds`: their model's cold start is not known."""
+
+
+class StateSpan(msgspec.Struct, frozen=True, kw_only=True):
+    """A model was in a state from one moment to another, UTC seconds."""
+
+    model: str
+    state: State
+    level: int | None
+    start: float
+    end: float
+
+
+class History:
+    """The past of one config's models; opened when it is first needed, `close` writes what is left."""
+
+    def __init__(self, state_dir: Path, config: Path | str = "") -> None:
+        self._path = state_dir / "history.db"
+        self._config = str(config)
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="history")
+        self._connection: sqlite3.Connection | None = None
+        self._note: str | None = None
+
+    @property
+    def note(self) -> str | None:
+        """One line on what is wrong with the history; None if all is well."""
+        return self._note
+
+    def close(self) -> None:
+        """Write what was recorded and let go of the file; nothing may be called after it."""
+        self._worker.submit(self._disconnect)
+        self._worker.shutdown()
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def record_switch(
+        self,
+        model: str,
+        times: SwitchTimes,
+        *,
+        level: int | None,
+        from_state: State,
+        left: Sequence[str] = (),
+        at: float | None = None,
+    ) -> None:
+        """Keep a switch to `model` that went well; `at` is its end, now unless told."""
+        phases = msgspec.json.encode(times.phases).decode()
+        others = msgspec.json.encode(tuple(left)).decode()
+        self._write("switches", at, model, level, from_state.value, phases, times.total, others)
+
+    def record_state(
+        self, model: str, state: State, level: int | None = None, *, at: float | None = None
+    ) -> None:
+        """Keep that `model` entered a state."""
+        self._write("states", at, model, state.value, level)
+
+    def record_cold_start(self, model: str, seconds: float, *, at: float | None = None) -> None:
+        """Keep how long a start took, until the model could answer."""
+        self._write("cold_starts", at, model, seconds)
+
+    # ── questions ────────────────────────────────────────────────────────────────────────────────────────
+
+    def percentiles(self, model: str) -> dict[int, Percentiles]:
+        """The seconds of switches to `model` from asleep, by level; a level that was not used is left out."""
+        rows = self._read(
+            "SELECT level, total FROM switches WHERE config = ? AND model = ? AND from_state = ?",
+            (self._config, model, State.ASLEEP.value),
+        )
+        by_level: dict[int, list[float]] = {}
+        for level, total in rows:
+            if level is not None:
+                by_level.setdefault(level, []).append(total)
+        return {level: _percentiles(by_level[level]) for level in sorted(by_level)}
+
+    def switches_since(self, start: float) -> list[PastSwitch]:
+        """The switches from a moment on, the oldest first."""
+        rows = self._read(
+            "SELECT time, model, level, from_state, phases, total, left FROM switches "
+            "WHERE config = ? AND time >= ? ORDER BY time",
+            (self._config, start),
+        )
+        return [_past_switch(row) for row in rows]
+
+    def switches_today(self) -> list[PastSwitch]:
+        """The switches since midnight, local time."""
+        return self.switches_since(midnight(time.time()))
+
+    def saved_since(self, start: float) -> Saved:
+        """What the switches since then saved, each against the usual cold start of its own model."""
+        slept = [past for past in self.switches_since(start) if past.from_state is State.ASLEEP]
+        usual = {model: self.usual_cold_start(model) for model in {past.model for past in slept}}
+        gains = [cold - past.times.total for past in slept if (cold := usual[past.model]) is not None]
+        return Saved(switches=len(slept), seconds=sum(gains), unknown=len(slept) - len(gains))
+
+    def usual_cold_start(self, model: str) -> float | None:
+        """The median of a model's cold starts, in seconds; None if none is known."""
+        rows = self._read(
+            "SELECT seconds FROM cold_starts WHERE config = ? AND model = ? ORDER BY time DESC LIMIT 50",
+            (self._config, model),
+        )
+        return median(row[0] for row in rows) if rows else None
+
+    def states_between(self, start: float, end: float) -> list[StateSpan]:
+        """Who was in which state when, cut to these moments; by model, the oldest first."""
+        rows = self._read(
+            "SELECT model, time, state, level FROM states WHERE config = ?1 AND time < ?3 AND time >= "
+            "COALESCE((SELECT MAX(time) FROM states AS earlier WHERE earlier.config = ?1 "
+            "AND earlier.model = states.model AND earlier.time <= ?2), ?2) ORDER BY model, time, rowid",
+            (self._config, start, end),
+        )
+        spans = []
+        for row, following in zip(rows, [*rows, None][1:], strict=True):
+            model, began, state, level = row
+            ended = following[1] if following is not None and following[0] == model else end
+            if ended > max(began, start):
+                spans.append(
+                    StateSpan(
+                        model=model, state=State(state), level=level, start=max(began, start), end=ended
+                    )
+                )
+        return spans
+
+    # ── on the thread ────────────────────────────────────────────────────────────────────────────────────
+
+    def _write(self, table: str, at: float | None, *values: Value) -> None:
+        row = (time.time() if at is None else at, self._config, *values)
+        statement = f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})"
+        self._worker.submit(self._guarded, statement, row)
+
+    def _read(self, query: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
+        return self._worker.submit(self._guarded, query, values).result()
+
+    def _guarded(self, statement: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
+        """Run one statement; nothing that the database does gets out of here."""
+        for _ in range(2):
+            try:
+                with self._connected() as connection:
+                    return connection.execute(statement, values).fetchall()
+            except (sqlite3.Error, OSError) as error:
+                if not self._is_broken(error):
+                    self._tell(f"The history cannot be kept: {error}.")
+                    break
+                self._set_aside()
+        return []
+
+    def _connected(self) -> sqlite3.Connection:
+        """The open database; raises sqlite3.Error or OSError."""
+        if self._connection is None:
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            connection = sqlite3.connect(self._path, timeout=LOCK_SECONDS, check_same_thread=False)
+            try:
+                _prepare(connection)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _is_broken(self, error: Exception) -> bool:
+        """Whether the file is no database any more."""
+        code = getattr(error, "sqlite_errorcode", None)
+        return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+    def _set_aside(self) -> None:
+        """Put the broken file out of the way; a new one takes its place."""
+        self._disconnect()
+        aside = self._path.with_name(f"{self._path.name}.broken-{int(time.time())}")
+        with contextlib.suppress(OSError):
+            self._path.rename(aside)
+        for ending in ("-wal", "-shm"):
+            self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
+        self._tell(f"The history was broken; it was kept as {aside.name} and begins anew.")
+
+    def _tell(self, sentence: str) -> None:
+        """Say the first thing that is wrong; what follows is most often the same."""
+        self._note = self._note or sentence
+
+
+def midnight(now: float) -> float:
+    """UTC seconds at which the local day of `now` began."""
+    local = datetime.fromtimestamp(now).astimezone()
+    return local.replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    """Make the tables and drop what is too old."""
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.executescript(SCHEMA)
+    oldest = time.time() - KEPT_DAYS * DAY
+    with connection:
+        for table in TABLES:
+            connection.execute(f"DELETE FROM {table} WHERE time < ?", (oldest,))
+
+
+def _percentiles(totals: Sequence[float]) -> Percentiles:
+    """By the nearest rank."""
+    ranked = sorted(totals)
+
+    def rank(share: float) -> float:
+        return ranked[max(0, math.ceil(share * len(ranked)) - 1)]
+
+    return Percentiles(count=len(ranked), p50=rank(0.5), p95=rank(0.95))
+
+
+def _past_switch(row: Sequence[Any]) -> PastSwitch:
+    ended, model, level, from_state, phases, total, left = row
+    times = SwitchTimes(phases=msgspec.json.decode(phases, type=dict[str, float | None]), total=total)
+    others = msgspec.json.decode(left, type=tuple[str, ...])
+    return PastSwitch(
+        time=ended, model=model, level=level, from_state=State(from_state), times=times, left=others
+    )
