@@ -23,6 +23,7 @@ _DURATION = r"^([0-9]+(\.[0-9]+)?[smhd])+$"
 _MEMORY = r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$"
 
 Level = Literal["auto", 1, 2, "none"]
+Restart = Literal["on-failure", "never"]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 GpuIndex = Annotated[int, Meta(ge=0)]
 Duration = Annotated[str, Meta(pattern=_DURATION, examples=["30s", "10m", "2h"])]
@@ -52,6 +53,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     port: Annotated[Port, Meta(description="Chosen free if left out.")] | None = None
     autostart: Annotated[bool, Meta(description="Started by `serve`; the panel asks.")] = False
     idle: IdleConfig = IdleConfig()
+    restart: Annotated[Restart, Meta(description="Of a server that died while it ran.")] = "on-failure"
+    """Whether a server that died while it ran is started again; a start that failed never is."""
 
     def __repr__(self) -> str:
         """Name it without the values of `env` and `args`, which may hold secrets."""

@@ -40,6 +40,7 @@ _EXPECTED = {
     "idle": "a mapping, such as {sleep_after: 10m, stop_after: 2h}",
     "sleep_after": "a time such as 30s, 10m or 2h",
     "stop_after": "a time such as 30s, 10m or 2h",
+    "restart": "on-failure or never",
     "gateway": "a mapping, such as {port: 8800}",
     "simulated_gpus": "a list of mappings, such as [{name: Demo, memory: 24GiB}]",
     "name": "text",

@@ -11,22 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from vllm_sleep_tui.cli.orphans import end_orphans
 from vllm_sleep_tui.fleet.discovery import (
     find_command,
     find_foreign_servers,
     find_models,
-    find_orphans,
     find_vllm,
     has_token,
     hub_cache,
     vllm_version,
 )
 from vllm_sleep_tui.fleet.keeping import LAUNCH_VARIABLE
-from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.telemetry.gpus import GpuReading
 from vllm_sleep_tui.telemetry.processes import ProcessId, start_ticks
 
@@ -192,31 +188,3 @@ def test_a_server_that_is_not_ours_is_found_with_its_memory() -> None:
 def test_a_server_of_ours_is_no_stranger() -> None:
     with process("/opt/env/bin/vllm serve x", {LAUNCH_VARIABLE: uuid.uuid4().hex}) as ours:
         assert ours.pid not in foreign_pids()
-
-
-def test_a_process_of_a_launch_without_a_keeper_is_an_orphan_and_can_be_ended(tmp_path: Path) -> None:
-    launch = uuid.uuid4().hex
-    with process("VLLM::EngineCore", {LAUNCH_VARIABLE: launch}) as left:
-        found = [orphan for orphan in find_orphans(tmp_path) if orphan.launch == launch]
-        assert [orphan.process for orphan in found] == [left]
-        end_orphans(found)
-        assert [orphan for orphan in find_orphans(tmp_path) if orphan.launch == launch] == []
-
-
-def test_a_process_of_a_launch_with_a_keeper_is_no_orphan(tmp_path: Path) -> None:
-    launch = {LAUNCH_VARIABLE: uuid.uuid4().hex}
-    with process("python /x/vllm_sleep_tui/fleet/keeper.py", launch), process("VLLM::EngineCore", launch):
-        assert [orphan for orphan in find_orphans(tmp_path) if orphan.launch == launch[LAUNCH_VARIABLE]] == []
-
-
-def test_an_engine_whose_environment_is_gone_is_found_by_its_record(tmp_path: Path) -> None:
-    (tmp_path / "records").mkdir()
-    with process("VLLM::EngineCore", {}) as engine:
-        dead = ProcessId(engine.pid, engine.start + 1)
-        record = Record(config="c", name="qwen", launch="l1", server=dead, engines=(engine,))
-        (tmp_path / "records/qwen-1.json").write_bytes(msgspec.json.encode(record))
-        (tmp_path / "records/phi-1.json").write_bytes(b"broken")
-        found = [
-            (orphan.process, orphan.launch) for orphan in find_orphans(tmp_path) if orphan.launch == "l1"
-        ]
-        assert found == [(engine, "l1")]

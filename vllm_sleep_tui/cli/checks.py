@@ -21,10 +21,10 @@ from vllm_sleep_tui.fleet.discovery import (
     VllmEnvironment,
     find_command,
     find_foreign_servers,
-    find_orphans,
     hub_cache,
 )
 from vllm_sleep_tui.fleet.keeping import is_kept
+from vllm_sleep_tui.fleet.orphans import find_orphans
 from vllm_sleep_tui.fleet.records import RecordStore
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.telemetry.host import host_memory

@@ -1,54 +1,105 @@
-"""`orphans`: what is left of servers whose keeper is gone."""
+"""`orphans`: what is left of servers that nobody looks after, and whose the other servers are."""
 
 from __future__ import annotations
 
-import signal
-import time
+import sys
 from collections.abc import Sequence
 
 import click
 
-from vllm_sleep_tui.cli.common import json_option, put_json
-from vllm_sleep_tui.errors import OperationError
-from vllm_sleep_tui.fleet.discovery import Orphan, find_orphans
+from vllm_sleep_tui.cli.common import in_words, json_option, put_json, say
+from vllm_sleep_tui.errors import RefusedError
+from vllm_sleep_tui.fleet.discovery import ForeignServer, find_foreign_servers
+from vllm_sleep_tui.fleet.orphans import Orphan, end_orphans, find_orphans
 from vllm_sleep_tui.paths import state_dir
-from vllm_sleep_tui.telemetry.processes import is_alive, signal_process
-
-END_SECONDS = 10.0
+from vllm_sleep_tui.telemetry.gpus import open_reader
 
 
 @click.command()
-@click.option("--end", is_flag=True, help="End them (SIGKILL: nobody is left to ask them kindly).")
+@click.option("--end", is_flag=True, help="End them, after a question.")
+@click.option("--yes", is_flag=True, help="With --end: do not ask.")
 @json_option
-def orphans(end: bool, as_json: bool) -> None:
-    """List what is left of servers whose keeper is gone.
+def orphans(end: bool, yes: bool, as_json: bool) -> None:
+    """List what is left of servers that nobody looks after.
 
-    Servers that were not started here are never touched.
+    Servers that were not started here are named and never touched.
     """
     found = find_orphans(state_dir())
-    if end:
+    strangers = find_strangers()
+    if end and found:
+        if not yes:
+            ask(found)
         end_orphans(found)
     if as_json:
-        shown = [{"pid": o.process.pid, "launch": o.launch, "command": o.command} for o in found]
-        put_json({"version": 1, "ended": end, "orphans": shown})
-        return
+        put_json({"version": 1, "ended": end, **in_json(found, strangers)})
+    else:
+        put_lines(found, strangers, ended=end)
+
+
+def find_strangers() -> tuple[ForeignServer, ...]:
+    """vLLM servers that were not started here, with their VRAM where NVML tells."""
+    reader = open_reader(None)
+    try:
+        return find_foreign_servers(reader.read())
+    finally:
+        reader.close()
+
+
+def ask(found: Sequence[Orphan]) -> None:
+    """Name what would be ended and ask; raises RefusedError without a yes."""
     for orphan in found:
-        click.echo(f"{'ended' if end else 'orphan'}  pid {orphan.process.pid}  {orphan.command}")
+        say(line_of(orphan, "orphan"))
+    try:
+        agreed = click.confirm(f"End these {len(found)}, which loses what they hold?", err=True)
+    except click.Abort:
+        agreed = False
+    if not agreed:
+        cure = "Say yes to end them." if sys.stdin.isatty() else "Say --yes to end them without a question."
+        raise RefusedError("Nothing was ended.", cure)
+
+
+def in_json(found: Sequence[Orphan], strangers: Sequence[ForeignServer]) -> dict[str, object]:
+    """Both lists for a program."""
+    return {
+        "orphans": [
+            {
+                "pid": orphan.process.pid,
+                "launch": orphan.launch,
+                "command": orphan.command,
+                "why": orphan.why,
+                "ram_bytes": orphan.ram_bytes,
+            }
+            for orphan in found
+        ],
+        "strangers": [
+            {
+                "pid": stranger.process.pid,
+                "user": stranger.user,
+                "command": stranger.command,
+                "vram_bytes": stranger.vram_bytes,
+            }
+            for stranger in strangers
+        ],
+    }
+
+
+def put_lines(found: Sequence[Orphan], strangers: Sequence[ForeignServer], *, ended: bool) -> None:
+    """Both lists for a person."""
+    for orphan in found:
+        click.echo(line_of(orphan, "ended" if ended else "orphan"))
     if not found:
         click.echo("No orphans.")
-    elif not end:
+    elif not ended:
         click.echo("End them with: vllm-sleep-tui orphans --end")
+    for stranger in strangers:
+        held = in_words(stranger.vram_bytes)
+        click.echo(
+            f"not ours, left alone  pid {stranger.process.pid}  user {stranger.user}  VRAM {held}  "
+            f"{stranger.command}"
+        )
 
 
-def end_orphans(found: Sequence[Orphan]) -> None:
-    """Kill them and wait until they are gone; raises OperationError for any that stays 10 s."""
-    for orphan in found:
-        signal_process(orphan.process, signal.SIGKILL)
-    deadline = time.monotonic() + END_SECONDS
-    while left := [orphan.process.pid for orphan in found if is_alive(orphan.process)]:
-        if time.monotonic() > deadline:
-            raise OperationError(
-                f"Still there after {END_SECONDS:.0f} s: pid {', '.join(map(str, left))}.",
-                "A process that waits for its driver ends late: look again in a minute.",
-            )
-        time.sleep(0.05)
+def line_of(orphan: Orphan, word: str) -> str:
+    """One orphan for a person."""
+    held = in_words(orphan.ram_bytes)
+    return f"{word}  pid {orphan.process.pid}  RAM {held}  {orphan.why}  {orphan.command}"

@@ -59,6 +59,12 @@ class Core:
         self._clients: dict[str, VllmClient] = {}
         self._gpus = {reading.index: reading for reading in self.reader.read()}
 
+    def reload(self, loaded: LoadedConfig) -> None:
+        """Go on with a changed config of the same file; its simulated GPUs stay as they were."""
+        self.loaded = loaded
+        self.config = loaded.config
+        self._digests.clear()
+
     def model(self, name: str) -> ModelConfig:
         """The model's config; raises UsageError with the nearest name if there is none."""
         try:

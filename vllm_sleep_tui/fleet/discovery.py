@@ -10,12 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLE
-from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.telemetry.gpus import GpuReading
-from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_of, is_alive, user_of
+from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_of, user_of
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
@@ -64,15 +61,6 @@ class ForeignServer:
     command: str
     vram_bytes: int | None
     """Of it and its children; None if not known."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Orphan:
-    """A process of a server of ours whose keeper is gone."""
-
-    process: ProcessId
-    launch: str
-    command: str
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
@@ -237,39 +225,3 @@ def launch_of(pid: int) -> str | None:
     return next(
         (word[len(prefix) :].decode(errors="replace") for word in words if word.startswith(prefix)), None
     )
-
-
-def find_orphans(state_dir: Path) -> tuple[Orphan, ...]:
-    """Processes of this user that belong to a launch without a living keeper.
-
-    An engine's title overwrites its environment, so the records of `state_dir` are asked for engines too.
-    """
-    table = ProcessTable.read()
-    launches = {pid: launch for pid in table.parents if (launch := launch_of(pid))}
-    kept = {launch for pid, launch in launches.items() if _is_keeper(pid)}
-    recorded = {member.pid: launch for member, launch in _recorded(state_dir) if is_alive(member)}
-    found = []
-    for pid, launch in {**recorded, **launches}.items():
-        process = table.id_of(pid)
-        if launch not in kept and process is not None:
-            found.append(Orphan(process=process, launch=launch, command=command_of(pid) or ""))
-    return tuple(found)
-
-
-def _recorded(state_dir: Path) -> Iterator[tuple[ProcessId, str]]:
-    """The processes that the records name, each with its launch."""
-    for path in (state_dir / "records").glob("*.json"):
-        try:
-            record = msgspec.json.decode(path.read_bytes(), type=Record)
-        except (OSError, msgspec.DecodeError):
-            continue
-        for member in (record.server, *record.engines):
-            if member is not None and record.launch is not None:
-                yield member, record.launch
-
-
-def _is_keeper(pid: int) -> bool:
-    try:
-        return b"vllm_sleep_tui/fleet/keeper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False

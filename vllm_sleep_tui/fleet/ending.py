@@ -12,10 +12,13 @@ from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.keeping import Word, ask_to_stop, end_members, is_kept, read_word
 from vllm_sleep_tui.fleet.planning import read_memory
 from vllm_sleep_tui.fleet.records import Record
-from vllm_sleep_tui.fleet.states import Event
+from vllm_sleep_tui.fleet.states import Event, State
 
 ENGINE_DIED = Diagnosis("Its engine process died.", "Look at its log, then start it again.")
 SERVER_GONE = Diagnosis("Its server ended by itself.", "Look at its log, then start it again.")
+RECORD_LOST = Diagnosis(
+    "Its record was lost; its server still runs.", "The panel or the next operation on it takes it back."
+)
 STOP_LIMIT = 30.0
 """Seconds for the keeper to be gone: its grace before SIGKILL, and the kernel's work on tens of GiB."""
 MEMORY_LIMIT = 10.0
@@ -58,8 +61,11 @@ async def memory_gone(core: Core, record: Record) -> None:
         await asyncio.sleep(0.02)
 
 
-async def fail(core: Core, record: Record, reason: str, cure: str) -> Record:
-    """End the server and write it down as failed, with the reason and the cure."""
+async def fail(core: Core, record: Record, reason: str, cure: str, *, fell: State | None = None) -> Record:
+    """End the server and write it down as failed, with the reason and the cure.
+
+    `fell` is the state from which it died by itself: the leader may start it again.
+    """
     await end_server(core, record, at_once=True)
     return core.enter(
         record,
@@ -71,6 +77,7 @@ async def fail(core: Core, record: Record, reason: str, cure: str) -> Record:
         keeper=None,
         server=None,
         engines=(),
+        fell=fell,
     )
 
 

@@ -15,7 +15,7 @@ from vllm_sleep_tui.fleet.operation import Operation, Report, to_safe_point
 from vllm_sleep_tui.fleet.predict import memory_in, predict
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, FleetSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import StartPhase
-from vllm_sleep_tui.fleet.supervision import Watcher
+from vllm_sleep_tui.fleet.supervision import Leader, Watcher
 from vllm_sleep_tui.fleet.view import Viewer
 from vllm_sleep_tui.telemetry.sampler import Sampler
 
@@ -25,25 +25,31 @@ T = TypeVar("T")
 class Fleet:
     """The models of one config; an async context manager whose end leaves the servers running.
 
+    With `leads` it tries to be the leader, who restarts, times idleness and looks for hangs.
     Operations raise PanelError with what is wrong and what to do. Cancelling the task that awaits one stops
     it at its next safe point and raises CancelledByUser.
     """
 
-    def __init__(self, loaded: LoadedConfig, state_dir: Path) -> None:
+    def __init__(self, loaded: LoadedConfig, state_dir: Path, *, leads: bool = False) -> None:
         self.loaded = loaded
         self.state_dir = state_dir
         self._core = Core(loaded, state_dir)
         self._viewer = Viewer(self._core)
         self._sampler = Sampler(self._core.reader, self._core.simulated)
         self._watcher = Watcher(self._core)
+        self._leader = Leader(self._core) if leads else None
 
     async def __aenter__(self) -> Self:
         self._sampler.set_roots(self._viewer.roots())
         self._sampler.start()
         self._watcher.start()
+        if self._leader:
+            self._leader.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._leader:
+            await self._leader.close()
         await self._watcher.close()
         self._sampler.close()
         self._core.footprints.flush()
@@ -54,7 +60,18 @@ class Fleet:
     def snapshot(self) -> FleetSnapshot:
         """Everything as of now; reads a few small files and the latest sample."""
         self._sampler.set_roots(self._viewer.roots())
-        return self._viewer.snapshot(self._sampler.latest())
+        notes = self._leader.notes if self._leader else ()
+        return self._viewer.snapshot(self._sampler.latest(), notes)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process is the one that acts unasked."""
+        return self._leader is not None and self._leader.seat.is_mine
+
+    def reload(self, loaded: LoadedConfig) -> None:
+        """Go on with a changed config file; what runs is left as it is."""
+        self.loaded = loaded
+        self._core.reload(loaded)
 
     async def measured(self) -> FleetSnapshot:
         """Everything, with memory that is read after this call."""

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import msgspec
 
+from vllm_sleep_tui.errors import OperationError
+
 POLL_SECONDS = 0.02
 LIMIT_SECONDS = 1800.0
 
@@ -61,6 +63,17 @@ def open_shared(path: Path) -> int:
     return os.open(path, flags)
 
 
+def open_lock(path: Path) -> int:
+    """Open a lock file; raises OperationError that names it if that cannot be."""
+    try:
+        return open_shared(path)
+    except OSError as error:
+        raise OperationError(
+            f"The lock {path} cannot be opened: {error.strerror}.",
+            "Make its folder writable for you; without the lock nothing is done.",
+        ) from error
+
+
 def read_holder(path: Path) -> Holder | None:
     """Who holds the lock, as it says itself; None if nobody does or the word cannot be read."""
     try:
@@ -101,13 +114,16 @@ async def hold(
     waiting: Callable[[Holder | None], None] = lambda _: None,
     checkpoint: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[None]:
-    """Hold all of `paths`, taken in the order given; raises LockBusyError after `limit` seconds."""
+    """Hold all of `paths`, taken in the order given; raises LockBusyError after `limit` seconds.
+
+    Raises OperationError if a lock file cannot be opened.
+    """
     held: list[int] = []
     deadline = time.monotonic() + limit
     word = msgspec.json.encode(who).ljust(1024)
     try:
         for path in paths:
-            descriptor = open_shared(path)
+            descriptor = open_lock(path)
             held.append(descriptor)
             await take(descriptor, path, deadline, waiting, checkpoint)
             os.pwrite(descriptor, word, 0)

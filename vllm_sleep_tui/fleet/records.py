@@ -7,6 +7,7 @@ reads again. It carries the launch's secret, hence mode 0600.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -17,6 +18,7 @@ import msgspec
 
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.paths import private_dir
 from vllm_sleep_tui.telemetry.processes import ProcessId
 
 PAGE = 4096
@@ -71,6 +73,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     reference: Reference | None = None
     proof: str | None = None
     last_switch: SwitchTimes | None = None
+    fell: State | None = None
+    """While failed: the state from which the server died by itself, if it did."""
+    restarts: tuple[float, ...] = ()
+    """UTC seconds of the latest restarts by the leader."""
     schema: int = 1
 
     def __repr__(self) -> str:
@@ -82,7 +88,7 @@ class RecordStore:
 
     def __init__(self, state_dir: Path, config_path: Path) -> None:
         self.folder = state_dir / "records"
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_dir(self.folder)
         self.config = str(config_path.resolve())
         self._suffix = hashlib.sha256(self.config.encode()).hexdigest()[:8]
 
@@ -121,20 +127,23 @@ class RecordStore:
             write_atomically(path, content)
 
     def _set_aside(self, path: Path, name: str) -> Record:
-        """Keep a record that cannot be read for the person, out of the way."""
+        """Keep a record that cannot be read for the person; what it told is put together anew.
+
+        Its server, if it lives, is taken back through its keeper by whoever holds the locks next.
+        """
         aside = path.with_suffix(f".broken-{int(time.time())}")
-        try:
-            path.rename(aside)
-        except FileNotFoundError:  # another process was faster
-            return Record(config=self.config, name=name)
-        return Record(
+        record = Record(
             config=self.config,
             name=name,
             state=State.FAILED,
             since=time.time(),
-            reason="Its record could not be read.",
-            cure=f"It was kept as {aside.name}; start the model again.",
+            reason=f"Its record could not be read and was kept as {aside.name}.",
+            cure="Start the model again.",
         )
+        with contextlib.suppress(OSError):  # another process was faster, or the folder is read-only
+            path.rename(aside)
+            write_atomically(path, encode(record))
+        return record
 
     def others(self) -> list[Record]:
         """Records of other configs in this state folder; unreadable ones are left out."""

@@ -10,7 +10,8 @@ from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.ending import ENGINE_DIED, SERVER_GONE, cause_in_log, end_server, fail
 from vllm_sleep_tui.fleet.keeping import is_kept, read_word
-from vllm_sleep_tui.fleet.operation import Operation
+from vllm_sleep_tui.fleet.lost import is_lost, take_back
+from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.server import Server
 from vllm_sleep_tui.fleet.states import Event, State
@@ -21,17 +22,16 @@ def is_unfinished(core: Core, name: str) -> bool:
     """Whether the record tells of an operation, or of a server that is no more."""
     record = core.records.read(name)
     if record.state in (State.STOPPED, State.FAILED):
-        return False
+        return is_lost(core, record)
     return record.intent is not None or not lives(core, record) or not is_whole(record)
 
 
 def needs_care(core: Core, name: str) -> bool:
-    """Whether it is unfinished and nobody is at it."""
-    record = core.records.read(name)
+    """Whether it is unfinished and nobody else is at it; within this process the locks tell."""
     if not is_unfinished(core, name):
         return False
-    at_it = record.intent is not None and is_alive(record.intent.actor)
-    return not at_it
+    intent = core.records.read(name).intent
+    return intent is None or intent.actor == actor() or not is_alive(intent.actor)
 
 
 def is_whole(record: Record) -> bool:
@@ -51,12 +51,14 @@ async def recover(core: Core, name: str, operation: Operation) -> None:
         return
     record = core.records.read(name)
     operation.tell(name, "settling", "what an earlier operation left")
-    if record.state is State.STOPPING:
+    if is_lost(core, record):
+        await take_back(core, record, operation)
+    elif record.state is State.STOPPING:
         await finish_stop(core, record)
     elif not lives(core, record):
         await bury(core, record)
     elif not is_whole(record):
-        await fail(core, record, ENGINE_DIED.reason, ENGINE_DIED.cure)
+        await fail(core, record, ENGINE_DIED.reason, ENGINE_DIED.cure, fell=fell_from(record))
     elif record.state is State.STARTING:
         await carry_on_start(core, record, operation)
     else:
@@ -70,7 +72,12 @@ async def bury(core: Core, record: Record) -> None:
         await finish_stop(core, record)
         return
     found = cause_in_log(record, word) or SERVER_GONE
-    await fail(core, record, found.reason, found.cure)
+    await fail(core, record, found.reason, found.cure, fell=fell_from(record))
+
+
+def fell_from(record: Record) -> State | None:
+    """The state to come back to after a restart; a start that failed is not tried again."""
+    return None if record.state is State.STARTING else record.state
 
 
 async def finish_stop(core: Core, record: Record) -> None:

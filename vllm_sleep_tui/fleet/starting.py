@@ -108,6 +108,7 @@ class Start:
             cure=None,
             level=None,
             proof=None,
+            fell=None,
             intent=self.intent("loading"),
         )
         return await self.guarded(self.launch(port))
@@ -137,6 +138,8 @@ class Start:
         except (OperationError, RefusedError) as error:
             await self.give_up(error)
             raise
+        except asyncio.CancelledError:
+            raise  # this process leaves; whoever comes next carries the start on
         except BaseException as error:
             await fail(
                 self.core,

@@ -1,46 +1,94 @@
-"""Looks after the servers while a panel is open: what died is written down, what was cut off is settled."""
+"""Looks after the servers while a panel or `serve` is open.
+
+Everyone settles: what died is written down, what was cut off is finished. Only the leader acts unasked:
+restarts, times idleness, looks for hangs and for orphans.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
 
+from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet import idle
 from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.hang import HangWatch, end_hung
+from vllm_sleep_tui.fleet.leader import Seat
 from vllm_sleep_tui.fleet.locks import LockBusyError, hold, holder
 from vllm_sleep_tui.fleet.operation import Operation
+from vllm_sleep_tui.fleet.orphans import find_orphans, summary
+from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.recovery import is_unfinished, needs_care, recover
+from vllm_sleep_tui.fleet.restart import PAUSES, Restarter
+from vllm_sleep_tui.fleet.states import State
 
 INTERVAL = 0.5
+"""Seconds between two looks at the records, and between two tries for the leader's seat."""
+SETTLING = 5.0
+"""Seconds until what is left unsettled counts as an orphan."""
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """The leader's patience, in seconds."""
+
+    hang: float = 120.0
+    hang_poll: float = 5.0
+    orphans_poll: float = 60.0
+    restart_pauses: tuple[float, ...] = PAUSES
+
+
+class Tasks:
+    """At most one task for each name."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def begin(self, name: str, work: Coroutine[None, None, None]) -> None:
+        """Do `work`, unless something under this name is still being done."""
+        if self.busy(name):
+            work.close()
+        else:
+            self._tasks[name] = asyncio.create_task(work, name=name)
+
+    def busy(self, name: str) -> bool:
+        """Whether something under this name is being done."""
+        task = self._tasks.get(name)
+        return task is not None and not task.done()
+
+    async def close(self) -> None:
+        """Cut off what is being done; whoever comes next carries it on."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+
 class Watcher:
-    """One task that looks twice a second, and one more for each model that needs care."""
+    """What every open fleet does: it looks twice a second and settles what nobody is at."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._task: asyncio.Task[None] | None = None
-        self._care: dict[str, asyncio.Task[None]] = {}
+        self._tasks = Tasks()
 
     def start(self) -> None:
         """Begin to look."""
-        self._task = asyncio.create_task(self._run(), name="watcher")
+        self._tasks.begin("watcher", self._run())
 
     async def close(self) -> None:
         """Stop looking; care under way is cut off, to be settled by whoever comes next."""
-        tasks = [task for task in (self._task, *self._care.values()) if task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.close()
 
     async def _run(self) -> None:
         while True:
-            self._care = {name: task for name, task in self._care.items() if not task.done()}
-            for name in self._core.config.models:
-                if needs_care(self._core, name) and name not in self._care:
-                    self._care[name] = asyncio.create_task(self._look_after(name), name=f"care of {name}")
+            for name in list(self._core.config.models):
+                if needs_care(self._core, name):
+                    self._tasks.begin(f"care of {name}", self._look_after(name))
             await asyncio.sleep(INTERVAL)
 
     async def _look_after(self, name: str) -> None:
@@ -51,5 +99,104 @@ class Watcher:
         with contextlib.suppress(LockBusyError, PanelError):
             async with hold(paths, holder("settling", name), limit=0.0):
                 if is_unfinished(core, name):
-                    log.info("settling %s", name)
+                    log.info("%s: settling what an earlier operation left", name)
                     await recover(core, name, Operation("settling", name))
+
+
+class Leader:
+    """What one process does for all: see the module."""
+
+    def __init__(self, core: Core, limits: Limits | None = None) -> None:
+        self._core = core
+        self._limits = limits or Limits()
+        self.seat = Seat(core.records.folder.parent / core.records.path("leader", "lock").name)
+        self.notes: tuple[str, ...] = ()
+        """What the person should know: orphans."""
+        self._tasks = Tasks()
+        self._restarter = Restarter(core, self._limits.restart_pauses)
+        self._hangs = HangWatch(self._limits.hang)
+        self._idleness = idle.Idleness()
+        self._next_look: dict[str, float] = {}
+        self._refused: dict[str, tuple[str | None, float]] = {}
+
+    def start(self) -> None:
+        """Begin to try for the seat."""
+        self._is_time("orphans", SETTLING)
+        self._tasks.begin("leader", self._run())
+
+    async def close(self) -> None:
+        """Leave the seat; a restart under way is carried on by whoever comes next."""
+        await self._tasks.close()
+        self.seat.leave()
+
+    async def _run(self) -> None:
+        while True:
+            if self.seat.take():
+                self._lead()
+            await asyncio.sleep(INTERVAL)
+
+    def _lead(self) -> None:
+        if self._is_time("orphans", self._limits.orphans_poll):
+            self._tasks.begin("orphans", self._look_for_orphans())
+        for name, model in self._core.config.models.items():
+            if model.url is not None or self._tasks.busy(name):
+                continue
+            record = self._core.records.read(name)
+            if self._restarter.is_due(name):
+                self._tasks.begin(name, self._told(name, self._restarter.act(name)))
+            elif (
+                record.state in (State.AWAKE, State.ASLEEP)
+                and record.intent is None
+                and self._is_time(name, idle.poll_seconds(model.idle) or self._limits.hang_poll)
+            ):
+                self._tasks.begin(name, self._told(name, self._look_at(record)))
+
+    def _is_time(self, what: str, interval: float) -> bool:
+        """Whether `interval` seconds have passed since this was last True for `what`."""
+        now = time.monotonic()
+        if now < self._next_look.get(what, 0.0):
+            return False
+        self._next_look[what] = now + interval
+        return True
+
+    async def _told(self, name: str, work: Coroutine[None, None, None]) -> None:
+        """`work`, with what went wrong in the log; the record holds it too."""
+        try:
+            await work
+        except PanelError as error:
+            log.warning("%s: %s", name, error.what)
+        except EngineError:
+            pass  # it is ending, or the watcher finds it dead
+
+    async def _look_at(self, record: Record) -> None:
+        """Is it idle, does it hang?"""
+        config = self._core.config.models[record.name].idle
+        if record.state is State.ASLEEP and not config.stop_after:
+            return
+        client = self._core.client(record)
+        try:
+            gate = await client.gate()
+        except EngineError:
+            if self._hangs.is_deaf(record):
+                await self._end(record, "not a word from it")
+            return
+        self._hangs.hears(record)
+        what = idle.due(config, record.state, idle.now_idle(self._idleness, record, gate))
+        key = (record.launch, record.since)
+        if what is not None and self._refused.get(record.name) != key:
+            log.info("%s: %s, nobody has used it for a while", record.name, what)
+            try:
+                await idle.put_away(self._core, record, what, gate)
+            except PanelError:
+                self._refused[record.name] = key  # no RAM for level 1, say: once is enough
+                raise
+        elif record.state is State.AWAKE and await self._hangs.is_hung(client, record, gate):
+            await self._end(record, f"{gate.in_flight} requests under way and no token")
+
+    async def _end(self, record: Record, symptom: str) -> None:
+        log.warning("%s: it hangs: %s", record.name, symptom)
+        await end_hung(self._core, record, symptom, self._hangs.limit)
+
+    async def _look_for_orphans(self) -> None:
+        found = await asyncio.to_thread(find_orphans, self._core.state_dir)
+        self.notes = summary(found)

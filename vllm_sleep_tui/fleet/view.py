@@ -8,7 +8,7 @@ from pathlib import Path
 from vllm_sleep_tui.config_file import LoadedConfig
 from vllm_sleep_tui.engine.causes import Diagnosis
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.ending import ENGINE_DIED, SERVER_GONE, cause_in_log
+from vllm_sleep_tui.fleet.ending import ENGINE_DIED, RECORD_LOST, SERVER_GONE, cause_in_log
 from vllm_sleep_tui.fleet.keeping import is_kept, read_word
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.snapshot import (
@@ -43,8 +43,8 @@ class Viewer:
                     found[name] = word.keeper.pid
         return found
 
-    def snapshot(self, sample: Sample) -> FleetSnapshot:
-        """Everything, with the memory of `sample`."""
+    def snapshot(self, sample: Sample, notes: tuple[str, ...] = ()) -> FleetSnapshot:
+        """Everything, with the memory of `sample` and further `notes`."""
         models = tuple(self._model(name, sample.models.get(name)) for name in self._core.config.models)
         return FleetSnapshot(
             models=models,
@@ -53,7 +53,7 @@ class Viewer:
                 ram_available_bytes=sample.host.available_bytes, ram_total_bytes=sample.host.total_bytes
             ),
             time=time.time(),
-            notes=sample.notes,
+            notes=(*sample.notes, *notes),
         )
 
     def _model(self, name: str, memory: ModelMemory | None) -> ModelSnapshot:
@@ -91,9 +91,9 @@ class Viewer:
 
     def observe(self, record: Record) -> tuple[State, Diagnosis | None]:
         """The state as it is, and why, where the record does not know yet: servers die without asking."""
-        if record.state in (State.STOPPED, State.FAILED):
-            return record.state, None
         path = self._core.keeper_file(record.name)
+        if record.state in (State.STOPPED, State.FAILED):
+            return (State.FAILED, RECORD_LOST) if is_kept(path) else (record.state, None)
         word = read_word(path)
         if word.launch != record.launch:  # its keeper is about to be started
             return (record.state, None) if record.intent else (State.FAILED, SERVER_GONE)

@@ -1,0 +1,121 @@
+"""A server whose record was lost: its keeper lives, and the server knows the rest itself.
+
+Its environment and command line, which only this user can read, tell secret, GPUs and port; whether it
+sleeps, it is asked. What cannot be taken back is ended, because nobody could drive it.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import msgspec
+
+from vllm_sleep_tui.engine.client import VllmClient
+from vllm_sleep_tui.engine.failures import EngineError
+from vllm_sleep_tui.engine.guard import SECRET_VARIABLE
+from vllm_sleep_tui.errors import OperationError, PanelError
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.ending import end_server
+from vllm_sleep_tui.fleet.keeping import Word, is_kept, read_word
+from vllm_sleep_tui.fleet.operation import Operation
+from vllm_sleep_tui.fleet.orphans import open_files
+from vllm_sleep_tui.fleet.records import Record
+from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.telemetry import prometheus
+from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive
+
+ASK_LIMIT = 60.0
+SLEEP_STATE = "vllm:engine_sleep_state"
+
+
+def is_lost(core: Core, record: Record) -> bool:
+    """Whether a record that tells of no server is wrong: its model's keeper lives."""
+    return record.state in (State.STOPPED, State.FAILED) and is_kept(core.keeper_file(record.name))
+
+
+async def take_back(core: Core, record: Record, operation: Operation) -> None:
+    """Put the record together again, or end the server and say so; the caller holds the locks."""
+    word = read_word(core.keeper_file(record.name))
+    record = msgspec.structs.replace(
+        record, launch=word.launch, keeper=word.keeper, server=word.server, intent=None, restarts=()
+    )
+    try:
+        record = identify(core, record, word)
+        await ask(core, record, operation)
+    except (EngineError, PanelError, OSError, ValueError) as error:
+        await end_server(core, record, at_once=True)
+        said = f"Its record was lost and its server could not be taken back ({error}): it was ended."
+        core.write(
+            record,
+            state=State.FAILED,
+            since=time.time(),
+            reason=said,
+            cure="Start it again.",
+            keeper=None,
+            server=None,
+            engines=(),
+            fell=None,
+        )
+
+
+def identify(core: Core, record: Record, word: Word) -> Record:
+    """The record with what the server's process tells; raises OSError or ValueError if it does not."""
+    if word.server is None or word.keeper is None or not is_alive(word.server):
+        raise ValueError("its process is gone")
+    folder = Path(f"/proc/{word.server.pid}")
+    environment = dict(
+        line.split("=", 1) for line in (folder / "environ").read_text().split("\0") if "=" in line
+    )
+    argv = (folder / "cmdline").read_text().split("\0")
+    if SECRET_VARIABLE not in environment or "--port" not in argv:
+        raise ValueError("its process does not tell its port and secret")
+    return msgspec.structs.replace(
+        record,
+        port=int(argv[argv.index("--port") + 1]),
+        secret=environment[SECRET_VARIABLE],
+        gpus=tuple(int(gpu) for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu),
+        log=log_of(word.keeper) or str(core.log_path(record.name)),
+        digest=core.digest(record.name),
+    )
+
+
+def log_of(keeper: ProcessId) -> str | None:
+    """The log that a keeper has open."""
+    return next((path for path in open_files(keeper.pid) if path.endswith(".log")), None)
+
+
+async def ask(core: Core, record: Record, operation: Operation) -> None:
+    """Ask the server how it is and write that down; raises if it does not answer as ours would."""
+    from vllm_sleep_tui.fleet.starting import Start
+
+    client = core.client(record)
+    if not await client.health():
+        raise OperationError("it was not ready")
+    start = Start(core, record.name, operation)
+    start.record = record
+    await start.check_listener(client)
+    sleeping = await client.is_sleeping(ASK_LIMIT)
+    level = await sleep_level(client) if sleeping else None
+    await client.set_gate(sleeping, GATE_LIMIT)
+    # No transition: this is the state it has been in all along.
+    record = core.write(
+        start.record,
+        state=State.ASLEEP if sleeping else State.AWAKE,
+        since=time.time(),
+        level=level,
+        resolved_level=str(level) if level else start.resolve_level(),
+        reference=None,
+        reason=None,
+        cure=None,
+        fell=None,
+    )
+    if not sleeping:
+        await Server(core, record, operation).take_reference()
+
+
+async def sleep_level(client: VllmClient) -> int:
+    """The level of a sleeper, by its own gauge (vLLM 0.12 and newer)."""
+    scrape = prometheus.parse(await client.metrics(), frozenset({SLEEP_STATE}))
+    return 2 if prometheus.total(scrape, SLEEP_STATE, sleep_state="discard_all") else 1
