@@ -8,11 +8,12 @@ operation.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import os
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -222,15 +223,28 @@ class History:
     def _connected(self) -> sqlite3.Connection:
         """The open database; raises sqlite3.Error or OSError."""
         if self._connection is None:
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            connection = sqlite3.connect(self._path, timeout=LOCK_SECONDS, check_same_thread=False)
-            try:
-                _prepare(connection)
-            except BaseException:
-                connection.close()
-                raise
+            with self._alone():
+                connection = sqlite3.connect(self._path, timeout=LOCK_SECONDS, check_same_thread=False)
+                try:
+                    _prepare(connection)
+                except BaseException:
+                    connection.close()
+                    raise
             self._connection = connection
         return self._connection
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Open one at a time: SQLite refuses at once if two processes change a new file to WAL together."""
+        descriptor = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(FileExistsError):
+                # Never a file that is there: closing it would drop the locks of SQLite in this process.
+                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            yield
+        finally:
+            os.close(descriptor)
 
     def _disconnect(self) -> None:
         if self._connection is not None:
