@@ -151,7 +151,7 @@ def _rich_theme(palette: Palette) -> RichTheme:
 async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
     marked = [name for name, model in loaded.config.models.items() if model.autostart]
     folders = (package_folder(), paths.config_dir() / "themes")
-    async with Fleet(loaded, state_dir) as fleet:
+    async with Fleet(loaded, state_dir, leads=True) as fleet:
         app = PanelApp(fleet, state_dir=state_dir, theme_folders=folders, autostart=marked)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGHUP):
