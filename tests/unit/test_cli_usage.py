@@ -112,7 +112,7 @@ def test_a_model_without_a_log_says_how_to_get_one(home: Path) -> None:
 def test_help_names_every_verb() -> None:
     done = run("--help")
     assert done.returncode == 0
-    verbs = "status start stop restart sleep wake switch chat logs init doctor demo orphans"
+    verbs = "status start stop restart sleep wake switch chat logs init doctor demo serve orphans"
     assert [verb for verb in verbs.split() if f"\n  {verb} " not in done.stdout] == []
 
 

@@ -30,9 +30,11 @@ VERBS: dict[str, str] = {
     "switch": "operations",
     "chat": "chat",
     "logs": "logs",
+    "bench": "bench",
     "init": "init",
     "doctor": "doctor",
     "demo": "demo",
+    "serve": "serve",
     "orphans": "orphans",
 }
 """Verb → the module of this folder that holds it."""

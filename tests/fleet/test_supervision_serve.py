@@ -1,0 +1,183 @@
+"""`serve` as a process: signals, autostart, takeover, reload."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fleet.conftest import Box
+from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.view import read_once
+
+MakeBox = Callable[..., Box]
+
+
+class Served:
+    """A box, and `serve` processes over it that write what they say into files."""
+
+    def __init__(self, machine: Box) -> None:
+        self.machine = machine
+        self.processes: list[subprocess.Popen[bytes]] = []
+        # The box's state folder is where the verbs look: XDG_STATE_HOME/vllm-sleep-tui.
+        self.env = os.environ | {"XDG_STATE_HOME": str(machine.folder)}
+        machine.state_dir.rmdir()
+        machine.state_dir = machine.folder / "vllm-sleep-tui"
+
+    def serve(self, *words: str) -> int:
+        """Begin a serve; its number."""
+        number = len(self.processes)
+        command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(self.machine.config)]
+        with self.log(number).open("wb") as file:
+            process = subprocess.Popen(
+                [*command, "serve", *words], env=self.env, stdout=file, stderr=subprocess.STDOUT
+            )
+        self.processes.append(process)
+        return number
+
+    def log(self, number: int) -> Path:
+        return self.machine.folder / f"serve{number}.log"
+
+    def until_said(self, number: int, text: str, limit: float = 30.0) -> float:
+        """Seconds until the log holds a text."""
+        began = time.monotonic()
+        while text not in self.log(number).read_text():
+            assert time.monotonic() - began < limit, self.log(number).read_text()
+            assert self.processes[number].poll() is None or text in self.log(number).read_text()
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+    def end(self, number: int, signum: int = signal.SIGTERM) -> int:
+        self.processes[number].send_signal(signum)
+        return self.processes[number].wait(30)
+
+    def look(self, name: str) -> ModelSnapshot:
+        return read_once(load(self.machine.config), self.machine.state_dir).model(name)
+
+
+@pytest.fixture
+def served(box: MakeBox) -> Iterator[Callable[..., Served]]:
+    made: list[Served] = []
+
+    def make(models: dict[str, dict[str, Any]], **more: Any) -> Served:
+        made.append(Served(box(models, **more)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        for process in each.processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+
+
+AUTO = {"a": {"model": "sim/1GiB", "autostart": True}, "b": {"model": "sim/4GiB"}}
+
+
+def test_serve_starts_what_it_should_and_leaves_it_running_on_sigterm(
+    served: Callable[..., Served],
+) -> None:
+    here = served(AUTO)
+    number = here.serve()
+    here.until_said(number, "serve: leads")
+    here.until_said(number, "a: awake")
+    assert here.end(number) == 0
+    assert here.look("a").state is State.AWAKE
+    assert here.look("b").state is State.STOPPED
+
+
+def test_serve_stops_its_models_on_exit_if_it_was_told_to(served: Callable[..., Served]) -> None:
+    here = served(AUTO)
+    number = here.serve("--stop-on-exit")
+    here.until_said(number, "a: awake")
+    assert here.end(number) == 0
+    assert here.look("a").state is State.STOPPED
+
+
+def test_a_start_under_way_at_sigterm_is_carried_on_by_the_next_serve(
+    served: Callable[..., Served],
+) -> None:
+    here = served({"a": {"model": "sim/1GiB", "autostart": True}}, speed="5")
+    first = here.serve()
+    here.until_said(first, "a: starting")
+    while here.look("a").pid is None:
+        time.sleep(0.01)
+    pid = here.look("a").pid
+    assert here.end(first) == 0
+    assert here.look("a").state is State.STARTING
+    second = here.serve()
+    here.until_said(second, "a: awake")
+    assert here.look("a").pid == pid
+
+
+def test_another_serve_takes_over_within_two_seconds_and_restarts_what_died(
+    served: Callable[..., Served],
+) -> None:
+    here = served(AUTO)
+    first = here.serve()
+    here.until_said(first, "a: awake")
+    second = here.serve()
+    here.until_said(second, "another panel or serve leads")
+    here.end(first, signal.SIGKILL)
+    assert here.until_said(second, "serve: leads") < 2.0
+    pid = here.look("a").pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    here.until_said(second, "restart 1 of 3")
+    deadline = time.monotonic() + 30
+    while here.look("a").state is not State.AWAKE or here.look("a").pid == pid:
+        assert time.monotonic() < deadline, here.log(second).read_text()
+        time.sleep(0.05)
+
+
+def test_a_reload_leaves_what_runs_alone_and_says_what_it_means(served: Callable[..., Served]) -> None:
+    here = served(AUTO)
+    number = here.serve()
+    here.until_said(number, "a: awake")
+    pid = here.look("a").pid
+    written = json.loads(here.machine.config.read_text())
+
+    written["models"]["c"] = written["models"]["b"]
+    here.machine.config.write_text(json.dumps(written))
+    here.processes[number].send_signal(signal.SIGHUP)
+    here.until_said(number, "reload: done, 3 models")
+    here.until_said(number, "c: stopped")
+    assert "needs a restart" not in here.log(number).read_text()
+
+    changed = json.loads(json.dumps(written))
+    changed["models"]["a"]["args"]["max-model-len"] = 1024
+    here.machine.config.write_text(json.dumps(changed))
+    here.processes[number].send_signal(signal.SIGHUP)
+    here.until_said(number, "a changed and needs a restart")
+
+    here.machine.config.write_text("models: [")
+    here.processes[number].send_signal(signal.SIGHUP)
+    here.until_said(number, "The old config holds")
+
+    here.machine.config.write_text(json.dumps(written | {"models": {"b": written["models"]["b"]}}))
+    here.processes[number].send_signal(signal.SIGHUP)
+    here.until_said(number, f"a is no longer in the config; its server (pid {pid}) is left running")
+    here.machine.config.write_text(json.dumps(written))
+    assert here.look("a").pid == pid
+    assert here.look("a").state is State.AWAKE
+
+
+def test_a_gateway_in_the_config_is_said_to_be_missing(served: Callable[..., Served]) -> None:
+    here = served({"a": {"model": "sim/1GiB"}})
+    written = json.loads(here.machine.config.read_text()) | {"gateway": {"port": 8800}}
+    here.machine.config.write_text(json.dumps(written))
+    number = here.serve()
+    here.until_said(number, "gateway: it is not part of this version")
+    here.until_said(number, "a: stopped")
+    assert here.end(number) == 0

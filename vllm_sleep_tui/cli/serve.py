@@ -1,0 +1,178 @@
+"""`serve`: the panel's care without its screen, for systemd, tmux or a container."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from vllm_sleep_tui.cli.common import config_option, load_config, run_commands_of
+from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
+from vllm_sleep_tui.fleet.states import RUNNING, State
+from vllm_sleep_tui.paths import state_dir
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.fleet.fleet import Fleet
+
+LOOK_SECONDS = 0.5
+log = logging.getLogger(__name__)
+
+
+@click.command()
+@click.option("--stop-on-exit", is_flag=True, help="Stop every model when serve ends; otherwise they run on.")
+@config_option
+@click.pass_context
+def serve(ctx: click.Context, stop_on_exit: bool) -> None:
+    """Look after the models without a screen.
+
+    It starts those with `autostart`, restarts what dies and sends idle ones to sleep. SIGHUP reads the config
+    again; SIGTERM ends it and leaves the servers running.
+    """
+    loaded = load_config(ctx)
+    run_commands_of(loaded)
+    begin_log()
+    if loaded.config.gateway is not None:
+        log.info("gateway: it is not part of this version; the models answer on their own ports")
+    asyncio.run(Headless(loaded, stop_on_exit=stop_on_exit).run())
+
+
+def begin_log() -> None:
+    """Our own lines on stdout, each with its time; libraries say only what is wrong."""
+    logging.basicConfig(
+        stream=sys.stdout, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING
+    )
+    logging.getLogger("vllm_sleep_tui").setLevel(logging.INFO)
+
+
+class Headless:
+    """One `serve`: its signals, its log, its fleet."""
+
+    def __init__(self, loaded: LoadedConfig, *, stop_on_exit: bool) -> None:
+        self._loaded = loaded
+        self._stop_on_exit = stop_on_exit
+        self._ends = asyncio.Event()
+        self._reloads = asyncio.Event()
+        self._told: dict[str, str] = {}
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT."""
+        from vllm_sleep_tui.fleet.fleet import Fleet
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._ends.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reloads.set)
+        async with Fleet(self._loaded, state_dir(), leads=True) as fleet:
+            log.info("serve: pid %d, config %s", os.getpid(), self._loaded.path)
+            starting = asyncio.create_task(self._autostart(fleet))
+            await self._watch(fleet)
+            if self._stop_on_exit:
+                await self._stop_all(fleet)
+            elif not starting.done():
+                # Unwinding would break the start off; left as it is, whoever comes next carries it on.
+                log.info("serve: ends; a start is under way and is carried on by the next serve or panel")
+                leave_at_once()
+            with contextlib.suppress(PanelError):
+                await starting
+        log.info("serve: ended%s", "" if self._stop_on_exit else ", the servers run on")
+
+    async def _watch(self, fleet: Fleet) -> None:
+        """Tell what changes and reload on request, until the end is asked for."""
+        led = None
+        while not self._ends.is_set():
+            if self._reloads.is_set():
+                self._reloads.clear()
+                self._reload(fleet)
+            if fleet.is_leader != led:
+                led = fleet.is_leader
+                log.info("serve: leads" if led else "serve: another panel or serve leads, waiting")
+            self._tell(fleet)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ends.wait(), LOOK_SECONDS)
+
+    def _tell(self, fleet: Fleet) -> None:
+        """One line for each model whose state is another than before."""
+        snapshot = fleet.snapshot()
+        for model in snapshot.models:
+            line = line_of(model)
+            if self._told.get(model.name) != line:
+                self._told[model.name] = line
+                log.info("%s: %s", model.name, line)
+        for note in snapshot.notes:
+            if self._told.get(note) is None:
+                self._told[note] = note
+                log.warning("%s", note)
+
+    async def _autostart(self, fleet: Fleet) -> None:
+        """Start the models that the config wants and that do not run."""
+        stopped = {model.name for model in fleet.snapshot().models if model.state not in RUNNING}
+        wanted = self._loaded.config.models.items()
+        names = [name for name, model in wanted if model.autostart and name in stopped]
+        if names:
+            log.info("autostart: %s", ", ".join(names))
+            try:
+                await fleet.start(names)
+            except PanelError as error:
+                log.error("autostart: %s %s", error.what, error.cure)
+
+    async def _stop_all(self, fleet: Fleet) -> None:
+        running = [model.name for model in fleet.snapshot().models if model.state in RUNNING]
+        log.info("serve: stopping %s", ", ".join(running) or "nothing")
+        try:
+            await fleet.stop(running)
+        except PanelError as error:
+            log.error("serve: %s %s", error.what, error.cure)
+
+    def _reload(self, fleet: Fleet) -> None:
+        """Read the config again; what runs is left alone, and what that means is said."""
+        try:
+            loaded = load(self._loaded.path)
+        except PanelError as error:
+            log.error("reload: %s %s The old config holds.", error.what, error.cure)
+            return
+        before, after = self._loaded.config.models, loaded.config.models
+        running = {model.name: model for model in fleet.snapshot().models if model.state in RUNNING}
+        for name, model in running.items():
+            if name not in after:
+                log.warning(
+                    "reload: %s is no longer in the config; its server (pid %s) is left running, "
+                    "`orphans --end` ends it",
+                    name,
+                    model.pid,
+                )
+            elif launch_part(after[name]) != launch_part(before[name]):
+                log.warning("reload: %s changed and needs a restart: `restart %s`", name, name)
+        if loaded.config.simulated_gpus != self._loaded.config.simulated_gpus:
+            log.warning("reload: simulated_gpus changed, which only a new serve heeds")
+        self._loaded = loaded
+        fleet.reload(loaded)
+        log.info("reload: done, %d models", len(after))
+
+
+def launch_part(model: ModelConfig) -> tuple[object, ...]:
+    """What of a model's config its running server was launched with."""
+    return (model.model, model.gpus, model.level, model.args, model.env, model.port)
+
+
+def line_of(model: ModelSnapshot) -> str:
+    """The state of a model in words, with the reason of a failure."""
+    level = f" L{model.level}" if model.state is State.ASLEEP and model.level else ""
+    reason = f": {model.reason}" if model.state is State.FAILED and model.reason else ""
+    port = f", port {model.port}" if model.state is State.AWAKE else ""
+    return f"{model.state}{level}{port}{reason}"
+
+
+def leave_at_once() -> None:
+    """End this process without unwinding anything."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
