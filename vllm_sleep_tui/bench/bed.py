@@ -1,0 +1,94 @@
+"""Where a run takes place: the person's own fleet, or one of the pair alone with this run's changes.
+
+The changed pair has a config file of its own beside the person's, so that relative paths in it stay true, and
+so records of its own; whatever ends the run, `--config` on that file reaches its servers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_sleep_tui.bench.plan import Override, Plan
+from vllm_sleep_tui.config_checks import normal_arg
+from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.config_yaml import parse
+from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.operation import Report
+from vllm_sleep_tui.paths import write_private
+
+
+def changed_models(loaded: LoadedConfig, plan: Plan) -> dict[str, dict[str, Any]]:
+    """The pair's entries in the config with the plan's changes; ${VAR} stays, so no secret is shown."""
+    written = parse(loaded.path).values["models"]
+    found: dict[str, dict[str, Any]] = {}
+    for name in plan.pair:
+        entry = json.loads(json.dumps(written[name]))
+        for override in plan.overrides:
+            if override.model in (name, "*"):
+                _change(entry, override)
+        found[name] = entry
+    return found
+
+
+def _change(entry: dict[str, Any], override: Override) -> None:
+    if override.argument is None:
+        entry["level"] = override.value
+        return
+    same = normal_arg(override.argument)
+    arguments = {key: value for key, value in (entry.get("args") or {}).items() if normal_arg(key) != same}
+    if override.value is not None:
+        arguments[override.argument] = override.value
+    entry["args"] = arguments
+
+
+def check_changes(loaded: LoadedConfig, plan: Plan) -> None:
+    """Raises UsageError if the pair's config with the plan's changes could not be loaded."""
+    if plan.overrides:
+        path = write_config(loaded, plan)
+        try:
+            load(path)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def write_config(loaded: LoadedConfig, plan: Plan) -> Path:
+    """Write the config of the changed pair; the same changes always have the same file."""
+    written = parse(loaded.path).values
+    kept = {key: written[key] for key in ("vllm_command", "simulated_gpus") if written.get(key)}
+    content = json.dumps({**kept, "models": changed_models(loaded, plan)}, indent=1).encode()
+    name = f".{loaded.path.stem}.bench-{hashlib.sha256(content).hexdigest()[:8]}.yaml"
+    path = loaded.path.with_name(name)
+    write_private(path, content)
+    return path
+
+
+@contextlib.asynccontextmanager
+async def open_bed(fleet: Fleet, plan: Plan, report: Report | None) -> AsyncIterator[Fleet]:
+    """The fleet to measure on; a changed pair is stopped and its file removed at the end."""
+    if not plan.overrides:
+        yield fleet
+        return
+    await fleet.stop(plan.pair, report=report)
+    path = write_config(fleet.loaded, plan)
+    try:
+        async with Fleet(load(path), fleet.state_dir) as bed:
+            try:
+                yield bed
+            finally:
+                await _stop_all(bed, plan.pair, report)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+async def _stop_all(bed: Fleet, pair: Sequence[str], report: Report | None) -> None:
+    """Stop the pair, with force if it does not go willingly."""
+    try:
+        await bed.stop(pair, report=report)
+    except PanelError:
+        await bed.stop(pair, force=True, report=report)

@@ -1,0 +1,62 @@
+"""What a run was made on: hardware, driver, and the versions that decide its figures."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+
+from vllm_sleep_tui.bench.results import Gpu, Machine
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot
+
+CPU_INFO = Path("/proc/cpuinfo")
+NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
+
+
+def describe(snapshot: FleetSnapshot, gpus: set[int], vllm_command: tuple[str, ...]) -> Machine:
+    """This machine with the GPUs of these indices; vLLM's own version is known once it runs."""
+    environment = environment_of(vllm_command)
+    return Machine(
+        cpu=_first(CPU_INFO, r"^model name\s*:\s*(.+)$"),
+        cores=os.cpu_count(),
+        ram_bytes=snapshot.host.ram_total_bytes,
+        kernel=platform.release(),
+        gpus=tuple(
+            Gpu(index=gpu.index, name=gpu.name, total_bytes=gpu.total_bytes, simulated=gpu.simulated)
+            for gpu in snapshot.gpus
+            if gpu.index in gpus
+        ),
+        driver=_first(NVIDIA_VERSION, r"Kernel Module(?: for \S+)?\s+([0-9.]+)"),
+        torch=_version_of("torch", environment),
+        vllm_python=None if environment is None else environment.parent.name.removeprefix("python"),
+        python=platform.python_version(),
+    )
+
+
+def environment_of(vllm_command: tuple[str, ...]) -> Path | None:
+    """The site-packages of the environment whose `vllm` this is; None if it does not lie in one."""
+    program = shutil.which(vllm_command[0])
+    if program is None:
+        return None
+    for folder in (Path(program).absolute().parent, Path(program).resolve().parent):
+        for found in sorted(folder.parent.glob("lib/python3.*/site-packages")):
+            return found
+    return None
+
+
+def _version_of(package: str, environment: Path | None) -> str | None:
+    """The version of an installed package, by the name of its metadata folder."""
+    if environment is None:
+        return None
+    found = next(environment.glob(f"{package}-*.dist-info"), None)
+    return None if found is None else found.name.removeprefix(f"{package}-").removesuffix(".dist-info")
+
+
+def _first(path: Path, pattern: str) -> str | None:
+    try:
+        match = re.search(pattern, path.read_text(errors="replace"), re.MULTILINE)
+    except OSError:
+        return None
+    return None if match is None else match[1].strip()

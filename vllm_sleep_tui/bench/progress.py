@@ -1,0 +1,73 @@
+"""How far a run is and how long the rest will take, from what it measured so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import mean
+
+from vllm_sleep_tui.bench.plan import STEPS, Mode, PassKey
+from vllm_sleep_tui.bench.results import Run, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What is still to do."""
+
+    done: int
+    """Steps done, those of refused passes included."""
+    steps: int
+    seconds: float
+    """Expected for the steps of modes that were measured already."""
+    is_all: bool
+    """Whether that is every step; without it `seconds` is a lower limit."""
+
+
+def left(run: Run) -> Left:
+    """Steps and seconds that are left."""
+    done, seconds, is_all = 0, 0.0, True
+    by_key = {each.key: each for each in run.passes}
+    for key in run.plan.passes:
+        each = by_key.get(key)
+        finished = 0 if each is None else (STEPS if each.is_done else len(each.steps))
+        done += finished
+        if finished < STEPS:
+            typical = seconds_of_step(run, key.mode)
+            is_all = is_all and typical is not None
+            seconds += (STEPS - finished) * (typical or 0.0)
+    return Left(done, STEPS * len(run.plan.passes), seconds, is_all)
+
+
+def seconds_of_step(run: Run, mode: Mode) -> float | None:
+    """The mean of a mode's steps so far; of a cold one never made, that of the initial loads."""
+    known = [step.switch + step.inference for each in run.of_mode(mode) for step in each.steps]
+    if not known and mode is Mode.COLD:
+        known = [load.seconds for load in run.loads]
+    return mean(known) if known else None
+
+
+def line(run: Run, key: PassKey, step: Step) -> str:
+    """One step for a person, with the time left."""
+    rest = left(run)
+    first = "no text" if step.ttft is None else f"first token {seconds(step.ttft)}"
+    tokens = "" if step.tokens is None else f"{step.tokens} tokens in "
+    at_least = "about" if rest.is_all else "at least"
+    ahead = f", {at_least} {duration(rest.seconds)} left" if rest.done < rest.steps else ""
+    return (
+        f"{key.mode} {key.repeat}  {step.leaving or '–'} → {step.target}  {seconds(step.switch)}  {first}  "
+        f"{tokens}{seconds(step.inference)}  ({rest.done} of {rest.steps}{ahead})"
+    )
+
+
+def seconds(value: float) -> str:
+    """Seconds, or milliseconds, with the figures that count."""
+    if value < 0.1:
+        return f"{1000 * value:.1f} ms" if value < 0.01 else f"{1000 * value:.0f} ms"
+    return f"{value:.3f} s" if value < 1 else f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+
+
+def duration(value: float) -> str:
+    """A longer time as people say it."""
+    if value < 90:
+        return f"{value:.0f} s"
+    minutes = round(value / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

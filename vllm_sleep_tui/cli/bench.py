@@ -1,0 +1,224 @@
+"""`bench`: the post's experiments on the person's own two models, their report, and the difference of two."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vllm_sleep_tui.cli.common import (
+    config_option,
+    given_config,
+    json_option,
+    load_config,
+    put_json,
+    run_commands_of,
+    say,
+)
+from vllm_sleep_tui.cli.running import Reporter, with_fleet
+from vllm_sleep_tui.errors import CancelledByUser, PanelError, UsageError
+from vllm_sleep_tui.paths import private_dir, state_dir
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.bench.plan import PassKey, Plan
+    from vllm_sleep_tui.bench.results import Run, Step
+    from vllm_sleep_tui.config_file import LoadedConfig
+    from vllm_sleep_tui.fleet.fleet import Fleet
+
+NEW_RUN_ONLY = ("modes", "repeats", "seed", "no_warmup", "changes", "out")
+file_argument = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+
+
+@click.group()
+def bench() -> None:
+    """Measure switches between two models, as vLLM's post on sleep mode did."""
+
+
+@bench.command("run")
+@click.argument("names", metavar="[A B]", nargs=-1)
+@click.option("--modes", default="level1,level2,cold", show_default=True, help="cold:1 is cold, one repeat.")
+@click.option("--repeats", type=click.IntRange(1, 99), default=3, show_default=True, help="Passes a mode.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Shuffles the order of the modes.")
+@click.option("--no-warmup", is_flag=True, help="No warm-up after the initial loads.")
+@click.option(
+    "--set", "changes", metavar="NAME.args.FLAG=VALUE", multiple=True, help="For this run alone; * is both."
+)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The result; else it is named.")
+@click.option("--resume", type=click.Path(path_type=Path, dir_okay=False), help="Go on with this result.")
+@click.option("--limit", type=click.FloatRange(min=1), metavar="SECONDS", help="Stop then; see --resume.")
+@json_option
+@config_option
+@click.pass_context
+def run_verb(
+    ctx: click.Context,
+    /,
+    names: tuple[str, ...],
+    out: Path | None,
+    resume: Path | None,
+    limit: float | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure A→B→A→B→A→B, an answer after each switch; the models end as they were found."""
+    from vllm_sleep_tui.bench.results import read
+
+    loaded = load_config(ctx)
+    before = None if resume is None else read(resume)
+    if before is None:
+        plan = _plan(loaded, names, **given)
+    else:
+        _check_resumed(ctx, before, names)
+        plan = before.plan
+    path = (resume or out or _free_path(plan)).absolute()
+    if resume is None and path.exists():
+        raise UsageError(f"{path} is there already.", "Name another --out, or go on with it: --resume.")
+    if not path.parent.is_dir():
+        raise UsageError(f"The folder {path.parent} is not there.", "Make it, or name another --out.")
+    run_commands_of(loaded)
+    again = _again(ctx, path)
+
+    async def measure(fleet: Fleet) -> Run:
+        from vllm_sleep_tui.bench import run as experiment
+
+        timer = asyncio.timeout(limit)
+        try:
+            async with timer:
+                return await experiment.run(fleet, plan, _tell, out=path, resume=before, report=Reporter())
+        except (CancelledByUser, TimeoutError) as error:
+            why = f"The limit of {limit:g} s was reached" if timer.expired() else "Interrupted"
+            raise CancelledByUser(f"{why}; {_how_far(path)}.", again) from error
+        except asyncio.CancelledError:
+            raise CancelledByUser(f"Interrupted; {_how_far(path)}.", again) from None
+        except PanelError as error:
+            if path.exists():
+                say(f"What was measured is in {path}.")
+            raise error
+
+    _put_result(with_fleet(loaded, measure), path, as_json)
+
+
+@bench.command("report")
+@file_argument
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="A page with charts, by itself."
+)
+@click.option("--md", type=click.Path(path_type=Path, dir_okay=False), help="Markdown, else on stdout.")
+@click.option("--switches-per-day", type=click.FloatRange(min=0), default=50.0, show_default=True)
+def report_verb(file: Path, html: Path | None, md: Path | None, switches_per_day: float) -> None:
+    """Show a result beside the post's figures, and whether sleeping pays."""
+    from vllm_sleep_tui.bench import markdown, page, report
+    from vllm_sleep_tui.bench.results import read
+
+    document = report.report(read(file), switches_per_day)
+    if html is not None:
+        _write(html, page.render(document))
+    if md is not None:
+        _write(md, markdown.render(document))
+    if html is None and md is None:
+        click.echo(markdown.render(document), nl=False)
+
+
+@bench.command("compare")
+@click.argument("first", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("second", type=click.Path(path_type=Path, dir_okay=False))
+@json_option
+def compare_verb(first: Path, second: Path, as_json: bool) -> None:
+    """Compare two results: medians, ratio, and whether the difference is more than the spread."""
+    import msgspec
+
+    from vllm_sleep_tui.bench import compare, markdown
+    from vllm_sleep_tui.bench.results import read
+
+    rows = compare.compare(read(first), read(second))
+    if as_json:
+        put_json({"version": 1, "rows": msgspec.to_builtins(rows)})
+    else:
+        click.echo(markdown.table(compare.table(rows, first.stem, second.stem)), nl=False)
+
+
+def _plan(
+    loaded: LoadedConfig,
+    names: tuple[str, ...],
+    *,
+    modes: str,
+    repeats: int,
+    seed: int,
+    no_warmup: bool,
+    changes: tuple[str, ...],
+) -> Plan:
+    from vllm_sleep_tui.bench import plan
+
+    if len(names) != 2:
+        raise UsageError("bench run takes two models.", f"Name two of: {', '.join(loaded.config.models)}.")
+    for name in names:
+        loaded.model(name)
+    return plan.Plan(
+        a=names[0],
+        b=names[1],
+        passes=plan.order(plan.parse_modes(modes, repeats), seed),
+        seed=seed,
+        warm_up=not no_warmup,
+        overrides=plan.parse_overrides(changes, (names[0], names[1])),
+    )
+
+
+def _check_resumed(ctx: click.Context, before: Run, names: tuple[str, ...]) -> None:
+    """Raises UsageError if something is asked that the resumed run has decided already."""
+    source = click.core.ParameterSource.COMMANDLINE
+    decided = [name for name in NEW_RUN_ONLY if ctx.get_parameter_source(name) is source]
+    if decided or (names and names != before.plan.pair):
+        raise UsageError(
+            "A run that is resumed keeps its models and options.", "Leave everything but --limit out."
+        )
+
+
+def _free_path(plan: Plan) -> Path:
+    """Where a result goes that was given no name."""
+    folder = private_dir(state_dir() / "bench")
+    return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.a}-{plan.b}.json"
+
+
+def _again(ctx: click.Context, path: Path) -> str:
+    config = given_config(ctx)
+    return f"Go on: vllm-sleep-tui bench run {f'--config {config} ' if config else ''}--resume {path}"
+
+
+def _how_far(path: Path) -> str:
+    from vllm_sleep_tui.bench.progress import left
+    from vllm_sleep_tui.bench.results import read
+
+    if not path.exists():
+        return "nothing was measured yet"
+    rest = left(read(path))
+    return f"{rest.done} of {rest.steps} switches are in {path}"
+
+
+def _tell(run: Run, key: PassKey, step: Step) -> None:
+    from vllm_sleep_tui.bench.progress import line
+
+    say(line(run, key, step))
+
+
+def _put_result(run: Run, path: Path, as_json: bool) -> None:
+    import msgspec
+
+    from vllm_sleep_tui.bench import figures, markdown, report
+
+    if as_json:
+        shown = msgspec.to_builtins(figures.summary(run))
+        put_json({"version": 1, "file": str(path), "finished": run.is_done, "summary": shown})
+    else:
+        click.echo(markdown.table(report.switches_table(run)), nl=False)
+        click.echo(f"\n{path}")
+        say(f"Next: vllm-sleep-tui bench report {path}")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}.", "Name another file.") from None
+    click.echo(path)
