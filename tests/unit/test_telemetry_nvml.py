@@ -21,6 +21,7 @@ class FakeNvml(ModuleType):
         super().__init__("pynvml")
         self.withheld: dict[str | tuple[str, int], int] = {}
         self.inits = 0
+        self.users = 0
         self.started = False
         self.binary_text = False
         self.compute: list[SimpleNamespace] = [SimpleNamespace(pid=11, usedGpuMemory=60 * GIB)]
@@ -46,10 +47,12 @@ class FakeNvml(ModuleType):
         if "nvmlInit" in self.withheld:
             raise pynvml.NVMLError(self.withheld["nvmlInit"])
         self.started = True
+        self.users += 1
 
     def nvmlShutdown(self) -> None:  # noqa: N802
         self._answer("nvmlShutdown", 0, None)
-        self.started = False
+        self.users -= 1  # the real one counts its starts too
+        self.started = self.users > 0
 
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
         return 2
@@ -252,6 +255,15 @@ def test_a_closed_reader_reads_nothing(nvml: FakeNvml) -> None:
     reader.close()
     assert reader.read() == ()
     assert not nvml.started
+
+
+def test_a_second_reader_takes_nothing_from_the_first_when_it_comes_and_goes(nvml: FakeNvml) -> None:
+    first = NvmlReader(nvml)
+    second = NvmlReader(nvml)
+    assert nvml.users == 2
+    second.close()
+    assert nvml.started
+    assert len(first.read()) == 2
 
 
 def test_a_machine_without_gpu_gets_a_reader_that_says_why() -> None:

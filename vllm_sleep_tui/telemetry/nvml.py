@@ -41,6 +41,9 @@ class _Device:
 class NvmlReader:
     """Reads GPUs through the module `pynvml`, and finds them again after the driver or one of them went away.
 
+    One call at a time: NVML's handles die with its shutdown, and a call with a dead handle is a segmentation
+    fault, not an error (driver 580, seen).
+
     Making one raises the module's NVMLError_LibraryNotFound where no NVIDIA driver is installed.
     """
 
@@ -50,7 +53,8 @@ class NvmlReader:
         self._devices: tuple[_Device, ...] = ()
         self._trouble: str | None = None
         self._next_try = 0.0
-        self._connecting = threading.Lock()
+        self._started = False
+        self._in_use = threading.RLock()
         self._memory_version: tuple[int, ...] = (nvml.nvmlMemory_v2,)
         self._complaints: dict[tuple[int, str], str] = {}
         self._gone = frozenset(
@@ -72,20 +76,23 @@ class NvmlReader:
 
     def read(self) -> tuple[GpuReading, ...]:
         """All GPUs now, in NVML's order; figures that cannot be had are None."""
-        return tuple(self._reading(device) for device in self._reachable())
+        with self._in_use:
+            return tuple(self._reading(device) for device in self._reachable())
 
     def memory(self, index: int) -> tuple[int | None, Mapping[int, int | None] | None]:
         """Used bytes of one GPU and its bytes by pid; None for what is not known."""
-        for device in self._reachable():
-            if device.index == index:
-                info = self._memory(device)
-                return (None if info is None else int(info.used)), self._processes(device)
-        return None, None
+        with self._in_use:
+            for device in self._reachable():
+                if device.index == index:
+                    info = self._memory(device)
+                    return (None if info is None else int(info.used)), self._processes(device)
+            return None, None
 
     def close(self) -> None:
         """Let go of the driver; a later read finds nothing."""
-        self._devices = ()
-        self._shutdown()
+        with self._in_use:
+            self._devices = ()
+            self._shutdown()
 
     def _reachable(self) -> tuple[_Device, ...]:
         if self._trouble is not None and time.monotonic() >= self._next_try:
@@ -94,22 +101,23 @@ class NvmlReader:
 
     def _connect(self) -> None:
         """Start NVML afresh and look for the GPUs."""
-        if not self._connecting.acquire(blocking=False):
-            return
         try:
             self._next_try = time.monotonic() + self._retry_after
             self._shutdown()
             self._nvml.nvmlInit()
+            self._started = True
             self._trouble = None
             self._find_devices(self._nvml.nvmlDeviceGetCount())
         except self._nvml.NVMLError_LibraryNotFound:
             raise
         except self._nvml.NVMLError as error:
             self._trouble = f"The NVIDIA driver does not answer ({error}); VRAM is not known. Trying again."
-        finally:
-            self._connecting.release()
 
     def _shutdown(self) -> None:
+        """Undo our own start and no other: NVML counts them, and another reader here needs its own."""
+        if not self._started:
+            return
+        self._started = False
         try:
             self._nvml.nvmlShutdown()
         except self._nvml.NVMLError:
