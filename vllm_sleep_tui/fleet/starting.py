@@ -95,6 +95,7 @@ class Start:
         self.operation = operation
         self.record: Record = core.records.read(name)
         self.began = time.monotonic()
+        self.told: tuple[str, str, float | None] | None = None
 
     async def run(self) -> Server:
         """Start, warm up, measure, prime; raises OperationError and leaves nothing running if it fails."""
@@ -161,7 +162,11 @@ class Start:
         )
 
     def enter_phase(self, phase: str, detail: str = "", fraction: float | None = None) -> None:
-        """Tell and write down what the start is doing."""
+        """Tell and write down what the start is doing, unless that was the last thing told."""
+        step = (phase, detail, None if fraction is None else round(fraction, 1))
+        if step == self.told:
+            return
+        self.told = step
         self.record = self.core.write(self.record, intent=self.intent(phase, detail or None))
         self.operation.tell(self.name, phase, detail, fraction)
 
@@ -242,8 +247,8 @@ class Start:
                     "Look at its log; start it again.",
                 )
             await self.operation.pause(READY_POLL)
-        self.remember_log(phases)
         await self.check_listener(client)
+        self.remember_log(phases)
 
     async def check_listener(self, client: VllmClient) -> None:
         """Raises OperationError if the port is answered by anybody but this launch."""
