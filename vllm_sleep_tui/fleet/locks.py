@@ -126,7 +126,10 @@ async def hold(
             descriptor = open_lock(path)
             held.append(descriptor)
             await take(descriptor, path, deadline, waiting, checkpoint)
-            os.pwrite(descriptor, word, 0)
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk: who holds it is advice, the lock is the kernel's
+                os.pwrite(descriptor, word, 0)
         yield
     finally:
         for descriptor in reversed(held):

@@ -1,0 +1,314 @@
+"""What the leader does unasked: restarts, idleness, hangs; and records that were lost or lie."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.fleet.conftest import Box, inject, seen, until, until_state
+from vllm_sleep_tui.config import IdleConfig
+from vllm_sleep_tui.engine.client import Gate
+from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.idle import Idleness, due
+from vllm_sleep_tui.fleet.leader import Seat
+from vllm_sleep_tui.fleet.records import Record
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.supervision import Leader, Limits
+from vllm_sleep_tui.telemetry.processes import is_alive
+
+MakeBox = Callable[..., Box]
+QUICK = Limits(hang=1.0, hang_poll=0.1, orphans_poll=0.5, restart_pauses=(0.1, 0.1))
+
+
+@asynccontextmanager
+async def led(machine: Box, limits: Limits = QUICK) -> AsyncIterator[Fleet]:
+    """A fleet with a leader of little patience."""
+    async with machine.open() as fleet:
+        leader = Leader(fleet._core, limits)
+        leader.start()
+        try:
+            yield fleet
+        finally:
+            await leader.close()
+
+
+def kill_server(fleet: Fleet, name: str) -> int:
+    pid = fleet._core.records.read(name).server
+    assert pid is not None
+    os.kill(pid.pid, signal.SIGKILL)
+    return pid.pid
+
+
+async def until_restarted(fleet: Fleet, name: str, old: int) -> None:
+    await until(
+        lambda: seen(fleet, name).state in (State.AWAKE, State.ASLEEP) and seen(fleet, name).pid != old
+    )
+
+
+# ── leader ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_seat_has_one_holder_and_is_free_when_it_leaves(tmp_path: Path) -> None:
+    first, second = Seat(tmp_path / "leader.lock"), Seat(tmp_path / "leader.lock")
+    assert first.take()
+    assert first.take()
+    assert not second.take()
+    who = second.who()
+    assert who is not None
+    assert who.pid == os.getpid()
+    first.leave()
+    assert second.take()
+    second.leave()
+    assert not Seat(tmp_path / "none" / "leader.lock").take()
+
+
+# ── restarts ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_server_that_died_is_started_again_until_it_is_a_crash_loop(box: MakeBox) -> None:
+    async with led(box({"a": {"model": "sim/1GiB"}})) as fleet:
+        await fleet.start(["a"])
+        for _ in range(2):
+            await until_restarted(fleet, "a", kill_server(fleet, "a"))
+        kill_server(fleet, "a")
+        await until(lambda: "Restarted 2 times" in (fleet._core.records.read("a").reason or ""))
+        assert seen(fleet, "a").state is State.FAILED
+
+
+async def test_a_sleeper_that_died_comes_back_asleep_and_nobody_makes_room_for_it(box: MakeBox) -> None:
+    async with led(box()) as fleet:
+        await fleet.start(["a", "b"])
+        old = kill_server(fleet, "b")  # asleep, while a is awake and fills the GPU
+        await until(lambda: fleet._core.records.read("b").state is State.FAILED)
+        await asyncio.sleep(1.5)  # nothing is to happen: there is no condition to wait for
+        assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.AWAKE, State.FAILED)
+        await fleet.stop(["a"])
+        await until_restarted(fleet, "b", old)
+        await until_state(fleet, "b", State.ASLEEP)
+
+
+async def test_a_model_that_is_never_to_be_restarted_stays_failed(box: MakeBox) -> None:
+    async with led(
+        box({"a": {"model": "sim/1GiB", "restart": "never"}, "b": {"model": "sim/1GiB"}})
+    ) as fleet:
+        await fleet.start(["a"])
+        kill_server(fleet, "a")
+        await until(lambda: fleet._core.records.read("a").state is State.FAILED)
+        await asyncio.sleep(1.5)  # nothing is to happen
+        assert seen(fleet, "a").state is State.FAILED
+
+
+async def test_a_start_that_fails_is_not_tried_again(box: MakeBox) -> None:
+    async with led(box({"a": {"model": "sim/1GiB", "env": {"VLLM_SIM_FAULTS": "gated"}}})) as fleet:
+        with pytest.raises(OperationError):
+            await fleet.start(["a"])
+        launch = fleet._core.records.read("a").launch
+        await asyncio.sleep(1.5)  # nothing is to happen
+        assert fleet._core.records.read("a").launch == launch
+
+
+# ── idleness ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_idle_model_sleeps_and_later_stops(box: MakeBox) -> None:
+    idle = {"sleep_after": "1s", "stop_after": "3s"}
+    async with led(box({"a": {"model": "sim/1GiB", "idle": idle}})) as fleet:
+        await fleet.start(["a"])
+        awake = time.monotonic()
+        await until_state(fleet, "a", State.ASLEEP)
+        assert time.monotonic() - awake >= 0.9
+        await until_state(fleet, "a", State.STOPPED)
+        assert time.monotonic() - awake >= 2.9
+
+
+async def test_a_model_that_is_answering_is_not_idle(box: MakeBox) -> None:
+    models = {"a": {"model": "sim/1GiB", "idle": {"sleep_after": "1s"}}}
+    async with led(box(models), Limits(hang=60)) as fleet:
+        await fleet.start(["a"])
+        await inject(fleet, "a", "hang")
+        answer = fleet.chat("a", [{"role": "user", "content": "hello"}])
+        reading = asyncio.create_task(anext(answer))  # type: ignore[arg-type]
+        await asyncio.sleep(2.5)  # nothing is to happen
+        assert seen(fleet, "a").state is State.AWAKE
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await answer.aclose()  # type: ignore[attr-defined]
+        await until_state(fleet, "a", State.ASLEEP)
+
+
+def test_idleness_counts_from_the_last_answer_whatever_the_clock_does() -> None:
+    idleness = Idleness()
+    awake = Record(config="c", name="a", launch="l", state=State.AWAKE, since=1000.0)
+
+    def idle(gate: Gate, wall: float, clock: float, record: Record = awake) -> float:
+        return idleness.seconds(record, gate, wall=wall, clock=clock)
+
+    quiet = Gate(closed=False, in_flight=0, last_request=None)
+    assert idle(quiet, 1010.0, 50.0) == 10.0
+    assert idle(quiet, 99_999.0, 51.0) == 11.0  # the clock was set forward
+    assert idle(quiet, 0.0, 52.0) == 12.0  # and back
+    assert idle(Gate(closed=False, in_flight=1, last_request=1013.0), 1013.0, 53.0) == 0.0
+    answered = Gate(closed=False, in_flight=0, last_request=1015.0)
+    assert idle(answered, 1015.5, 55.5) == 0.5
+    assert idle(answered, 1025.0, 65.0) == 10.0
+    asleep = msgspec.structs.replace(awake, state=State.ASLEEP, since=1030.0)
+    assert idle(answered, 1031.0, 71.0, asleep) == 16.0  # falling asleep is no use
+    woken = msgspec.structs.replace(awake, since=1035.0)
+    assert idle(answered, 1036.0, 76.0, woken) == 1.0
+    ahead = msgspec.structs.replace(awake, launch="m", since=5000.0)
+    assert idle(quiet, 1000.0, 80.0, ahead) == 0.0  # a record from the future
+    assert idle(quiet, 1001.0, 90.0, ahead) == 10.0
+
+
+def test_what_is_due_depends_on_the_limits_that_are_set() -> None:
+    both = IdleConfig(sleep_after="10m", stop_after="2h")
+    assert due(both, State.AWAKE, 599) is None
+    assert due(both, State.AWAKE, 600) == "sleep"
+    assert due(both, State.ASLEEP, 600) is None
+    assert due(both, State.ASLEEP, 7200) == "stop"
+    assert due(IdleConfig(), State.AWAKE, 1e9) is None
+
+
+# ── hangs ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_server_that_gives_no_token_is_ended_with_the_reason(box: MakeBox) -> None:
+    async with led(box({"a": {"model": "sim/1GiB", "restart": "never"}})) as fleet:
+        await fleet.start(["a"])
+        keeper = fleet._core.records.read("a").keeper
+        await inject(fleet, "a", "hang")
+        answer = fleet.chat("a", [{"role": "user", "content": "hello"}])
+        reading = asyncio.create_task(anext(answer))  # type: ignore[arg-type]
+        await until(lambda: fleet._core.records.read("a").state is State.FAILED, limit=40)
+        reason = seen(fleet, "a").reason or ""
+        assert "It hung: 1 requests under way and no token for 1 s" in reason
+        assert keeper is not None
+        assert not is_alive(keeper)
+        await asyncio.gather(reading, return_exceptions=True)
+
+
+async def test_a_client_that_sends_its_request_slowly_is_no_hang(box: MakeBox) -> None:
+    async with led(box({"a": {"model": "sim/1GiB"}})) as fleet:
+        await fleet.start(["a"])
+        record = fleet._core.records.read("a")
+        _, writer = await asyncio.open_connection("127.0.0.1", record.port)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{record.port}\r\nContent-Length: 99\r\n\r\n"
+        writer.write(head.encode())
+        client = fleet._core.client(record)
+        while not (await client.gate()).in_flight:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(2.5)  # nothing is to happen
+        assert seen(fleet, "a").pid == (record.server.pid if record.server else None)
+        assert seen(fleet, "a").state is State.AWAKE
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+# ── records ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("how", ["broken", "removed"])
+async def test_a_server_whose_record_was_lost_is_taken_back_as_it_is(
+    box: MakeBox, level: int, how: str
+) -> None:
+    machine = box({"a": {"model": "sim/1GiB"}})
+    async with machine.open() as fleet:
+        await fleet.start(["a"])
+        if level:
+            await fleet.sleep("a", level=level)
+        before = fleet._core.records.read("a")
+        path = fleet._core.records.path("a")
+    path.write_bytes(b"\0" * 4096) if how == "broken" else path.unlink()
+    async with machine.open() as fleet:
+        await until(lambda: seen(fleet, "a").state in (State.AWAKE, State.ASLEEP))
+        after = fleet._core.records.read("a")
+        assert (after.state, after.level, after.launch) == (before.state, before.level, before.launch)
+        assert (after.port, after.secret, after.gpus) == (before.port, before.secret, before.gpus)
+        assert (after.log, after.engines) == (before.log, before.engines)
+        assert bool(list(path.parent.glob("*.broken-*"))) is (how == "broken")
+        await fleet.switch("a")
+        assert seen(fleet, "a").state is State.AWAKE
+
+
+async def test_a_lost_server_that_cannot_be_taken_back_is_ended_and_that_is_said(box: MakeBox) -> None:
+    machine = box({"a": {"model": "sim/1GiB"}}, speed="10")
+    command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(machine.config), "start", "a"]
+    env = os.environ | {"XDG_STATE_HOME": str(machine.folder)}
+    (machine.folder / "vllm-sleep-tui").symlink_to(machine.state_dir)
+    verb = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    async with machine.open() as fleet:
+        await until(lambda: fleet._core.records.read("a").server is not None)
+        verb.kill()
+        verb.wait()
+        fleet._core.records.path("a").unlink()
+        await until(lambda: "could not be taken back" in (fleet._core.records.read("a").reason or ""))
+        assert seen(fleet, "a").state is State.FAILED
+        await fleet.start(["a"])
+        assert seen(fleet, "a").state is State.AWAKE
+
+
+async def test_two_configs_with_a_model_of_one_name_do_not_touch_each_other(box: MakeBox) -> None:
+    first, second = box({"a": {"model": "sim/1GiB"}}), box({"a": {"model": "sim/2GiB"}})
+    second.state_dir = first.state_dir
+    async with first.open() as one, second.open() as other:
+        await one.start(["a"])
+        assert seen(other, "a").state is State.STOPPED
+        await other.start(["a"])
+        assert seen(one, "a").pid != seen(other, "a").pid
+        assert one.log_path("a") != other.log_path("a")
+        await one.stop(["a"])
+        assert (seen(one, "a").state, seen(other, "a").state) == (State.STOPPED, State.AWAKE)
+
+
+async def test_a_record_from_the_future_is_driven_as_any_other(box: MakeBox) -> None:
+    async with led(box({"a": {"model": "sim/1GiB"}})) as fleet:
+        await fleet.start(["a"])
+        record = fleet._core.records.read("a")
+        fleet._core.write(record, since=time.time() + 1e6, restarts=(time.time() + 1e6,) * 2)
+        await until_restarted(fleet, "a", kill_server(fleet, "a"))
+
+
+def run(machine: Box, *words: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """A verb in a shell of its own, after `before`."""
+    script = f'{before} exec "$@"'
+    command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(machine.config), *words]
+    env = os.environ | {"XDG_STATE_HOME": str(machine.folder / "home")}
+    return subprocess.run(
+        ["bash", "-c", script, "verb", *command], env=env, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_full_disk_is_one_clear_error_and_nothing_is_started(box: MakeBox) -> None:
+    machine = box({"a": {"model": "sim/1GiB"}})
+    assert run(machine, "status").returncode == 0  # makes the folders
+    full = run(machine, "start", "a", before="ulimit -f 0;")
+    assert full.returncode == 1
+    assert "Could not write" in full.stderr
+    assert "Traceback" not in full.stderr + full.stdout
+    assert '"stopped"' in run(machine, "status", "--json").stdout
+
+
+@pytest.mark.parametrize("verb", [["status"], ["start", "a"]])
+def test_a_state_folder_that_refuses_is_one_clear_error(box: MakeBox, verb: list[str]) -> None:
+    machine = box({"a": {"model": "sim/1GiB"}})
+    folder = machine.folder / "home/vllm-sleep-tui"
+    folder.mkdir(parents=True)
+    (folder / "records").write_text("in the way")
+    refused = run(machine, *verb)
+    assert refused.returncode == 1
+    assert str(folder / "records") in refused.stderr
+    assert len(refused.stderr.splitlines()) == 2
