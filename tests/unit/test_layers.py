@@ -1,0 +1,101 @@
+"""The layers of the design: what each part of the package may import, kept by reading every import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vllm_sleep_tui
+
+PACKAGE = Path(vllm_sleep_tui.__file__).parent
+BASE = {"errors", "__init__"}
+CONFIG = BASE | {"config", "config_file", "config_yaml", "config_checks", "paths"}
+CORE = CONFIG | {"fleet"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "config": BASE,
+    "config_yaml": CONFIG,
+    "config_checks": CONFIG,
+    "config_file": CONFIG,
+    "paths": CONFIG,
+    "simulator": set(),
+    "engine": CONFIG,
+    "telemetry": CONFIG | {"simulator.devices"},
+    "fleet": CONFIG | {"engine", "telemetry", "simulator.devices"},
+    "bench": CORE,
+    "tui": CORE | {"engine.logs"},
+    "cli": CORE | {"bench", "tui", "telemetry", "engine.logs"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+"""What each part may import besides itself; `a.b` allows that module alone."""
+ONLY_THE_PANEL = {"textual", "rich"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module named in an import, late ones included; those of the package without its name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from names
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if "themes" not in path.parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards_only(path: Path) -> None:
+    part = part_of(path)
+    for name in imports(path):
+        if not name.startswith("vllm_sleep_tui."):
+            continue
+        target = name.removeprefix("vllm_sleep_tui.")
+        inside = target.split(".")[0] == part or target == "__version__"
+        allowed = any(target == word or target.startswith(f"{word}.") for word in ALLOWED[part])
+        assert inside or allowed, f"{part} must not import {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_panel_knows_textual_and_nobody_imports_vllm(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert "vllm" not in roots
+    assert part_of(path) == "tui" or not roots & ONLY_THE_PANEL
+
+
+@pytest.mark.parametrize("module", ["engine/guard.py", "fleet/keeper.py", "simulator/devices.py"])
+def test_what_runs_alone_needs_only_the_standard_library(module: str) -> None:
+    roots = {name.split(".")[0] for name in imports(PACKAGE / module)}
+    assert roots <= sys.stdlib_module_names | {"__future__"}
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("vllm_sleep_tui.fleet.view", {"httpx", "textual", "rich"}),
+        ("vllm_sleep_tui.fleet.fleet", {"textual"}),
+        ("vllm_sleep_tui.cli", {"httpx", "textual", "rich"}),
+    ],
+)
+def test_a_late_import_is_late(module: str, unwanted: set[str]) -> None:
+    program = f"import {module}, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not unwanted & set(loaded.stdout.split())
+
+
+def test_no_file_outgrows_its_reader() -> None:
+    long = {
+        str(path.relative_to(PACKAGE)): n for path in FILES if (n := len(path.read_text().splitlines())) > 400
+    }
+    assert not long
