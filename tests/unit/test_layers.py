@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "config_yaml": CONFIG,
     "config_checks": CONFIG,
     "config_file": CONFIG,
+    "config_edit": CONFIG,
     "paths": CONFIG,
     "simulator": set(),
     "engine": CONFIG,
