@@ -35,6 +35,7 @@ VERBS: dict[str, str] = {
     "doctor": "doctor",
     "demo": "demo",
     "serve": "serve",
+    "advise": "advise",
     "orphans": "orphans",
 }
 """Verb → the module of this folder that holds it."""

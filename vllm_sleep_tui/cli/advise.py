@@ -1,0 +1,243 @@
+"""`advise`: who should sleep at which level, with this machine's numbers; estimates before a launch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from vllm_sleep_tui.cli.common import (
+    config_option,
+    given_config,
+    in_words,
+    json_option,
+    load_config,
+    put_json,
+    say,
+)
+from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.config_edit import difference, edited, replace_text
+from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.config_yaml import Key
+from vllm_sleep_tui.errors import CancelledByUser, RefusedError, UsageError
+from vllm_sleep_tui.fleet.advice import Advice, ModelAdvice, advise_fleet, changes
+from vllm_sleep_tui.fleet.budget import HIGHEST_UTILIZATION
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.discovery import find_command
+from vllm_sleep_tui.fleet.estimate import Estimate, checkpoint_of, estimate
+from vllm_sleep_tui.fleet.predict import time_text
+from vllm_sleep_tui.fleet.sharing import GpuAdvice
+from vllm_sleep_tui.paths import state_dir, trust, trusted
+from vllm_sleep_tui.telemetry.gpus import GpuReading, open_reader
+
+
+@click.command()
+@click.argument("names", metavar="[NAME…]", nargs=-1)
+@click.option(
+    "--apply", "is_applied", is_flag=True, help="Write it to the config, after showing what changes."
+)
+@click.option("--yes", "is_agreed", is_flag=True, help="With --apply: do not ask.")
+@json_option
+@config_option
+@click.pass_context
+def advise(
+    ctx: click.Context, names: tuple[str, ...], is_applied: bool, is_agreed: bool, as_json: bool
+) -> None:
+    """Say which model should sleep at which level, and what fits together.
+
+    A NAME that is not in the config is a folder or a hub name in the cache: its needs are estimated from its
+    files, and nothing is launched or fetched.
+    """
+    loaded = None if names and not _has_config(ctx) else load_config(ctx)
+    known = loaded.config.models if loaded else {}
+    strange = [name for name in names if name not in known]
+    if is_applied and strange:
+        raise UsageError(
+            f"{strange[0]!r} is not in the config, so nothing can be written for it.", "Name others."
+        )
+    estimates = {name: _estimate(name, loaded) for name in strange}
+    chosen = [name for name in names if name in known] if names else list(known)
+    advice = _advise(loaded, chosen) if loaded and chosen else Advice(models=(), gpus=())
+    if as_json:
+        put_json(_as_json(advice, estimates))
+    else:
+        click.echo("\n".join(_lines(advice, estimates)))
+    if is_applied and loaded is not None:
+        _apply(loaded, advice, is_agreed=is_agreed)
+
+
+def _has_config(ctx: click.Context) -> bool:
+    try:
+        load_config(ctx)
+    except UsageError:
+        if given_config(ctx) is not None:
+            raise
+        return False
+    return True
+
+
+def _advise(loaded: LoadedConfig, names: Sequence[str]) -> Advice:
+    """The advice on these models; it is reckoned over all of them."""
+    core = Core(loaded, state_dir())
+    with closing(core.reader):
+        whole = advise_fleet(core)
+    gpus = {gpu for name in names for gpu in loaded.config.models[name].gpus}
+    return Advice(
+        models=tuple(model for model in whole.models if model.name in names),
+        gpus=tuple(gpu for gpu in whole.gpus if gpu.index in gpus),
+    )
+
+
+# ── estimates ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _estimate(name: str, loaded: LoadedConfig | None) -> Estimate:
+    """What a model would need that the config does not name; raises UsageError if it is not here."""
+    model = ModelConfig(model=name)
+    try:
+        checkpoint_of(model, Path.cwd())
+    except UsageError as error:
+        known = f" In the config: {', '.join(loaded.config.models)}." if loaded else ""
+        raise UsageError(error.what, error.cure + "." + known if known else error.cure) from None
+    gpu = _first_gpu(loaded)
+    vllm = find_command(loaded.config.vllm_command, os.environ) if loaded else None
+    return estimate(
+        model,
+        Path.cwd(),
+        total=gpu.total_bytes if gpu else None,
+        gpu_name=gpu.name if gpu else "",
+        utilization=HIGHEST_UTILIZATION,
+        version=vllm.version if vllm else None,
+    )
+
+
+def _first_gpu(loaded: LoadedConfig | None) -> GpuReading | None:
+    if loaded is not None and loaded.config.simulated_gpus:
+        reader = Core(loaded, state_dir()).reader
+    else:
+        reader = open_reader(None)
+    with closing(reader):
+        return next(iter(reader.read()), None)
+
+
+# ── output ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _as_json(advice: Advice, estimates: dict[str, Estimate]) -> dict[str, Any]:
+    shown: dict[str, Any] = msgspec.to_builtins(advice)
+    named = [{"name": name, **msgspec.to_builtins(found)} for name, found in estimates.items()]
+    return {"version": 1, **shown, "estimates": named}
+
+
+def _lines(advice: Advice, estimates: dict[str, Estimate]) -> list[str]:
+    """The same for people."""
+    width = max((len(model.name) for model in advice.models), default=0)
+    lines = [_model_line(model, width) for model in advice.models]
+    if advice.gpus:
+        lines += [""] if lines else []
+        lines += [line for gpu in advice.gpus for line in _gpu_lines(gpu)]
+    for name, found in estimates.items():
+        lines += [""] if lines else []
+        lines += _estimate_lines(name, found)
+    return lines
+
+
+def _model_line(model: ModelAdvice, width: int) -> str:
+    return f"{model.name.ljust(width)}  {model.verdict.ljust(13)}  {model.why}"
+
+
+def _gpu_lines(gpu: GpuAdvice) -> list[str]:
+    lines = [f"GPU {gpu.index}  {gpu.sentence}"]
+    if gpu.sharing is not None:
+        lines.append("       Two could stay awake with smaller KV caches (estimate):")
+        for name in gpu.sharing.models:
+            contexts = gpu.sharing.contexts[name]
+            held = "" if contexts is None else f", {contexts:.1f} full contexts"
+            cache = in_words(gpu.sharing.kv_cache_memory_bytes[name])
+            lines.append(
+                f"         {name}: {cache}{held}: gpu-memory-utilization {gpu.sharing.utilization[name]:g}"
+            )
+    return lines
+
+
+def _estimate_lines(name: str, found: Estimate) -> list[str]:
+    """An estimate, a line for each thing; what is not known says why."""
+    count = "" if found.parameters is None else f", {found.parameters / 1e9:.2f} billion parameters"
+    kind = ", ".join(filter(None, (found.architecture, found.task, found.quantization)))
+    lines = [f"{name}: an estimate from its files; nothing was launched", f"  model         {kind}{count}"]
+    lines.append(f"  weights       {in_words(found.weights_bytes)}")
+    if found.kv_bytes_per_token is not None:
+        context = (
+            f", {in_words(found.context_bytes)} for {found.max_length} tokens" if found.max_length else ""
+        )
+        lines.append(f"  KV cache      {found.kv_bytes_per_token / 1024:.0f} KiB a token{context}")
+    least = f"; {in_words(found.floor_per_gpu)} at least, for one context" if found.floor_per_gpu else ""
+    at = f" at gpu-memory-utilization {HIGHEST_UTILIZATION:g}" if found.awake_per_gpu else ""
+    lines.append(f"  VRAM awake    {in_words(found.awake_per_gpu)}{at}{least}")
+    lines.append(f"  VRAM asleep   {in_words(found.asleep_per_gpu)}")
+    lines.append(f"  RAM, level 1  {in_words(found.pinned_bytes)} pinned for good")
+    lines += _time_lines(found)
+    return [
+        *lines,
+        *(f"  not known     {what.replace('_', ' ')}: {why}" for what, why in found.unknown.items()),
+    ]
+
+
+def _time_lines(found: Estimate) -> list[str]:
+    times = found.times
+    if times is None:
+        return []
+    return [
+        f"  cold start    {time_text(times.start)}, the first {time_text(times.first_start)} (on an H100)",
+        f"  level 1       sleeps in {time_text(times.sleep1)}, first in {time_text(times.sleep1_first)}; "
+        f"wakes in {time_text(times.wake1)}",
+        f"  level 2       sleeps in {time_text(times.sleep2)}; wakes in {time_text(times.wake2)}",
+    ]
+
+
+# ── --apply ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _apply(loaded: LoadedConfig, advice: Advice, *, is_agreed: bool) -> None:
+    """Write the advice to the config, after a look at what changes; raises PanelError."""
+    values = _values(loaded, advice)
+    if not values:
+        say("The config says so already.")
+        return
+    text = edited(loaded.path, values)
+    say(difference(loaded.path, text).rstrip())
+    if not is_agreed:
+        if not sys.stdin.isatty():
+            raise RefusedError("Nothing was written: there is nobody to ask.", "Add --yes.")
+        if not click.confirm("Write this?", err=True):
+            raise CancelledByUser("Nothing was written.")
+    state = state_dir()
+    was_trusted = trusted(loaded.path, loaded.digest, state)
+    replace_text(loaded.path, text)
+    if was_trusted:
+        trust(loaded.path, load(loaded.path).digest, state)
+    say("Written. It holds from each model's next start on; models with new arguments are measured anew.")
+
+
+def _values(loaded: LoadedConfig, advice: Advice) -> dict[Key, Any]:
+    configured = {name: str(model.level) for name, model in loaded.config.models.items()}
+    found: dict[Key, Any] = {}
+    for name, (level, utilization) in changes(advice, configured).items():
+        if level is not None:
+            found["models", name, "level"] = level if level == "none" else int(level)
+        if utilization is not None:
+            found["models", name, "args", _spelled(loaded.config.models[name])] = utilization
+    return found
+
+
+def _spelled(model: ModelConfig) -> str:
+    """The flag as the config spells it."""
+    wanted = "gpu-memory-utilization"
+    same = (key for key in model.args if key.lstrip("-").replace("_", "-") == wanted)
+    return next(same, wanted)

@@ -1,0 +1,187 @@
+"""The figures that advice is reckoned from: measured ones first, estimates where there are none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.errors import UsageError
+from vllm_sleep_tui.fleet import budget
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.discovery import find_command
+from vllm_sleep_tui.fleet.estimate import ACTIVATIONS, Estimate, Times, estimate, times
+from vllm_sleep_tui.fleet.footprints import AWAKE_OVERHEAD, GIB, Footprint, argument
+from vllm_sleep_tui.fleet.planning import GpuMemory, read_memory, share_of
+from vllm_sleep_tui.fleet.states import RUNNING
+from vllm_sleep_tui.telemetry.host import host_memory
+
+PRIVATE_BYTES = int(3.1 * GIB)
+"""RAM of a server beside its pinned pool: 2.0 GiB its engine, 1.1 its API server (H100, vLLM 0.24)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What one model takes, in bytes and seconds; None is not known."""
+
+    name: str
+    gpus: tuple[int, ...]
+    configured: str
+    """The config's `level`."""
+    is_attached: bool = False
+    """Somebody else's server (`url:`)."""
+    awake: Mapping[int, int]
+    """VRAM by GPU index; empty if not known."""
+    asleep: Mapping[int, int]
+    weights: int | None = None
+    """On the fullest GPU."""
+    context: int | None = None
+    """KV cache of one context of full length, on each GPU."""
+    pinned: int | None = None
+    start: float | None = None
+    wake1: float | None = None
+    wake2: float | None = None
+    estimated: frozenset[str] = frozenset()
+    """Which of `memory`, `pinned`, `start`, `wake1` and `wake2` are estimates."""
+    no_level2: str | None = None
+    """Why level 2 would lose something, in words."""
+    per_day: float | None = None
+    """Switches to it a day, once a week of them is known."""
+
+    @property
+    def fixed(self) -> int | None:
+        """VRAM that it takes awake on a GPU without any KV cache; None if the weights are not known."""
+        return None if self.weights is None else self.weights + ACTIVATIONS + AWAKE_OVERHEAD
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What there is to share, in bytes."""
+
+    totals: Mapping[int, int]
+    """VRAM by GPU index."""
+    others: Mapping[int, int]
+    """VRAM by GPU index that processes hold which are none of ours."""
+    ram: int | None
+    """RAM that level 1 may pin for all models together, with every server running; None if not known."""
+
+    def room(self, gpu: int) -> int:
+        """VRAM of a GPU that our models may take, with a margin left over."""
+        return self.totals[gpu] - self.others.get(gpu, 0) - budget.MARGIN
+
+
+def read_machine(core: Core) -> Machine:
+    """The machine as it is, without what our own models hold now."""
+    records = [core.records.read(name) for name in core.config.models]
+    used = {gpu for model in core.config.models.values() for gpu in model.gpus}
+    memory = {gpu: now for gpu, now in read_memory(core, used).items() if now.total is not None}
+    ours = {gpu: sum(now.held_by(record) or 0 for record in records) for gpu, now in memory.items()}
+    host = host_memory(core.simulated)
+    ram = None
+    if host.available_bytes is not None and host.total_bytes is not None:
+        stopped = sum(bool(core.model(r.name).gpus) and r.state not in RUNNING for r in records)
+        pinned = sum(core.pinned_now(record) for record in records)
+        ram = host.available_bytes + pinned - stopped * PRIVATE_BYTES - budget.ram_margin(host.total_bytes)
+    return Machine(
+        totals={gpu: now.total for gpu, now in memory.items() if now.total is not None},
+        others={gpu: max(0, (now.used or 0) - ours[gpu]) for gpu, now in memory.items()},
+        ram=ram,
+    )
+
+
+def read_figures(core: Core, per_day: Mapping[str, float] | None = None) -> list[Figures]:
+    """The figures of every model of the config, in its order; `per_day` are its switches where known."""
+    memory = read_memory(core, {gpu for model in core.config.models.values() for gpu in model.gpus})
+    vllm = find_command(core.config.vllm_command, os.environ)
+    version = vllm.version if vllm else None
+    return [_figures(core, name, memory, version, (per_day or {}).get(name)) for name in core.config.models]
+
+
+def _figures(
+    core: Core, name: str, memory: Mapping[int, GpuMemory], version: str | None, per_day: float | None
+) -> Figures:
+    model, known = core.model(name), core.footprint(name)
+    share = share_of(core, name, {gpu: memory[gpu] for gpu in model.gpus}) if model.model else None
+    expected = _estimate(core, model, share, version)
+    seconds = _times(known, expected.times or _times_of(known, model))
+    pinned = known.pinned or expected.pinned_bytes or budget.pinned_estimate(known, expected.weights_bytes)
+    awake = _awake(core, model, known, expected, share)
+    measured = {what for what in seconds if known.typical(what) is not None}
+    measured |= {"memory"} if set(known.awake) >= {str(gpu) for gpu in model.gpus} else set()
+    measured |= {"pinned"} if known.pinned else set()
+    return Figures(
+        name=name,
+        gpus=model.gpus,
+        configured=str(model.level),
+        is_attached=model.url is not None,
+        awake=awake,
+        asleep={gpu: budget.asleep_estimate(known, model, gpu) for gpu in model.gpus},
+        weights=known.weights or expected.weights_per_gpu,
+        context=expected.context_bytes,
+        pinned=pinned,
+        start=seconds["start"],
+        wake1=seconds["wake1"],
+        wake2=seconds["wake2"],
+        estimated=frozenset({"memory", "pinned", *seconds} - measured),
+        no_level2=why_no_level2(model),
+        per_day=per_day,
+    )
+
+
+def _estimate(core: Core, model: ModelConfig, share: float | None, version: str | None) -> Estimate:
+    """The estimate; an empty one if the files are not here."""
+    total = min((size for gpu in model.gpus if (size := core.total(gpu))), default=None)
+    base: Path = core.loaded.path.parent
+    try:
+        return estimate(model, base, total=total, utilization=share, version=version)
+    except UsageError:
+        return Estimate()
+
+
+def _times(known: Footprint, expected: Times | None) -> dict[str, float | None]:
+    return {
+        what: known.typical(what) if known.typical(what) is not None else getattr(expected, what, None)
+        for what in ("start", "wake1", "wake2")
+    }
+
+
+def _times_of(known: Footprint, model: ModelConfig) -> Times | None:
+    """Expected times of a model that has run, where its files tell nothing."""
+    if known.weights is None:
+        return None
+    ranks = len(model.gpus) or 1
+    cache = max(0, max(known.awake.values(), default=0) - known.weights - ACTIVATIONS - AWAKE_OVERHEAD)
+    return times(
+        known.weights,
+        checkpoint_bytes=known.weights * ranks,
+        kv=cache,
+        pinned_bytes=known.pinned or known.weights * ranks,
+        gpus=ranks,
+    )
+
+
+def _awake(
+    core: Core, model: ModelConfig, known: Footprint, expected: Estimate, share: float | None
+) -> dict[int, int]:
+    """VRAM by GPU, measured or estimated; empty if a GPU's size is not known."""
+    found = {}
+    for gpu in model.gpus:
+        measured, total = known.awake.get(str(gpu)), core.total(gpu)
+        if measured is None and total is None:
+            return {}
+        guess = expected.awake_per_gpu or budget.awake_estimate(share, total or 0)
+        found[gpu] = guess if measured is None else measured
+    return found
+
+
+def why_no_level2(model: ModelConfig) -> str | None:
+    """Why level 2 would lose something of this model, in words; None if it would not."""
+    if argument(model, "load-format") == "dummy":
+        return "dummy weights cannot be loaded again"
+    if argument(model, "enable-lora"):
+        return "vLLM does not reload LoRA adapters"
+    if argument(model, "speculative-config"):
+        return "vLLM does not reload the draft model of speculative decoding"
+    return None
