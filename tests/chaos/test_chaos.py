@@ -1,0 +1,20 @@
+"""A short storm; `python -m tests.chaos --kills 500 --seed N` is the long one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.chaos.storm import Storm
+
+SEED = 20261123
+
+
+async def test_sixty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
+    storm = Storm(tmp_path, SEED)
+    try:
+        tally = await storm.run(60)
+    finally:
+        await storm.close()
+    assert tally.problems == []
+    assert tally.total == 60
+    assert set(tally.kills) == {"verb", "leader", "standby", "keeper", "server", "engine"}
