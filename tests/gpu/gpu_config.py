@@ -23,7 +23,7 @@ def missing() -> list[str]:
     return [name for name in NEEDED if not os.environ.get(name)]
 
 
-def write_pair(folder: Path, level: int, *, simulated: str | None = None) -> Path:
+def write_pair(folder: Path, level: int | str, *, simulated: str | None = None) -> Path:
     """Write a config of models `a` and `b` at this level; `simulated` is the size of a simulated GPU 0.
 
     Without a `gpu-memory-utilization` of their own each gets nearly the whole GPU, so only one fits awake.

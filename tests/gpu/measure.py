@@ -32,7 +32,7 @@ from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.records import Record, RecordStore
-from vllm_sleep_tui.fleet.snapshot import Progress
+from vllm_sleep_tui.fleet.snapshot import Progress, SwitchTimes
 from vllm_sleep_tui.fleet.view import read_once
 
 PAIR = ("a", "b")
@@ -111,16 +111,27 @@ def raw_switch(store: RecordStore, leaving: str, target: str, level: int) -> dic
         new.connection.close()
 
 
-async def panel_switch(fleet: Fleet, target: str) -> dict[str, Any]:
-    """One switch by the panel, then a chat of one token for the time to it."""
+async def panel_switch(fleet: Fleet, leaving: str, target: str, level: int) -> dict[str, Any]:
+    """One switch by the panel, then a chat for the time to its first token.
+
+    The models' own level is 1, so a switch at level 2 is a sleep at that level and a wake.
+    """
     began = time.perf_counter()
-    ledger = await fleet.switch(target)
+    phases: dict[str, float | None] = {}
+    if level == 1:
+        ledger = await fleet.switch(target)
+    else:
+        await fleet.sleep(leaving, level=level)
+        phases["sleep"] = time.perf_counter() - began
+        await fleet.wake(target)
+        ledger = fleet.snapshot().model(target).last_switch or SwitchTimes(phases={}, total=0.0)
     total = time.perf_counter() - began
+    phases = {phase: took for phase, took in ledger.phases.items() if took is not None} | phases
     first = None
     question = [{"role": "user", "content": "Say something."}]
     async for event in fleet.chat(target, question, params={"max_tokens": 4, "temperature": 0}):
         first = event.ttft if event.ttft is not None else first
-    return {"how": "panel", "to": target, "total": total, "phases": ledger.phases, "first_token": first}
+    return {"how": "panel", "to": target, "total": total, "phases": phases, "first_token": first}
 
 
 def tell(progress: Progress) -> None:
@@ -152,7 +163,7 @@ class Run:
         async with Fleet(self.loaded, self.state) as fleet:
             for name in reversed(PAIR):
                 await self.start(fleet, name)
-            await fleet.switch(PAIR[0])
+            await self.align(fleet)
             if PAIR[0] not in self.part["memory"]:
                 await self.measure_memory(fleet)
             while len(self.part["switches"]) < 4 * rounds:
@@ -161,6 +172,13 @@ class Run:
                 await fleet.stop(PAIR, force=True)
         self.part["summary"] = summary(self.part["switches"])
         self.notes.save()
+
+    async def align(self, fleet: Fleet) -> None:
+        """The first model awake, the other asleep at this level, which another level goes to by a wake."""
+        if fleet.snapshot().model(PAIR[1]).level != self.level:
+            await fleet.switch(PAIR[1])
+            await fleet.sleep(PAIR[1], level=self.level)
+        await fleet.switch(PAIR[0])
 
     async def start(self, fleet: Fleet, name: str) -> None:
         """Start a model unless it runs already; its time is kept."""
@@ -177,20 +195,19 @@ class Run:
         found: dict[str, Any] = {}
         firsts = []
         for target, other in (PAIR, PAIR[::-1]):
-            ledger = await fleet.switch(target)
-            firsts.append({"to": target, "total": ledger.total, "phases": ledger.phases})
+            if fleet.snapshot().model(target).state != "awake":
+                firsts.append(await panel_switch(fleet, other, target, self.level))
             found.setdefault(target, {})["awake"] = memory_now(self.loaded, self.state, target)
             found.setdefault(other, {})["asleep"] = memory_now(self.loaded, self.state, other)
-        ledger = await fleet.switch(PAIR[0])
-        firsts.append({"to": PAIR[0], "total": ledger.total, "phases": ledger.phases})
+        firsts.append(await panel_switch(fleet, PAIR[1], PAIR[0], self.level))
         self.part["memory"] = found
-        self.part["first_switches"] = firsts[1:]  # the first target was awake already
+        self.part["first_switches"] = firsts
         self.notes.save()
 
     async def round(self, fleet: Fleet) -> None:
         """Two switches by the panel and two by hand; `a` is awake before and after."""
         a, b = PAIR
-        done = [await panel_switch(fleet, b), await panel_switch(fleet, a)]
+        done = [await panel_switch(fleet, a, b, self.level), await panel_switch(fleet, b, a, self.level)]
         for leaving, target in ((a, b), (b, a)):
             done.append(await asyncio.to_thread(raw_switch, self.store, leaving, target, self.level))
         self.part["switches"] += done
@@ -266,11 +283,15 @@ def main() -> None:
     for level in given.levels:
         if "summary" in notes.level(level):
             continue
-        loaded = load(write_pair(given.out.absolute(), level, simulated=given.simulated))
-        state = given.out.absolute() / f"state-{level}"
+        loaded = load(write_pair(given.out.absolute(), "auto", simulated=given.simulated))
+        state = given.out.absolute() / "state"
         notes.known["gpus"] = [gpu.name for gpu in read_once(loaded, state).gpus]
         try:
-            asyncio.run(Run(notes, loaded, state, level).measure(given.rounds, keep=given.keep))
+            asyncio.run(
+                Run(notes, loaded, state, level).measure(
+                    given.rounds, keep=given.keep or level != given.levels[-1]
+                )
+            )
         except PanelError as error:
             raise SystemExit(f"{error.what}\n{error.cure}") from error
     print_tables(notes.known)
