@@ -28,7 +28,7 @@ def switches(run: Run, theirs: Mapping[Mode, Figures], named: str) -> Chart:
         for spent in figures.switches(run, mode, name)
     ]
     values += _of_post(run, theirs, named, "switch_a", "switch_b")
-    return _points(run, values, named, "seconds for a switch", log=True)
+    return _points(run, values, "seconds for a switch", log=True)
 
 
 def inferences(run: Run, theirs: Mapping[Mode, Figures], named: str) -> Chart:
@@ -40,7 +40,7 @@ def inferences(run: Run, theirs: Mapping[Mode, Figures], named: str) -> Chart:
         for step in figures.steps(run, mode, name)
     ]
     values += _of_post(run, theirs, named, "inference_a", "inference_b")
-    return _points(run, values, named, "seconds for the whole answer", log=False)
+    return _points(run, values, "seconds for the whole answer", log=False)
 
 
 def totals(summary: Summary, theirs: Mapping[Mode, Figures], named: str) -> Chart:
@@ -79,13 +79,17 @@ def totals(summary: Summary, theirs: Mapping[Mode, Figures], named: str) -> Char
 def phases(run: Run) -> Chart:
     """The medians of the phases, stacked, each mode on a scale of its own."""
     values: list[dict[str, Any]] = []
-    order: dict[str, int] = {}
     for mode in figures.modes(run):
         for name in run.plan.pair:
             for phase, spent in figures.phases(run, mode, name).items():
-                order.setdefault(phase, len(order))
                 values.append(
-                    {"by": mode.words, "to": name, "phase": phase, "order": order[phase], "seconds": spent}
+                    {
+                        "by": mode.words,
+                        "to": name,
+                        "phase": phase,
+                        "order": figures.IN_ORDER.index(phase),
+                        "seconds": spent,
+                    }
                 )
     bars = {
         "mark": {"type": "bar", "height": 18},
@@ -97,7 +101,7 @@ def phases(run: Run) -> Chart:
             "color": {
                 "field": "phase",
                 "type": "nominal",
-                "sort": list(order),
+                "sort": list(figures.IN_ORDER),
                 "title": None,
                 "scale": {"scheme": "tableau20"},
             },
@@ -127,11 +131,12 @@ def _of_post(
     ]
 
 
-def _points(run: Run, values: Sequence[dict[str, Any]], named: str, title: str, *, log: bool) -> Chart:
+def _points(run: Run, values: Sequence[dict[str, Any]], title: str, *, log: bool) -> Chart:
     """Points by mode and model, filled where measured, with a tick at each median."""
     x = _seconds(title)
     if log:
         x["scale"] = {"type": "log"}
+    who = list(dict.fromkeys(value["who"] for value in values))
     shared = {
         "y": _by(),
         "yOffset": {"field": "model", "type": "nominal", "sort": list(run.plan.pair)},
@@ -145,7 +150,7 @@ def _points(run: Run, values: Sequence[dict[str, Any]], named: str, title: str, 
                 "field": "who",
                 "type": "nominal",
                 "title": None,
-                "scale": {"domain": ["measured", named], "range": ["circle", "diamond"]},
+                "scale": {"domain": who, "range": ["circle", "diamond"][: len(who)]},
             },
         },
     }

@@ -10,6 +10,12 @@ import msgspec
 from vllm_sleep_tui.bench.plan import Mode
 from vllm_sleep_tui.bench.results import Run, Step
 
+IN_ORDER = (
+    *("stop", "drain", "sleep", "settle", "wake", "weights", "reload", "kv_cache", "reset", "prove"),
+    *("fetching", "loading", "compiling", "capturing", "opening", "warming"),
+)
+"""The phases of a switch as they follow each other."""
+
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
     """Some measurements of one thing."""
@@ -127,7 +133,7 @@ def loads(run: Run, name: str) -> list[float]:
 def phases(run: Run, mode: Mode, target: str) -> dict[str, float]:
     """The median of each phase of the switches to a model, in the order in which they come."""
     made = [step.phases for step in steps(run, mode, target) if step.leaving is not None]
-    names = dict.fromkeys(name for each in made for name in each)
-    if {"weights", "reload", "kv_cache"} & set(names):
-        names.pop("wake", None)  # the whole of which these are the parts
-    return {name: median(each[name] for each in made if name in each) for name in names}
+    names = {name for each in made for name in each}
+    if {"weights", "reload", "kv_cache"} & names:
+        names.discard("wake")  # the whole of which these are the parts
+    return {name: median(each[name] for each in made if name in each) for name in IN_ORDER if name in names}

@@ -20,7 +20,7 @@ from vllm_sleep_tui.bench.results import Load, Memory, Pass, Run, Step, write
 from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.operation import Report
-from vllm_sleep_tui.fleet.snapshot import Progress
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Progress
 from vllm_sleep_tui.fleet.states import RUNNING, StartPhase, State
 
 OnSample = Callable[[Run, PassKey, Step], None]
@@ -47,7 +47,8 @@ async def run(
     handed in again as `resume` goes on at the next unfinished pass.
     """
     check_pair(fleet, plan)
-    state = _begin(fleet, plan) if resume is None else _continue(fleet, resume)
+    seen = await fleet.measured()
+    state = _begin(fleet, plan, seen) if resume is None else _continue(fleet, resume, seen)
     write(out, state)
     keeper = _Keeper(state, out, on_sample)
     try:
@@ -72,20 +73,20 @@ def check_pair(fleet: Fleet, plan: Plan) -> None:
     check_changes(fleet.loaded, plan)
 
 
-def _begin(fleet: Fleet, plan: Plan) -> Run:
+def _begin(fleet: Fleet, plan: Plan, seen: FleetSnapshot) -> Run:
     loaded = fleet.loaded
     gpus = {gpu for name in plan.pair for gpu in loaded.model(name).gpus}
     return Run(
         program=__version__,
         began=time.time(),
         plan=plan,
-        machine=machine.describe(fleet.snapshot(), gpus, loaded.config.vllm_command),
+        machine=machine.describe(seen, gpus, loaded.config.vllm_command),
         models=changed_models(loaded, plan),
         found=restore.look(fleet, restore.neighbours(fleet, plan.pair)),
     )
 
 
-def _continue(fleet: Fleet, before: Run) -> Run:
+def _continue(fleet: Fleet, before: Run, seen: FleetSnapshot) -> Run:
     """The run so far, checked against this config; raises UsageError if it was measured on another."""
     if changed_models(fleet.loaded, before.plan) != before.models:
         raise UsageError(
@@ -93,7 +94,7 @@ def _continue(fleet: Fleet, before: Run) -> Run:
             "Put it back as it was, or begin a new run.",
         )
     here = machine.describe(
-        fleet.snapshot(), {gpu.index for gpu in before.machine.gpus}, fleet.loaded.config.vllm_command
+        seen, {gpu.index for gpu in before.machine.gpus}, fleet.loaded.config.vllm_command
     )
     if [gpu.name for gpu in here.gpus] != [gpu.name for gpu in before.machine.gpus]:
         raise UsageError("This run began on another machine: its GPUs differ.", "Begin a new run here.")
