@@ -14,8 +14,7 @@ from vllm_sleep_tui.fleet.figures import Figures, Machine
 from vllm_sleep_tui.fleet.footprints import GIB
 
 COMFORT = 4.0
-"""Full contexts, or GiB where a context's size is not known, that a model should keep to be cut down for
-company."""
+"""Full contexts that a model should keep to be cut down for company."""
 
 
 class Sharing(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,11 +31,7 @@ class Sharing(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_comfortable(self) -> bool:
         """Whether each model keeps enough to work with."""
-        kept = (self.contexts[name] for name in self.models)
-        sizes = (self.kv_cache_memory_bytes[name] / GIB for name in self.models)
-        return all(
-            (size if held is None else held) >= COMFORT for held, size in zip(kept, sizes, strict=True)
-        )
+        return all(held is not None and held >= COMFORT for held in self.contexts.values())
 
 
 class GpuAdvice(msgspec.Struct, frozen=True, kw_only=True):
