@@ -118,8 +118,20 @@ def test_it_outlives_its_process_and_forgets_after_90_days(tmp_path: Path) -> No
     assert stat.S_IMODE((tmp_path / "history.db").stat().st_mode) == 0o600
 
 
-def test_nothing_is_opened_before_it_is_needed(tmp_path: Path) -> None:
-    with closing(History(tmp_path)):
+def test_a_rate_is_told_once_there_is_a_week(tmp_path: Path) -> None:
+    now = time.time()
+    with closing(History(tmp_path)) as history:
+        switch(history, "qwen", 1.0, at=now - 6 * DAY)
+        assert history.rates() == {}
+        for day in (1, 2, 3, 10):
+            switch(history, "qwen", 1.0, at=now - day * DAY)
+        switch(history, "phi", 1.0, at=now - 40 * DAY)
+        assert history.rates() == {"qwen": pytest.approx(0.5, rel=0.01)}
+
+
+def test_to_ask_makes_no_file(tmp_path: Path) -> None:
+    with closing(History(tmp_path)) as history:
+        assert history.switches_today() == []
         assert list(tmp_path.iterdir()) == []
 
 
@@ -130,6 +142,18 @@ def test_a_broken_file_is_set_aside_and_a_new_one_begins(tmp_path: Path) -> None
         assert [past.model for past in history.switches_today()] == ["qwen"]
         assert history.note is not None
         assert "kept as history.db.broken-" in history.note
+    assert len(list(tmp_path.glob("history.db.broken-*"))) == 1
+
+
+def test_a_new_file_is_not_set_aside_by_who_saw_the_broken_one_too(tmp_path: Path) -> None:
+    (tmp_path / "history.db").write_bytes(b"this is no database at all" * 100)
+    with closing(History(tmp_path)) as first, closing(History(tmp_path)) as second:
+        for _ in range(20):
+            switch(first, "a", 1.0)
+            switch(second, "b", 1.0)
+        first.switches_today()
+        models = [past.model for past in second.switches_today()]
+    assert (models.count("a"), models.count("b")) == (20, 20)
     assert len(list(tmp_path.glob("history.db.broken-*"))) == 1
 
 

@@ -31,6 +31,7 @@ from vllm_sleep_tui.fleet.budget import HIGHEST_UTILIZATION
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.discovery import find_command
 from vllm_sleep_tui.fleet.estimate import Estimate, checkpoint_of, estimate
+from vllm_sleep_tui.fleet.history import History
 from vllm_sleep_tui.fleet.predict import time_text
 from vllm_sleep_tui.fleet.sharing import GpuAdvice
 from vllm_sleep_tui.paths import state_dir, trust, trusted
@@ -85,8 +86,8 @@ def _has_config(ctx: click.Context) -> bool:
 def _advise(loaded: LoadedConfig, names: Sequence[str]) -> Advice:
     """The advice on these models; it is reckoned over all of them."""
     core = Core(loaded, state_dir())
-    with closing(core.reader):
-        whole = advise_fleet(core)
+    with closing(core.reader), closing(History(state_dir(), loaded.path)) as history:
+        whole = advise_fleet(core, history.rates())
     gpus = {gpu for name in names for gpu in loaded.config.models[name].gpus}
     return Advice(
         models=tuple(model for model in whole.models if model.name in names),

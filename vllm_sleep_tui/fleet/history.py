@@ -13,6 +13,7 @@ import math
 import os
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -29,6 +30,8 @@ Value = str | float | None
 
 DAY = 86400.0
 KEPT_DAYS = 90
+RATE_DAYS = 30
+RATE_MINIMUM_DAYS = 7
 LOCK_SECONDS = 0.5
 """How long another process's write is waited for."""
 SCHEMA = """
@@ -162,6 +165,15 @@ class History:
         """The switches since midnight, local time."""
         return self.switches_since(midnight(time.time()))
 
+    def rates(self) -> dict[str, float]:
+        """Switches to each model a day, over the last 30 days; empty until there is a week of them."""
+        now = time.time()
+        past = self.switches_since(now - RATE_DAYS * DAY)
+        days = (now - past[0].time) / DAY if past else 0.0
+        if days < RATE_MINIMUM_DAYS:
+            return {}
+        return {model: count / days for model, count in Counter(each.model for each in past).items()}
+
     def saved_since(self, start: float) -> Saved:
         """What the switches since then saved, each against the usual cold start of its own model."""
         slept = [past for past in self.switches_since(start) if past.from_state is State.ASLEEP]
@@ -205,7 +217,13 @@ class History:
         self._worker.submit(self._guarded, statement, row)
 
     def _read(self, query: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
-        return self._worker.submit(self._guarded, query, values).result()
+        return self._worker.submit(self._asked, query, values).result()
+
+    def _asked(self, query: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
+        """The answer; to ask makes no file."""
+        if self._connection is None and not self._path.exists():
+            return []
+        return self._guarded(query, values)
 
     def _guarded(self, statement: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
         """Run one statement; nothing that the database does gets out of here."""
@@ -257,13 +275,14 @@ class History:
         return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
     def _set_aside(self) -> None:
-        """Put the broken file out of the way; a new one takes its place."""
+        """Put the broken file out of the way, unless another process has; a new one takes its place."""
         self._disconnect()
         aside = self._path.with_name(f"{self._path.name}.broken-{int(time.time())}")
-        with contextlib.suppress(OSError):
-            self._path.rename(aside)
-        for ending in ("-wal", "-shm"):
-            self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
+        with contextlib.suppress(OSError), self._alone():
+            if not _is_sound(self._path):
+                self._path.rename(aside)
+                for ending in ("-wal", "-shm"):
+                    self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
         self._tell(f"The history was broken; it was kept as {aside.name} and begins anew.")
 
     def _tell(self, sentence: str) -> None:
@@ -275,6 +294,15 @@ def midnight(now: float) -> float:
     """UTC seconds at which the local day of `now` began."""
     local = datetime.fromtimestamp(now).astimezone()
     return local.replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a file is a database that can be read."""
+    with contextlib.closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as connection:
+        try:
+            return bool(connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
+        except sqlite3.DatabaseError as error:
+            return isinstance(error, sqlite3.OperationalError)
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
