@@ -227,6 +227,42 @@ async def test_an_odd_spelling_of_a_listed_path_is_not_listed(guarded: Guarded) 
     assert guarded.app.seen == []
 
 
+def spellings(path: str) -> list[str]:
+    """Other ways to write an admin path that a lax router might take for it."""
+    bare = path.partition("?")[0]
+    if not bare.strip("/*"):
+        return []
+    first = f"%{ord(bare[1]):02x}"
+    return [
+        f"/{bare}",
+        f"{bare}/",
+        f"{bare}//",
+        f"/.{bare}",
+        f"/health/..{bare}",
+        f"/health/..;{bare}",
+        f"/{first}{bare[2:]}",
+        f"/%{first[1:]}{bare[2:]}".replace("%", "%25", 1),
+        f"%2f{bare[1:]}",
+        bare.upper(),
+        bare.title(),
+        f"{bare}%00",
+        f"{bare};x=1",
+        f"{bare}.json",
+    ]
+
+
+async def test_no_spelling_of_an_admin_path_gets_by_without_the_secret(guarded: Guarded) -> None:
+    for path in PANEL_PATHS:
+        for spelled in spellings(path):
+            for method in ("GET", "POST", "OPTIONS", "HEAD"):
+                answer = await guarded.ask(method, spelled)
+                assert (method, spelled, answer.status) in {
+                    (method, spelled, 403),
+                    (method, spelled, 400),  # not a request line at all, says the HTTP server
+                }
+    assert guarded.app.seen == []
+
+
 FOREIGN_HOSTS = (
     "evil.example",
     "127.0.0.1.evil.example",
