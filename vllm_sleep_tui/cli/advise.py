@@ -22,12 +22,12 @@ from vllm_sleep_tui.cli.common import (
     say,
 )
 from vllm_sleep_tui.config import ModelConfig
-from vllm_sleep_tui.config_edit import difference, edited, replace_text
 from vllm_sleep_tui.config_file import LoadedConfig, load
 from vllm_sleep_tui.config_yaml import Key
 from vllm_sleep_tui.errors import CancelledByUser, RefusedError, UsageError
 from vllm_sleep_tui.fleet.advice import Advice, ModelAdvice, advise_fleet, changes
 from vllm_sleep_tui.fleet.budget import HIGHEST_UTILIZATION
+from vllm_sleep_tui.fleet.config_edit import difference, edited, replace_text
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.discovery import find_command
 from vllm_sleep_tui.fleet.estimate import Estimate, checkpoint_of, estimate

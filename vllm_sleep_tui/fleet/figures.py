@@ -118,7 +118,7 @@ def _figures(
         is_attached=model.url is not None,
         awake=awake,
         asleep={gpu: budget.asleep_estimate(known, model, gpu) for gpu in model.gpus},
-        weights=known.weights or expected.weights_per_gpu,
+        weights=_share_of_weights(known, model) or expected.weights_per_gpu,
         context=expected.context_bytes,
         pinned=pinned,
         start=seconds["start"],
@@ -147,18 +147,23 @@ def _times(known: Footprint, expected: Times | None) -> dict[str, float | None]:
     }
 
 
+def _share_of_weights(known: Footprint, model: ModelConfig) -> int | None:
+    """Bytes of weights on one GPU, as the log told for all of them."""
+    return None if known.weights is None else known.weights // (len(model.gpus) or 1)
+
+
 def _times_of(known: Footprint, model: ModelConfig) -> Times | None:
     """Expected times of a model that has run, where its files tell nothing."""
-    if known.weights is None:
+    share = _share_of_weights(known, model)
+    if share is None or known.weights is None:
         return None
-    ranks = len(model.gpus) or 1
-    cache = max(0, max(known.awake.values(), default=0) - known.weights - ACTIVATIONS - AWAKE_OVERHEAD)
+    cache = max(0, max(known.awake.values(), default=0) - share - ACTIVATIONS - AWAKE_OVERHEAD)
     return times(
-        known.weights,
-        checkpoint_bytes=known.weights * ranks,
+        share,
+        checkpoint_bytes=known.weights,
         kv=cache,
-        pinned_bytes=known.pinned or known.weights * ranks,
-        gpus=ranks,
+        pinned_bytes=known.pinned or known.weights,
+        gpus=len(model.gpus) or 1,
     )
 
 
