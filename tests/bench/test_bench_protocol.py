@@ -242,3 +242,39 @@ def test_a_run_that_cannot_be_is_refused_before_anything_starts(
     assert complaint in ended.stderr
     assert set(bench.states().values()) == {("stopped", None)}
     assert list(bench.config.parent.glob(".*.yaml")) == []
+
+
+def test_a_killed_run_with_changes_finds_its_own_servers_again(pair: MakePair) -> None:
+    bench = pair(speed=50)
+    bench("start", "large")
+    process = bench.begin(
+        *("bench", "run", "small", "large", "--modes", "level1", "--repeats", "2"),
+        *("--set", "*.args.enforce-eager=true", "--out", str(bench.result)),
+    )
+    wait_for_steps(bench, 7)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    killed = read(bench.result)
+
+    bench("bench", "run", "--resume", str(bench.result))
+
+    run = read(bench.result)
+    assert run.is_done
+    assert run.loads == killed.loads
+    assert list(bench.config.parent.glob(".*.yaml")) == []
+    assert bench.states() == {"small": ("stopped", None), "large": ("awake", None)}
+
+
+def test_a_resumed_run_keeps_its_options_and_its_config(pair: MakePair) -> None:
+    bench = pair()
+    bench("bench", "run", "small", "large", "--modes", "level1:1", "--out", str(bench.result))
+    finished = bench.result.read_bytes()
+
+    other = bench.run("bench", "run", "--resume", str(bench.result), "--repeats", "5")
+    assert (other.returncode, "keeps its models and options" in other.stderr) == (2, True)
+    again = bench.run("bench", "run", "small", "large", "--out", str(bench.result))
+    assert (again.returncode, "is there already" in again.stderr) == (2, True)
+    bench.config.write_text(bench.config.read_text().replace("4GiB", "3GiB"))
+    changed = bench.run("bench", "run", "--resume", str(bench.result))
+    assert (changed.returncode, "has changed since this run began" in changed.stderr) == (2, True)
+    assert bench.result.read_bytes() == finished

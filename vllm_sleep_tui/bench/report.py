@@ -185,6 +185,13 @@ def _held(made: Sequence[Step], name: str) -> tuple[str, str]:
 
 def _pays(run: Run, switches_per_day: float) -> tuple[str, ...]:
     found = tuple(each.sentence(switches_per_day) for each in pays(run))
+    held = [
+        f"{name} holds {vram} of VRAM and {ram} of RAM {state}"
+        for name, state, vram, ram in _memory(run).rows
+        if state != "awake"
+    ]
+    if found and held:
+        return *found, f"What it takes meanwhile: {'; '.join(held)}."
     return found or (
         "Not known: it takes a sleep level, and a cold pass or an initial load, of both models.",
     )
