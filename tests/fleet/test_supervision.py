@@ -19,14 +19,14 @@ import pytest
 from tests.fleet.conftest import Box, inject, seen, until, until_state
 from vllm_sleep_tui.config import IdleConfig
 from vllm_sleep_tui.engine.client import Gate
-from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.idle import Idleness, due
 from vllm_sleep_tui.fleet.leader import Seat
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.supervision import Leader, Limits
-from vllm_sleep_tui.telemetry.processes import is_alive
+from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive
 
 MakeBox = Callable[..., Box]
 QUICK = Limits(hang=1.0, hang_poll=0.1, orphans_poll=0.5, restart_pauses=(0.1, 0.1))
@@ -272,6 +272,33 @@ async def test_two_configs_with_a_model_of_one_name_do_not_touch_each_other(box:
         assert one.log_path("a") != other.log_path("a")
         await one.stop(["a"])
         assert (seen(one, "a").state, seen(other, "a").state) == (State.STOPPED, State.AWAKE)
+
+
+async def test_a_stranger_on_the_port_with_our_models_name_is_named_and_left_alone(box: MakeBox) -> None:
+    theirs, ours = box({"a": {"model": "sim/1GiB"}}), box({"a": {"model": "sim/1GiB"}})
+    async with theirs.open() as fleet:
+        await fleet.start(["a"])
+        stranger = seen(fleet, "a")
+    ours.write({"a": {"model": "sim/1GiB", "port": stranger.port}}, ["24GiB"])
+    async with ours.open() as fleet:
+        with pytest.raises(RefusedError) as refused:
+            await fleet.start(["a"])
+        assert f"Port {stranger.port} of a is taken by pid {stranger.pid}" in refused.value.what
+        assert seen(fleet, "a").state is State.STOPPED
+    async with theirs.open() as fleet:
+        assert (seen(fleet, "a").state, seen(fleet, "a").pid) == (State.AWAKE, stranger.pid)
+
+
+async def test_a_reused_pid_is_not_taken_for_the_server(box: MakeBox) -> None:
+    async with box({"a": {"model": "sim/1GiB"}}).open() as fleet:
+        await fleet.start(["a"])
+        record = fleet._core.records.read("a")
+        assert record.keeper is not None
+        os.kill(record.keeper.pid, signal.SIGKILL)
+        await until(lambda: not any(map(is_alive, record.engines)))
+        mine = ProcessId(os.getpid(), 1)  # this process, as if its pid had been the server's
+        fleet._core.write(record, keeper=mine, server=mine, engines=(mine,))
+        await until(lambda: fleet._core.records.read("a").state is State.FAILED)
 
 
 async def test_a_record_from_the_future_is_driven_as_any_other(box: MakeBox) -> None:
