@@ -140,6 +140,13 @@ def test_a_model_outside_the_config_cannot_be_applied(here: Path) -> None:
     assert run("./elsewhere", "--apply").returncode == 2
 
 
+def test_smaller_caches_are_written_for_all_who_share_or_nobody(here: Path) -> None:
+    done = run("phi", "--apply", "--yes")
+    assert done.returncode == 2
+    assert "holds only with that on qwen" in done.stderr
+    assert (here / "vllm-sleep-tui.yaml").read_text() == CONFIG
+
+
 def test_an_edit_touches_only_the_lines_that_it_sets(here: Path) -> None:
     config = here / "vllm-sleep-tui.yaml"
     text = edited(config, {("models", "phi", "level"): 1})

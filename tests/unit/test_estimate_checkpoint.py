@@ -69,11 +69,11 @@ def test_a_config_that_is_none_is_an_error(tmp_path: Path, content: str) -> None
         read_checkpoint(tmp_path)
 
 
-def test_a_sliding_layer_keeps_no_more_than_its_window(tmp_path: Path) -> None:
-    kinds = ["sliding_attention"] * 24 + ["full_attention"] * 8
+def test_a_sliding_layer_keeps_a_window_and_a_linear_one_nothing_per_token(tmp_path: Path) -> None:
+    kinds = ["sliding_attention"] * 20 + ["full_attention"] * 8 + ["linear_attention"] * 4
     config = PHI | {"sliding_window": 512, "layer_types": kinds}
     found = read_checkpoint(write_model(tmp_path / "m", config, {"w": (1,)}))
-    assert found.kv_bytes(4096) == (8 * 4096 + 24 * 512) * 2 * 32 * 96 * 2
+    assert found.kv_bytes(4096) == (8 * 4096 + 20 * 512) * 2 * 32 * 96 * 2
 
 
 def test_a_compressed_cache_is_whole_on_every_rank(tmp_path: Path) -> None:

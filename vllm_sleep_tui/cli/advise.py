@@ -33,7 +33,7 @@ from vllm_sleep_tui.fleet.discovery import find_command
 from vllm_sleep_tui.fleet.estimate import Estimate, checkpoint_of, estimate
 from vllm_sleep_tui.fleet.history import History
 from vllm_sleep_tui.fleet.predict import time_text
-from vllm_sleep_tui.fleet.sharing import GpuAdvice
+from vllm_sleep_tui.fleet.sharing import GpuAdvice, listed
 from vllm_sleep_tui.paths import state_dir, trust, trusted
 from vllm_sleep_tui.telemetry.gpus import GpuReading, open_reader
 
@@ -55,7 +55,7 @@ def advise(
     A NAME that is not in the config is a folder or a hub name in the cache: its needs are estimated from its
     files, and nothing is launched or fetched.
     """
-    loaded = None if names and not _has_config(ctx) else load_config(ctx)
+    loaded = _config(ctx, is_needed=not names)
     known = loaded.config.models if loaded else {}
     strange = [name for name in names if name not in known]
     if is_applied and strange:
@@ -73,14 +73,14 @@ def advise(
         _apply(loaded, advice, is_agreed=is_agreed)
 
 
-def _has_config(ctx: click.Context) -> bool:
+def _config(ctx: click.Context, *, is_needed: bool) -> LoadedConfig | None:
+    """The config; None if there is none and nobody asked for one."""
     try:
-        load_config(ctx)
+        return load_config(ctx)
     except UsageError:
-        if given_config(ctx) is not None:
+        if is_needed or given_config(ctx) is not None:
             raise
-        return False
-    return True
+        return None
 
 
 def _advise(loaded: LoadedConfig, names: Sequence[str]) -> Advice:
@@ -207,6 +207,7 @@ def _time_lines(found: Estimate) -> list[str]:
 
 def _apply(loaded: LoadedConfig, advice: Advice, *, is_agreed: bool) -> None:
     """Write the advice to the config, after a look at what changes; raises PanelError."""
+    _check_whole(advice)
     values = _values(loaded, advice)
     if not values:
         say("The config says so already.")
@@ -224,6 +225,18 @@ def _apply(loaded: LoadedConfig, advice: Advice, *, is_agreed: bool) -> None:
     if was_trusted:
         trust(loaded.path, load(loaded.path).digest, state)
     say("Written. It holds from each model's next start on; models with new arguments are measured anew.")
+
+
+def _check_whole(advice: Advice) -> None:
+    """Raises UsageError if smaller caches would be written for some who share a GPU, but not all."""
+    named = {model.name for model in advice.models}
+    for model in advice.models:
+        missing = [name for name in model.beside if name not in named]
+        if model.utilization is not None and model.level == "none" and missing:
+            raise UsageError(
+                f"The advice on {model.name} holds only with that on {listed(missing)}.",
+                "Name them too, or nobody.",
+            )
 
 
 def _values(loaded: LoadedConfig, advice: Advice) -> dict[Key, Any]:

@@ -26,6 +26,10 @@ PACKED = frozenset({"I32", "I64", "U8", "I8"})
 """Types of tensors that hold several quantised weights in one number, or indices."""
 
 
+STATEFUL = ("linear", "mamba", "conv", "recurrent")
+"""In the kinds of layers that keep one state for a whole context instead of something per token."""
+
+
 class Task(StrEnum):
     """What a model answers."""
 
@@ -269,7 +273,9 @@ def _layer_kinds(config: _Settings, layers: int) -> tuple[int, int]:
     """How many layers keep every token, and how many only a window of them."""
     kinds = config.text.get("layer_types")
     if isinstance(kinds, list):
-        return kinds.count("full_attention"), kinds.count("sliding_attention")
+        sliding = kinds.count("sliding_attention")
+        stateful = sum(any(word in str(kind) for word in STATEFUL) for kind in kinds)
+        return len(kinds) - sliding - stateful, sliding
     if config.integer("sliding_window") is None or config.text.get("use_sliding_window") is False:
         return layers, 0
     pattern = config.integer("sliding_window_pattern")
