@@ -117,12 +117,16 @@ class Storm:
         what = f"round {self.tally.total}: {verb} {name}"
         began = time.monotonic()
         process = self.begin(verb, name)
+        running = [process]
+        if self.random.random() < 0.3:
+            running.append(self.begin(self.random.choice(list(VERBS)), self.random.choice(self.names)))
         delay = self.random.uniform(0, self.spans[verb])
         while time.monotonic() - began < delay and is_alive(process):
             await asyncio.sleep(0.005)
             self.see()
         killed = self.kill(process, name)
-        await self.wait_for(process, what)
+        for each in running:
+            await self.wait_for(each, what)
         if killed is None:
             self.spans[verb] = 0.7 * self.spans[verb] + 0.3 * (time.monotonic() - began)
         await self.reconcile(f"{what}, killed {killed}")

@@ -164,7 +164,10 @@ async def test_a_killed_keepers_server_leaves_nothing_behind(box: MakeBox) -> No
         await fleet.start(["a"])
         record = fleet._core.records.read("a")
         assert record.keeper is not None
+        assert record.tmp_dir is not None
+        assert Path(record.tmp_dir).is_dir()
         os.kill(record.keeper.pid, signal.SIGKILL)
         await until(lambda: fleet._core.records.read("a").state is State.FAILED)
         assert seen(fleet, "a").state is State.FAILED
+        assert not Path(record.tmp_dir).exists()
         assert orphans_of(record.launch, machine.state_dir) == []

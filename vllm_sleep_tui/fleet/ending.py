@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import shutil
 import time
 from pathlib import Path
 
@@ -19,6 +22,8 @@ SERVER_GONE = Diagnosis("Its server ended by itself.", "Look at its log, then st
 RECORD_LOST = Diagnosis(
     "Its record was lost; its server still runs.", "The panel or the next operation on it takes it back."
 )
+TMP_PREFIX = "/tmp/vst-"
+"""Of the servers' temporary folders; short, because a socket's path has 107 characters at most."""
 STOP_LIMIT = 30.0
 """Seconds for the keeper to be gone: its grace before SIGKILL, and the kernel's work on tens of GiB."""
 MEMORY_LIMIT = 10.0
@@ -39,6 +44,16 @@ async def end_server(core: Core, record: Record, *, at_once: bool) -> None:
             "The driver may hang: look at `dmesg`, restart the machine.",
         )
     await memory_gone(core, record)
+    remove_tmp_dir(record)
+
+
+def remove_tmp_dir(record: Record) -> None:
+    """Do what a killed keeper could not; only a folder that is named and owned as ours are."""
+    if record.tmp_dir is None or not record.tmp_dir.startswith(TMP_PREFIX):
+        return
+    with contextlib.suppress(OSError):
+        if os.lstat(record.tmp_dir).st_uid == os.getuid():
+            shutil.rmtree(record.tmp_dir, ignore_errors=True)
 
 
 async def gone(path: Path, limit: float) -> bool:

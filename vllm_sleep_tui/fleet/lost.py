@@ -66,9 +66,11 @@ def identify(core: Core, record: Record, word: Word) -> Record:
         raise ValueError("its process is gone")
     folder = Path(f"/proc/{word.server.pid}")
     environment = dict(
-        line.split("=", 1) for line in (folder / "environ").read_text().split("\0") if "=" in line
+        line.split("=", 1)
+        for line in (folder / "environ").read_text(errors="replace").split("\0")
+        if "=" in line
     )
-    argv = (folder / "cmdline").read_text().split("\0")
+    argv = (folder / "cmdline").read_text(errors="replace").split("\0")
     if SECRET_VARIABLE not in environment or "--port" not in argv:
         raise ValueError("its process does not tell its port and secret")
     return msgspec.structs.replace(
@@ -76,6 +78,7 @@ def identify(core: Core, record: Record, word: Word) -> Record:
         port=int(argv[argv.index("--port") + 1]),
         secret=environment[SECRET_VARIABLE],
         gpus=tuple(int(gpu) for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu),
+        tmp_dir=environment.get("TMPDIR"),
         log=log_of(word.keeper) or str(core.log_path(record.name)),
         digest=core.digest(record.name),
     )

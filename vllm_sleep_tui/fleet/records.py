@@ -63,6 +63,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     secret: str | None = None
     gpus: tuple[int, ...] = ()
     log: str | None = None
+    tmp_dir: str | None = None
+    """The server's own temporary folder, which its keeper removes unless it is killed."""
     digest: str | None = None
     """Of the model and its arguments at launch; measurements are kept under it."""
     vllm_version: str | None = None

@@ -27,7 +27,7 @@ from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, R
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.budget import level_for, pinned_estimate
 from vllm_sleep_tui.fleet.core import GIB, Core
-from vllm_sleep_tui.fleet.ending import cause_in_log, end_server, fail
+from vllm_sleep_tui.fleet.ending import TMP_PREFIX, cause_in_log, end_server, fail
 from vllm_sleep_tui.fleet.footprints import Footprint, digest
 from vllm_sleep_tui.fleet.keeping import Order, is_kept, launch, read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
@@ -173,7 +173,7 @@ class Start:
     async def launch(self, port: int) -> None:
         """Hand the server to a keeper."""
         memory = await asyncio.to_thread(read_memory, self.core, set(self.model.gpus))
-        tmp_dir = Path(tempfile.mkdtemp(prefix="vst-", dir="/tmp"))  # socket paths: 107 characters at most
+        tmp_dir = Path(tempfile.mkdtemp(prefix=Path(TMP_PREFIX).name, dir=Path(TMP_PREFIX).parent))
         spec = ServeSpec(
             command=self.core.config.vllm_command,
             model=self.model.model or "",
@@ -199,6 +199,7 @@ class Start:
             secret=spec.secret,
             gpus=self.model.gpus,
             log=str(log),
+            tmp_dir=str(tmp_dir),
             digest=digest(self.model),
             engines=(),
             reference=None,
