@@ -6,12 +6,13 @@ import json
 import signal
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from bench_pair import Bench
 from command_line import wait_until
 
 from vllm_sleep_tui.bench.plan import Mode
-from vllm_sleep_tui.bench.results import Run, read
+from vllm_sleep_tui.bench.results import Run, read, write
 
 MakePair = Callable[..., Bench]
 STARTED = ["proof", "proof", "sleep 1", "wake", "proof"]
@@ -160,6 +161,23 @@ def test_an_interrupted_run_puts_the_models_back_and_says_how_to_go_on(pair: Mak
     assert read(bench.result).restored
 
 
+def test_an_interruption_does_not_keep_the_models_from_being_put_back(pair: MakePair) -> None:
+    bench = pair(speed=20)
+    bench("start", "large")
+    process = bench.begin(
+        *("bench", "run", "small", "large", "--modes", "level1:1", "--out", str(bench.result)),
+        *("--set", "*.args.enforce-eager=true"),
+    )
+    wait_for_steps(bench, 6)
+    wait_until(lambda: bench.look("large").state == "starting", seconds=60, what="large is put back")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert bench.states() == {"small": ("stopped", None), "large": ("awake", None)}
+    assert read(bench.result).is_done
+
+
 def test_the_limit_ends_a_run_like_an_interruption(pair: MakePair) -> None:
     bench = pair(speed=10)
     ended = bench.run(
@@ -269,12 +287,18 @@ def test_a_resumed_run_keeps_its_options_and_its_config(pair: MakePair) -> None:
     bench = pair()
     bench("bench", "run", "small", "large", "--modes", "level1:1", "--out", str(bench.result))
     finished = bench.result.read_bytes()
+    launch = bench.log("small")
+    bench("bench", "run", "--resume", str(bench.result))
+    assert bench.log("small") == launch  # nothing is left to do, so nothing was started
 
     other = bench.run("bench", "run", "--resume", str(bench.result), "--repeats", "5")
     assert (other.returncode, "keeps its models and options" in other.stderr) == (2, True)
     again = bench.run("bench", "run", "small", "large", "--out", str(bench.result))
     assert (again.returncode, "is there already" in again.stderr) == (2, True)
+    assert bench.result.read_bytes() == finished
+
+    write(bench.result, msgspec.structs.replace(read(bench.result), passes=()))
     bench.config.write_text(bench.config.read_text().replace("4GiB", "3GiB"))
     changed = bench.run("bench", "run", "--resume", str(bench.result))
     assert (changed.returncode, "has changed since this run began" in changed.stderr) == (2, True)
-    assert bench.result.read_bytes() == finished
+    assert read(bench.result).passes == ()

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -17,11 +19,16 @@ from vllm_sleep_tui.bench import machine, restore
 from vllm_sleep_tui.bench.bed import changed_models, check_changes, open_bed
 from vllm_sleep_tui.bench.plan import MAX_TOKENS, Mode, PassKey, Plan
 from vllm_sleep_tui.bench.results import Load, Memory, Pass, Run, Step, write
-from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.operation import Report
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Progress
 from vllm_sleep_tui.fleet.states import RUNNING, StartPhase, State
+
+
+class LimitReached(CancelledByUser):
+    """The seconds that the person gave are over."""
+
 
 OnSample = Callable[[Run, PassKey, Step], None]
 """Called after each step with all that is measured so far."""
@@ -39,13 +46,16 @@ async def run(
     *,
     out: Path,
     resume: Run | None = None,
+    limit: float | None = None,
     report: Report | None = None,
 ) -> Run:
     """Do what is left of the plan and keep it in `out`; the models end as they were found.
 
-    Raises PanelError as the fleet does, CancelledByUser when cancelled; `out` has all that was done, and
-    handed in again as `resume` goes on at the next unfinished pass.
+    Raises PanelError as the fleet does, CancelledByUser when cancelled, LimitReached after `limit` seconds
+    of measuring; `out` has all that was done, and as `resume` goes on at the next unfinished pass.
     """
+    if resume is not None and resume.is_done and resume.restored:
+        return resume
     check_pair(fleet, plan)
     seen = await fleet.measured()
     state = _begin(fleet, plan, seen) if resume is None else _continue(fleet, resume, seen)
@@ -54,11 +64,24 @@ async def run(
     try:
         await restore.put_aside(fleet, restore.neighbours(fleet, plan.pair)[2:], report)
         async with open_bed(fleet, plan, report) as bed:
-            await _Bench(bed, plan, keeper, report).passes(fresh=resume is None or resume.restored)
+            bench = _Bench(bed, plan, keeper, report)
+            await _within(limit, bench.passes(fresh=resume is None or resume.restored))
     finally:
-        await restore.put_back(fleet, state.found, report)
+        await restore.to_its_end(restore.put_back(fleet, state.found, report))
         keeper.change(restored=True)
     return keeper.run
+
+
+async def _within(limit: float | None, work: Coroutine[Any, Any, None]) -> None:
+    """Await it, to its next safe point after the limit; raises LimitReached then."""
+    timer = asyncio.timeout(limit)
+    try:
+        async with timer:
+            await work
+    except (TimeoutError, CancelledByUser) as error:
+        if not timer.expired():
+            raise
+        raise LimitReached(f"The limit of {limit:g} s was reached.") from error
 
 
 def check_pair(fleet: Fleet, plan: Plan) -> None:

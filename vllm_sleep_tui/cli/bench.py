@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from vllm_sleep_tui.bench.results import Run, Step
     from vllm_sleep_tui.config_file import LoadedConfig
     from vllm_sleep_tui.fleet.fleet import Fleet
+    from vllm_sleep_tui.fleet.snapshot import Progress
 
 NEW_RUN_ONLY = ("modes", "repeats", "seed", "no_warmup", "changes", "out")
 file_argument = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
@@ -83,19 +85,18 @@ def run_verb(
     async def measure(fleet: Fleet) -> Run:
         from vllm_sleep_tui.bench import run as experiment
 
-        timer = asyncio.timeout(limit)
         try:
-            async with timer:
-                return await experiment.run(fleet, plan, _tell, out=path, resume=before, report=Reporter())
-        except (CancelledByUser, TimeoutError) as error:
-            why = f"The limit of {limit:g} s was reached" if timer.expired() else "Interrupted"
-            raise CancelledByUser(f"{why}; {_how_far(path)}.", again) from error
-        except asyncio.CancelledError:
-            raise CancelledByUser(f"Interrupted; {_how_far(path)}.", again) from None
-        except PanelError as error:
+            return await experiment.run(
+                fleet, plan, _tell, out=path, resume=before, limit=limit, report=_starts_only(Reporter())
+            )
+        except experiment.LimitReached as error:
+            raise CancelledByUser(f"{error.what} {_how_far(path)}", again) from error
+        except (CancelledByUser, asyncio.CancelledError) as error:
+            raise CancelledByUser(f"Interrupted. {_how_far(path)}", again) from error
+        except PanelError:
             if path.exists():
                 say(f"What was measured is in {path}.")
-            raise error
+            raise
 
     _put_result(with_fleet(loaded, measure), path, as_json)
 
@@ -191,9 +192,17 @@ def _how_far(path: Path) -> str:
     from vllm_sleep_tui.bench.results import read
 
     if not path.exists():
-        return "nothing was measured yet"
+        return "Nothing was measured yet."
     rest = left(read(path))
-    return f"{rest.done} of {rest.steps} switches are in {path}"
+    return f"{rest.done} of {rest.steps} switches are in {path}."
+
+
+def _starts_only(report: Reporter) -> Callable[[Progress], None]:
+    """The progress of starts and stops; a switch by sleep is told as a whole, when it is measured."""
+    from vllm_sleep_tui.fleet.states import StartPhase
+
+    shown = {*StartPhase, "stopping", "waiting"}
+    return lambda progress: report(progress) if progress.phase in shown else None
 
 
 def _tell(run: Run, key: PassKey, step: Step) -> None:
