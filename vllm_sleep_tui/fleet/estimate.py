@@ -148,7 +148,7 @@ def estimated_weights(model: ModelConfig, base: Path) -> int | None:
         checkpoint = checkpoint_of(model, base)
     except UsageError:
         return None
-    return _weights(checkpoint, layout_of(model, checkpoint))
+    return _weights_in(checkpoint.folder, _stamp(checkpoint.folder), layout_of(model, checkpoint))
 
 
 def layout_of(
@@ -275,3 +275,9 @@ def _stamp(folder: Path) -> tuple[int, ...]:
 @lru_cache(maxsize=64)
 def _read(folder: Path, _: tuple[int, ...]) -> Checkpoint:
     return read_checkpoint(folder)
+
+
+@lru_cache(maxsize=64)
+def _weights_in(folder: Path, stamp: tuple[int, ...], layout: Layout) -> int | None:
+    """As `_weights`, once: an operation asks often, and some models have 20,000 tensors."""
+    return _weights(_read(folder, stamp), layout)
