@@ -217,6 +217,16 @@ async def test_a_client_that_sends_its_request_slowly_is_no_hang(box: MakeBox) -
             await writer.wait_closed()
 
 
+def begin(machine: Box, *words: str) -> subprocess.Popen[bytes]:
+    """A verb in a process of its own, over the box's state folder."""
+    home = machine.folder / "vllm-sleep-tui"
+    if not home.is_symlink():
+        home.symlink_to(machine.state_dir)
+    command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(machine.config), *words]
+    env = os.environ | {"XDG_STATE_HOME": str(machine.folder)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 # ── records ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -246,10 +256,7 @@ async def test_a_server_whose_record_was_lost_is_taken_back_as_it_is(
 
 async def test_a_lost_server_that_cannot_be_taken_back_is_ended_and_that_is_said(box: MakeBox) -> None:
     machine = box({"a": {"model": "sim/1GiB"}}, speed="10")
-    command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(machine.config), "start", "a"]
-    env = os.environ | {"XDG_STATE_HOME": str(machine.folder)}
-    (machine.folder / "vllm-sleep-tui").symlink_to(machine.state_dir)
-    verb = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    verb = begin(machine, "start", "a")
     async with machine.open() as fleet:
         await until(lambda: fleet._core.records.read("a").server is not None)
         verb.kill()
@@ -259,6 +266,21 @@ async def test_a_lost_server_that_cannot_be_taken_back_is_ended_and_that_is_said
         assert seen(fleet, "a").state is State.FAILED
         await fleet.start(["a"])
         assert seen(fleet, "a").state is State.AWAKE
+
+
+async def test_a_switch_killed_while_others_made_room_leaves_nothing_behind(box: MakeBox) -> None:
+    machine = box()
+    async with machine.open() as fleet:
+        await fleet.start(["a"])
+        await inject(fleet, "a", "sleep_slow")
+        verb = begin(machine, "switch", "b")
+        await until_state(fleet, "a", State.FALLING_ASLEEP)
+        assert fleet._core.records.read("b").intent is not None
+        verb.kill()
+        verb.wait()
+        # As far as it had come: `/sleep` was sent or it was not.
+        await until(lambda: seen(fleet, "a").state in (State.ASLEEP, State.AWAKE))
+        await until(lambda: fleet._core.records.read("b").intent is None)
 
 
 async def test_two_configs_with_a_model_of_one_name_do_not_touch_each_other(box: MakeBox) -> None:

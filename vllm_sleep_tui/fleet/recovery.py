@@ -22,7 +22,7 @@ def is_unfinished(core: Core, name: str) -> bool:
     """Whether the record tells of an operation, or of a server that is no more."""
     record = core.records.read(name)
     if record.state in (State.STOPPED, State.FAILED):
-        return is_lost(core, record)
+        return record.intent is not None or is_lost(core, record)
     return record.intent is not None or not lives(core, record) or not is_whole(record)
 
 
@@ -53,6 +53,8 @@ async def recover(core: Core, name: str, operation: Operation) -> None:
     operation.tell(name, "settling", "what an earlier operation left")
     if is_lost(core, record):
         await take_back(core, record, operation)
+    elif record.state in (State.STOPPED, State.FAILED):
+        core.write(record, intent=None)  # others were making room for it
     elif record.state is State.STOPPING:
         await finish_stop(core, record)
     elif not lives(core, record):
