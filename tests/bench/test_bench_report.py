@@ -91,6 +91,22 @@ def test_figures_leave_out_the_step_that_puts_nobody_to_sleep() -> None:
     assert row.inference.count == 6
 
 
+def test_the_first_answer_is_the_warm_ups_or_without_one_the_first_of_all() -> None:
+    warm = made_run({Mode.LEVEL1: 2})
+    assert figures.first_answers(warm) == {"phi": 0.5, "qwen": 0.5}
+    bare = tuple(
+        msgspec.structs.replace(load, phases={"loading": 40.0}, began=load.began - 60) for load in warm.loads
+    )
+    slow = tuple(
+        msgspec.structs.replace(s, inference=6.6 if s.number < 2 else 0.4) for s in warm.passes[0].steps
+    )
+    passes = (msgspec.structs.replace(warm.passes[0], steps=slow),)
+    assert figures.first_answers(msgspec.structs.replace(warm, loads=bare, passes=passes)) == {
+        "phi": 6.6,
+        "qwen": 6.6,
+    }
+
+
 def test_the_parts_of_a_level_2_wake_stand_in_for_its_whole() -> None:
     found = figures.phases(made_run({Mode.LEVEL2: 1}), Mode.LEVEL2, "phi")
     assert list(found) == ["sleep", "weights", "reload", "kv_cache", "prove"]

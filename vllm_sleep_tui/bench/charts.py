@@ -78,19 +78,19 @@ def totals(summary: Summary, theirs: Mapping[Mode, Figures], named: str) -> Char
 
 def phases(run: Run) -> Chart:
     """The medians of the phases, stacked, each mode on a scale of its own."""
-    values: list[dict[str, Any]] = []
-    for mode in figures.modes(run):
-        for name in run.plan.pair:
-            for phase, spent in figures.phases(run, mode, name).items():
-                values.append(
-                    {
-                        "by": mode.words,
-                        "to": name,
-                        "phase": phase,
-                        "order": figures.IN_ORDER.index(phase),
-                        "seconds": spent,
-                    }
-                )
+    values = [
+        {
+            "by": mode.words,
+            "to": name,
+            "phase": phase,
+            "order": figures.IN_ORDER.index(phase),
+            "seconds": spent,
+        }
+        for mode in figures.modes(run)
+        for name in run.plan.pair
+        for phase, spent in figures.phases(run, mode, name).items()
+    ]
+    colour = {"field": "phase", "type": "nominal", "sort": list(figures.IN_ORDER), "title": None}
     bars = {
         "mark": {"type": "bar", "height": 18},
         "width": WIDTH - 60,
@@ -98,13 +98,7 @@ def phases(run: Run) -> Chart:
         "encoding": {
             "y": {"field": "to", "type": "nominal", "sort": list(run.plan.pair), "title": None},
             "x": {**_seconds("seconds"), "stack": "zero"},
-            "color": {
-                "field": "phase",
-                "type": "nominal",
-                "sort": list(figures.IN_ORDER),
-                "title": None,
-                "scale": {"scheme": "tableau20"},
-            },
+            "color": {**colour, "scale": {"scheme": "tableau20"}},
             "order": {"field": "order"},
         },
     }
@@ -154,7 +148,19 @@ def _points(run: Run, values: Sequence[dict[str, Any]], title: str, *, log: bool
             },
         },
     }
-    medians = {
+    return _chart(
+        {
+            "data": {"values": list(values)},
+            "encoding": shared,
+            "layer": [points, _medians(x)],
+            "height": {"step": 26},
+        }
+    )
+
+
+def _medians(x: Chart) -> Chart:
+    """A tick at the median of what was measured, by mode and model."""
+    return {
         "transform": [
             {"filter": {"field": "who", "equal": "measured"}},
             {
@@ -165,14 +171,6 @@ def _points(run: Run, values: Sequence[dict[str, Any]], title: str, *, log: bool
         "mark": {"type": "tick", "thickness": 3, "height": 18},
         "encoding": {"x": x},
     }
-    return _chart(
-        {
-            "data": {"values": list(values)},
-            "encoding": shared,
-            "layer": [points, medians],
-            "height": {"step": 26},
-        }
-    )
 
 
 def _by() -> Chart:

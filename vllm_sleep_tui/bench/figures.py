@@ -16,6 +16,9 @@ IN_ORDER = (
 )
 """The phases of a switch as they follow each other."""
 
+FIRST_ANSWER = "first answer"
+"""The phase of an initial load that is the warm-up's whole inference."""
+
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
     """Some measurements of one thing."""
@@ -128,6 +131,19 @@ def total(run: Run, mode: Mode) -> Total:
 def loads(run: Run, name: str) -> list[float]:
     """Seconds of a model's initial loads."""
     return [load.seconds for load in run.loads if load.model == name]
+
+
+def first_answers(run: Run) -> dict[str, float]:
+    """Seconds of each model's first answer: its warm-up, or without one the first of all passes."""
+    found: dict[str, float] = {}
+    for load in reversed(run.loads):
+        made = [step for mode in modes(run) if mode.level for step in steps(run, mode, load.model)]
+        later = sorted((step for step in made if step.began > load.began), key=lambda step: step.began)
+        if FIRST_ANSWER in load.phases:
+            found[load.model] = load.phases[FIRST_ANSWER]
+        elif later:
+            found[load.model] = later[0].inference
+    return {name: found[name] for name in run.plan.pair if name in found}
 
 
 def phases(run: Run, mode: Mode, target: str) -> dict[str, float]:

@@ -12,7 +12,7 @@ from vllm_sleep_tui.bench.plan import Mode
 from vllm_sleep_tui.bench.progress import duration, seconds
 from vllm_sleep_tui.bench.results import Run
 
-ONCE = ("warming", "priming", "first answer")
+ONCE = ("warming", "priming", figures.FIRST_ANSWER)
 """Phases of an initial load that only sleeping asks for."""
 
 

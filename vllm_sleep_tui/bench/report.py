@@ -21,37 +21,22 @@ GIB = 2**30
 NONE = "–"
 
 
+WHAT_A_SWITCH_IS = (
+    "A switch is the leaving model's sleep and the other's wake, or its stop and the other's start, until "
+    "the other takes requests. The post's figure is the wake alone. A tick in the chart is a median."
+)
+
+
 def report(run: Run, switches_per_day: float) -> Document:
     """The whole report of a run."""
     known = post.read()
     nearest = post.nearest(known, run.machine)
-    theirs = post.variant(nearest, run.plan)
-    named = f"the post's ({nearest.name})"
     summary = figures.summary(run)
     return Document(
         title=f"Switching between {run.plan.a} and {run.plan.b}",
         summary=tuple(_head(run, summary)),
         sections=(
-            Section(
-                title="Switches",
-                table=switches_table(run, theirs, named),
-                notes=(
-                    "A switch is the leaving model's sleep and the other's wake, or its stop and the "
-                    "other's start, until the other takes requests. The post's figure is the wake alone.",
-                ),
-                chart=charts.switches(run, theirs, named),
-            ),
-            Section(
-                title="The inference after a switch",
-                table=_inferences(run, summary, theirs, named),
-                chart=charts.inferences(run, theirs, named),
-            ),
-            Section(
-                title="Totals",
-                table=_totals(summary.totals, theirs, named),
-                notes=("A pass is A→B→A→B→A→B, six times awake with six inferences.",),
-                chart=charts.totals(summary, theirs, named),
-            ),
+            *_beside_the_post(run, summary, post.variant(nearest, run.plan), f"the post's ({nearest.name})"),
             Section(title="Where the time goes", table=_phases(run), chart=charts.phases(run)),
             Section(title="Memory", table=_memory(run)),
             Section(title="Does it pay?", notes=_pays(run, switches_per_day)),
@@ -63,6 +48,32 @@ def report(run: Run, switches_per_day: float) -> Document:
                     f"A = {known.pair[0]}, B = {known.pair[1]}). Other hardware and models: compare ratios.",
                 ),
             ),
+        ),
+    )
+
+
+def _beside_the_post(
+    run: Run, summary: Summary, theirs: Mapping[Mode, Figures], named: str
+) -> tuple[Section, ...]:
+    """The sections whose figures the post has too."""
+    return (
+        Section(
+            title="Switches",
+            table=switches_table(run, theirs, named),
+            notes=(WHAT_A_SWITCH_IS,),
+            chart=charts.switches(run, theirs, named),
+        ),
+        Section(
+            title="The inference after a switch",
+            table=_inferences(run, summary, theirs, named),
+            notes=_first_answers(run),
+            chart=charts.inferences(run, theirs, named),
+        ),
+        Section(
+            title="Totals",
+            table=_totals(summary.totals, theirs, named),
+            notes=("A pass is A→B→A→B→A→B, six times awake with six inferences.",),
+            chart=charts.totals(summary, theirs, named),
         ),
     )
 
@@ -131,6 +142,13 @@ def _inferences(run: Run, summary: Summary, theirs: Mapping[Mode, Figures], name
         rows.append((row.mode.words, row.target, count, first, middle, range_, tokens, _seconds(other)))
     header = ("after", "model", "n", "first token", "whole answer", "lowest to highest", "tokens", named)
     return Table(header=header, rows=tuple(rows))
+
+
+def _first_answers(run: Run) -> tuple[str, ...]:
+    """What a warm-up takes out of the first inference."""
+    found = [f"{name} {seconds(spent)}" for name, spent in figures.first_answers(run).items()]
+    how = "as its warm-up, counted in the load" if run.plan.warm_up else "without a warm-up, counted above"
+    return (f"The first whole answer after the initial load, {how}: {', '.join(found)}.",) if found else ()
 
 
 def _totals(totals: Sequence[Total], theirs: Mapping[Mode, Figures], named: str) -> Table:

@@ -17,6 +17,7 @@ import msgspec
 from vllm_sleep_tui import __version__
 from vllm_sleep_tui.bench import machine, restore
 from vllm_sleep_tui.bench.bed import changed_models, check_changes, open_bed
+from vllm_sleep_tui.bench.figures import FIRST_ANSWER
 from vllm_sleep_tui.bench.plan import MAX_TOKENS, Mode, PassKey, Plan
 from vllm_sleep_tui.bench.results import Load, Memory, Pass, Run, Step, write
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError, UsageError
@@ -245,7 +246,7 @@ class _Bench:
         clock.stop()
         if self.plan.warm_up:
             _, seconds, _ = await self.ask(name, LOAD_QUESTION)
-            clock.phases["first answer"] = seconds
+            clock.phases[FIRST_ANSWER] = seconds
         load = Load(model=name, began=moment, seconds=time.perf_counter() - began, phases=clock.phases)
         self.keeper.change(loads=(*self.keeper.run.loads, load))
         self.note_version(name)

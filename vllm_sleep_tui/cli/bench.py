@@ -74,11 +74,7 @@ def run_verb(
     else:
         _check_resumed(ctx, before, names)
         plan = before.plan
-    path = (resume or out or _free_path(plan)).absolute()
-    if resume is None and path.exists():
-        raise UsageError(f"{path} is there already.", "Name another --out, or go on with it: --resume.")
-    if not path.parent.is_dir():
-        raise UsageError(f"The folder {path.parent} is not there.", "Make it, or name another --out.")
+    path = resume.absolute() if resume else _new_path(out, plan)
     run_commands_of(loaded)
     again = _again(ctx, path)
 
@@ -176,8 +172,15 @@ def _check_resumed(ctx: click.Context, before: Run, names: tuple[str, ...]) -> N
         )
 
 
-def _free_path(plan: Plan) -> Path:
-    """Where a result goes that was given no name."""
+def _new_path(out: Path | None, plan: Plan) -> Path:
+    """Where a new result goes; raises UsageError if it cannot go where the person wants it."""
+    if out is not None:
+        path = out.absolute()
+        if path.exists():
+            raise UsageError(f"{path} is there already.", "Name another --out, or go on with it: --resume.")
+        if not path.parent.is_dir():
+            raise UsageError(f"The folder {path.parent} is not there.", "Make it, or name another --out.")
+        return path
     folder = private_dir(state_dir() / "bench")
     return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.a}-{plan.b}.json"
 
