@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.keeping import is_kept, read_word
 from vllm_sleep_tui.fleet.orphans import find_orphans, is_keeper, keeper_file
@@ -84,8 +85,11 @@ async def ownership(core: Core, record: Record) -> list[str]:
     if not listens(record.port, ProcessTable.read().descendants(record.keeper.pid)):
         found.append(f"{record.name}: port {record.port} is somebody else's")
     client = core.client(record)
-    sleeping = await client.is_sleeping(10)
-    gate = await client.gate()
+    try:
+        sleeping = await client.is_sleeping(10)
+        gate = await client.gate()
+    except EngineError as error:
+        return [*found, f"{record.name}: it does not answer: {error}"]
     if sleeping is not (record.state is State.ASLEEP):
         found.append(f"{record.name}: {record.state}, and the server says sleeping={sleeping}")
     if gate.closed is not (record.state is State.ASLEEP):

@@ -29,6 +29,8 @@ from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive, signal_proce
 
 SPEED = "60"
 SETTLE_LIMIT = 60.0
+DEATH_SECONDS = 2.0
+"""Within which a death must have been noticed."""
 VERBS = {"switch": 6, "start": 3, "sleep": 4, "wake": 3, "stop": 2}
 """How often each verb is begun."""
 VICTIMS = {"verb": 5, "leader": 2, "standby": 1, "keeper": 2, "server": 2, "engine": 2}
@@ -185,18 +187,24 @@ class Storm:
 
     async def reconcile(self, what: str) -> None:
         """Open a fleet, as the next panel would; once all is settled, look at what must hold."""
-        began = time.monotonic()
+        began, suspected = time.monotonic(), 0.0
         async with Fleet(self.core.loaded, self.state_dir):
             while time.monotonic() - began < SETTLE_LIMIT:
                 await asyncio.sleep(0.01)
                 self.see()
                 if not self.settled():
+                    suspected = 0.0
                     continue
                 async with self.everything_held():
                     if self.settled():
                         found = await violations(self.core, self.launches)
-                        self.tally.problems += [f"{what}: {problem}" for problem in found]
-                        break
+                        if not found:
+                            break
+                        # A death takes a moment to be seen: what was killed last may look alive still.
+                        suspected = suspected or time.monotonic()
+                        if time.monotonic() - suspected > DEATH_SECONDS:
+                            self.tally.problems += [f"{what}: {problem}" for problem in found]
+                            break
             else:
                 states = {name: repr(self.core.records.read(name).intent) for name in self.names}
                 self.tally.problems.append(f"{what}: not settled after {SETTLE_LIMIT:.0f} s: {states}")
