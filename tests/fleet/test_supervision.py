@@ -29,7 +29,7 @@ from vllm_sleep_tui.fleet.supervision import Leader, Limits
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive
 
 MakeBox = Callable[..., Box]
-QUICK = Limits(hang=1.0, hang_poll=0.1, orphans_poll=0.5, restart_pauses=(0.1, 0.1))
+QUICK = Limits(hang=1.0, hang_poll=0.1, hang_probe=0.5, orphans_poll=0.5, restart_pauses=(0.1, 0.1))
 
 
 @asynccontextmanager

@@ -41,7 +41,7 @@ class _Still:
 class HangWatch:
     """Remembers of each model since when nothing moved."""
 
-    def __init__(self, limit: float = 120.0, probe: float = 20.0) -> None:
+    def __init__(self, limit: float, probe: float) -> None:
         self.limit = limit
         self._probe = probe
         self._still: dict[str, _Still] = {}

@@ -40,6 +40,8 @@ class Limits:
 
     hang: float = 120.0
     hang_poll: float = 5.0
+    hang_probe: float = 20.0
+    """For one token, before the verdict."""
     orphans_poll: float = 60.0
     restart_pauses: tuple[float, ...] = PAUSES
 
@@ -114,7 +116,7 @@ class Leader:
         """What the person should know: orphans."""
         self._tasks = Tasks()
         self._restarter = Restarter(core, self._limits.restart_pauses)
-        self._hangs = HangWatch(self._limits.hang)
+        self._hangs = HangWatch(self._limits.hang, self._limits.hang_probe)
         self._idleness = idle.Idleness()
         self._next_look: dict[str, float] = {}
         self._refused: dict[str, tuple[str | None, float]] = {}
