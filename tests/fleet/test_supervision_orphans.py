@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.fleet.conftest import Box, seen, until
+from vllm_sleep_tui.fleet.discovery import find_foreign_servers
 from vllm_sleep_tui.fleet.keeping import LAUNCH_VARIABLE
 from vllm_sleep_tui.fleet.orphans import Orphan, end_orphans, find_orphans, summary
 from vllm_sleep_tui.fleet.records import Record, encode
@@ -101,7 +102,10 @@ async def test_a_server_that_somebody_looks_after_is_no_orphan(box: MakeBox) -> 
     machine = box()
     async with machine.open() as fleet:
         await fleet.start(["a"])
-        assert orphans_of(fleet._core.records.read("a").launch, machine.state_dir) == []
+        record = fleet._core.records.read("a")
+        assert orphans_of(record.launch, machine.state_dir) == []
+        strangers = {server.process for server in find_foreign_servers(())}
+        assert strangers.isdisjoint({*record.engines, record.server})
 
 
 async def test_a_sleeper_whose_config_names_it_no_longer_is_an_orphan_with_its_ram(box: MakeBox) -> None:

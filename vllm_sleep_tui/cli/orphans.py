@@ -25,7 +25,8 @@ def orphans(end: bool, yes: bool, as_json: bool) -> None:
     Servers that were not started here are named and never touched.
     """
     found = find_orphans(state_dir())
-    strangers = find_strangers()
+    ours = {orphan.process for orphan in found}
+    strangers = [stranger for stranger in find_strangers() if stranger.process not in ours]
     if end and found:
         if not yes:
             ask(found)

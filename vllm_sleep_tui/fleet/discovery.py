@@ -205,13 +205,23 @@ def find_foreign_servers(readings: Iterable[GpuReading]) -> tuple[ForeignServer,
     found = []
     for pid, command in servers.items():
         process = table.id_of(pid)
-        if process is None or table.parents[pid] in servers or launch_of(pid):
+        if process is None or table.parents[pid] in servers or is_ours(pid, table):
             continue
         sizes = [held[member] for member in (pid, *table.descendants(pid)) if member in held]
         vram = sum(sizes) if sizes else None
         user = user_of(pid) or "unknown"
         found.append(ForeignServer(process=process, user=user, command=command, vram_bytes=vram))
     return tuple(found)
+
+
+def is_ours(pid: int, table: ProcessTable) -> bool:
+    """Whether the process or one above it belongs to a launch; a renamed one may hide its own environment."""
+    above: int | None = pid
+    while above:
+        if launch_of(above):
+            return True
+        above = table.parents.get(above)
+    return False
 
 
 def launch_of(pid: int) -> str | None:

@@ -124,6 +124,7 @@ class Leader:
     def start(self) -> None:
         """Begin to try for the seat."""
         self._is_time("orphans", SETTLING)
+        self.seat.take()
         self._tasks.begin("leader", self._run())
 
     async def close(self) -> None:
