@@ -110,6 +110,7 @@ class VllmClient:
         self._wire = Wire(base_url or f"http://127.0.0.1:{port}")
         self._plain = {"accept": "*/*"} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
         self._trusted = self._plain | ({"x-panel-secret": secret} if secret else {})
+        self._trusted_json = self._trusted | JSON
 
     async def __aenter__(self) -> Self:
         return self
@@ -249,7 +250,7 @@ class VllmClient:
             method,
             target,
             timeout=timeout,
-            headers=self._trusted if payload is None else self._trusted | JSON,
+            headers=self._trusted if payload is None else self._trusted_json,
             body=None if payload is None else msgspec.json.encode(payload),
             repeatable=repeatable,
         )

@@ -76,7 +76,7 @@ class Core:
 
     def footprint(self, name: str) -> Footprint:
         """What was measured of the model with its present arguments."""
-        return self.footprints.get(self.digest(name), self.records.read(name).vllm_version)
+        return self.footprints.get(self.digest(name), self.records.vllm_version(name))
 
     def digest(self, name: str) -> str:
         """Names the model with its present arguments."""

@@ -93,6 +93,7 @@ class RecordStore:
         private_dir(self.folder)
         self.config = str(config_path.resolve())
         self._suffix = hashlib.sha256(self.config.encode()).hexdigest()[:8]
+        self._versions: dict[str, str | None] = {}
 
     def path(self, name: str, kind: str = "json") -> Path:
         """The file of a model: ``json`` the record, ``lock`` its lock, ``keeper`` its keeper's word."""
@@ -103,12 +104,20 @@ class RecordStore:
         path = self.path(name)
         for attempt in range(READ_ATTEMPTS):
             try:
-                return decode(path.read_bytes())
+                record = decode(path.read_bytes())
+                self._versions[name] = record.vllm_version
+                return record
             except FileNotFoundError:
                 return Record(config=self.config, name=name)
             except (ValueError, msgspec.DecodeError):
                 time.sleep(READ_PAUSE * (attempt > 0))
         return self._set_aside(path, name)
+
+    def vllm_version(self, name: str) -> str | None:
+        """The vLLM of the model's last launch, as last read here."""
+        if name not in self._versions:
+            return self.read(name).vllm_version
+        return self._versions[name]
 
     def write(self, record: Record) -> None:
         """Put the model's record on disk; raises OSError if the disk refuses."""

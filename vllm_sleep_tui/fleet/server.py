@@ -94,15 +94,17 @@ class Server:
         pool = self.core.pinned_now(self.record)
         self.check_ram_for(level, pool)
         self.intend("drain", level=level, event=Event.SLEEP)
+        before = asyncio.ensure_future(self.read_memory())
         try:
             with self.operation.timed("drain"):
                 await self.drain(force=force)
                 if unless is not None:
                     await unless
         except BaseException:
+            before.cancel()
             await self.undo_sleep()
             raise
-        verdict = await self.sleep_and_settle(level, pool)
+        verdict = await self.sleep_and_settle(level, pool, await before)
         self.record = self.core.enter(
             self.record, Event.SLEPT, level=level, intent=None, proof=verdict, reason=None, cure=None
         )
@@ -112,12 +114,17 @@ class Server:
         if self.frees_memory and level == 1 and not pool:
             check_ram(self.core, self.name)
 
-    async def sleep_and_settle(self, level: int, pool: int) -> str | None:
+    async def read_memory(self) -> dict[int, GpuMemory]:
+        """The memory of the model's GPUs now."""
+        if not self.frees_memory:
+            return {}
+        return await asyncio.to_thread(read_memory, self.core, set(self.record.gpus))
+
+    async def sleep_and_settle(self, level: int, pool: int, before: Mapping[int, GpuMemory]) -> str | None:
         """The call, and the memory seen gone: the verdict, None where there is no memory to free.
 
-        `pool` is the bytes of RAM that were pinned before.
+        `pool` is the bytes of RAM that were pinned `before`, when the GPUs' memory was read.
         """
-        before = await asyncio.to_thread(read_memory, self.core, set(self.record.gpus))
         self.operation.tell(self.name, "sleep")
         with self.operation.timed("sleep"):
             seconds = await self.call_sleep(level)
@@ -137,7 +144,7 @@ class Server:
         self.check_ram_for(1, pool)
         self.intend("priming", level=1)
         await self.drain(force=True)
-        await self.sleep_and_settle(1, pool)
+        await self.sleep_and_settle(1, pool, await self.read_memory())
         try:
             await self.wake_from_1()
         except EngineError as error:
@@ -186,7 +193,7 @@ class Server:
             return None, {}
         deadline = time.monotonic() + SETTLE_LIMIT
         while True:
-            now = await asyncio.to_thread(read_memory, self.core, set(self.record.gpus))
+            now = await self.read_memory()
             gone = [self.has_gone(before[gpu], now[gpu], gpu) for gpu in self.record.gpus]
             if None in gone:
                 return Verdict.UNVERIFIED, {}
@@ -227,8 +234,7 @@ class Server:
 
     async def wake(self) -> None:
         """Wake, prove, open the gate; raises RefusedError without room, OperationError if it failed."""
-        memory = await asyncio.to_thread(read_memory, self.core, set(self.record.gpus))
-        self.check_room(memory)
+        self.check_room(await self.read_memory())
         level = self.record.level or 1
         self.operation.checkpoint()
         self.intend("wake", level=level, event=Event.WAKE)
