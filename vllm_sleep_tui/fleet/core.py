@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import msgspec
 
@@ -34,6 +35,21 @@ PINNED_NOISE = GIB // 4
 def simulated_folder(loaded: LoadedConfig, state_dir: Path) -> Path | None:
     """The folder of the config's simulated GPUs, made if need be; None if it has none."""
     gpus = loaded.config.simulated_gpus
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OperationLimits:
+    """How long an operation waits for a server, in seconds."""
+
+    drain: float = 30.0
+    """For the answers under way, before they are cut off."""
+    settle: float = 5.0
+    """For the memory to be seen gone after a sleep."""
+    call: float = 60.0
+    """For any call to vLLM."""
+    call_per_gib: float = 10.0
+    """On top, for each GiB that the call moves; pinning took 0.7 s per GiB on an H100, slow disks need the
+    rest."""
+
+
     if not gpus:
         return None
     store = RecordStore(state_dir, loaded.path)
@@ -47,7 +63,8 @@ def simulated_folder(loaded: LoadedConfig, state_dir: Path) -> Path | None:
 class Core:
     """One config over one state folder; shared by all operations of a process."""
 
-    def __init__(self, loaded: LoadedConfig, state_dir: Path) -> None:
+    def __init__(self, loaded: LoadedConfig, state_dir: Path, limits: OperationLimits | None = None) -> None:
+        self.limits = limits or OperationLimits()
         self.loaded = loaded
         self.config = loaded.config
         self.state_dir = state_dir

@@ -10,7 +10,8 @@ from typing import Any, Self, TypeVar
 from vllm_sleep_tui.config_file import LoadedConfig
 from vllm_sleep_tui.fleet import actions
 from vllm_sleep_tui.fleet.chatting import answer
-from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.core import Core, OperationLimits
+from vllm_sleep_tui.fleet.history import History
 from vllm_sleep_tui.fleet.operation import Operation, Report, to_safe_point
 from vllm_sleep_tui.fleet.predict import memory_in, predict
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, FleetSnapshot, Prediction, SwitchTimes
@@ -30,7 +31,14 @@ class Fleet:
     it at its next safe point and raises CancelledByUser.
     """
 
-    def __init__(self, loaded: LoadedConfig, state_dir: Path, *, leads: bool = False) -> None:
+    def __init__(
+        self,
+        loaded: LoadedConfig,
+        state_dir: Path,
+        *,
+        leads: bool = False,
+        limits: OperationLimits | None = None,
+    ) -> None:
         self.loaded = loaded
         self.state_dir = state_dir
         self._core = Core(loaded, state_dir)

@@ -27,13 +27,8 @@ from vllm_sleep_tui.fleet.proof import Verdict
 from vllm_sleep_tui.fleet.records import Intent, Record, Reference
 from vllm_sleep_tui.fleet.states import Event
 
-DRAIN_LIMIT = 30.0
-SETTLE_LIMIT = 5.0
 SETTLE_POLL = 0.003
 GATE_LIMIT = 5.0
-CALL_LIMIT = 60.0
-SECONDS_PER_GIB = 10.0
-"""Allowed for moving a GiB of weights; pinning took 0.7 s per GiB on an H100, slow disks need the rest."""
 
 
 class Server:
@@ -78,7 +73,7 @@ class Server:
         """Seconds that a call which moves the weights may take."""
         footprint = self.core.footprint(self.name)
         weights = footprint.weights or footprint.backed_up or max(footprint.awake.values(), default=0)
-        return CALL_LIMIT + SECONDS_PER_GIB * weights / GIB
+        return self.core.limits.call + self.core.limits.call_per_gib * weights / GIB
 
     # ── sleep ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -153,9 +148,9 @@ class Server:
         await self.open_gate()
 
     async def drain(self, *, force: bool) -> None:
-        """Close the gate and wait for answers under way, DRAIN_LIMIT seconds at most; forced: not at all."""
+        """Close the gate and wait for answers under way, within the limit for it; forced: not at all."""
         gate = await self.client.set_gate(True, GATE_LIMIT)
-        deadline = time.monotonic() + DRAIN_LIMIT
+        deadline = time.monotonic() + self.core.limits.drain
         while gate.in_flight and not force and time.monotonic() < deadline:
             self.operation.tell(self.name, "drain", f"{gate.in_flight} answers under way")
             await self.operation.pause(0.05)
@@ -191,7 +186,7 @@ class Server:
         """Poll until the memory is seen gone: the verdict, and bytes left by GPU index where known."""
         if not self.frees_memory:
             return None, {}
-        deadline = time.monotonic() + SETTLE_LIMIT
+        deadline = time.monotonic() + self.core.limits.settle
         while True:
             now = await self.read_memory()
             gone = [self.has_gone(before[gpu], now[gpu], gpu) for gpu in self.record.gpus]
@@ -285,7 +280,7 @@ class Server:
                 reply = await self.client.wake_up(("kv_cache",), timeout=self.limit())
                 await self.check_awake(reply.status)
             with self.step("reset"):
-                await self.client.reset_prefix_cache(CALL_LIMIT)
+                await self.client.reset_prefix_cache(self.core.limits.call)
 
     @contextlib.contextmanager
     def step(self, phase: str) -> Iterator[None]:
@@ -305,14 +300,14 @@ class Server:
     async def ask(self) -> tuple[float, ...] | None:
         """The proof's question, one token; None if this model cannot be asked it."""
         answer = await self.client.complete(
-            proof.PROMPT, model=self.name, max_tokens=1, prompt_logprobs=1, timeout=CALL_LIMIT
+            proof.PROMPT, model=self.name, max_tokens=1, prompt_logprobs=1, timeout=self.core.limits.call
         )
         return answer.prompt_logprobs
 
     async def take_reference(self) -> None:
         """Ask the proof's question of a model that is known to be well, with nothing cached."""
         try:
-            await self.client.reset_prefix_cache(CALL_LIMIT)
+            await self.client.reset_prefix_cache(self.core.limits.call)
             logprobs = await self.ask()
         except EngineRefused:
             logprobs = None  # a task without completions: health is all that can be proven
@@ -329,7 +324,7 @@ class Server:
                 if await self.answers_as_before() or await self.answers_as_before():
                     return Verdict.PROVEN
                 await self.client.collective_rpc("reload_weights", self.limit())
-                await self.client.reset_prefix_cache(CALL_LIMIT)
+                await self.client.reset_prefix_cache(self.core.limits.call)
                 if await self.answers_as_before():
                     return Verdict.PROVEN
             except EngineError as error:
