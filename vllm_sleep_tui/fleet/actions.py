@@ -45,7 +45,13 @@ async def switch(core: Core, name: str, operation: Operation, *, force: bool = F
         refuse_without_room(core, name, room)
         await clear(core, record, room, operation, force=force)
         server = await bring_up(core, name, operation)
-        return server.record.last_switch or operation.ledger()
+        ledger = server.record.last_switch or operation.ledger()
+        core.note(
+            lambda past: past.record_switch(
+                name, ledger, level=record.level, from_state=record.state, left=room.leaving
+            )
+        )
+        return ledger
 
 
 async def clear(core: Core, record: Record, room: Room, operation: Operation, *, force: bool) -> None:

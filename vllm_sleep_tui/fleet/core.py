@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
+import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from dataclasses import dataclass
 
 import msgspec
 
@@ -25,6 +27,7 @@ from vllm_sleep_tui.telemetry.simulated import memories
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.engine.client import VllmClient
+    from vllm_sleep_tui.fleet.history import History
 
 GIB = 2**30
 SIMULATED_RAM = 64 * GIB
@@ -32,9 +35,6 @@ PINNED_NOISE = GIB // 4
 """Shared memory of an engine that never slept: 0.07 GiB on an H100."""
 
 
-def simulated_folder(loaded: LoadedConfig, state_dir: Path) -> Path | None:
-    """The folder of the config's simulated GPUs, made if need be; None if it has none."""
-    gpus = loaded.config.simulated_gpus
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OperationLimits:
     """How long an operation waits for a server, in seconds."""
@@ -50,6 +50,9 @@ class OperationLimits:
     rest."""
 
 
+def simulated_folder(loaded: LoadedConfig, state_dir: Path) -> Path | None:
+    """The folder of the config's simulated GPUs, made if need be; None if it has none."""
+    gpus = loaded.config.simulated_gpus
     if not gpus:
         return None
     store = RecordStore(state_dir, loaded.path)
@@ -72,6 +75,7 @@ class Core:
         self.records = RecordStore(state_dir, loaded.path)
         self.footprints = FootprintStore(state_dir)
         self.reader: GpuReader = open_reader(self.simulated)
+        self._happened: list[Callable[[History], None]] = []
         self._digests: dict[str, str] = {}
         self._clients: dict[str, VllmClient] = {}
         self._gpus = {reading.index: reading for reading in self.reader.read()}
@@ -154,8 +158,28 @@ class Core:
 
     def enter(self, record: Record, event: Event, **changes: object) -> Record:
         """Move the record by `event`, with other fields changed, and write it."""
-        state = next_state(record.state, event)
-        return self.write(record, state=state, since=time.time(), **changes)
+        state, now = next_state(record.state, event), time.time()
+        entered = self.write(record, state=state, since=now, **changes)
+        self.note(lambda past: past.record_state(record.name, state, entered.level, at=now))
+        return entered
+
+    def note(self, happened: Callable[[History], None]) -> None:
+        """Keep something for the history; it is written by `flush`, off the path of an operation."""
+        self._happened.append(happened)
+
+    @functools.cached_property
+    def history(self) -> History:
+        """The past of this config's models."""
+        from vllm_sleep_tui.fleet.history import History  # `status` needs no database
+
+        return History(self.state_dir, self.loaded.path)
+
+    def flush(self) -> None:
+        """Write the measurements and the past; blocks for milliseconds."""
+        self.footprints.flush()
+        happened, self._happened = self._happened, []
+        for tell in happened:
+            tell(self.history)
 
     def write(self, record: Record, **changes: object) -> Record:
         """Write the record with some fields changed; raises OperationError if the disk refuses."""
@@ -185,6 +209,9 @@ class Core:
         for client in self._clients.values():
             await client.aclose()
         self._clients.clear()
+        self.flush()
+        if "history" in self.__dict__:
+            await asyncio.to_thread(self.history.close)
         self.reader.close()
 
 

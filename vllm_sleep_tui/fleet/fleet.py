@@ -14,6 +14,7 @@ from vllm_sleep_tui.fleet.core import Core, OperationLimits
 from vllm_sleep_tui.fleet.history import History
 from vllm_sleep_tui.fleet.operation import Operation, Report, to_safe_point
 from vllm_sleep_tui.fleet.predict import memory_in, predict
+from vllm_sleep_tui.fleet.serving import ServingPoller
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, FleetSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import StartPhase
 from vllm_sleep_tui.fleet.supervision import Leader, Watcher
@@ -41,11 +42,12 @@ class Fleet:
     ) -> None:
         self.loaded = loaded
         self.state_dir = state_dir
-        self._core = Core(loaded, state_dir)
+        self._core = Core(loaded, state_dir, limits)
         self._viewer = Viewer(self._core)
         self._sampler = Sampler(self._core.reader, self._core.simulated)
         self._watcher = Watcher(self._core)
         self._leader = Leader(self._core) if leads else None
+        self._serving = ServingPoller(self._core)
 
     async def __aenter__(self) -> Self:
         self._sampler.set_roots(self._viewer.roots())
@@ -53,14 +55,15 @@ class Fleet:
         self._watcher.start()
         if self._leader:
             self._leader.start()
+            self._serving.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._leader:
             await self._leader.close()
+        await self._serving.close()
         await self._watcher.close()
         self._sampler.close()
-        self._core.footprints.flush()
         await self._core.close()
 
     # ── what is ──────────────────────────────────────────────────────────────────────────────────────────
@@ -69,7 +72,7 @@ class Fleet:
         """Everything as of now; reads a few small files and the latest sample."""
         self._sampler.set_roots(self._viewer.roots())
         notes = self._leader.notes if self._leader else ()
-        return self._viewer.snapshot(self._sampler.latest(), notes)
+        return self._viewer.snapshot(self._sampler.latest(), notes, self._serving.figures)
 
     @property
     def is_leader(self) -> bool:
@@ -90,11 +93,17 @@ class Fleet:
         """The vLLM that the model's last launch ran on; None before the first."""
         return self._core.records.read(name).vllm_version
 
+    @property
+    def history(self) -> History:
+        """The past: switches, states, time saved. Its questions read a database: ask them off the loop."""
+        return self._core.history
+
     def predict(self, name: str) -> Prediction:
         """What a switch to the model would do."""
         record = self._core.records.read(name)
         state, _ = self._viewer.observe(record)
-        return predict(self._core, name, state, memory_in(self._sampler.latest().gpus))
+        memory = memory_in(self._sampler.latest().gpus)
+        return predict(self._core, name, state, memory, self._serving.figures)
 
     def log_path(self, name: str) -> Path:
         """The model's log file, which need not exist yet."""
@@ -177,4 +186,4 @@ class Fleet:
             return await to_safe_point(operation, work(operation))
         finally:
             self._sampler.refresh()
-            asyncio.get_running_loop().run_in_executor(None, self._core.footprints.flush)
+            asyncio.get_running_loop().run_in_executor(None, self._core.flush)

@@ -123,6 +123,7 @@ class RecordStore:
         """Put the model's record on disk; raises OSError if the disk refuses."""
         path = self.path(record.name)
         content = encode(record)
+        self._versions[record.name] = record.vllm_version
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         except FileNotFoundError:

@@ -291,6 +291,7 @@ class Start:
         await self.measure(server)
         seconds = time.monotonic() - self.began
         self.core.remember(server.record, lambda known: known.with_time("start", seconds))
+        self.core.note(lambda past: past.record_cold_start(self.name, seconds))
         self.operation.checkpoint()
         if level == "1" and server.frees_memory and StartPhase.PRIMING not in self.operation.skip:
             await self.prime(server)

@@ -91,6 +91,7 @@ class Watcher:
             for name in list(self._core.config.models):
                 if needs_care(self._core, name):
                     self._tasks.begin(f"care of {name}", self._look_after(name))
+            await asyncio.to_thread(self._core.flush)
             await asyncio.sleep(INTERVAL)
 
     async def _look_after(self, name: str) -> None:
