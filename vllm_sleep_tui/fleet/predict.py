@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from vllm_sleep_tui.fleet.core import Core, gib
 from vllm_sleep_tui.fleet.plan import Room
 from vllm_sleep_tui.fleet.planning import GpuMemory, needed, plan_for
-from vllm_sleep_tui.fleet.snapshot import Prediction
+from vllm_sleep_tui.fleet.snapshot import Prediction, Serving
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.telemetry.gpus import GpuReading
 
 BUSY = frozenset({State.STARTING, State.FALLING_ASLEEP, State.WAKING, State.STOPPING})
+TOKENS_WORTH_WORDS = 256
+"""A proof leaves some tokens in the cache as well, and so few are computed again in no time."""
 
 
 def memory_in(readings: Sequence[GpuReading]) -> dict[int, GpuMemory]:
@@ -22,8 +24,14 @@ def memory_in(readings: Sequence[GpuReading]) -> dict[int, GpuMemory]:
     }
 
 
-def predict(core: Core, name: str, state: State, memory: Mapping[int, GpuMemory]) -> Prediction:
-    """What a switch to `name` in `state` would do with the memory as it is."""
+def predict(
+    core: Core,
+    name: str,
+    state: State,
+    memory: Mapping[int, GpuMemory],
+    serving: Mapping[str, Serving],
+) -> Prediction:
+    """What a switch to `name` in `state` would do with the memory as it is and what is being served."""
     if state is State.AWAKE:
         return Prediction(target=name, action="nothing", sentence=f"{name} is awake.")
     if state in BUSY:
@@ -41,7 +49,7 @@ def predict(core: Core, name: str, state: State, memory: Mapping[int, GpuMemory]
         needs_bytes={str(gpu): size for gpu, size in need.items()},
         free_bytes={str(gpu): size for gpu, size in room.free.items()},
         used_after=used_after(memory, room, need),
-        sentence=sentence(name, action, seconds, room, need),
+        sentence=sentence(name, action, seconds, room, need) + cache_lost(room, serving),
     )
 
 
@@ -93,6 +101,16 @@ def sentence(name: str, action: str, seconds: float | None, room: Room, need: Ma
         return f"Does not fit{figures}."
     about = "time not measured yet; " if seconds is None else f"≈ {time_text(seconds)}; "
     return f"{about}{', '.join(steps)}{figures}."
+
+
+def cache_lost(room: Room, serving: Mapping[str, Serving]) -> str:
+    """What the leaving models' caches hold, in words; nothing if it is soon computed again."""
+    held = {name: serving[name].cached_tokens or 0 for name in room.leaving if name in serving}
+    return "".join(
+        f" {name} loses up to {tokens:,} cached tokens."
+        for name, tokens in held.items()
+        if tokens >= TOKENS_WORTH_WORDS
+    )
 
 
 def time_text(seconds: float) -> str:

@@ -28,6 +28,28 @@ class SwitchTimes(msgspec.Struct, frozen=True, kw_only=True):
     total: float
 
 
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """How an awake model serves; token rates over the last 2 s, percentiles and hits over 5 minutes."""
+
+    running: int | None
+    """Requests being answered."""
+    waiting: int | None
+    kv_use: float | None
+    """Share (0 to 1) of the KV cache that running requests hold."""
+    prompt_tokens_per_s: float | None
+    generation_tokens_per_s: float | None
+    ttft_p50: float | None
+    """Seconds to the first token; None if nobody asked lately, as for all percentiles."""
+    ttft_p95: float | None
+    inter_token_p50: float | None
+    """Seconds between two tokens."""
+    inter_token_p95: float | None
+    prefix_hit_share: float | None
+    """Share (0 to 1) of prompt tokens that the cache spared."""
+    cached_tokens: int | None
+    """At most so many tokens are in the KV cache, which a sleep empties."""
+
+
 class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """One model."""
 
@@ -65,6 +87,8 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     source: str = ""
     """The model's hub name, folder or URL."""
     last_request: float | None = None
+    serving: Serving | None = None
+    """While awake, in a panel or `serve`; None until its first page of figures."""
 
 
 class GpuProcess(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from vllm_sleep_tui.config_file import LoadedConfig
 from vllm_sleep_tui.engine.causes import Diagnosis
@@ -18,11 +20,14 @@ from vllm_sleep_tui.fleet.snapshot import (
     HostSnapshot,
     ModelSnapshot,
     OperationSnapshot,
+    Serving,
 )
 from vllm_sleep_tui.fleet.states import RUNNING, SETTLED, State
 from vllm_sleep_tui.telemetry.attribution import ModelMemory
 from vllm_sleep_tui.telemetry.processes import is_alive
 from vllm_sleep_tui.telemetry.sampler import Sample, Sampler
+
+NOT_ASKED: Mapping[str, Serving] = MappingProxyType({})
 
 
 class Viewer:
@@ -43,9 +48,16 @@ class Viewer:
                     found[name] = word.keeper.pid
         return found
 
-    def snapshot(self, sample: Sample, notes: tuple[str, ...] = ()) -> FleetSnapshot:
-        """Everything, with the memory of `sample` and further `notes`."""
-        models = tuple(self._model(name, sample.models.get(name)) for name in self._core.config.models)
+    def snapshot(
+        self,
+        sample: Sample,
+        notes: tuple[str, ...] = (),
+        serving: Mapping[str, Serving] = NOT_ASKED,
+    ) -> FleetSnapshot:
+        """Everything, with the memory of `sample`, further `notes`, and how awake models serve."""
+        models = tuple(
+            self._model(name, sample.models.get(name), serving.get(name)) for name in self._core.config.models
+        )
         return FleetSnapshot(
             models=models,
             gpus=tuple(self._gpu(sample, index) for index in range(len(sample.gpus))),
@@ -56,7 +68,7 @@ class Viewer:
             notes=(*sample.notes, *notes),
         )
 
-    def _model(self, name: str, memory: ModelMemory | None) -> ModelSnapshot:
+    def _model(self, name: str, memory: ModelMemory | None, serving: Serving | None) -> ModelSnapshot:
         record = self._core.records.read(name)
         state, cause = self.observe(record)
         model = self._core.config.models[name]
@@ -87,6 +99,7 @@ class Viewer:
             proof=record.proof,
             frees_memory=bool(model.gpus),
             source=model.model or model.url or "",
+            serving=serving if state is State.AWAKE else None,
         )
 
     def observe(self, record: Record) -> tuple[State, Diagnosis | None]:
