@@ -115,12 +115,13 @@ def prediction_for(snapshot: FleetSnapshot, name: str) -> Prediction:
 
 
 class ScriptedFleet:
-    """Plays what the test sets; operations wait for `gate` and end as `outcome` says."""
+    """Plays what the test sets; operations end as `outcome` says, after `gate` unless `waits` is off."""
 
     def __init__(self, snapshot: FleetSnapshot | None = None, *, logs: Path = Path("/nonexistent")) -> None:
         self.now = snapshot or four_models()
         self.calls: list[tuple[Any, ...]] = []
         self.gate = asyncio.Event()
+        self.waits = True
         self.outcome: Callable[[], object] = lambda: TIMES
         self.steps: list[Progress] = []
         self.cancelled: list[str] = []
@@ -149,6 +150,8 @@ class ScriptedFleet:
         for step in self.steps:
             if report is not None:
                 report(step)
+        if not self.waits:
+            return self.outcome()
         try:
             await self.gate.wait()
         except asyncio.CancelledError:

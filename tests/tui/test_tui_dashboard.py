@@ -12,6 +12,7 @@ from scripted_fleet import NOW, ScriptedFleet, four_models, gib, starting
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.snapshot import HostSnapshot, Progress
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.tui.dashboard import Dashboard
 
 
 def line_with(lines: list[str], *words: str) -> str:
@@ -328,3 +329,48 @@ async def test_the_time_line_shows_who_was_awake(tmp_path: Path) -> None:
         assert 0.45 < cells.count("█") / len(cells) < 0.55
         assert "▁" in lines[start + 2]
         assert "▁" not in lines[start + 4]
+
+
+async def test_two_keys_pressed_at_once_act_on_the_model_that_the_first_one_chose(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    async with panel(fleet, tmp_path) as pilot:
+        pilot.app.simulate_key("down")
+        pilot.app.simulate_key("enter")
+        await until(pilot, lambda: fleet.calls == [("switch", "phi")], "the switch to phi")
+        fleet.gate.set()
+
+
+async def test_enter_on_a_model_that_is_awake_begins_nothing_and_says_so(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("enter")
+        await until_seen(pilot, "qwen is awake.")
+        assert fleet.calls == []
+        assert "switching to" not in text_of(pilot.app)
+
+
+async def test_an_operation_that_ends_at_once_leaves_nothing_beside_one_that_goes_on(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("down", "enter")
+        await until_seen(pilot, "switching to phi")
+        fleet.outcome, fleet.waits = lambda: None, False
+        await pilot.press("up", "enter")
+        await until(pilot, lambda: fleet.calls[-1] == ("switch", "qwen"), "the second switch")
+        await until(pilot, lambda: "switching to qwen" not in text_of(pilot.app), "its end")
+        assert "switching to phi" in text_of(pilot.app)
+        fleet.gate.set()
+
+
+async def test_an_operation_cancelled_before_its_first_step_is_over(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    async with panel(fleet, tmp_path) as pilot:
+        dashboard = pilot.app.screen
+        assert isinstance(dashboard, Dashboard)
+        dashboard.begin("phi", "waking", lambda report: fleet.wake("phi", report=report))
+        assert dashboard.operations.cancel("phi") == "phi"
+        await until_seen(pilot, "Stopped waking phi.")
+        assert fleet.calls == []
+        await pilot.press("down", "w")
+        await until(pilot, lambda: fleet.calls == [("wake", "phi")], "the next one")
+        fleet.gate.set()

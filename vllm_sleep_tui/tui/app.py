@@ -116,8 +116,7 @@ class PanelApp(App[None]):
 
     def _switcher(self, name: str) -> Callable[[], None]:
         def switch() -> None:
-            self.dashboard.selected = name
-            self.dashboard.action_switch()
+            self.dashboard.switch_to(name)
 
         return switch
 

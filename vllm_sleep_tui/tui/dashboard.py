@@ -52,7 +52,13 @@ class Dashboard(OperatingScreen):
         self._look_timer: Timer | None = None
         snapshot = fleet.snapshot()
         awake = [model.name for model in snapshot.models if model.state is State.AWAKE]
-        self.selected = next(iter(awake or [model.name for model in snapshot.models]), None)
+        self._table = ModelTable(id="table")
+        self._table.selected = next(iter(awake or [model.name for model in snapshot.models]), None)
+
+    @property
+    def selected(self) -> str | None:
+        """The model under the table's cursor."""
+        return self._table.selected
 
     def compose(self) -> ComposeResult:
         """Top to bottom."""
@@ -62,7 +68,7 @@ class Dashboard(OperatingScreen):
         with Horizontal(id="body"):
             with Vertical(id="models") as box:
                 box.border_title = "Models"
-                yield ModelTable(id="table")
+                yield self._table
                 with VerticalScroll(id="scroll", can_focus=True):
                     yield Detail(id="detail")
                 yield Timeline(id="timeline")
@@ -71,7 +77,7 @@ class Dashboard(OperatingScreen):
 
     async def on_mount(self) -> None:
         """Show the first moment, then look again four times a second."""
-        self.query_one(ModelTable).focus()
+        self._table.focus()
         await self.look()
         self._look_timer = self.set_interval(TICK_SECONDS, self._tick)
 
@@ -123,7 +129,7 @@ class Dashboard(OperatingScreen):
         self._is_busy = moving or bool(view.running)
         self.query_one(TopBand).show(view)
         self.query_one(MemoryPanel).show(view)
-        self.query_one(ModelTable).show(view)
+        self._table.show(view)
         self.query_one(Detail).show(view)
         self.query_one(Timeline).show(view)
         await self.query_one(ChatPane).show(view)
@@ -143,9 +149,8 @@ class Dashboard(OperatingScreen):
             widget.refresh()
         self.query_one(ChatPane).recolor()
 
-    def on_model_table_selected(self, message: ModelTable.Selected) -> None:
+    def on_model_table_selected(self) -> None:
         """Another row."""
-        self.selected = message.name
         self.changed()
 
     def on_model_table_chosen(self) -> None:
@@ -173,8 +178,8 @@ class Dashboard(OperatingScreen):
         """Leave the input; else stop the answer; else an operation; else close a narrow screen's chat."""
         chat = self.query_one(ChatPane)
         if chat.input.has_focus:
-            self.query_one(ModelTable).focus()
-            if self.focused is not self.query_one(ModelTable):
+            self._table.focus()
+            if self.focused is not self._table:
                 self.set_focus(None)
         elif chat.stop_answer():
             self.notify("Stopped the answer; what was said is kept.", markup=False)
@@ -183,7 +188,7 @@ class Dashboard(OperatingScreen):
             self.changed()
         else:
             self.remove_class("-chatting")
-            self.query_one(ModelTable).focus()
+            self._table.focus()
 
     def action_copy_answer(self) -> None:
         """The last answer, as it was written, to the clipboard."""

@@ -112,10 +112,6 @@ class ModelTable(Painted, can_focus=True):
     class Selected(Message):
         """The cursor went to another model."""
 
-        def __init__(self, name: str) -> None:
-            super().__init__()
-            self.name = name
-
     class Chosen(Message):
         """The selected row was clicked once more."""
 
@@ -123,6 +119,8 @@ class ModelTable(Painted, can_focus=True):
         super().__init__(id=id)
         self._view: View | None = None
         self._first = 0
+        self.selected: str | None = None
+        """The model under the cursor; the key after the one that moved it must find it moved."""
 
     def show(self, view: View) -> None:
         """Show this moment."""
@@ -156,14 +154,16 @@ class ModelTable(Painted, can_focus=True):
 
     def _index(self) -> int:
         names = self._names()
-        selected = self._view.selected if self._view else None
-        return names.index(selected) if selected in names else 0
+        return names.index(self.selected) if self.selected in names else 0
 
     def action_move(self, step: int) -> None:
         """Move the cursor, stopping at the ends."""
-        names = self._names()
-        if names:
-            self.post_message(self.Selected(names[min(len(names) - 1, max(0, self._index() + step))]))
+        if names := self._names():
+            self._select(names[min(len(names) - 1, max(0, self._index() + step))])
+
+    def _select(self, name: str) -> None:
+        self.selected = name
+        self.post_message(self.Selected())
 
     def on_click(self, event: events.Click) -> None:
         """A click selects; a double click does what enter does."""
@@ -171,7 +171,7 @@ class ModelTable(Painted, can_focus=True):
         names = self._names()
         if not 0 <= index < len(names):
             return
-        self.post_message(self.Selected(names[index]))
+        self._select(names[index])
         if event.chain == 2:
             self.post_message(self.Chosen())
 

@@ -23,7 +23,11 @@ class OperatingScreen(Screen[None]):
         super().__init__()
         self.fleet = fleet
         self.operations = operations
-        self.selected: str | None = None
+
+    @property
+    def selected(self) -> str | None:
+        """The model that the keys act on."""
+        raise NotImplementedError
 
     def changed(self) -> None:
         """Something was started or ended: look at once."""
@@ -52,7 +56,16 @@ class OperatingScreen(Screen[None]):
     def action_switch(self) -> None:
         """Switch to the selected model."""
         if (name := self.selected) is not None:
-            self.begin(name, "switching to", lambda report: self.fleet.switch(name, report=report))
+            self.switch_to(name)
+
+    def switch_to(self, name: str) -> None:
+        """Switch to a model; one that is awake, with nothing under way that could change it, is left so."""
+        snapshot = self.fleet.snapshot()
+        moving = self.operations.running or any(model.operation for model in snapshot.models)
+        if snapshot.model(name).state is State.AWAKE and not moving:
+            self.notify(f"{name} is awake.", markup=False)
+            return
+        self.begin(name, "switching to", lambda report: self.fleet.switch(name, report=report))
 
     def action_sleep(self) -> None:
         """Put it to sleep at its own level."""

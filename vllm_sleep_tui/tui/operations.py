@@ -47,15 +47,18 @@ class Operations:
             return False
         self.running[model] = Running(model=model, verb=verb, since=time.time())
         self.troubles.pop(model, None)
-        task = asyncio.create_task(self._run(model, before, work, ended))
+        task = asyncio.create_task(self._run(model, before, work))
         self._tasks[model] = task
-        self._keep(task)
+        self._others.add(task)
+        # Not in the task itself: one that is cancelled before its first step never runs a line.
+        task.add_done_callback(lambda done: self._end(model, done, ended))
         return True
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run what must end before the panel does, such as an answer; it handles its own errors."""
         task = asyncio.create_task(work)
-        self._keep(task)
+        self._others.add(task)
+        task.add_done_callback(self._others.discard)
         return task
 
     def cancel(self, preferred: str | None) -> str | None:
@@ -80,29 +83,24 @@ class Operations:
         if self._others:
             await asyncio.wait(self._others, timeout=CLOSE_SECONDS)
 
-    def _keep(self, task: asyncio.Task[None]) -> None:
-        self._others.add(task)
-        task.add_done_callback(self._others.discard)
+    async def _run(self, model: str, before: asyncio.Task[None] | None, work: Work) -> None:
+        if before is not None:
+            before.cancel()
+            await asyncio.wait({before})
+        task = asyncio.current_task()
+        await work(lambda progress: self._report(model, task, progress))
 
-    async def _run(self, model: str, before: asyncio.Task[None] | None, work: Work, ended: Ended) -> None:
-        error: PanelError | None = None
-        try:
-            if before is not None:
-                before.cancel()
-                await asyncio.wait({before})
-            await work(lambda progress: self._report(model, progress))
-        except (Exception, asyncio.CancelledError) as raised:
-            error = expected(raised)
-        self._end(model, error, ended)
+    def _report(self, model: str, task: asyncio.Task[None] | None, progress: Progress) -> None:
+        """Keep the last progress; an operation that was replaced has none to tell."""
+        if self._tasks.get(model) is task:
+            self.running[model] = replace(self.running[model], progress=progress)
 
-    def _report(self, model: str, progress: Progress) -> None:
-        running = self.running.get(model)
-        if running is not None:
-            self.running[model] = replace(running, progress=progress)
-
-    def _end(self, model: str, error: PanelError | None, ended: Ended) -> None:
-        if self._tasks.get(model) is not asyncio.current_task():
+    def _end(self, model: str, task: asyncio.Task[None], ended: Ended) -> None:
+        self._others.discard(task)
+        raised = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if self._tasks.get(model) is not task:
             return
+        error = None if raised is None else expected(raised)
         del self._tasks[model]
         running = self.running.pop(model)
         if error is not None:
