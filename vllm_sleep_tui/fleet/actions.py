@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
+from vllm_sleep_tui.fleet import attached
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.ending import end_server
+from vllm_sleep_tui.fleet.fetching import fetch
 from vllm_sleep_tui.fleet.keeping import ask_to_stop, read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.plan import Room
@@ -19,22 +21,15 @@ from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.starting import Start, check_command
 from vllm_sleep_tui.fleet.states import Event, State
 
-
-def check_is_ours(core: Core, name: str) -> None:
-    """Raises UsageError for an unknown model, RefusedError for one that is only attached by `url:`."""
-    if core.model(name).url is not None:
-        raise RefusedError(
-            f"{name} is attached by `url:`; its server is not ours to start, stop or put to sleep.",
-            "Manage it where it was started, or give `model:` instead of `url:`.",
-        )
-
-
 # ── switch, wake, start ──────────────────────────────────────────────────────────────────────────────────
 
 
 async def switch(core: Core, name: str, operation: Operation, *, force: bool = False) -> SwitchTimes:
     """Make `name` awake: others sleep first where room is needed, then it wakes or starts."""
-    check_is_ours(core, name)
+    if core.model(name).url is not None:
+        return await attached.switch(core, name, operation)
+    if core.records.read(name).state in (State.STOPPED, State.FAILED):
+        await fetch(core, name, operation)
     async with locked(core, name, operation, make_room=True, seconds=cold_start(core, name)) as room:
         record = core.records.read(name)
         if record.state is State.AWAKE:
@@ -113,7 +108,9 @@ async def bring_up(core: Core, name: str, operation: Operation) -> Server:
 
 async def wake(core: Core, name: str, operation: Operation) -> None:
     """Wake a sleeper; done if it is awake, refused if it does not run."""
-    check_is_ours(core, name)
+    if core.model(name).url is not None:
+        await attached.switch(core, name, operation)
+        return
     record = core.records.read(name)
     if record.state in (State.STOPPED, State.FAILED):
         raise RefusedError(f"Cannot wake {name}: it is {record.state}.", f"Start it, or `switch {name}`.")
@@ -123,7 +120,7 @@ async def wake(core: Core, name: str, operation: Operation) -> None:
 async def start_all(core: Core, names: Sequence[str], operation: Operation) -> None:
     """Start models, those that share a GPU one after another, others side by side; the first ends awake."""
     for name in names:
-        check_is_ours(core, name)
+        attached.refuse_control(core, name)
         core.check_gpus(name)
     check_command(core)
     if len(names) == 1:
@@ -197,7 +194,9 @@ async def sleep(
     core: Core, name: str, level: int | None, operation: Operation, *, force: bool = False
 ) -> None:
     """Put a model to sleep at `level`, or its own; with `level: none` it is stopped instead."""
-    check_is_ours(core, name)
+    if core.model(name).url is not None:
+        await attached.sleep(core, name, level, operation, force=force)
+        return
     async with locked(core, name, operation, make_room=False):
         record = core.records.read(name)
         if record.state is State.ASLEEP:
@@ -243,7 +242,7 @@ def check_can_sleep(core: Core, record: Record, level: int) -> None:
 async def stop_all(core: Core, names: Sequence[str], operation: Operation, force: bool) -> None:
     """Stop models; a start under way, anybody's of this user, is broken off."""
     for name in names:
-        check_is_ours(core, name)
+        attached.refuse_control(core, name)
     results = await asyncio.gather(
         *(stop(core, name, operation, force=force) for name in names), return_exceptions=True
     )
