@@ -28,7 +28,7 @@ WORD_SIZE = 2048
 """The keeper's file is one padded write of this size, so that no reader sees half of it."""
 GENERATIONS = 3
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-TERM_AGAIN_SECONDS = 3.0
+TERM_AGAIN_SECONDS = 1.0
 """vLLM swallows one SIGTERM while it starts (0.32); the second ends it."""
 TRACKER_SECONDS = 2.0
 """After an orderly exit the resource tracker needs a moment to clear /dev/shm."""
