@@ -214,7 +214,9 @@ def _located(config: Config, folder: Path) -> Config:
     command = (_absolute(config.vllm_command[0], folder, anywhere="/"), *config.vllm_command[1:])
     models = {
         name: msgspec.structs.replace(
-            model, model=model.model and _absolute(model.model, folder, anywhere=None)
+            model,
+            model=model.model and _absolute(model.model, folder, anywhere=None),
+            gpus=() if model.url else model.gpus,  # an attached server's GPUs are none of this machine's
         )
         for name, model in config.models.items()
     }

@@ -39,6 +39,8 @@ class Box:
         """Write the config; JSON is YAML."""
         timing = {"VLLM_SIM_TIMES": "instant"} if self.speed == "instant" else {"VLLM_SIM_SPEED": self.speed}
         for model in models.values():
+            if "url" in model:
+                continue
             model.setdefault("args", {}).setdefault("max-model-len", 2048)
             model["env"] = {**timing, **model.get("env", {})}
         content = {
@@ -60,7 +62,8 @@ class Box:
 
     @property
     def names(self) -> list[str]:
-        return list(load(self.config).config.models)
+        """The models that it can start and stop."""
+        return [name for name, model in load(self.config).config.models.items() if model.url is None]
 
 
 @pytest.fixture

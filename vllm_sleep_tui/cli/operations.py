@@ -126,7 +126,10 @@ def switch(ctx: click.Context, name: str, force: bool, as_json: bool) -> None:
 
 
 def _choose(loaded: LoadedConfig, names: Sequence[str], *, everything: bool) -> list[str]:
-    """The models meant, each once; raises UsageError for an unknown name, or names together with --all."""
+    """The models meant, each once; --all leaves out attached ones, which are not ours to start or stop.
+
+    Raises UsageError for an unknown name, or names together with --all.
+    """
     if everything and names:
         raise UsageError("Models are named and --all is given too.", "Leave one of the two out.")
     if not everything and not names:
@@ -135,7 +138,8 @@ def _choose(loaded: LoadedConfig, names: Sequence[str], *, everything: bool) -> 
         )
     for name in names:
         loaded.model(name)
-    return list(dict.fromkeys(names or loaded.config.models))
+    ours = [name for name, model in loaded.config.models.items() if model.url is None]
+    return list(dict.fromkeys(names or ours or loaded.config.models))
 
 
 def _operate(

@@ -109,7 +109,7 @@ def _row(model: ModelSnapshot, now: float) -> tuple[str, ...]:
         state,
         in_words(model.vram_bytes),
         in_words(model.ram_bytes),
-        ",".join(str(gpu) for gpu in model.gpus) or "CPU",
+        ",".join(str(gpu) for gpu in model.gpus) or ("–" if model.frees_memory else "CPU"),
         str(model.port or "–"),
         _age(now - model.since) if model.since else "–",
         f"{switch.total:.2f} s" if switch else "–",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet import attached
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.operation import Report
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.engine.client import VllmClient
 
 FIRST_LIMIT = 300.0
 """Seconds to the first piece of an answer: a long prompt is computed in it."""
@@ -32,14 +36,12 @@ async def answer(
     report: Report | None,
 ) -> AsyncIterator[ChatEvent]:
     """The pieces of an answer; what goes wrong in the middle comes as the last event's `error`."""
-    core.model(name)
-    if core.records.read(name).state is not State.AWAKE:
+    if await state_of(core, name) is not State.AWAKE:
         ledger = await switcher.switch(name, report=report)
         yield ChatEvent(model=name, switch_seconds=ledger.total)
     began, first = time.monotonic(), True
-    stream = core.client(core.records.read(name)).chat(
-        messages, model=name, params=params, first_timeout=FIRST_LIMIT
-    )
+    client, served = await endpoint(core, name)
+    stream = client.chat(messages, model=served, params=params, first_timeout=FIRST_LIMIT)
     try:
         async for delta in stream:
             ttft = None
@@ -59,3 +61,17 @@ async def answer(
         yield ChatEvent(model=name, error=f"{error.what} {error.cure}".strip())
     finally:
         await stream.aclose()
+
+
+async def state_of(core: Core, name: str) -> State:
+    """The model's state; of an attached one, asked now: RefusedError if its server does not answer."""
+    if core.model(name).url is not None:
+        return (await attached.see(core, name)).state
+    return core.records.read(name).state
+
+
+async def endpoint(core: Core, name: str) -> tuple[VllmClient, str]:
+    """Who is asked, and by which name; raises EngineError if an attached server does not tell it."""
+    if core.model(name).url is not None:
+        return attached.client_of(core, name), await attached.served_name(core, name)
+    return core.client(core.records.read(name)), name

@@ -19,6 +19,7 @@ from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.fleet.footprints import Footprint, FootprintStore, digest
 from vllm_sleep_tui.fleet.locks import gpu_lock_path
 from vllm_sleep_tui.fleet.records import Record, RecordStore
+from vllm_sleep_tui.fleet.sighting import Sighting, base_of
 from vllm_sleep_tui.fleet.states import RUNNING, Event, next_state
 from vllm_sleep_tui.simulator import devices
 from vllm_sleep_tui.telemetry.gpus import GpuReader, open_reader
@@ -78,6 +79,8 @@ class Core:
         self._happened: list[Callable[[History], None]] = []
         self._digests: dict[str, str] = {}
         self._clients: dict[str, VllmClient] = {}
+        self.sightings: dict[str, Sighting] = {}
+        """Of the attached models: how each server was when it was last looked at."""
         self._gpus = {reading.index: reading for reading in self.reader.read()}
 
     def reload(self, loaded: LoadedConfig) -> None:
@@ -203,6 +206,14 @@ class Core:
         if client is None:
             client = self._clients[record.launch] = VllmClient(record.port, secret=record.secret)
         return client
+
+    def client_at(self, url: str) -> VllmClient:
+        """The client of an attached server."""
+        from vllm_sleep_tui.engine.client import VllmClient  # as above
+
+        if url not in self._clients:
+            self._clients[url] = VllmClient(0, secret=None, base_url=base_of(url))
+        return self._clients[url]
 
     async def close(self) -> None:
         """Close every connection; servers run on."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from vllm_sleep_tui.config_file import LoadedConfig
-from vllm_sleep_tui.fleet import actions
+from vllm_sleep_tui.fleet import actions, attached
 from vllm_sleep_tui.fleet.chatting import answer
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
 from vllm_sleep_tui.fleet.history import History
@@ -46,6 +46,7 @@ class Fleet:
         self._viewer = Viewer(self._core)
         self._sampler = Sampler(self._core.reader, self._core.simulated)
         self._watcher = Watcher(self._core)
+        self._attached = attached.Watch(self._core)
         self._leader = Leader(self._core) if leads else None
         self._serving = ServingPoller(self._core)
 
@@ -53,6 +54,7 @@ class Fleet:
         self._sampler.set_roots(self._viewer.roots())
         self._sampler.start()
         self._watcher.start()
+        self._attached.start()
         if self._leader:
             self._leader.start()
             self._serving.start()
@@ -63,6 +65,7 @@ class Fleet:
             await self._leader.close()
         await self._serving.close()
         await self._watcher.close()
+        await self._attached.close()
         self._sampler.close()
         await self._core.close()
 
@@ -100,6 +103,8 @@ class Fleet:
 
     def predict(self, name: str) -> Prediction:
         """What a switch to the model would do."""
+        if self._core.model(name).url is not None:
+            return attached.predict(self._core, name)
         record = self._core.records.read(name)
         state, _ = self._viewer.observe(record)
         memory = memory_in(self._sampler.latest().gpus)

@@ -1,4 +1,4 @@
-"""What is known now, read without asking anybody: records, keepers, telemetry. No HTTP, nothing written."""
+"""What is known now, read without asking anybody: records, keepers, telemetry. Nothing is written."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.ending import ENGINE_DIED, RECORD_LOST, SERVER_GONE, cause_in_log
 from vllm_sleep_tui.fleet.keeping import is_kept, read_word
 from vllm_sleep_tui.fleet.records import Intent, Record
+from vllm_sleep_tui.fleet.sighting import QUICK, look_at, snapshot_of
 from vllm_sleep_tui.fleet.snapshot import (
     FleetSnapshot,
     GpuProcess,
@@ -70,8 +71,10 @@ class Viewer:
 
     def _model(self, name: str, memory: ModelMemory | None, serving: Serving | None) -> ModelSnapshot:
         record = self._core.records.read(name)
-        state, cause = self.observe(record)
         model = self._core.config.models[name]
+        if model.url is not None:
+            return snapshot_of(record, model, self._core.sightings.get(name))
+        state, cause = self.observe(record)
         settled = state in SETTLED
         intent = None if settled and state is not record.state else record.intent
         holds_nothing = state is State.STOPPED or record.state is State.FAILED
@@ -98,7 +101,7 @@ class Viewer:
             resolved_level=record.resolved_level,
             proof=record.proof,
             frees_memory=bool(model.gpus),
-            source=model.model or model.url or "",
+            source=model.model or "",
             serving=serving if state is State.AWAKE else None,
         )
 
@@ -161,10 +164,12 @@ def vram_of(memory: ModelMemory | None, gpus: tuple[int, ...]) -> dict[str, int]
 
 
 def read_once(loaded: LoadedConfig, state_dir: Path) -> FleetSnapshot:
-    """One snapshot, for `status`: no HTTP, no thread, nothing kept open."""
+    """One snapshot, for `status`: HTTP to attached servers alone, at most QUICK; nothing kept open."""
     core = Core(loaded, state_dir)
     try:
         viewer = Viewer(core)
+        urls = {name: model.url for name, model in core.config.models.items() if model.url}
+        core.sightings.update(look_at(urls, QUICK))
         sampler = Sampler(core.reader, core.simulated)
         sampler.set_roots(viewer.roots())
         return viewer.snapshot(sampler.sample_once())
