@@ -96,6 +96,8 @@ async def _ask(fleet: Fleet, name: str, messages: list[dict[str, Any]], *, aloud
     if aloud:
         click.echo()
         say(_timings(answer))
+    if answer["finish_reason"] == "abort":
+        raise OperationError(f"{name} was stopped or put to sleep in the middle of its answer.", "Ask again.")
     return answer
 
 
