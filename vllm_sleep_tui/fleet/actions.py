@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Sequence
 
+from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet import attached
 from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.cures import CURES, Failure
 from vllm_sleep_tui.fleet.ending import end_server
 from vllm_sleep_tui.fleet.fetching import fetch
 from vllm_sleep_tui.fleet.keeping import ask_to_stop, read_word
@@ -15,7 +17,7 @@ from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.plan import Room
 from vllm_sleep_tui.fleet.planning import cold_start, is_dummy, refuse_without_room
 from vllm_sleep_tui.fleet.records import Intent, Record
-from vllm_sleep_tui.fleet.rooms import locked
+from vllm_sleep_tui.fleet.rooms import locked, others_on
 from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.starting import Start, check_command
@@ -79,7 +81,7 @@ async def knock(core: Core, record: Record) -> None:
 
 
 async def step_aside(
-    core: Core, name: str, operation: Operation, *, force: bool, unless: Awaitable[object]
+    core: Core, name: str, operation: Operation, *, force: bool, unless: Awaitable[object] | None = None
 ) -> None:
     """One model makes room, the way its level says, unless `unless` raises before it is too late."""
     record = core.records.read(name)
@@ -98,8 +100,13 @@ async def bring_up(core: Core, name: str, operation: Operation) -> Server:
     if record.state is not State.ASLEEP:
         return await Start(core, name, operation).run()
     server = Server(core, record, operation)
+
+    async def more_room() -> None:
+        for other in sorted(others_on(core, name)):
+            await step_aside(core, other, operation, force=False)
+
     try:
-        await server.wake()
+        await server.wake(more_room)
     except (RefusedError, CancelledByUser):
         core.write(server.record, intent=None)
         raise
@@ -226,9 +233,11 @@ def check_same_level(record: Record, level: int | None) -> None:
 def check_can_sleep(core: Core, record: Record, level: int) -> None:
     """Raises RefusedError where vLLM could not bring the model back."""
     if record.resolved_level == "none":
+        if why_not := capabilities(record.vllm_version or "").why_not:
+            raise RefusedError(*CURES[Failure.TOO_OLD].told(f"Cannot put {record.name} to sleep. {why_not}"))
         raise RefusedError(
-            f"{record.name} was started without sleep mode (`level: none`, or a vLLM before 0.24).",
-            "Set `level: auto` and restart it with vLLM 0.24 or newer.",
+            f"{record.name} was started without sleep mode (`level: none`).",
+            "Set `level: auto` and restart it.",
         )
     if level == 2 and is_dummy(core, record.name):
         raise RefusedError(

@@ -1,7 +1,7 @@
 """Proof that a woken model is itself: fixed token ids, their log-probabilities compared with a reference.
 
 A greedy answer is not bit-stable (BF16, H100), so the comparison has a tolerance; garbage after a level 2
-wake without reload is far outside it.
+wake without reload is far outside it. A model that embeds is compared by the cosine.
 """
 
 from __future__ import annotations
@@ -9,6 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from vllm_sleep_tui.engine.failures import EngineRefused
+from vllm_sleep_tui.fleet.records import Reference
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.engine.client import VllmClient
 
 PROMPT = (11, 42, 97, 19, 64, 150, 33, 121, 77, 58, 203, 25)
 """Token ids that every vocabulary has; the words do not matter."""
@@ -20,6 +27,10 @@ TOLERANCE = 0.1
 On H100s (vLLM 0.24, BF16, one GPU and TP 2) 255 wakes from both levels gave 0.00000, and a level 2 wake
 without the reload 0.29 at the least, on random weights (docs/measurements.md).
 """
+SAME_COSINE = 0.999
+"""The least cosine of two embeddings of one text by the same model; 1 is equality."""
+COMPONENTS = 64
+"""Of an embedding that are kept, evenly picked: a record has one page."""
 
 
 class Verdict(StrEnum):
@@ -41,3 +52,43 @@ def distance(answer: Sequence[float], reference: Sequence[float]) -> float:
 def is_same(answer: Sequence[float] | None, reference: Sequence[float]) -> bool:
     """Whether the answer is the reference's, within the tolerance."""
     return answer is not None and distance(answer, reference) <= TOLERANCE
+
+
+def picked(embedding: Sequence[float]) -> tuple[float, ...]:
+    """At most COMPONENTS of its numbers, evenly picked, with six digits."""
+    step = max(1, math.ceil(len(embedding) / COMPONENTS))
+    return tuple(float(f"{number:.6g}") for number in embedding[::step])
+
+
+def cosine(one: Sequence[float], other: Sequence[float]) -> float:
+    """The cosine of two embeddings; -1 if they cannot be compared."""
+    if len(one) != len(other):
+        return -1.0
+    lengths = math.hypot(*one) * math.hypot(*other)
+    value = (
+        sum(a * b for a, b in zip(one, other, strict=True)) / lengths if 0 < lengths < math.inf else math.nan
+    )
+    return value if math.isfinite(value) else -1.0
+
+
+async def ask(client: VllmClient, name: str, seconds: float) -> Reference | None:
+    """The answer to the proof's question by the model's task; None if it can be asked nothing of the kind."""
+    try:
+        answer = await client.complete(PROMPT, model=name, max_tokens=1, prompt_logprobs=1, timeout=seconds)
+    except EngineRefused:
+        pass
+    else:
+        return Reference(logprobs=answer.prompt_logprobs) if answer.prompt_logprobs else None
+    try:
+        return Reference(embedding=picked(await client.embed(PROMPT, model=name, timeout=seconds)))
+    except EngineRefused:
+        return None
+
+
+async def is_itself(client: VllmClient, name: str, reference: Reference, seconds: float) -> bool:
+    """Whether the model answers as it did when `reference` was taken; raises EngineError."""
+    if reference.embedding:
+        now = picked(await client.embed(PROMPT, model=name, timeout=seconds))
+        return cosine(now, reference.embedding) >= SAME_COSINE
+    answer = await client.complete(PROMPT, model=name, max_tokens=1, prompt_logprobs=1, timeout=seconds)
+    return is_same(answer.prompt_logprobs, reference.logprobs)

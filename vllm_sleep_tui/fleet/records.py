@@ -43,7 +43,9 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to the fixed question while the model was known to be well."""
 
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...] = ()
+    embedding: tuple[float, ...] = ()
+    """Of a model that embeds and does not complete; few enough of its components for the page."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

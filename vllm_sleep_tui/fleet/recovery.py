@@ -5,7 +5,6 @@ The truth is the keeper (does the server live?) and the server (does it sleep?),
 
 from __future__ import annotations
 
-from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.ending import ENGINE_DIED, SERVER_GONE, cause_in_log, end_server, fail
@@ -128,13 +127,8 @@ async def after_sleep(server: Server, *, sleeping: bool) -> None:
 
 async def after_wake(server: Server, *, sleeping: bool) -> None:
     """A wake from level 2 is run through again, each step may be repeated; one from level 1 is proven."""
-    try:
-        if server.record.level == 2:
-            await server.wake_from_2()
-        elif sleeping:
-            await server.wake_from_1()
-    except EngineError as error:
-        await server.fail(f"vLLM could not wake it: {error}", "It must be restarted: `start` it again.")
+    if sleeping or server.record.level == 2:
+        await server.bring_back(server.record.level or 1)
     verdict = await server.prove()
     await server.open_gate()
     server.record = server.core.enter(server.record, Event.WOKE, level=None, intent=None, proof=verdict)

@@ -9,26 +9,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import NoReturn, TypeVar
 
 import msgspec
 
-from vllm_sleep_tui.engine.client import VllmClient
-from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
-from vllm_sleep_tui.errors import OperationError, RefusedError
+from vllm_sleep_tui.engine.client import VllmClient, WakeReply
+from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout
+from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.core import GIB, Core, gib
+from vllm_sleep_tui.fleet.cures import CURES, Failure, may_wake_again
 from vllm_sleep_tui.fleet.ending import cause_in_log, fail
 from vllm_sleep_tui.fleet.footprints import Footprint
 from vllm_sleep_tui.fleet.keeping import read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.planning import GpuMemory, check_ram, needed_to_wake, read_memory
 from vllm_sleep_tui.fleet.proof import Verdict
-from vllm_sleep_tui.fleet.records import Intent, Record, Reference
+from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.states import Event
 
 SETTLE_POLL = 0.003
 GATE_LIMIT = 5.0
+T = TypeVar("T")
+MoreRoom = Callable[[], Awaitable[None]]
+"""Puts the others on the model's GPUs to sleep."""
 
 
 class Server:
@@ -99,9 +104,10 @@ class Server:
             before.cancel()
             await self.undo_sleep()
             raise
-        verdict = await self.sleep_and_settle(level, pool, await before)
+        verdict, left = await self.sleep_and_settle(level, pool, await before)
+        reason, cure = self.kept_memory(verdict, left)
         self.record = self.core.enter(
-            self.record, Event.SLEPT, level=level, intent=None, proof=verdict, reason=None, cure=None
+            self.record, Event.SLEPT, level=level, intent=None, proof=verdict, reason=reason, cure=cure
         )
 
     def check_ram_for(self, level: int, pool: int) -> None:
@@ -115,8 +121,11 @@ class Server:
             return {}
         return await asyncio.to_thread(read_memory, self.core, set(self.record.gpus))
 
-    async def sleep_and_settle(self, level: int, pool: int, before: Mapping[int, GpuMemory]) -> str | None:
-        """The call, and the memory seen gone: the verdict, None where there is no memory to free.
+    async def sleep_and_settle(
+        self, level: int, pool: int, before: Mapping[int, GpuMemory]
+    ) -> tuple[str | None, dict[int, int]]:
+        """The call, and the memory seen gone: the verdict, None where there is no memory to free, and what
+        is left by GPU index.
 
         `pool` is the bytes of RAM that were pinned `before`, when the GPUs' memory was read.
         """
@@ -124,10 +133,11 @@ class Server:
         with self.operation.timed("sleep"):
             seconds = await self.call_sleep(level)
         with self.operation.timed("settle"):
-            verdict, asleep = await self.settle(before)
+            verdict, left = await self.settle(before)
         what = "sleep1-first" if level == 1 and not pool else f"sleep{level}"
+        asleep = left if verdict == Verdict.PROVEN else {}
         self.remember_sleep(what, seconds, before, asleep, pool or self.core.pinned_now(self.record))
-        return verdict
+        return verdict, left
 
     async def prime(self) -> None:
         """One sleep and wake while starting, so that the first real switch need not pin RAM.
@@ -140,10 +150,7 @@ class Server:
         self.intend("priming", level=1)
         await self.drain(force=True)
         await self.sleep_and_settle(1, pool, await self.read_memory())
-        try:
-            await self.wake_from_1()
-        except EngineError as error:
-            await self.fail(f"vLLM could not wake it: {error}", "Start it again; look at its log.")
+        await self.bring_back(1)
         await self.prove()
         await self.open_gate()
 
@@ -168,10 +175,10 @@ class Server:
         try:
             await self.client.sleep(level, self.limit())
         except EngineRefused as error:
-            await self.fail(f"vLLM refused to sleep: {error}", "It must be restarted: `start` it again.")
+            await self.fail(Failure.SLEEP_REFUSED, error)
         except EngineError as error:
             if not await self.is_sleeping():
-                await self.fail(f"It did not fall asleep: {error}", "Look at its log, then start it again.")
+                await self.fail(Failure.SILENT, error)
         return time.perf_counter() - began
 
     async def is_sleeping(self) -> bool:
@@ -179,8 +186,7 @@ class Server:
         try:
             return await self.client.is_sleeping(self.limit())
         except EngineError as error:
-            await self.fail(f"It does not answer: {error}", "Look at its log, then start it again.")
-            raise AssertionError from error  # fail raises
+            await self.fail(Failure.SILENT, error)
 
     async def settle(self, before: Mapping[int, GpuMemory]) -> tuple[str | None, dict[int, int]]:
         """Poll until the memory is seen gone: the verdict, and bytes left by GPU index where known."""
@@ -196,6 +202,15 @@ class Server:
                 left = {gpu: held for gpu, m in now.items() if (held := m.held_by(self.record)) is not None}
                 return (Verdict.PROVEN if all(gone) else Verdict.UNVERIFIED), left
             await asyncio.sleep(SETTLE_POLL)
+
+    def kept_memory(self, verdict: str | None, left: Mapping[int, int]) -> tuple[str | None, str | None]:
+        """What to tell of a sleep after which the memory was seen to be still held; None of any other."""
+        if verdict != Verdict.UNVERIFIED or not left:
+            return None, None
+        what = " and ".join(f"{gib(size)} on GPU {gpu}" for gpu, size in left.items())
+        reason, cure = CURES[Failure.MEMORY_KEPT].told(what)
+        self.operation.tell(self.name, "settle", reason)
+        return reason, cure
 
     def has_gone(self, before: GpuMemory, now: GpuMemory, gpu: int) -> bool | None:
         """Whether a GPU shows the sleep, by our processes, else by the device; None if neither is known."""
@@ -227,17 +242,17 @@ class Server:
 
     # ── wake ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def wake(self) -> None:
-        """Wake, prove, open the gate; raises RefusedError without room, OperationError if it failed."""
+    async def wake(self, more_room: MoreRoom | None = None) -> None:
+        """Wake, prove, open the gate; raises RefusedError without room, OperationError if it failed.
+
+        `more_room` is made if vLLM runs out of memory all the same and may be asked again.
+        """
         self.check_room(await self.read_memory())
         level = self.record.level or 1
         self.operation.checkpoint()
         self.intend("wake", level=level, event=Event.WAKE)
         began = time.perf_counter()
-        try:
-            await (self.wake_from_2() if level == 2 else self.wake_from_1())
-        except EngineError as error:
-            await self.fail(f"vLLM could not wake it: {error}", "It must be restarted: `start` it again.")
+        await self.bring_back(level, more_room)
         seconds = time.perf_counter() - began
         verdict = await self.prove()
         await self.open_gate()
@@ -258,27 +273,43 @@ class Server:
         for gpu, need in needed_to_wake(self.core, self.record, memory).items():
             free = memory[gpu].free
             if free is not None and need > free:
-                raise RefusedError(
-                    f"{self.name} needs {gib(need)} more on GPU {gpu} to wake; {gib(free)} are free.",
-                    "Sleep another model on that GPU first, or `switch` to this one.",
-                )
+                figures = f"{self.name} needs {gib(need)} more on GPU {gpu} to wake; {gib(free)} are free."
+                raise RefusedError(*CURES[Failure.NO_ROOM].told(figures))
+
+    async def bring_back(self, level: int, more_room: MoreRoom | None = None) -> None:
+        """The wake itself, once more after it ran out of memory; raises OperationError if it failed."""
+        for attempt in (1, 2):
+            try:
+                await (self.wake_from_2() if level == 2 else self.wake_from_1())
+                return
+            except EngineRefused as error:
+                again = may_wake_again(self.record, error)
+                if not again or attempt == 2:
+                    await self.fail(Failure.WAKE_OUT_OF_MEMORY if again else Failure.WAKE_REFUSED, error)
+            except EngineError as error:
+                await self.fail(Failure.SILENT, error)
+            self.operation.tell(self.name, "wake", "out of memory: others make room, then once more")
+            if more_room is not None:
+                # Whatever hinders the others: half awake is no place to stop at.
+                with contextlib.suppress(PanelError):
+                    await more_room()
 
     async def wake_from_1(self) -> None:
         """One call; the weights come back from RAM."""
         with self.operation.timed("wake"):
-            reply = await self.client.wake_up(timeout=self.limit())
-            await self.check_awake(reply.status)
+            reply = await self.waited_for(self.client.wake_up(timeout=self.limit()))
+            await self.check_awake(reply)
 
     async def wake_from_2(self) -> None:
         """The four steps that vLLM wants from its client; any of them may be repeated after a crash."""
         with self.operation.timed("wake"):
             with self.step("weights"):
-                await self.client.wake_up(("weights",), timeout=self.limit())
+                await self.waited_for(self.client.wake_up(("weights",), timeout=self.limit()))
             with self.step("reload"):
-                await self.client.collective_rpc("reload_weights", self.limit())
+                await self.waited_for(self.client.collective_rpc("reload_weights", self.limit()))
             with self.step("kv_cache"):
-                reply = await self.client.wake_up(("kv_cache",), timeout=self.limit())
-                await self.check_awake(reply.status)
+                reply = await self.waited_for(self.client.wake_up(("kv_cache",), timeout=self.limit()))
+                await self.check_awake(reply)
             with self.step("reset"):
                 await self.client.reset_prefix_cache(self.core.limits.call)
 
@@ -289,29 +320,28 @@ class Server:
         with self.operation.timed(phase):
             yield
 
-    async def check_awake(self, status: str | None) -> None:
-        """Raises EngineRefused if vLLM said 200 and yet sleeps; versions before 0.32 must be asked."""
+    async def waited_for(self, call: Awaitable[T]) -> T | None:
+        """The reply to `call`; None if it timed out, once the engine is through with it."""
+        try:
+            return await call
+        except EngineTimeout:
+            await self.is_sleeping()
+            return None
+
+    async def check_awake(self, reply: WakeReply | None) -> None:
+        """Raises EngineRefused if it still sleeps; without a word of that it is asked (before vLLM 0.32)."""
+        status = reply.status if reply is not None else None
         sleeping = status != "awake" if status is not None else await self.client.is_sleeping(self.limit())
         if sleeping:
             raise EngineRefused(200, "it answered 200 and still sleeps", None)
 
     # ── proof ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def ask(self) -> tuple[float, ...] | None:
-        """The proof's question, one token; None if this model cannot be asked it."""
-        answer = await self.client.complete(
-            proof.PROMPT, model=self.name, max_tokens=1, prompt_logprobs=1, timeout=self.core.limits.call
-        )
-        return answer.prompt_logprobs
-
     async def take_reference(self) -> None:
         """Ask the proof's question of a model that is known to be well, with nothing cached."""
-        try:
+        with contextlib.suppress(EngineRefused):
             await self.client.reset_prefix_cache(self.core.limits.call)
-            logprobs = await self.ask()
-        except EngineRefused:
-            logprobs = None  # a task without completions: health is all that can be proven
-        reference = None if logprobs is None else Reference(logprobs=logprobs)
+        reference = await proof.ask(self.client, self.name, self.core.limits.call)
         self.record = self.core.write(self.record, reference=reference)
 
     async def prove(self) -> str:
@@ -320,39 +350,42 @@ class Server:
         with self.operation.timed("prove"):
             try:
                 if self.record.reference is None:
-                    return Verdict.UNPROVEN if await self.client.health() else await self.fail_silent()
-                if await self.answers_as_before() or await self.answers_as_before():
-                    return Verdict.PROVEN
-                await self.client.collective_rpc("reload_weights", self.limit())
-                await self.client.reset_prefix_cache(self.core.limits.call)
-                if await self.answers_as_before():
+                    if not await self.client.health():
+                        await self.fail(Failure.PROOF_REFUSED, "its health is bad.")
+                    return Verdict.UNPROVEN
+                if await self.is_itself() or await self.is_itself():
                     return Verdict.PROVEN
             except EngineError as error:
-                await self.fail(
-                    f"It woke and does not answer: {error}", "Look at its log, then start it again."
-                )
-        await self.fail("It woke and answers nonsense.", "Start it again; avoid this level for it.")
-        raise AssertionError
+                await self.fail(Failure.PROOF_REFUSED, error)
+            return await self.reload_and_prove()
 
-    async def answers_as_before(self) -> bool:
-        """Whether the proof's answer is the reference's."""
+    async def reload_and_prove(self) -> str:
+        """The cure of wrong answers, tried once; raises OperationError if they stay wrong."""
+        self.operation.tell(self.name, "prove", "wrong answers: its weights are loaded again")
+        try:
+            await self.client.collective_rpc("reload_weights", self.limit())
+            await self.client.reset_prefix_cache(self.core.limits.call)
+            if await self.is_itself():
+                return Verdict.PROVEN
+        except EngineError as error:
+            await self.fail(Failure.ANSWER_WRONG, f"Its weights could not be loaded again: {error}")
+        return await self.fail(Failure.ANSWER_WRONG)
+
+    async def is_itself(self) -> bool:
+        """Whether it answers as it did when it was known to be well."""
         assert self.record.reference is not None
-        return proof.is_same(await self.ask(), self.record.reference.logprobs)
-
-    async def fail_silent(self) -> str:
-        """A woken server whose health is bad."""
-        await self.fail("It woke and its health is bad.", "Look at its log, then start it again.")
-        raise AssertionError
+        return await proof.is_itself(self.client, self.name, self.record.reference, self.core.limits.call)
 
     async def open_gate(self) -> None:
         """Let requests in."""
         try:
             await self.client.set_gate(False, GATE_LIMIT)
         except EngineError as error:
-            await self.fail(f"Its gate did not open: {error}", "Look at its log, then start it again.")
+            await self.fail(Failure.SILENT, error)
 
-    async def fail(self, reason: str, cure: str) -> None:
+    async def fail(self, failure: Failure, why: object = "") -> NoReturn:
         """End the server, keep the reason, and the log's if it ended by itself; raises OperationError."""
+        reason, cure = CURES[failure].told(why)
         found = cause_in_log(self.record, read_word(self.core.keeper_file(self.name)))
         if found is not None:
             reason, cure = f"{reason} {found.reason}", found.cure
