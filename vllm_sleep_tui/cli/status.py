@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -34,29 +37,57 @@ MODEL_FIELDS = (
 GPU_FIELDS = ("index", "uuid", "name", "used_bytes", "total_bytes", "utilization", "simulated")
 SWITCH_PHASES = ("drain", "sleep", "settle", "wake", "weights", "reload", "kv_cache", "reset", "prove")
 WATCH_SECONDS = 1.0
+_HOME, _TO_END_OF_LINE, _TO_END_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 @click.command()
-@click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C; with --json a line each time.")
+@click.option("--prometheus", is_flag=True, help="One page in Prometheus' text format, for scraping.")
 @json_option
 @config_option
 @click.pass_context
-def status(ctx: click.Context, watch: bool, as_json: bool) -> None:
+def status(ctx: click.Context, watch: bool, prometheus: bool, as_json: bool) -> None:
     """Show every model and GPU."""
-    from vllm_sleep_tui.fleet.view import read_once
+    if prometheus and (watch or as_json):
+        raise click.UsageError("--prometheus goes with neither --watch nor --json.")
+    from vllm_sleep_tui.fleet.view import looking
 
-    loaded = load_config(ctx)
-    while True:
-        snapshot = read_once(loaded, state_dir())
-        if watch and sys.stdout.isatty() and not as_json:
-            click.clear()
-        if as_json:
-            put_json(status_json(snapshot))
+    with looking(load_config(ctx), state_dir()) as look:
+        if watch:
+            _watch(look, as_json=as_json)
+        elif prometheus:
+            from vllm_sleep_tui.cli.scrape import page
+
+            click.echo(page(look()), nl=False)
+        elif as_json:
+            put_json(status_json(look()))
         else:
-            click.echo("\n".join(status_lines(snapshot)))
-        if not watch:
-            return
-        time.sleep(WATCH_SECONDS)
+            click.echo("\n".join(status_lines(look())))
+
+
+def _watch(look: Callable[[], FleetSnapshot], *, as_json: bool) -> None:
+    """Show it again and again: in place on a terminal, one below the other elsewhere."""
+    in_place = sys.stdout.isatty() and not as_json
+    if in_place:
+        click.clear()
+    while True:
+        began = time.monotonic()
+        snapshot = look()
+        if as_json:
+            click.echo(msgspec.json.encode(status_json(snapshot)).decode())
+        elif in_place:
+            click.echo(redrawn(status_lines(snapshot), shutil.get_terminal_size()), nl=False)
+        else:
+            click.echo("\n".join([*status_lines(snapshot), ""]))
+        sys.stdout.flush()
+        time.sleep(max(0.0, began + WATCH_SECONDS - time.monotonic()))
+
+
+def redrawn(lines: Sequence[str], size: os.terminal_size) -> str:
+    """What draws the lines over those before, without a flicker; what does not fit is left out."""
+    flat = [line for text in lines for line in text.split("\n")]
+    shown = (f"{line[: size.columns]}{_TO_END_OF_LINE}" for line in flat[: size.lines - 1])
+    return "".join((_HOME, *(f"{line}\n" for line in shown), _TO_END_OF_SCREEN))
 
 
 def status_json(snapshot: FleetSnapshot) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -163,15 +164,26 @@ def vram_of(memory: ModelMemory | None, gpus: tuple[int, ...]) -> dict[str, int]
     return {str(gpu): memory.vram_by_gpu[gpu] for gpu in gpus}
 
 
-def read_once(loaded: LoadedConfig, state_dir: Path) -> FleetSnapshot:
-    """One snapshot, for `status`: HTTP to attached servers alone, at most QUICK; nothing kept open."""
+@contextlib.contextmanager
+def looking(loaded: LoadedConfig, state_dir: Path) -> Iterator[Callable[[], FleetSnapshot]]:
+    """Each call of what this yields is one snapshot: HTTP to attached servers alone, at most QUICK."""
     core = Core(loaded, state_dir)
-    try:
-        viewer = Viewer(core)
-        urls = {name: model.url for name, model in core.config.models.items() if model.url}
+    viewer = Viewer(core)
+    sampler = Sampler(core.reader, core.simulated)
+    urls = {name: model.url for name, model in core.config.models.items() if model.url}
+
+    def look() -> FleetSnapshot:
         core.sightings.update(look_at(urls, QUICK))
-        sampler = Sampler(core.reader, core.simulated)
         sampler.set_roots(viewer.roots())
         return viewer.snapshot(sampler.sample_once())
+
+    try:
+        yield look
     finally:
         core.reader.close()
+
+
+def read_once(loaded: LoadedConfig, state_dir: Path) -> FleetSnapshot:
+    """One snapshot; nothing is kept open."""
+    with looking(loaded, state_dir) as look:
+        return look()

@@ -48,7 +48,7 @@ def _unescape(text: str) -> str:
     return _ESCAPED.sub(lambda m: "\n" if m[1] == "n" else m[1], text) if "\\" in text else text
 
 
-def total(scrape: Scrape, name: str, **labels: str) -> float | None:
+def total(scrape: Scrape, name: str, /, **labels: str) -> float | None:
     """The sum over the samples that carry these labels; None if there is none."""
     values = [
         value for found, value in scrape.get(name, ()) if all(found.get(k) == v for k, v in labels.items())
