@@ -1,0 +1,169 @@
+"""Serving figures: what a page of `/metrics` comes to, and who is asked for one, on simulated servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.fleet.conftest import Box, seen, until
+from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.serving import Page, ServingPoller, Watch, cached_tokens
+from vllm_sleep_tui.telemetry.prometheus import parse, total
+
+MakeBox = Callable[..., Box]
+
+
+def text(**figures: Any) -> str:
+    """A page of vLLM's with these figures."""
+    given = {"prompt": 0, "generated": 0, "hits": 0, "queries": 0, "kv": 0.0, "running": 0, "waiting": 0}
+    given |= {"ttft": (0, 0), "blocks": 1000, "prefixes": "True", **figures}
+    quick, all_ = given["ttft"]
+    labels = '{engine="0",model_name="m"}'
+    config = f'block_size="16",enable_prefix_caching="{given["prefixes"]}",num_gpu_blocks="{given["blocks"]}"'
+    return f"""\
+vllm:num_requests_running{labels} {given["running"]}
+vllm:num_requests_waiting{labels} {given["waiting"]}
+vllm:kv_cache_usage_perc{labels} {given["kv"]}
+vllm:prompt_tokens_total{labels} {given["prompt"]}
+vllm:generation_tokens_total{labels} {given["generated"]}
+vllm:prefix_cache_queries_total{labels} {given["queries"]}
+vllm:prefix_cache_hits_total{labels} {given["hits"]}
+vllm:time_to_first_token_seconds_bucket{{engine="0",le="0.1",model_name="m"}} {quick}
+vllm:time_to_first_token_seconds_bucket{{engine="0",le="0.5",model_name="m"}} {all_}
+vllm:time_to_first_token_seconds_bucket{{engine="0",le="+Inf",model_name="m"}} {all_}
+vllm:cache_config_info{{{config}}} 1.0
+"""
+
+
+def page(time: float, **figures: Any) -> Page:
+    return Page.read(text(**figures), time)
+
+
+def test_rates_percentiles_and_hits_are_those_of_the_time_that_was_watched() -> None:
+    watch = Watch()
+    watch.see(page(100.0, prompt=900, generated=500, queries=900, hits=800, ttft=(70, 90)), 50.0)
+    now = page(102.0, prompt=1100, generated=600, queries=1100, hits=850, ttft=(78, 100), kv=0.25, running=3)
+    serving = watch.see(now, 50.0)
+    assert (serving.running, serving.waiting, serving.kv_use) == (3, 0, 0.25)
+    assert serving.prompt_tokens_per_s == 100
+    assert serving.generation_tokens_per_s == 50
+    assert serving.prefix_hit_share == 0.25
+    # Ten requests since, eight of them within 0.1 s.
+    assert serving.ttft_p50 == pytest.approx(0.0625)
+    assert serving.ttft_p95 == pytest.approx(0.4)
+    assert serving.inter_token_p50 is None
+
+
+def test_old_requests_leave_the_percentiles_after_five_minutes() -> None:
+    watch = Watch()
+    for second in range(0, 400, 10):
+        serving = watch.see(page(float(second), ttft=(0, 0 if second < 50 else 5)), 0.0)
+        if second == 100:
+            assert serving.ttft_p50 == pytest.approx(0.3)
+    assert serving.ttft_p50 is None
+
+
+def test_nothing_is_known_of_a_server_without_figures() -> None:
+    serving = Watch().see(Page.read("http_requests_total 7\n", 1.0), 0.0)
+    assert serving.running is None
+    assert serving.generation_tokens_per_s is None
+    assert serving.cached_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("figures", "before", "tokens"),
+    [
+        ({"prompt": 5000, "generated": 1000}, 0, 6000),
+        ({"prompt": 5000, "generated": 1000, "hits": 4000}, 0, 2000),
+        ({"prompt": 5000, "generated": 1000}, 5500, 500),
+        ({"prompt": 50_000, "generated": 0}, 0, 16_000),
+        ({"prompt": 5000, "prefixes": "False"}, 0, 0),
+        ({"prompt": 5000, "prefixes": "False", "kv": 0.5}, 0, 8000),
+        ({"prompt": 5000, "blocks": "None"}, 0, None),
+    ],
+    ids=[
+        "what was computed",
+        "not what was spared",
+        "not what an earlier sleep has emptied",
+        "never more than the cache",
+        "nothing is kept",
+        "what is in use",
+        "a cache of unknown size",
+    ],
+)
+def test_the_cached_tokens_are(figures: dict[str, Any], before: float, tokens: int | None) -> None:
+    assert cached_tokens(page(1.0, **figures), before) == tokens
+
+
+def test_a_sleep_empties_the_cache_and_a_restart_forgets_it() -> None:
+    watch = Watch()
+    assert watch.see(page(1.0, prompt=3000), 10.0).cached_tokens == 3000
+    assert watch.see(page(9.0, prompt=3016), 20.0).cached_tokens == 16
+
+
+async def ask(fleet: Fleet, name: str, words: int) -> None:
+    """A chat to its end."""
+    async for _ in fleet.chat(name, [{"role": "user", "content": "word " * words}], params={"max_tokens": 8}):
+        pass
+
+
+async def test_an_open_panel_knows_how_its_awake_model_serves_and_what_a_switch_would_lose(
+    box: MakeBox,
+) -> None:
+    machine = box(speed="1000")
+    async with Fleet(load(machine.config), machine.state_dir, leads=True) as fleet:
+        await fleet.start(["a", "b"])
+        await until(lambda: seen(fleet, "a").serving is not None)
+        assert "cached" not in fleet.predict("b").sentence
+        await ask(fleet, "a", 1000)
+
+        def figures() -> Any:
+            return seen(fleet, "a").serving
+
+        await until(lambda: (figures().cached_tokens or 0) >= 1000)
+        await until(lambda: figures().ttft_p50 is not None and figures().running == 0)
+        assert f"a loses up to {figures().cached_tokens:,} cached tokens." in fleet.predict("b").sentence
+        assert seen(fleet, "b").serving is None
+        await fleet.switch("b")
+        assert seen(fleet, "a").serving is None
+
+
+async def test_only_awake_models_are_asked(box: MakeBox) -> None:
+    machine = box()
+    async with machine.open() as fleet:
+        await fleet.start(["a", "b"])
+        poller = ServingPoller(fleet._core)
+        for _ in range(3):
+            await poller.look()
+        assert set(poller.figures) == {"a"}
+        assert await times_asked(fleet, "a") == 3
+        assert await times_asked(fleet, "b") == 0
+
+
+async def times_asked(fleet: Fleet, name: str) -> float:
+    """How often the server was asked for its page before this, as it counts itself."""
+    client = fleet._core.client(fleet._core.records.read(name))
+    scrape = parse(await client.metrics(), frozenset({"http_requests_total"}))
+    return total(scrape, "http_requests_total", handler="/metrics") or 0.0
+
+
+async def test_a_server_that_does_not_answer_has_no_figures(box: MakeBox) -> None:
+    machine = box({"a": {"model": "sim/1GiB"}})
+    async with machine.open() as fleet:
+        await fleet.start(["a"])
+        poller = ServingPoller(fleet._core)
+        await poller.look()
+        assert set(poller.figures) == {"a"}
+        server = psutil.Process(seen(fleet, "a").pid)
+        server.suspend()
+        try:
+            await poller.look()
+        finally:
+            server.resume()
+        assert poller.figures == {}
+        await poller.look()
+        assert set(poller.figures) == {"a"}
