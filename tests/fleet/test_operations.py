@@ -56,6 +56,18 @@ async def test_models_that_fit_together_stay_awake_together(box: MakeBox) -> Non
         assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.AWAKE, State.AWAKE)
 
 
+async def test_who_was_asked_last_stays_awake_where_one_of_two_must_sleep(box: MakeBox) -> None:
+    half = {"args": {"gpu-memory-utilization": 0.4}}
+    models = {name: {"model": "sim/1GiB", **half} for name in ("a", "b", "c")}
+    async with box(models).open() as fleet:
+        await fleet.start(["a"])
+        await fleet.start(["b"])
+        assert [event async for event in fleet.chat("a", [{"role": "user", "content": "hello"}])]
+        await fleet.switch("c")  # `b` woke later than `a`, and `a` was asked later than that
+        states = {name: seen(fleet, name).state for name in ("a", "b", "c")}
+        assert states == {"a": State.AWAKE, "b": State.ASLEEP, "c": State.AWAKE}
+
+
 async def test_level_none_is_stopped_and_started_with_the_same_keys(box: MakeBox) -> None:
     models = {"a": {"model": "sim/1GiB", "level": "none"}, "b": {"model": "sim/2GiB"}}
     async with box(models).open() as fleet:

@@ -6,6 +6,7 @@ up meanwhile, they are taken anew.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
@@ -20,6 +21,7 @@ from vllm_sleep_tui.fleet.planning import plan_for
 from vllm_sleep_tui.fleet.recovery import is_unfinished, recover
 from vllm_sleep_tui.fleet.states import State
 
+GATE_LIMIT = 1.0
 NO_ROOM_NEEDED = Room(sleeps=(), stops=(), free={}, missing={})
 
 
@@ -27,6 +29,25 @@ def others_on(core: Core, name: str) -> set[str]:
     """The other models of the config that share a GPU with `name`."""
     mine = set(core.model(name).gpus)
     return {key for key, model in core.config.models.items() if key != name and mine & set(model.gpus)}
+
+
+async def idle_of(core: Core, name: str) -> dict[str, tuple[float, bool]]:
+    """Of each awake neighbour its last request and whether it is answering, where there is a choice at all.
+
+    A guard that does not answer within a second leaves the time of the wake as the best that is known.
+    """
+    records = [core.records.read(key) for key in others_on(core, name)]
+    awake = [record for record in records if record.state is State.AWAKE and record.launch]
+    if len(awake) < 2:
+        return {}
+    gates = await asyncio.gather(
+        *(core.client(record).gate(GATE_LIMIT) for record in awake), return_exceptions=True
+    )
+    return {
+        record.name: (max(record.since, gate.last_request or 0.0), gate.in_flight > 0)
+        for record, gate in zip(awake, gates, strict=True)
+        if not isinstance(gate, BaseException)
+    }
 
 
 def describe(who: Holder | None) -> str:
@@ -56,7 +77,7 @@ async def locked(
         async with held(paths, word, operation, name):
             for key in sorted(names):
                 await recover(core, key, operation)
-            room = plan_for(core, name) if make_room else NO_ROOM_NEEDED
+            room = plan_for(core, name, idle=await idle_of(core, name)) if make_room else NO_ROOM_NEEDED
             if set(room.leaving) <= names:
                 yield room
                 return
