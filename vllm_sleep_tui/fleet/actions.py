@@ -17,6 +17,7 @@ from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.plan import Room
 from vllm_sleep_tui.fleet.planning import cold_start, is_dummy, refuse_without_room
 from vllm_sleep_tui.fleet.records import Intent, Record
+from vllm_sleep_tui.fleet.recovery import is_whole, lives
 from vllm_sleep_tui.fleet.rooms import locked, others_on
 from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
@@ -184,8 +185,9 @@ def raise_worst(errors: Sequence[BaseException | None]) -> None:
 
 
 async def start(core: Core, name: str, operation: Operation) -> None:
-    """Start a model; done if it runs, awake or asleep."""
-    state = core.records.read(name).state
+    """Start a model; done if it runs, awake or asleep, and not only its record says so."""
+    record = core.records.read(name)
+    state = record.state if lives(core, record) and is_whole(record) else State.FAILED
     if state is State.ASLEEP:
         operation.tell(name, "asleep", "it runs already; `wake` wakes it")
     elif state is State.AWAKE:

@@ -10,6 +10,7 @@ from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet import attached
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.operation import Report
+from vllm_sleep_tui.fleet.recovery import is_whole, lives
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 
@@ -67,7 +68,10 @@ async def state_of(core: Core, name: str) -> State:
     """The model's state; of an attached one, asked now: RefusedError if its server does not answer."""
     if core.model(name).url is not None:
         return (await attached.see(core, name)).state
-    return core.records.read(name).state
+    record = core.records.read(name)
+    if record.state is State.AWAKE and not (lives(core, record) and is_whole(record)):
+        return State.FAILED  # nobody has written it down yet, and somebody else may be on its port by now
+    return record.state
 
 
 async def endpoint(core: Core, name: str) -> tuple[VllmClient, str]:

@@ -49,11 +49,12 @@ async def end_server(core: Core, record: Record, *, at_once: bool) -> None:
 
 def remove_tmp_dir(record: Record) -> None:
     """Do what a killed keeper could not; only a folder that is named and owned as ours are."""
-    if record.tmp_dir is None or not record.tmp_dir.startswith(TMP_PREFIX):
+    folder = os.path.normpath(record.tmp_dir or "")
+    if not folder.startswith(TMP_PREFIX):
         return
     with contextlib.suppress(OSError):
-        if os.lstat(record.tmp_dir).st_uid == os.getuid():
-            shutil.rmtree(record.tmp_dir, ignore_errors=True)
+        if os.lstat(folder).st_uid == os.getuid():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 async def gone(path: Path, limit: float) -> bool:

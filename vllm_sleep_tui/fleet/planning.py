@@ -14,7 +14,7 @@ from vllm_sleep_tui.fleet.plan import Neighbour, Room, make_room
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.telemetry.host import host_memory
-from vllm_sleep_tui.telemetry.processes import command_of, user_of
+from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, user_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +182,17 @@ def who_else(core: Core, gpu: int) -> str | None:
     if not strangers:
         return None
     size, pid = strangers[0]
-    return f"Pid {pid} ({user_of(pid)}, {command_of(pid)}) holds {gib(size)}: end it or wait."
+    server = server_of(pid)
+    by = f"Pid {server} ({user_of(server)}, {command_of(server)})"
+    return f"{by} holds {gib(size)}{'' if server == pid else f' in pid {pid}'}: end it or wait."
+
+
+def server_of(pid: int) -> int:
+    """The `vllm serve` above its engine or worker, whose own name says nothing; others are their own."""
+    parents = ProcessTable.read().parents
+    while (command_of(pid) or "").startswith("VLLM::") and (above := parents.get(pid, 0)) > 1:
+        pid = above
+    return pid
 
 
 def weights_of(core: Core, name: str) -> int | None:

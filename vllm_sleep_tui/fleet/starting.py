@@ -11,13 +11,13 @@ import contextlib
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Coroutine
 from pathlib import Path
 
 from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv, serve_environment
+from vllm_sleep_tui.engine.causes import Diagnosis
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
 from vllm_sleep_tui.engine.guard_files import copy_guard
@@ -32,11 +32,12 @@ from vllm_sleep_tui.fleet.footprints import Footprint, digest
 from vllm_sleep_tui.fleet.keeping import Order, is_kept, launch, read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.planning import read_memory, share_of, weights_of
+from vllm_sleep_tui.fleet.ports import CURE, choose_port, port_is_free, taken
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.server import Server
 from vllm_sleep_tui.fleet.states import Event, StartPhase
 from vllm_sleep_tui.telemetry.host import host_memory
-from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, holder_of_port, listens
+from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, listens
 
 READY_LIMIT = 900.0
 """Seconds for a start, on top of READY_PER_GIB for each GiB of weights."""
@@ -44,35 +45,6 @@ READY_PER_GIB = 20.0
 READY_POLL = 0.1
 WARM_UP_LIMIT = 300.0
 """The first request of a fresh server took 26 s on a CPU (vLLM 0.32)."""
-
-
-def port_is_free(port: int) -> bool:
-    """Whether nobody listens on the port; vLLM itself would share it with a stranger (SO_REUSEPORT)."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def choose_port(core: Core, name: str) -> int:
-    """The configured port, or a free one; raises RefusedError that names who has the configured one."""
-    wanted = core.model(name).port
-    if wanted is None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-    if port_is_free(wanted):
-        return wanted
-    holder = holder_of_port(wanted)
-    pid = f"pid {holder.process.pid}, " if holder and holder.process else ""
-    who = f" by {pid}user {holder.user}: {holder.command or 'command unknown'}" if holder else ""
-    raise RefusedError(
-        f"Port {wanted} of {name} is taken{who}.",
-        "End it, choose another `port:`, or use that server with `url:`; it is not touched.",
-    )
 
 
 def check_command(core: Core) -> None:
@@ -258,10 +230,7 @@ class Start:
         table = await asyncio.to_thread(ProcessTable.read)
         family = table.descendants(self.record.keeper.pid)
         if not listens(self.record.port, family):
-            raise OperationError(
-                f"Port {self.record.port} is answered by a process that is not {self.name}'s.",
-                "Start it again: it will take another port.",
-            )
+            raise OperationError(taken(self.record.port, self.name), CURE)
         engines = [pid for pid in family if (command_of(pid) or "").startswith("VLLM::")]
         identities = tuple(found for pid in engines if (found := table.id_of(pid)))
         version = await client.version()
@@ -356,6 +325,8 @@ class Start:
             await self.abandon()
             raise CancelledByUser(f"The start of {self.name} was stopped.") from error
         found = cause_in_log(self.record, word)
+        if found is not None and self.record.port is not None and not port_is_free(self.record.port):
+            found = Diagnosis(taken(self.record.port, self.name), CURE)  # vLLM does not say by whom
         await fail(
             self.core, self.record, found.reason if found else error.what, found.cure if found else error.cure
         )
