@@ -121,7 +121,7 @@ def test_a_healthy_gpu_gives_every_figure(nvml: FakeNvml) -> None:
     assert gpu.processes == {11: 60 * GIB}
     assert idle.processes == {}
     assert reader.note is None
-    assert reader.memory(0) == (61 * GIB, {11: 60 * GIB})
+    assert reader.memory(0) == (62 * GIB, {11: 60 * GIB})
     assert reader.memory(7) == (None, None)
 
 
@@ -144,6 +144,17 @@ def test_a_figure_that_is_withheld_is_unknown_and_the_others_stay(
     names = ["utilization", "temperature", "power_watts", "power_limit_watts", "sm_clock_mhz", "throttle"]
     assert [name for name in names if getattr(gpu, name) is None] == [field]
     assert gpu.used_bytes == 61 * GIB
+
+
+@pytest.mark.parametrize("withheld", [{}, {"v2": pynvml.NVML_ERROR_FUNCTION_NOT_FOUND}])
+def test_what_the_driver_reserves_is_not_free_for_a_start(nvml: FakeNvml, withheld: dict[Any, int]) -> None:
+    nvml.withheld = withheld
+    reader = NvmlReader(nvml)
+    gpu = reader.read()[0]
+    taken, _ = reader.memory(0)
+    assert taken == gpu.taken_bytes == 62 * GIB
+    assert gpu.total_bytes is not None
+    assert gpu.total_bytes - taken == gpu.free_bytes == 18 * GIB
 
 
 def test_an_old_driver_without_the_second_memory_form_still_tells_its_memory(nvml: FakeNvml) -> None:
@@ -172,7 +183,7 @@ def test_a_process_that_computes_and_draws_is_counted_once(nvml: FakeNvml) -> No
 def test_memory_by_process_that_wsl_does_not_tell_is_unknown_by_pid(nvml: FakeNvml) -> None:
     nvml.compute = [SimpleNamespace(pid=11, usedGpuMemory=None)]
     nvml.graphics = [SimpleNamespace(pid=12, usedGpuMemory=None), SimpleNamespace(pid=11, usedGpuMemory=None)]
-    assert NvmlReader(nvml).memory(0) == (61 * GIB, {11: None, 12: None})
+    assert NvmlReader(nvml).memory(0) == (62 * GIB, {11: None, 12: None})
 
 
 def test_processes_are_unknown_only_if_both_lists_are_withheld(nvml: FakeNvml) -> None:

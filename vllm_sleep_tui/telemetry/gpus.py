@@ -34,6 +34,13 @@ class GpuReading:
     """VRAM bytes by pid, None where only the pid is known; None as a whole: not known who uses it."""
     simulated: bool = False
 
+    @property
+    def taken_bytes(self) -> int | None:
+        """What nobody can take any more: used or reserved by the driver; None if the memory is not known."""
+        if self.total_bytes is None or self.free_bytes is None:
+            return self.used_bytes
+        return self.total_bytes - self.free_bytes
+
 
 class GpuReader(Protocol):
     """Reads all GPUs; may be called from several threads and never raises for what a driver does."""
@@ -46,7 +53,10 @@ class GpuReader(Protocol):
         """All GPUs now."""
 
     def memory(self, index: int) -> tuple[int | None, Mapping[int, int | None] | None]:
-        """Used bytes of one GPU and its bytes by pid: quick, for polling while memory settles."""
+        """Taken bytes of one GPU, the driver's reserve included, and bytes by pid: quick, to plan and to poll.
+
+        Total minus taken is what a start can have, which total minus `used_bytes` is not.
+        """
 
     def close(self) -> None:
         """Let go of the driver."""

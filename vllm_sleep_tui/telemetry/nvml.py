@@ -80,12 +80,13 @@ class NvmlReader:
             return tuple(self._reading(device) for device in self._reachable())
 
     def memory(self, index: int) -> tuple[int | None, Mapping[int, int | None] | None]:
-        """Used bytes of one GPU and its bytes by pid; None for what is not known."""
+        """Bytes of one GPU that cannot be taken, and bytes by pid; None for what is not known."""
         with self._in_use:
             for device in self._reachable():
                 if device.index == index:
                     info = self._memory(device)
-                    return (None if info is None else int(info.used)), self._processes(device)
+                    taken = None if info is None else int(info.total) - int(info.free)
+                    return taken, self._processes(device)
             return None, None
 
     def close(self) -> None:
