@@ -19,7 +19,7 @@ TOKENS_WORTH_WORDS = 256
 def memory_in(readings: Sequence[GpuReading]) -> dict[int, GpuMemory]:
     """The GPUs' memory as the last sample saw it."""
     return {
-        reading.index: GpuMemory(total=reading.total_bytes, used=reading.used_bytes, by_pid=reading.processes)
+        reading.index: GpuMemory(total=reading.total_bytes, used=reading.taken_bytes, by_pid=reading.processes)
         for reading in readings
     }
 
