@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.history import History
+from vllm_sleep_tui.fleet.locks import Holder
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
     FleetSnapshot,
@@ -115,13 +117,15 @@ def prediction_for(snapshot: FleetSnapshot, name: str) -> Prediction:
 
 
 class ScriptedFleet:
-    """Plays what the test sets; operations end as `outcome` says, after `gate` unless `waits` is off."""
+    """Plays what the test sets; operations end as `outcome` says, after `gate` unless `is_gated` is off."""
 
     def __init__(self, snapshot: FleetSnapshot | None = None, *, logs: Path = Path("/nonexistent")) -> None:
         self.now = snapshot or four_models()
         self.calls: list[tuple[Any, ...]] = []
         self.gate = asyncio.Event()
-        self.waits = True
+        self.is_gated = True
+        self.holder: Holder | None = None
+        self.history = History(logs)
         self.outcome: Callable[[], object] = lambda: TIMES
         self.steps: list[Progress] = []
         self.cancelled: list[str] = []
@@ -135,6 +139,9 @@ class ScriptedFleet:
     def predict(self, name: str) -> Prediction:
         return prediction_for(self.now, name)
 
+    def waits(self, name: str) -> Holder | None:
+        return self.holder
+
     def log_path(self, name: str) -> Path:
         return self.logs / f"{name}.log"
 
@@ -145,12 +152,16 @@ class ScriptedFleet:
         )
         self.now = msgspec.structs.replace(self.now, models=models)
 
+    def settle_at(self, now: float) -> None:
+        """The same, at another moment."""
+        self.now = msgspec.structs.replace(self.now, time=now)
+
     async def _operate(self, *call: Any, report: Callable[[Progress], None] | None) -> object:
         self.calls.append(call)
         for step in self.steps:
             if report is not None:
                 report(step)
-        if not self.waits:
+        if not self.is_gated:
             return self.outcome()
         try:
             await self.gate.wait()

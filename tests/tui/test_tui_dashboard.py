@@ -354,7 +354,7 @@ async def test_an_operation_that_ends_at_once_leaves_nothing_beside_one_that_goe
     async with panel(fleet, tmp_path) as pilot:
         await pilot.press("down", "enter")
         await until_seen(pilot, "switching to phi")
-        fleet.outcome, fleet.waits = lambda: None, False
+        fleet.outcome, fleet.is_gated = lambda: None, False
         await pilot.press("up", "enter")
         await until(pilot, lambda: fleet.calls[-1] == ("switch", "qwen"), "the second switch")
         await until(pilot, lambda: "switching to qwen" not in text_of(pilot.app), "its end")

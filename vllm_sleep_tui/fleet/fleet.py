@@ -12,8 +12,9 @@ from vllm_sleep_tui.fleet import actions, attached
 from vllm_sleep_tui.fleet.chatting import answer
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
 from vllm_sleep_tui.fleet.history import History
+from vllm_sleep_tui.fleet.locks import Holder
 from vllm_sleep_tui.fleet.operation import Operation, Report, to_safe_point
-from vllm_sleep_tui.fleet.predict import memory_in, predict
+from vllm_sleep_tui.fleet.predict import memory_in, predict, waits
 from vllm_sleep_tui.fleet.serving import ServingPoller
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, FleetSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import StartPhase
@@ -109,6 +110,10 @@ class Fleet:
         state, _ = self._viewer.observe(record)
         memory = memory_in(self._sampler.latest().gpus)
         return predict(self._core, name, state, memory, self._serving.figures)
+
+    def waits(self, name: str) -> Holder | None:
+        """Whom an operation on the model would have to wait for; None if it could begin at once."""
+        return waits(self._core, name)
 
     def log_path(self, name: str) -> Path:
         """The model's log file, which need not exist yet."""

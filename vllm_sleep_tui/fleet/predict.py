@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vllm_sleep_tui.fleet.core import Core, gib
+from vllm_sleep_tui.fleet.locks import Holder, read_holder
 from vllm_sleep_tui.fleet.plan import Room
 from vllm_sleep_tui.fleet.planning import GpuMemory, needed, plan_for
 from vllm_sleep_tui.fleet.snapshot import Prediction, Serving
@@ -51,6 +52,12 @@ def predict(
         used_after=used_after(memory, room, need),
         sentence=sentence(name, action, seconds, room, need) + cache_lost(room, serving),
     )
+
+
+def waits(core: Core, name: str) -> Holder | None:
+    """Who holds a lock that an operation on `name` needs; None if it could begin at once."""
+    paths = [*core.gpu_locks(set(core.model(name).gpus)), *core.model_locks({name})]
+    return next((who for path in paths if (who := read_holder(path)) is not None), None)
 
 
 def action_of(state: State, room: Room) -> str:

@@ -25,6 +25,7 @@ from vllm_sleep_tui.tui.models import ModelTable
 from vllm_sleep_tui.tui.operating import OperatingScreen
 from vllm_sleep_tui.tui.operations import Operations
 from vllm_sleep_tui.tui.paint import Painted
+from vllm_sleep_tui.tui.past import PastReader
 from vllm_sleep_tui.tui.timeline import Timeline
 from vllm_sleep_tui.tui.view import PanelFleet, View
 
@@ -50,6 +51,7 @@ class Dashboard(OperatingScreen):
         self._ticks = 0
         self._is_busy = False
         self._look_timer: Timer | None = None
+        self._past = PastReader(fleet.history, operations, self.changed)
         snapshot = fleet.snapshot()
         awake = [model.name for model in snapshot.models if model.state is State.AWAKE]
         self._table = ModelTable(id="table")
@@ -110,6 +112,8 @@ class Dashboard(OperatingScreen):
             snapshot=snapshot,
             selected=self.selected,
             prediction=self._prediction(),
+            waits=None if self.selected is None else self.fleet.waits(self.selected),
+            past=self._past.latest,
             running=dict(self.operations.running),
             troubles=dict(self.operations.troubles),
         )
@@ -131,12 +135,15 @@ class Dashboard(OperatingScreen):
         self.query_one(MemoryPanel).show(view)
         self._table.show(view)
         self.query_one(Detail).show(view)
-        self.query_one(Timeline).show(view)
+        timeline = self.query_one(Timeline)
+        timeline.show(view)
+        self._past.look(view.snapshot, timeline.window.seconds)
         await self.query_one(ChatPane).show(view)
 
     def changed(self) -> None:
         """Look at once."""
-        self.call_later(self.look)
+        if self.is_attached:
+            self.call_later(self.look)
 
     @property
     def is_answering(self) -> bool:
@@ -203,6 +210,11 @@ class Dashboard(OperatingScreen):
         """The selected model's log."""
         if self.selected is not None:
             self.app.push_screen(LogScreen(self.selected, self.fleet.log_path(self.selected)))
+
+    def action_zoom(self, step: int) -> None:
+        """Show the timeline further back, or less far."""
+        self.query_one(Timeline).zoom(step)
+        self.changed()
 
     def action_help(self) -> None:
         """All keys."""

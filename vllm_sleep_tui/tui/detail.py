@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from textual.geometry import Size
 
+from vllm_sleep_tui.fleet.rooms import describe as waiting_words
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction
 from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.bars import progress, waterfall
 from vllm_sleep_tui.tui.paint import Line, Painted, Span, cut, cut_line, wrap
+from vllm_sleep_tui.tui.past import Past
 from vllm_sleep_tui.tui.view import Running, View
-from vllm_sleep_tui.tui.words import clock, phases_of, took
+from vllm_sleep_tui.tui.words import clock, long_time, phases_of, took
 
 _INDENT = "  "
 NOTED_SHARE = 0.05
@@ -112,7 +114,10 @@ def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
     if prediction.seconds is not None and prediction.action not in {"nothing", "refused"}:
         title.append((f"  ≈ {took(prediction.seconds)}", "text bold"))
     paint = "warning" if prediction.action == "refused" else "text"
-    return [rule(title, width), *_wrapped(prediction.sentence, width, paint)]
+    lines = [rule(title, width), *_wrapped(prediction.sentence, width, paint)]
+    if view.waits is not None and prediction.action not in {"nothing", "refused"}:
+        lines += _wrapped(f"First it {waiting_words(view.waits)}.", width, "warning")
+    return lines
 
 
 def last_switch_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:
@@ -136,6 +141,57 @@ def last_switch_lines(view: View, model: ModelSnapshot, width: int) -> list[Line
         phases.append(("between", between))
     bars = waterfall(phases, width - len(_INDENT), color)
     return [rule(title, width), *(((_INDENT, ""), *bar) for bar in bars)]
+
+
+def past_lines(past: Past, model: ModelSnapshot, width: int) -> list[Line]:
+    """What the last switch saved, what the day's did, and what switches to the model take as a rule."""
+    cold, last = past.cold_starts.get(model.name), model.last_switch
+    saved = []
+    if cold is not None and last is not None and cold > last.total:
+        saved.append(f"{took(cold - last.total)} saved")
+    if past.switches_today:
+        saved.append(_today(past))
+    lines = _wrapped(" · ".join(saved), width, "muted") if saved else []
+    level = {"1": 1, "2": 2}.get(model.resolved_level or "", 0)
+    usual = past.percentiles.get(model.name, {}).get(level)
+    if usual is not None:
+        words = (
+            f"p50 {took(usual.p50)} · p95 {took(usual.p95)} over {_switches(usual.count)} at level {level}"
+        )
+        lines += _wrapped(words, width, "muted")
+    return lines
+
+
+def _today(past: Past) -> str:
+    seconds = past.saved_today.seconds
+    return f"today {_switches(past.switches_today)}" + (
+        f", {long_time(seconds)} saved" if seconds > 0 else ""
+    )
+
+
+def _switches(count: int) -> str:
+    return "1 switch" if count == 1 else f"{count} switches"
+
+
+def serving_lines(model: ModelSnapshot, width: int) -> list[Line]:
+    """How an awake model serves, as far as it is known."""
+    serving = model.serving
+    if serving is None:
+        return []
+    words = [f"{serving.running} running"] if serving.running is not None else []
+    if serving.waiting:
+        words.append(f"{serving.waiting} waiting")
+    if serving.kv_use is not None:
+        words.append(f"KV {serving.kv_use * 100:.0f} %")
+    if serving.generation_tokens_per_s is not None:
+        words.append(f"{serving.generation_tokens_per_s:.0f} tok/s")
+    if serving.ttft_p50 is not None and serving.ttft_p95 is not None:
+        words.append(f"TTFT p50 {took(serving.ttft_p50)}, p95 {took(serving.ttft_p95)}")
+    if serving.prefix_hit_share is not None:
+        words.append(f"prefix hits {serving.prefix_hit_share * 100:.0f} %")
+    if serving.cached_tokens:
+        words.append(f"{serving.cached_tokens:,} tokens cached")
+    return _wrapped(" · ".join(words), width, "text") if words else []
 
 
 def facts_line(model: ModelSnapshot, width: int) -> list[Line]:
@@ -180,7 +236,8 @@ class Detail(Painted):
         # While the model is on its way, what happens now is the answer to what enter would do.
         if view.prediction is not None and model.state in SETTLED and model.name not in view.running:
             sections.append(enter_lines(view, view.prediction, width))
-        sections += [last_switch_lines(view, model, width), facts_line(model, width)]
+        sections.append([*last_switch_lines(view, model, width), *past_lines(view.past, model, width)])
+        sections.append([*serving_lines(model, width), *facts_line(model, width)])
         lines: list[Line] = []
         airy = self.app.size.height >= AIRY_HEIGHT
         for section in filter(None, sections):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from vllm_sleep_tui.fleet.history import History
+from vllm_sleep_tui.fleet.locks import Holder
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
     FleetSnapshot,
@@ -16,6 +18,7 @@ from vllm_sleep_tui.fleet.snapshot import (
     SwitchTimes,
 )
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.tui.past import Past
 
 Report = Callable[[Progress], None]
 
@@ -29,6 +32,15 @@ class PanelFleet(Protocol):
 
     def predict(self, name: str) -> Prediction:
         """What switching to a model would do; cheap."""
+        ...
+
+    def waits(self, name: str) -> Holder | None:
+        """Whom an operation on a model would have to wait for now; cheap."""
+        ...
+
+    @property
+    def history(self) -> History:
+        """The past; its questions are asked in a thread."""
         ...
 
     def log_path(self, name: str) -> Path:
@@ -106,6 +118,9 @@ class View:
     snapshot: FleetSnapshot
     selected: str | None = None
     prediction: Prediction | None = None
+    waits: Holder | None = None
+    """Whom `enter` would wait for."""
+    past: Past = field(default_factory=Past)
     running: Mapping[str, Running] = field(default_factory=dict)
     troubles: Mapping[str, Trouble] = field(default_factory=dict)
 

@@ -63,6 +63,13 @@ def took(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 59.95 else f"{seconds:.0f} s"
 
 
+def long_time(seconds: float) -> str:
+    """A sum of time: 47 s, 11 min, 2.3 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def state_words(model: ModelSnapshot) -> str:
     """The state with its level: `asleep L1`."""
     word = LOOKS[model.state].word

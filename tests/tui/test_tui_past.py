@@ -1,0 +1,129 @@
+"""What the panel knows of the past: figures under the last switch, and a timeline that outlives it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from screen_text import lines_of, panel, text_of, until, until_seen
+from scripted_fleet import TIMES, ScriptedFleet
+
+from vllm_sleep_tui.fleet.locks import Holder
+from vllm_sleep_tui.fleet.snapshot import Serving
+from vllm_sleep_tui.fleet.states import State
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[ScriptedFleet]:
+    """A fleet of this moment, with a history in the folder of its logs."""
+    scripted = ScriptedFleet(logs=tmp_path)
+    scripted.settle_at(time.time())
+    yield scripted
+    scripted.history.close()
+
+
+def cells_of(lines: list[str], name: str, under: str) -> str:
+    """One lane of the timeline."""
+    start = next(index for index, line in enumerate(lines) if under in line)
+    lane = next(line for line in lines[start + 1 :] if f"  {name} " in line)
+    return lane.split("│")[1].split()[1]
+
+
+async def test_under_the_last_switch_stand_what_it_saved_and_what_is_usual(
+    fleet: ScriptedFleet, tmp_path: Path
+) -> None:
+    now = time.time()
+    fleet.history.record_cold_start("phi", 47.2, at=now - 500)
+    for seconds in (0.4, 0.46, 0.61):
+        times = TIMES.__class__(phases=TIMES.phases, total=seconds)
+        fleet.history.record_switch("phi", times, level=1, from_state=State.ASLEEP, at=now)
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("down")
+        await until_seen(pilot, "last switch to phi  0.46 s", "46.7 s saved · today 3 switches, 2 min saved")
+        await until_seen(pilot, "p50 0.46 s · p95 0.61 s over 3 switches at level 1")
+
+
+async def test_a_switch_made_while_the_panel_looks_is_counted_soon(
+    fleet: ScriptedFleet, tmp_path: Path
+) -> None:
+    async with panel(fleet, tmp_path) as pilot:
+        await until_seen(pilot, "last switch to qwen")
+        assert "today" not in text_of(pilot.app)
+        fleet.history.record_switch("qwen", TIMES, level=1, from_state=State.ASLEEP)
+        fleet.change("qwen", last_switch=None)
+        await pilot.pause()
+        fleet.change("qwen", last_switch=TIMES)
+        await until_seen(pilot, "today 1 switch")
+
+
+async def test_the_timeline_survives_a_restart_of_the_panel_and_goes_back_a_day(
+    fleet: ScriptedFleet, tmp_path: Path
+) -> None:
+    now = time.time()
+    fleet.change("qwen", since=now - 150)
+    fleet.history.record_state("qwen", State.ASLEEP, 1, at=now - 450)
+    fleet.history.record_state("qwen", State.AWAKE, at=now - 150)
+    fleet.history.record_state("coder", State.AWAKE, at=now - 3000)
+    fleet.history.record_state("coder", State.ASLEEP, 1, at=now - 1500)
+    async with panel(fleet, tmp_path) as pilot:
+        await until(pilot, lambda: "▁" in cells_of(lines_of(pilot.app), "qwen", "last 10 min"), "the past")
+        cells = cells_of(lines_of(pilot.app), "qwen", "last 10 min")
+        assert 0.2 < cells.count("█") / len(cells) < 0.32
+        assert 0.4 < cells.count("▁") / len(cells) < 0.6
+        assert "█" not in cells_of(lines_of(pilot.app), "coder", "last 10 min")
+        await pilot.press("plus")
+        await until(pilot, lambda: "█" in cells_of(lines_of(pilot.app), "coder", "last hour"), "the hour")
+        cells = cells_of(lines_of(pilot.app), "coder", "last hour")
+        assert 0.35 < cells.count("█") / len(cells) < 0.5
+        await pilot.press("plus", "plus", "plus")
+        await until_seen(pilot, "last 24 hours")
+        await pilot.press("minus")
+        await until_seen(pilot, "last 6 hours")
+
+
+async def test_a_death_shows_from_when_it_was_seen_although_its_record_is_older(
+    fleet: ScriptedFleet, tmp_path: Path
+) -> None:
+    now = time.time()
+    fleet.change("qwen", since=now - 300)
+    async with panel(fleet, tmp_path) as pilot:
+        await until(pilot, lambda: "█" in cells_of(lines_of(pilot.app), "qwen", "last 10 min"), "awake")
+        fleet.change("qwen", state=State.FAILED, reason="gone")
+        fleet.settle_at(now + 30)
+        await until(pilot, lambda: "✗" in cells_of(lines_of(pilot.app), "qwen", "last 10 min"), "the death")
+        cells = cells_of(lines_of(pilot.app), "qwen", "last 10 min")
+        assert cells.count("█") > 5 * cells.count("✗")
+
+
+async def test_who_holds_the_gpu_stands_beside_what_enter_would_do(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.holder = Holder(
+        user="ada", pid=1, operation="start", model="coder", since=time.time(), until=time.time() + 20.4
+    )
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("down")
+        await until_seen(pilot, "enter → phi", "First it waits for ada's start of coder, about 20 s.")
+        fleet.holder = None
+        await until(pilot, lambda: "First it waits" not in text_of(pilot.app), "the end of it")
+
+
+async def test_an_awake_model_shows_how_it_serves(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    serving = Serving(
+        running=3,
+        waiting=1,
+        kv_use=0.42,
+        prompt_tokens_per_s=10.0,
+        generation_tokens_per_s=212.4,
+        ttft_p50=0.026,
+        ttft_p95=0.5,
+        inter_token_p50=None,
+        inter_token_p95=None,
+        prefix_hit_share=None,
+        cached_tokens=12_000,
+    )
+    fleet.change("qwen", serving=serving)
+    async with panel(fleet, tmp_path) as pilot:
+        await until_seen(pilot, "3 running · 1 waiting · KV 42 % · 212 tok/s", "p95 0.50 s", "12,000 tokens")

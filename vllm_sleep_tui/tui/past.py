@@ -1,0 +1,82 @@
+"""What the history says, asked in a thread when something has happened: the dashboard's look at the past."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm_sleep_tui.fleet.history import History, Percentiles, Saved, StateSpan, midnight
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.tui.operations import Operations
+
+SETTLING_SECONDS = 4.0
+"""What happened is written a moment after it shows on the screen; so long it is asked for again."""
+SPACING_SECONDS = 1.0
+STALE_SECONDS = 60.0
+"""Without anything new the answer is kept so long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """One answer of the history."""
+
+    percentiles: Mapping[str, Mapping[int, Percentiles]] = field(default_factory=dict)
+    """Of switches, by model and level."""
+    cold_starts: Mapping[str, float] = field(default_factory=dict)
+    """The usual one of each model, in seconds; a model whose is not known is left out."""
+    switches_today: int = 0
+    saved_today: Saved = field(default_factory=lambda: Saved(switches=0, seconds=0.0))
+    spans: tuple[StateSpan, ...] = ()
+
+
+def read_past(history: History, models: Sequence[str], window: float) -> Past:
+    """Ask for everything that the dashboard shows, states over the last `window` seconds (blocks for ms)."""
+    now = time.time()
+    colds = {name: history.usual_cold_start(name) for name in models}
+    return Past(
+        percentiles={name: history.percentiles(name) for name in models},
+        cold_starts={name: seconds for name, seconds in colds.items() if seconds is not None},
+        switches_today=len(history.switches_today()),
+        saved_today=history.saved_since(midnight(now)),
+        spans=tuple(history.states_between(now - window, now)),
+    )
+
+
+class PastReader:
+    """Keeps the latest answer and asks anew when the fleet has changed."""
+
+    def __init__(self, history: History, operations: Operations, answered: Callable[[], None]) -> None:
+        self.latest = Past()
+        self._history = history
+        self._operations = operations
+        self._answered = answered
+        self._question: object = None
+        self._changed_at = self._asked_at = 0.0
+        self._is_asking = False
+
+    def look(self, snapshot: FleetSnapshot, window: float) -> None:
+        """Ask, if something is new, and return at once; `answered` is called when the answer differs."""
+        now = time.monotonic()
+        question = (window, [(model.name, model.state, model.last_switch) for model in snapshot.models])
+        if question != self._question:
+            self._question, self._changed_at = question, now
+        settling = now - self._changed_at < SETTLING_SECONDS and now - self._asked_at > SPACING_SECONDS
+        is_new = self._asked_at <= self._changed_at
+        if self._is_asking or not (is_new or settling or now - self._asked_at > STALE_SECONDS):
+            return
+        self._is_asking, self._asked_at = True, now
+        self._operations.spawn(self._ask([model.name for model in snapshot.models], window))
+
+    async def _ask(self, models: Sequence[str], window: float) -> None:
+        try:
+            past = await asyncio.to_thread(read_past, self._history, models, window)
+        finally:
+            self._is_asking = False
+        if past != self.latest:
+            self.latest = past
+            self._answered()
