@@ -250,7 +250,7 @@ KILLED: tuple[Cause, ...] = (
         "Look for `Out of memory` in `dmesg`; otherwise look at the log (key l) and start it again.",
     ),
     _cause(
-        r"engine core exited unexpectedly|Engine core proc \S+ died unexpectedly",
+        r"engine core exited unexpectedly|Engine core proc \S+ died unexpectedly|EngineDeadError",
         "The engine process was killed.",
         "Look for `Out of memory` in `dmesg`; otherwise look at the log (key l) and start it again.",
     ),

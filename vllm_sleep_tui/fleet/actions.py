@@ -10,14 +10,14 @@ from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, R
 from vllm_sleep_tui.fleet import attached
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.cures import CURES, Failure
-from vllm_sleep_tui.fleet.ending import end_server
+from vllm_sleep_tui.fleet.ending import end_server, is_whole
 from vllm_sleep_tui.fleet.fetching import fetch
 from vllm_sleep_tui.fleet.keeping import ask_to_stop, read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.plan import Room
 from vllm_sleep_tui.fleet.planning import cold_start, is_dummy, refuse_without_room
 from vllm_sleep_tui.fleet.records import Intent, Record
-from vllm_sleep_tui.fleet.recovery import is_whole, lives
+from vllm_sleep_tui.fleet.recovery import lives
 from vllm_sleep_tui.fleet.rooms import locked, others_on
 from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes

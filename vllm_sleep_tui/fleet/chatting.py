@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet import attached
 from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.ending import is_whole
 from vllm_sleep_tui.fleet.operation import Report
-from vllm_sleep_tui.fleet.recovery import is_whole, lives
+from vllm_sleep_tui.fleet.recovery import lives
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 

@@ -100,7 +100,7 @@ _ROWS = (
     ),
     Cure(
         failure=Failure.ENGINE_DEAD,
-        tried="nothing in the operation; an open panel or `serve` starts it again if it died by itself",
+        tried="nothing; an open panel or `serve` starts one again that died while it did nothing",
         state=State.FAILED,
         reason="Its engine process died.",
         advice=LOOK,

@@ -12,12 +12,14 @@ from pathlib import Path
 from vllm_sleep_tui.engine.causes import Diagnosis, diagnose
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.cures import CURES, Failure
 from vllm_sleep_tui.fleet.keeping import Word, ask_to_stop, end_members, is_kept, read_word
 from vllm_sleep_tui.fleet.planning import read_memory
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.states import Event, State
+from vllm_sleep_tui.telemetry.processes import is_alive
 
-ENGINE_DIED = Diagnosis("Its engine process died.", "Look at its log, then start it again.")
+ENGINE_DIED = Diagnosis(*CURES[Failure.ENGINE_DEAD].told())
 SERVER_GONE = Diagnosis("Its server ended by itself.", "Look at its log, then start it again.")
 RECORD_LOST = Diagnosis(
     "Its record was lost; its server still runs.", "The panel or the next operation on it takes it back."
@@ -95,6 +97,11 @@ async def fail(core: Core, record: Record, reason: str, cure: str, *, fell: Stat
         engines=(),
         fell=fell,
     )
+
+
+def is_whole(record: Record) -> bool:
+    """Whether the processes that hold the model's memory live."""
+    return all(is_alive(engine) for engine in record.engines)
 
 
 def cause_in_log(record: Record, word: Word) -> Diagnosis | None:

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.ending import ENGINE_DIED, SERVER_GONE, cause_in_log, end_server, fail
+from vllm_sleep_tui.fleet.ending import (
+    ENGINE_DIED,
+    SERVER_GONE,
+    cause_in_log,
+    end_server,
+    fail,
+    is_whole,
+)
 from vllm_sleep_tui.fleet.keeping import is_kept, read_word
 from vllm_sleep_tui.fleet.lost import is_lost, take_back
 from vllm_sleep_tui.fleet.operation import Operation, actor
@@ -31,11 +38,6 @@ def needs_care(core: Core, name: str) -> bool:
         return False
     intent = core.records.read(name).intent
     return intent is None or intent.actor == actor() or not is_alive(intent.actor)
-
-
-def is_whole(record: Record) -> bool:
-    """Whether the processes that hold the model's memory live."""
-    return all(is_alive(engine) for engine in record.engines)
 
 
 def lives(core: Core, record: Record) -> bool:

@@ -20,7 +20,7 @@ from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.core import GIB, Core, gib
 from vllm_sleep_tui.fleet.cures import CURES, Failure, may_wake_again
-from vllm_sleep_tui.fleet.ending import cause_in_log, fail
+from vllm_sleep_tui.fleet.ending import cause_in_log, fail, is_whole
 from vllm_sleep_tui.fleet.footprints import Footprint
 from vllm_sleep_tui.fleet.keeping import read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
@@ -385,9 +385,10 @@ class Server:
 
     async def fail(self, failure: Failure, why: object = "") -> NoReturn:
         """End the server, keep the reason, and the log's if it ended by itself; raises OperationError."""
-        reason, cure = CURES[failure].told(why)
+        dead = not is_whole(self.record)
+        reason, cure = CURES[Failure.ENGINE_DEAD].told() if dead else CURES[failure].told(why)
         found = cause_in_log(self.record, read_word(self.core.keeper_file(self.name)))
         if found is not None:
-            reason, cure = f"{reason} {found.reason}", found.cure
+            reason, cure = found.reason if dead else f"{reason} {found.reason}", found.cure
         self.record = await fail(self.core, self.record, reason, cure)
         raise OperationError(f"{self.name}: {self.record.reason}", self.record.cure or cure)
