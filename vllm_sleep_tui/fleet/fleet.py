@@ -15,6 +15,7 @@ from vllm_sleep_tui.fleet.history import History
 from vllm_sleep_tui.fleet.locks import Holder
 from vllm_sleep_tui.fleet.operation import Operation, Report, to_safe_point
 from vllm_sleep_tui.fleet.predict import memory_in, predict, waits
+from vllm_sleep_tui.fleet.processes import HeldProcess, held_processes
 from vllm_sleep_tui.fleet.serving import ServingPoller
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, FleetSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import StartPhase
@@ -114,6 +115,11 @@ class Fleet:
     def waits(self, name: str) -> Holder | None:
         """Whom an operation on the model would have to wait for; None if it could begin at once."""
         return waits(self._core, name)
+
+    async def processes(self) -> tuple[HeldProcess, ...]:
+        """The processes of our servers, and all others that hold VRAM."""
+        roots = self._viewer.roots()
+        return await asyncio.to_thread(held_processes, self._sampler.latest(), roots, self._core.simulated)
 
     def log_path(self, name: str) -> Path:
         """The model's log file, which need not exist yet."""

@@ -115,6 +115,10 @@ class GpuSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     power_watts: float | None = None
     temperature: float | None = None
     """Degrees Celsius."""
+    power_limit_watts: float | None = None
+    sm_clock_mhz: int | None = None
+    throttle: tuple[str, ...] | None = None
+    """Why the clocks are held back; empty: they are not."""
     others: tuple[GpuProcess, ...] = ()
 
 

@@ -143,6 +143,9 @@ class Viewer:
             simulated=reading.simulated,
             power_watts=reading.power_watts,
             temperature=reading.temperature,
+            power_limit_watts=reading.power_limit_watts,
+            sm_clock_mhz=reading.sm_clock_mhz,
+            throttle=reading.throttle,
             others=tuple(
                 GpuProcess(pid=other.pid, user=other.user, command=other.command, bytes=other.bytes)
                 for other in others
