@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -22,6 +23,7 @@ from vllm_sleep_tui.fleet.records import write_atomically
 
 GIB = 2**30
 KEPT_SAMPLES = 50
+LOCK_SECONDS, LOCK_PAUSE = 1.0, 0.005
 ASLEEP_GUESS = int(1.6 * GIB)
 """What a sleeper leaves on one GPU; 0.8 to 1.6 GiB measured on an H100 (vLLM 0.24)."""
 ASLEEP_GUESS_PARALLEL = int(2.8 * GIB)
@@ -88,14 +90,17 @@ class FootprintStore:
         self._changes.append((key, change))
 
     def flush(self) -> None:
-        """Write what was noted, between processes one at a time; a full disk loses it, nothing else."""
+        """Write what was noted, between processes one at a time; a full disk loses it, nothing else.
+
+        So does a process that holds on to the file for LOCK_SECONDS: it may be frozen.
+        """
         changes, self._changes = self._changes, []
         if not changes:
             return
         with contextlib.suppress(OSError):
             descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                lock_soon(descriptor)
                 known = dict(self._read())
                 for key, change in changes:
                     known[key] = change(known.get(key, Footprint()))
@@ -114,9 +119,22 @@ class FootprintStore:
                     stamp,
                     msgspec.json.decode(self._path.read_bytes(), type=dict[str, Footprint]),
                 )
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
             return {}  # they are measured again
         return self._cache[1]
+
+
+def lock_soon(descriptor: int) -> None:
+    """Take the lock within LOCK_SECONDS; raises BlockingIOError if it is not to be had."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(LOCK_PAUSE)
 
 
 def digest(model: ModelConfig) -> str:

@@ -97,8 +97,8 @@ async def end_hung(core: Core, record: Record, symptom: str, limit: float) -> No
     """End a hung server and write down why."""
     async with locked(core, record.name, Operation("restart", record.name), make_room=False):
         now = core.records.read(record.name)
-        if (now.launch, now.state) != (record.launch, record.state):
-            return
+        if (now.launch, now.state, now.since) != (record.launch, record.state, record.since):
+            return  # it ended, or has slept and was proven since
         await fail(
             core,
             now,

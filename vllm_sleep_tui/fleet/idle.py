@@ -30,6 +30,8 @@ class _Seen:
     """UTC seconds of the last use, as read."""
     begin: float
     """The same moment on the monotonic clock."""
+    last: float | None
+    """UTC seconds of the last request, as read: after the clock was set back it is before `base`."""
 
 
 class Idleness:
@@ -43,11 +45,15 @@ class Idleness:
         launch = record.launch or ""
         known = self._seen.get(launch)
         base = self._base(record, gate, known)
+        last = gate.last_request
         if gate.in_flight:
-            self._seen[launch] = _Seen(base, clock)
+            self._seen[launch] = _Seen(base, clock, last)
         elif known is None or known.base != base:
             begin = clock - max(0.0, wall - base)
-            self._seen[launch] = _Seen(base, begin if known is None else max(known.begin, begin))
+            self._seen[launch] = _Seen(base, begin if known is None else max(known.begin, begin), last)
+        elif known.last != last:
+            begin = clock - max(0.0, wall - (last or wall))
+            self._seen[launch] = _Seen(base, max(known.begin, begin), last)
         return clock - self._seen[launch].begin
 
     @staticmethod

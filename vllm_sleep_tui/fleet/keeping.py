@@ -68,7 +68,7 @@ def read_word(path: Path) -> Word:
     """The last word in the keeper's file; an empty one if there is none."""
     try:
         return msgspec.json.decode(path.read_bytes().strip() or b"{}", type=Word)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
         return Word()
 
 

@@ -40,8 +40,16 @@ def holder(operation: str, model: str, seconds: float | None = None) -> Holder:
     now = time.time()
     until = None if seconds is None else now + seconds
     return Holder(
-        user=getpass.getuser(), pid=os.getpid(), operation=operation, model=model, since=now, until=until
+        user=own_name(), pid=os.getpid(), operation=operation, model=model, since=now, until=until
     )
+
+
+def own_name() -> str:
+    """This user's name; the number where there is none, as in a container with a user of its own."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def gpu_lock_path(uuid: str) -> Path:
@@ -93,7 +101,7 @@ def decode_holder(content: bytes) -> Holder | None:
     """A holder's word; None if it cannot be read."""
     try:
         return msgspec.json.decode(content.strip() or b"null", type=Holder | None)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):  # every user may write there
         return None
 
 

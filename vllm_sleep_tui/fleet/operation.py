@@ -94,15 +94,16 @@ async def to_safe_point(operation: Operation, work: Awaitable[T]) -> T:
     and its result is lost to the canceller, who gets CancelledByUser all the same.
     """
     task = asyncio.ensure_future(work)
-    while True:
+    cancelled = False
+    while not task.done():
         try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():
-                raise
-            operation.cancel()
             await asyncio.wait({task})
-            task.result()  # raises what the work raised, CancelledByUser most of the time
-            raise CancelledByUser(
-                f"The {operation.name} of {operation.target} was too far to be cancelled; it was completed."
-            ) from None
+        except asyncio.CancelledError:  # a second one must not leave the work to itself
+            cancelled = True
+            operation.cancel()
+    result = task.result()  # raises what the work raised, CancelledByUser most of the time
+    if cancelled:
+        raise CancelledByUser(
+            f"The {operation.name} of {operation.target} was too far to be cancelled; it was completed."
+        )
+    return result
