@@ -21,7 +21,7 @@ from vllm_sleep_tui.fleet.recovery import lives
 from vllm_sleep_tui.fleet.rooms import locked, others_on
 from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
-from vllm_sleep_tui.fleet.starting import Start, check_command
+from vllm_sleep_tui.fleet.starting import Start, check_startable
 from vllm_sleep_tui.fleet.states import Event, State
 
 # ── switch, wake, start ──────────────────────────────────────────────────────────────────────────────────
@@ -32,14 +32,14 @@ async def switch(core: Core, name: str, operation: Operation, *, force: bool = F
     if core.model(name).url is not None:
         return await attached.switch(core, name, operation)
     if core.records.read(name).state in (State.STOPPED, State.FAILED):
+        check_startable(core, name)
         await fetch(core, name, operation)
     async with locked(core, name, operation, make_room=True, seconds=cold_start(core, name)) as room:
         record = core.records.read(name)
         if record.state is State.AWAKE:
             return operation.ledger()
         if record.state is not State.ASLEEP:
-            check_command(core)
-            core.check_gpus(name)
+            check_startable(core, name)
         refuse_without_room(core, name, room)
         await clear(core, record, room, operation, force=force)
         server = await bring_up(core, name, operation)
@@ -129,8 +129,7 @@ async def start_all(core: Core, names: Sequence[str], operation: Operation) -> N
     """Start models, those that share a GPU one after another, others side by side; the first ends awake."""
     for name in names:
         attached.refuse_control(core, name)
-        core.check_gpus(name)
-    check_command(core)
+        check_startable(core, name)
     if len(names) == 1:
         await start(core, names[0], operation)
         return

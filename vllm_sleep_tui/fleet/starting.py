@@ -47,6 +47,13 @@ WARM_UP_LIMIT = 300.0
 """The first request of a fresh server took 26 s on a CPU (vLLM 0.32)."""
 
 
+def check_startable(core: Core, name: str) -> None:
+    """Raises UsageError if what the config names is not there: the vLLM binary, GPUs, a folder."""
+    check_command(core)
+    core.check_gpus(name)
+    check_source(core, name)
+
+
 def check_command(core: Core) -> None:
     """Raises UsageError if the vLLM binary is not there."""
     program = core.config.vllm_command[0]
@@ -54,6 +61,16 @@ def check_command(core: Core) -> None:
         raise UsageError(
             f"{core.loaded.path}: vllm_command: {program!r} was not found.",
             "Give the full path of the `vllm` in its environment; `vllm-sleep-tui doctor` looks for one.",
+        )
+
+
+def check_source(core: Core, name: str) -> None:
+    """Raises UsageError if the model is a path of this machine where nothing is."""
+    source = core.model(name).model or ""
+    if source.startswith("/") and not Path(source).exists():
+        raise UsageError(
+            f"{core.loaded.path}: models.{name}.model: there is no {source}.",
+            "Correct the path, or write a hub name such as Qwen/Qwen3-0.6B.",
         )
 
 
@@ -71,8 +88,7 @@ class Start:
 
     async def run(self) -> Server:
         """Start, warm up, measure, prime; raises OperationError and leaves nothing running if it fails."""
-        check_command(self.core)
-        self.core.check_gpus(self.name)
+        check_startable(self.core, self.name)
         port = choose_port(self.core, self.name)
         self.record = self.core.enter(
             self.record,
