@@ -26,11 +26,14 @@ class GpuMemory:
     by_pid: Mapping[int, int | None] | None
 
     def held_by(self, record: Record) -> int | None:
-        """Bytes that the record's server holds here; None if processes cannot be told apart."""
-        if self.by_pid is None:
-            return None
-        held = [self.by_pid.get(engine.pid, 0) for engine in record.engines]
-        return None if any(part is None for part in held) else sum(part or 0 for part in held)
+        """Bytes that the record's server holds here; None if they are not listed.
+
+        An engine that runs is always listed, asleep too, unless NVML speaks of other pids than we see, as in
+        a container, or of none: that is not 0.
+        """
+        pids = [engine.pid for engine in record.engines if engine.pid in (self.by_pid or {})]
+        held = [(self.by_pid or {})[pid] for pid in pids]
+        return None if not held or None in held else sum(part or 0 for part in held)
 
     @property
     def free(self) -> int | None:
@@ -96,7 +99,7 @@ def share_of(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> float | 
             asleep[record.name] = max(left.values())
     others = {}
     for gpu, now in memory.items():
-        ours = [now.held_by(record) or 0 for record in records]
+        ours = [held_here(core, record, now, gpu) for record in records]
         others[gpu] = max(0, (now.used or 0) - sum(ours))
     totals = {gpu: total for gpu in model.gpus if (total := core.total(gpu)) is not None}
     return budget.utilization(name, core.config, totals, others, asleep)
@@ -150,6 +153,18 @@ def neighbours(
             )
         )
     return found
+
+
+def held_here(core: Core, record: Record, now: GpuMemory, gpu: int) -> int:
+    """What a model holds on a GPU: seen, else as measured before in its state; 0 if it does not run there."""
+    held = now.held_by(record)
+    if held is not None:
+        return held
+    if gpu not in record.gpus or record.state not in (State.AWAKE, State.ASLEEP):
+        return 0
+    if record.state is State.AWAKE:
+        return awake_bytes(core, record.name, gpu)
+    return budget.asleep_estimate(core.footprint(record.name), core.model(record.name), gpu)
 
 
 def held_awake(core: Core, record: Record, memory: Mapping[int, GpuMemory], gpu: int) -> int:
