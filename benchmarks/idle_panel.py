@@ -188,10 +188,17 @@ def measure_peers(seconds: float) -> list[Cost]:
         home = {"HOME": name, "XDG_CONFIG_HOME": name, "XDG_STATE_HOME": name}
         stat = [str(install("vllmstat", folder) / "vllmstat"), "--mock"]
         ops = str(install("vllmops", folder) / "vllmops")
-        models = [["-n", f"m{index}", "-m", "a/b", "-p", str(18001 + index)] for index in range(8)]
+        models = [["-n", f"m{i}", "-m", "a/b", "-g", str(i % 2), "-p", str(18001 + i)] for i in range(8)]
         for step in (["init"], *(["create-model", *words] for words in models)):
             env = {**os.environ, **home}
-            subprocess.run([ops, *step], cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [ops, *step],
+                cwd=folder,
+                env=env,
+                check=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
         return [
             measure(f"vllmstat {version(stat[0])} --mock", stat, seconds, env=home, folder=folder),
             measure(
