@@ -104,6 +104,11 @@ async def launch(order: Order) -> Word:
     word = msgspec.json.decode(answer or b"{}", type=Word)
     if word.error is None and word.server is not None:
         return word
+    if word.launch is None and word.error is not None:
+        raise OperationError(
+            f"The keeper could not write {order.lock}: {word.error}.",
+            "Make room or give write permission there, then start it again.",
+        )
     if word.launch is None:
         raise OperationError(
             "Another keeper still holds this model's place.",

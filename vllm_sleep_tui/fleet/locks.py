@@ -39,9 +39,7 @@ def holder(operation: str, model: str, seconds: float | None = None) -> Holder:
     """This process as a holder, expected to be done in `seconds`."""
     now = time.time()
     until = None if seconds is None else now + seconds
-    return Holder(
-        user=own_name(), pid=os.getpid(), operation=operation, model=model, since=now, until=until
-    )
+    return Holder(user=own_name(), pid=os.getpid(), operation=operation, model=model, since=now, until=until)
 
 
 def own_name() -> str:

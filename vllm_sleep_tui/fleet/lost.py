@@ -6,6 +6,7 @@ sleeps, it is asked. What cannot be taken back is ended, because nobody could dr
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -16,15 +17,16 @@ from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.guard import SECRET_VARIABLE
 from vllm_sleep_tui.errors import OperationError, PanelError
 from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.discovery import launch_of
 from vllm_sleep_tui.fleet.ending import end_server
 from vllm_sleep_tui.fleet.keeping import Word, is_kept, read_word
 from vllm_sleep_tui.fleet.operation import Operation
-from vllm_sleep_tui.fleet.orphans import open_files
+from vllm_sleep_tui.fleet.orphans import is_keeper, is_mine, keeper_file, open_files
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.telemetry import prometheus
-from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive
+from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, is_alive
 
 ASK_LIMIT = 60.0
 SLEEP_STATE = "vllm:engine_sleep_state"
@@ -38,10 +40,15 @@ def is_lost(core: Core, record: Record) -> bool:
 async def take_back(core: Core, record: Record, operation: Operation) -> None:
     """Put the record together again, or end the server and say so; the caller holds the locks."""
     word = read_word(core.keeper_file(record.name))
+    garbled = word.launch is None
+    if garbled:
+        word = await asyncio.to_thread(find_keeper, core.keeper_file(record.name))
     record = msgspec.structs.replace(
         record, launch=word.launch, keeper=word.keeper, server=word.server, intent=None, restarts=()
     )
     try:
+        if garbled:
+            raise ValueError("nor can its keeper's file be read")
         record = identify(core, record, word)
         await ask(core, record, operation)
     except (EngineError, PanelError, OSError, ValueError) as error:
@@ -58,6 +65,16 @@ async def take_back(core: Core, record: Record, operation: Operation) -> None:
             engines=(),
             fell=None,
         )
+
+
+def find_keeper(path: Path) -> Word:
+    """A living keeper whose word cannot be read, by the file that it has open; an empty word if none has."""
+    table = ProcessTable.read()
+    for pid in table.parents:
+        if is_mine(pid) and is_keeper(pid) and keeper_file(pid) == path.resolve():
+            server = next(iter(table.descendants(pid)), 0)
+            return Word(launch=launch_of(pid), keeper=table.id_of(pid), server=table.id_of(server))
+    return Word()
 
 
 def identify(core: Core, record: Record, word: Word) -> Record:

@@ -50,6 +50,11 @@ async def idle_of(core: Core, name: str) -> dict[str, tuple[float, bool]]:
     }
 
 
+def gpus_of(core: Core, names: set[str]) -> set[int]:
+    """The GPUs that these models are to use, and those that they do use."""
+    return {gpu for key in names for gpu in (*core.model(key).gpus, *core.records.read(key).gpus)}
+
+
 def describe(who: Holder | None) -> str:
     """What is waited for, in words."""
     if who is None:
@@ -72,9 +77,11 @@ async def locked(
         if make_room:
             names |= {key for key in others_on(core, name) if core.records.read(key).state is State.AWAKE}
         names |= {key for key in others_on(core, name) if is_unfinished(core, key)}
-        gpus = {gpu for key in names for gpu in (*core.model(key).gpus, *core.records.read(key).gpus)}
+        gpus = gpus_of(core, names)
         paths = [*core.gpu_locks(gpus), *core.model_locks(names)]
         async with held(paths, word, operation, name):
+            if not gpus_of(core, names) <= gpus:
+                continue  # somebody whose config differs has moved one to another GPU meanwhile
             for key in sorted(names):
                 await recover(core, key, operation)
             room = plan_for(core, name, idle=await idle_of(core, name)) if make_room else NO_ROOM_NEEDED

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 
 from vllm_sleep_tui.engine.failures import EngineError
@@ -25,6 +25,7 @@ from vllm_sleep_tui.fleet.orphans import find_orphans, summary
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.recovery import is_unfinished, needs_care, recover
 from vllm_sleep_tui.fleet.restart import PAUSES, Restarter
+from vllm_sleep_tui.fleet.rooms import gpus_of
 from vllm_sleep_tui.fleet.states import State
 
 INTERVAL = 0.5
@@ -71,12 +72,31 @@ class Tasks:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
 
+class GoOn:
+    """Around one look of a loop that must outlive what nobody foresaw; each such thing is said once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    @contextlib.contextmanager
+    def after(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong inside is logged, and that is all."""
+        try:
+            yield
+        except Exception as error:
+            said = f"{what}: {error!r}"
+            if said not in self._said:
+                self._said.add(said)
+                log.exception("%s went wrong", what)
+
+
 class Watcher:
     """What every open fleet does: it looks twice a second and settles what nobody is at."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._tasks = Tasks()
+        self._go_on = GoOn()
 
     def start(self) -> None:
         """Begin to look."""
@@ -89,19 +109,21 @@ class Watcher:
     async def _run(self) -> None:
         while True:
             for name in list(self._core.config.models):
-                if needs_care(self._core, name):
-                    self._tasks.begin(f"care of {name}", self._look_after(name))
-            await asyncio.to_thread(self._core.flush)
+                with self._go_on.after(f"the look at {name}"):
+                    if needs_care(self._core, name):
+                        self._tasks.begin(f"care of {name}", self._look_after(name))
+            with self._go_on.after("the writing of measurements"):
+                await asyncio.to_thread(self._core.flush)
             await asyncio.sleep(INTERVAL)
 
     async def _look_after(self, name: str) -> None:
         """Settle one model, unless somebody else holds its locks: then it is in good hands."""
         core = self._core
-        gpus = {*core.model(name).gpus, *core.records.read(name).gpus}
+        gpus = gpus_of(core, {name})
         paths = [*core.gpu_locks(gpus), *core.model_locks({name})]
-        with contextlib.suppress(LockBusyError, PanelError):
+        with self._go_on.after(f"the care of {name}"), contextlib.suppress(LockBusyError, PanelError):
             async with hold(paths, holder("settling", name), limit=0.0):
-                if is_unfinished(core, name):
+                if is_unfinished(core, name) and gpus_of(core, {name}) <= gpus:
                     log.info("%s: settling what an earlier operation left", name)
                     await recover(core, name, Operation("settling", name))
 
@@ -116,6 +138,7 @@ class Leader:
         self.notes: tuple[str, ...] = ()
         """What the person should know: orphans."""
         self._tasks = Tasks()
+        self._go_on = GoOn()
         self._restarter = Restarter(core, self._limits.restart_pauses)
         self._hangs = HangWatch(self._limits.hang, self._limits.hang_probe)
         self._idleness = idle.Idleness()
@@ -136,7 +159,8 @@ class Leader:
     async def _run(self) -> None:
         while True:
             if self.seat.take():
-                self._lead()
+                with self._go_on.after("the leader's look"):
+                    self._lead()
             await asyncio.sleep(INTERVAL)
 
     def _lead(self) -> None:
