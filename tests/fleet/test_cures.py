@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 
 from tests.fleet.conftest import Box, inject, seen, until, until_state
 from vllm_sleep_tui.config_file import load
-from vllm_sleep_tui.errors import OperationError, RefusedError
+from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.core import OperationLimits
 from vllm_sleep_tui.fleet.cures import CURES, Failure
 from vllm_sleep_tui.fleet.fleet import Fleet
@@ -278,6 +281,55 @@ async def test_an_embedding_model_is_proven_by_its_embedding_and_garbage_is_seen
         told: list[Progress] = []
         await fleet.wake("a", report=told.append)
         assert any("loaded again" in step.detail for step in told)
+
+
+# ── what level 2 cannot bring back ───────────────────────────────────────────────────────────────────────
+
+
+async def test_level_2_of_a_model_with_lora_is_warned_of_before_and_during_the_switch(box: MakeBox) -> None:
+    lora = {"model": "sim/1GiB", "level": 2, "args": {"enable-lora": True}}
+    machine = box({"a": lora, "b": {"model": "sim/1GiB"}})
+    async with machine.open() as fleet:
+        await fleet.start(["a", "b"])
+        await until(lambda: "Level 2 of a: " in fleet.predict("b").sentence)
+        await fleet.switch("b", report=machine.report)
+        warned = [step for step in machine.progress if "LoRA" in step.detail]
+        assert [(step.model, step.phase) for step in warned] == [("a", "drain")]
+        assert "Level 2" not in fleet.predict("a").sentence
+
+
+async def test_level_2_of_dummy_weights_is_refused_before_anybody_sleeps_for_it(box: MakeBox) -> None:
+    dummy = {"model": "sim/1GiB", "level": 2, "args": {"load-format": "dummy"}}
+    async with box({"a": {"model": "sim/1GiB"}, "b": dummy}).open() as fleet:
+        await fleet.start(["a"])
+        for attempt in (fleet.switch("b"), fleet.start(["b"])):
+            with pytest.raises(UsageError, match="dummy weights"):
+                await attempt
+        assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.AWAKE, State.STOPPED)
+
+
+async def test_dummy_weights_without_ram_for_level_1_are_stopped_in_place_of_level_2(box: MakeBox) -> None:
+    dummy = {"model": "sim/40GiB", "args": {"load-format": "dummy"}}
+    async with box({"a": dummy}, ["80GiB"]).open() as fleet:
+        await fleet.start(["a"])
+        assert seen(fleet, "a").resolved_level == "none"
+        await fleet.sleep("a")
+        assert seen(fleet, "a").state is State.STOPPED
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [({"enable-lora": True}, "LoRA"), ({"speculative-config": "{}"}, "draft"), ({}, None)],
+)
+def test_doctor_warns_of_level_2(tmp_path: Path, arguments: dict[str, Any], what: str | None) -> None:
+    model = {"model": "x/y", "gpus": [], "level": 2, "args": arguments}
+    config = tmp_path / "fleet.yaml"
+    config.write_text(json.dumps({"vllm_command": ["vllm"], "models": {"a": model}}))
+    command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(config), "doctor", "--json"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
+    found = [check for check in json.loads(done.stdout)["checks"] if check["name"] == "a.level"]
+    assert [check["verdict"] for check in found] == ([] if what is None else ["warn"])
+    assert what is None or what in found[0]["what"]
 
 
 # ── the table itself ─────────────────────────────────────────────────────────────────────────────────────

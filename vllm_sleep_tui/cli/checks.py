@@ -23,6 +23,7 @@ from vllm_sleep_tui.fleet.discovery import (
     find_foreign_servers,
     hub_cache,
 )
+from vllm_sleep_tui.fleet.figures import why_no_level2
 from vllm_sleep_tui.fleet.keeping import is_kept
 from vllm_sleep_tui.fleet.orphans import find_orphans
 from vllm_sleep_tui.fleet.records import RecordStore
@@ -95,6 +96,9 @@ def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:
             yield Check(
                 f"{name}.model", Verdict.FAIL, f"{model.model} holds no config.json", "Correct the path."
             )
+        if model.level == 2 and (risk := why_no_level2(model)):
+            cure = "Set `level: 1` or `auto`."
+            yield Check(f"{name}.level", Verdict.WARN, f"level 2: {risk}", cure)
         if model.port:
             yield _port_check(loaded, name, model.port)
 

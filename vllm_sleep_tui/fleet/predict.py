@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vllm_sleep_tui.fleet.core import Core, gib
+from vllm_sleep_tui.fleet.figures import why_no_level2
 from vllm_sleep_tui.fleet.locks import Holder, read_holder
 from vllm_sleep_tui.fleet.plan import Room
 from vllm_sleep_tui.fleet.planning import GpuMemory, needed, plan_for
@@ -50,7 +51,9 @@ def predict(
         needs_bytes={str(gpu): size for gpu, size in need.items()},
         free_bytes={str(gpu): size for gpu, size in room.free.items()},
         used_after=used_after(memory, room, need),
-        sentence=sentence(name, action, seconds, room, need) + cache_lost(room, serving),
+        sentence=sentence(name, action, seconds, room, need)
+        + cache_lost(room, serving)
+        + level_2_risks(core, room),
     )
 
 
@@ -112,6 +115,15 @@ def sentence(name: str, action: str, seconds: float | None, room: Room, need: Ma
 
 def cache_lost(room: Room, serving: Mapping[str, Serving]) -> str:
     """What the leaving models' caches hold, in words; nothing if it is soon computed again."""
+def level_2_risks(core: Core, room: Room) -> str:
+    """What level 2 may lose of the models that would sleep at it, in words."""
+    return "".join(
+        f" Level 2 of {name}: {risk}."
+        for name in room.sleeps
+        if core.records.read(name).resolved_level == "2" and (risk := why_no_level2(core.model(name)))
+    )
+
+
     held = {name: serving[name].cached_tokens or 0 for name in room.leaving if name in serving}
     return "".join(
         f" {name} loses up to {tokens:,} cached tokens."

@@ -21,6 +21,7 @@ from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.core import GIB, Core, gib
 from vllm_sleep_tui.fleet.cures import CURES, Failure, may_wake_again
 from vllm_sleep_tui.fleet.ending import cause_in_log, fail, is_whole
+from vllm_sleep_tui.fleet.figures import why_no_level2
 from vllm_sleep_tui.fleet.footprints import Footprint
 from vllm_sleep_tui.fleet.keeping import read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
@@ -94,6 +95,8 @@ class Server:
         pool = self.core.pinned_now(self.record)
         self.check_ram_for(level, pool)
         self.intend("drain", level=level, event=Event.SLEEP)
+        if level == 2 and (risk := why_no_level2(self.core.model(self.name))):
+            self.operation.tell(self.name, "drain", f"level 2: {risk}; the wake is proven")
         before = asyncio.ensure_future(self.read_memory())
         try:
             with self.operation.timed("drain"):

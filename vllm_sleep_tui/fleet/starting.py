@@ -31,7 +31,7 @@ from vllm_sleep_tui.fleet.ending import TMP_PREFIX, cause_in_log, end_server, fa
 from vllm_sleep_tui.fleet.footprints import Footprint, digest
 from vllm_sleep_tui.fleet.keeping import Order, is_kept, launch, read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
-from vllm_sleep_tui.fleet.planning import read_memory, share_of, weights_of
+from vllm_sleep_tui.fleet.planning import is_dummy, read_memory, share_of, weights_of
 from vllm_sleep_tui.fleet.ports import CURE, choose_port, port_is_free, taken
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.server import Server
@@ -52,6 +52,7 @@ def check_startable(core: Core, name: str) -> None:
     check_command(core)
     core.check_gpus(name)
     check_source(core, name)
+    check_level(core, name)
 
 
 def check_command(core: Core) -> None:
@@ -61,6 +62,15 @@ def check_command(core: Core) -> None:
         raise UsageError(
             f"{core.loaded.path}: vllm_command: {program!r} was not found.",
             "Give the full path of the `vllm` in its environment; `vllm-sleep-tui doctor` looks for one.",
+        )
+
+
+def check_level(core: Core, name: str) -> None:
+    """Raises UsageError for `level: 2` where it could never bring the model back."""
+    if core.model(name).level == 2 and is_dummy(core, name):
+        raise UsageError(
+            f"{core.loaded.path}: models.{name}.level: 2 cannot load dummy weights again.",
+            "Set `level: 1`, or load real weights.",
         )
 
 
@@ -311,14 +321,15 @@ class Start:
         self.core.remember(server.record, change)
 
     async def prime(self, server: Server) -> None:
-        """Pay for the first sleep now; without the RAM for it the launch sleeps at level 2."""
+        """Pay for the first sleep now; without the RAM for it the launch sleeps at level 2, or not at all."""
         try:
             await server.prime()
         except RefusedError as error:
             if self.model.level != "auto":
                 raise
-            self.operation.tell(self.name, StartPhase.PRIMING, f"level 2: {error.what}")
-            server.record = self.core.write(server.record, resolved_level="2")
+            level = "none" if is_dummy(self.core, self.name) else "2"
+            self.operation.tell(self.name, StartPhase.PRIMING, f"level {level}: {error.what}")
+            server.record = self.core.write(server.record, resolved_level=level)
         self.operation.times.clear()  # the ledger is the switch's, not the priming's
 
     def is_asked_to_stop(self) -> bool:
