@@ -144,7 +144,9 @@ def test_a_root_below_another_root_keeps_its_own_memory() -> None:
 def test_a_gpu_that_does_not_tell_its_processes_is_unknown_and_not_zero() -> None:
     shares = attribute([gpu(0, {103: 60}), gpu(1, None)], TABLE, ROOTS, memories={})
     assert shares.models["big"].vram_by_gpu == {0: 60}
-    assert shares.notes == ("GPU 1 does not tell memory by process, so VRAM by model is not known there.",)
+    assert shares.notes == (
+        "GPU 1 does not tell memory by process (under WSL2 none does), so VRAM by model is not known there.",
+    )
     only = attribute([gpu(1, None)], TABLE, ROOTS, memories={})
     assert only.models["big"].vram_by_gpu is None
 
@@ -169,7 +171,10 @@ def test_in_a_container_that_sees_pids_of_the_host_vram_by_model_is_unknown() ->
     shares = attribute([gpu(0, {70001: 60})], CONTAINER, ROOTS, memories=MEMORIES)
     assert shares.models["big"] == ModelMemory(None, 24 * GIB, 19 * GIB)
     assert shares.strangers == {}
-    assert shares.notes == ("NVML names processes outside this container, so VRAM by model is not known.",)
+    assert shares.notes == (
+        "NVML names processes outside this container, so VRAM by model is not known; "
+        "with the host's pids (docker: --pid=host) it would be.",
+    )
 
 
 @pytest.mark.parametrize("table", [TABLE, CONTAINER])

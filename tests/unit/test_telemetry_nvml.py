@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_unified_memory_is_unknown_and_the_note_says_so(nvml: FakeNvml) -> None:
     reader = NvmlReader(nvml)
     gpu = reader.read()[0]
     assert (gpu.used_bytes, gpu.free_bytes, gpu.total_bytes) == (None, None, None)
-    assert reader.note == "GPU 0 does not tell its memory (Not Supported)."
+    assert reader.note == "GPU 0 does not tell its memory (Not Supported); one that shares the RAM has none."
 
 
 def test_a_process_that_computes_and_draws_is_counted_once(nvml: FakeNvml) -> None:
@@ -277,10 +278,22 @@ def test_a_second_reader_takes_nothing_from_the_first_when_it_comes_and_goes(nvm
     assert len(first.read()) == 2
 
 
-def test_a_machine_without_gpu_gets_a_reader_that_says_why() -> None:
-    reader = open_reader(None)
+@pytest.mark.parametrize(
+    ("is_there", "note"),
+    [
+        (False, "No NVML: libnvidia-ml.so.1 not found; VRAM is not known."),
+        (True, "There is an AMD GPU, which is not read yet, and no NVML; VRAM is not known."),
+    ],
+)
+def test_a_machine_without_gpu_or_with_amds_gets_a_reader_that_says_why(
+    tmp_path: Path, is_there: bool, note: str
+) -> None:
+    driver = tmp_path / "amdgpu"
+    if is_there:
+        driver.mkdir()
+    reader = open_reader(None, amd_driver=driver)
     if not isinstance(reader, NoGpus):
         pytest.skip("this machine has an NVIDIA driver")
-    assert reader.note == "No NVML: libnvidia-ml.so.1 not found; VRAM is not known."
+    assert reader.note == note
     assert reader.read() == ()
     assert reader.memory(0) == (None, None)

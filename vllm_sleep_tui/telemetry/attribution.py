@@ -71,7 +71,10 @@ def attribute(
     notes = [_silent_list(reading) for reading in readings if _is_silent(reading)]
     if _speaks_of_other_pids(known.values(), table, ours):
         known = {}
-        notes.append("NVML names processes outside this container, so VRAM by model is not known.")
+        notes.append(
+            "NVML names processes outside this container, so VRAM by model is not known; "
+            "with the host's pids (docker: --pid=host) it would be."
+        )
     models = {
         name: _model_memory(frozenset(pids[name]), known, memories)
         if name in pids
@@ -89,7 +92,10 @@ def _is_silent(reading: GpuReading) -> bool:
 
 
 def _silent_list(reading: GpuReading) -> str:
-    return f"GPU {reading.index} does not tell memory by process, so VRAM by model is not known there."
+    return (
+        f"GPU {reading.index} does not tell memory by process (under WSL2 none does), "
+        "so VRAM by model is not known there."
+    )
 
 
 def _speaks_of_other_pids(

@@ -53,7 +53,7 @@ class GpuReader(Protocol):
         """All GPUs now."""
 
     def memory(self, index: int) -> tuple[int | None, Mapping[int, int | None] | None]:
-        """Taken bytes of one GPU, the driver's reserve included, and bytes by pid: quick, to plan and to poll.
+        """Taken bytes of one GPU, the driver's reserve included, and bytes by pid: quick, for plans and polls.
 
         Total minus taken is what a start can have, which total minus `used_bytes` is not.
         """
@@ -80,7 +80,10 @@ class NoGpus:
         """Nothing to let go of."""
 
 
-def open_reader(simulated: Path | None) -> GpuReader:
+AMD_DRIVER = Path("/sys/module/amdgpu")
+
+
+def open_reader(simulated: Path | None, *, amd_driver: Path = AMD_DRIVER) -> GpuReader:
     """The reader for the simulated GPUs of that folder, or without one for NVIDIA's, if there is a driver."""
     if simulated is not None:
         from vllm_sleep_tui.telemetry.simulated import SimulatedReader
@@ -95,4 +98,6 @@ def open_reader(simulated: Path | None) -> GpuReader:
     try:
         return NvmlReader(pynvml)
     except pynvml.NVMLError_LibraryNotFound:
+        if amd_driver.exists():
+            return NoGpus("There is an AMD GPU, which is not read yet, and no NVML; VRAM is not known.")
         return NoGpus("No NVML: libnvidia-ml.so.1 not found; VRAM is not known.")

@@ -71,7 +71,9 @@ class NvmlReader:
             return "NVML lists no GPU; VRAM is not known."
         for device in self._devices:
             if why := self._complaints.get((device.index, _MEMORY)):
-                return f"GPU {device.index} does not tell its memory ({why})."
+                return (
+                    f"GPU {device.index} does not tell its memory ({why}); one that shares the RAM has none."
+                )
         return None
 
     def read(self) -> tuple[GpuReading, ...]:
