@@ -14,7 +14,7 @@ from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.discovery import find_command
 from vllm_sleep_tui.fleet.estimate import ACTIVATIONS, Estimate, Times, estimate, times
 from vllm_sleep_tui.fleet.footprints import AWAKE_OVERHEAD, GIB, Footprint, argument
-from vllm_sleep_tui.fleet.planning import GpuMemory, read_memory, share_of
+from vllm_sleep_tui.fleet.planning import GpuMemory, held_here, read_memory, share_of
 from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.telemetry.host import host_memory
 
@@ -77,7 +77,9 @@ def read_machine(core: Core) -> Machine:
     records = [core.records.read(name) for name in core.config.models]
     used = {gpu for model in core.config.models.values() for gpu in model.gpus}
     memory = {gpu: now for gpu, now in read_memory(core, used).items() if now.total is not None}
-    ours = {gpu: sum(now.held_by(record) or 0 for record in records) for gpu, now in memory.items()}
+    ours = {
+        gpu: sum(held_here(core, record, now, gpu) for record in records) for gpu, now in memory.items()
+    }
     host = host_memory(core.simulated)
     ram = None
     if host.available_bytes is not None and host.total_bytes is not None:
