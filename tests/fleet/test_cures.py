@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from msgspec.structs import replace
 
-from tests.fleet.conftest import Box, inject, seen, until, until_state
+from tests.fleet.conftest import GIB, Box, inject, seen, until, until_state
 from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.core import OperationLimits
@@ -116,6 +117,23 @@ async def test_a_wake_out_of_memory_is_asked_once_more_when_the_others_sleep(
         assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.AWAKE, "proven")
         assert seen(fleet, "b").state is State.ASLEEP
         assert any("once more" in step.detail for step in machine.progress)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+async def test_a_model_that_grew_since_it_was_measured_wakes_half_and_then_whole(
+    box: MakeBox, level: int
+) -> None:
+    share = {"args": {"gpu-memory-utilization": 0.55}, "level": level}
+    machine = box({"a": {"model": "sim/1GiB", **share}, "b": {"model": "sim/2GiB", **share}})
+    async with machine.open() as fleet:
+        await fleet.start(["a", "b"])
+        core = fleet._core
+        core.remember(core.records.read("b"), lambda known: replace(known, awake={"0": 2 * GIB}))
+        assert fleet.predict("b").sleeps == ()
+        await fleet.switch("b")
+        assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.ASLEEP, State.AWAKE)
+        assert seen(fleet, "b").proof == "proven"
+        assert "out of memory" in fleet.log_path("b").read_text()
 
 
 async def test_a_wake_out_of_memory_twice_is_failed(box: MakeBox) -> None:
