@@ -77,9 +77,7 @@ def read_machine(core: Core) -> Machine:
     records = [core.records.read(name) for name in core.config.models]
     used = {gpu for model in core.config.models.values() for gpu in model.gpus}
     memory = {gpu: now for gpu, now in read_memory(core, used).items() if now.total is not None}
-    ours = {
-        gpu: sum(held_here(core, record, now, gpu) for record in records) for gpu, now in memory.items()
-    }
+    ours = {gpu: sum(held_here(core, record, now, gpu) for record in records) for gpu, now in memory.items()}
     host = host_memory(core.simulated)
     ram = None
     if host.available_bytes is not None and host.total_bytes is not None:

@@ -53,7 +53,7 @@ class GpuReader(Protocol):
         """All GPUs now."""
 
     def memory(self, index: int) -> tuple[int | None, Mapping[int, int | None] | None]:
-        """Taken bytes of one GPU, the driver's reserve included, and bytes by pid: quick, for plans and polls.
+        """Taken bytes of one GPU, the driver's reserve included, and bytes by pid: quick, for polls.
 
         Total minus taken is what a start can have, which total minus `used_bytes` is not.
         """
