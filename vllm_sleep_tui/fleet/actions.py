@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Sequence
 
+from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.versions import capabilities
-from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError, UsageError
 from vllm_sleep_tui.fleet import attached
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.cures import CURES, Failure
@@ -16,6 +18,7 @@ from vllm_sleep_tui.fleet.keeping import ask_to_stop, read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.plan import Room
 from vllm_sleep_tui.fleet.planning import cold_start, is_dummy, refuse_without_room
+from vllm_sleep_tui.fleet.ports import choose_port
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.recovery import lives
 from vllm_sleep_tui.fleet.rooms import locked, others_on
@@ -40,9 +43,14 @@ async def switch(core: Core, name: str, operation: Operation, *, force: bool = F
             return operation.ledger()
         if record.state is not State.ASLEEP:
             check_startable(core, name)
+            choose_port(core, name)  # a taken one is found before anybody sleeps for it
         refuse_without_room(core, name, room)
-        await clear(core, record, room, operation, force=force)
-        server = await bring_up(core, name, operation)
+        try:
+            await clear(core, record, room, operation, force=force)
+            server = await bring_up(core, name, operation)
+        except PanelError as error:
+            error.cure = f"{error.cure} {who_left(core, room)}".strip()
+            raise
         ledger = server.record.last_switch or operation.ledger()
         core.note(
             lambda past: past.record_switch(
@@ -50,6 +58,16 @@ async def switch(core: Core, name: str, operation: Operation, *, force: bool = F
             )
         )
         return ledger
+
+
+def who_left(core: Core, room: Room) -> str:
+    """Says who made room for nothing: it may be that nobody is awake now."""
+    states = {name: core.records.read(name).state for name in room.leaving}
+    return " ".join(
+        f"{name} is {state} now: `switch {name}` brings it back."
+        for name, state in states.items()
+        if state in (State.ASLEEP, State.STOPPED)
+    )
 
 
 async def clear(core: Core, record: Record, room: Room, operation: Operation, *, force: bool) -> None:
@@ -89,7 +107,7 @@ async def step_aside(
     if record.state is not State.AWAKE:
         return
     if record.resolved_level == "none":
-        await end(core, record, operation, force=force)
+        await end(core, record, operation, force=force, unless=unless)
     else:
         level = int(record.resolved_level or "1")
         await Server(core, record, operation).fall_asleep(level, force=force, unless=unless)
@@ -99,7 +117,11 @@ async def bring_up(core: Core, name: str, operation: Operation) -> Server:
     """Wake the sleeper or start the stopped one; the room for it has been made."""
     record = core.records.read(name)
     if record.state is not State.ASLEEP:
-        return await Start(core, name, operation).run()
+        try:
+            return await Start(core, name, operation).run()
+        except (RefusedError, UsageError):
+            core.write(core.records.read(name), intent=None)
+            raise
     server = Server(core, record, operation)
 
     async def more_room() -> None:
@@ -271,20 +293,31 @@ async def stop(core: Core, name: str, operation: Operation, *, force: bool) -> N
             await end(core, record, operation, force=force)
 
 
-async def end(core: Core, record: Record, operation: Operation, *, force: bool) -> None:
-    """Close the gate, let answers finish unless forced, end the server, see its memory gone."""
+async def end(
+    core: Core,
+    record: Record,
+    operation: Operation,
+    *,
+    force: bool,
+    unless: Awaitable[object] | None = None,
+) -> None:
+    """Close the gate, let answers finish unless forced, end the server, see its memory gone.
+
+    If `unless`, awaited before the end, raises PanelError, the model is awake as before.
+    """
     operation.tell(record.name, "stopping")
     intent = Intent(operation=operation.name, phase="drain", since=operation.since, actor=actor())
     if record.state is State.AWAKE:
         server = Server(core, core.write(record, intent=intent), operation)
         try:
-            await server.drain(force=force)
-        except CancelledByUser:
+            with contextlib.suppress(EngineError):  # a server that does not answer is ended all the same
+                await server.drain(force=force)
+            if unless is not None:
+                await unless
+        except PanelError:
             await server.open_gate()
             core.write(record, intent=None)
             raise
-        except PanelError:
-            pass  # a server that does not answer is ended all the same
     record = core.enter(record, Event.STOP, intent=intent)
     await end_server(core, record, at_once=force)
     core.enter(

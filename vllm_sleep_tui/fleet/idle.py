@@ -115,7 +115,7 @@ async def put_away(core: Core, record: Record, what: str, seen: Gate) -> None:
         with contextlib.suppress(InUseAgainError):
             await still
             if what == "stop" or now.resolved_level == "none":
-                await actions.end(core, now, operation, force=False)
+                await actions.end(core, now, operation, force=False, unless=still)
             else:
                 level = int(now.resolved_level or "1")
                 await Server(core, now, operation).fall_asleep(level, unless=still)
