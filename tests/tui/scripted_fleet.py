@@ -12,6 +12,7 @@ import msgspec
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.history import History
 from vllm_sleep_tui.fleet.locks import Holder
+from vllm_sleep_tui.fleet.processes import HeldProcess
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
     FleetSnapshot,
@@ -126,6 +127,8 @@ class ScriptedFleet:
         self.is_gated = True
         self.holder: Holder | None = None
         self.history = History(logs)
+        self.held: tuple[HeldProcess, ...] = ()
+        self.asked_processes = 0
         self.outcome: Callable[[], object] = lambda: TIMES
         self.steps: list[Progress] = []
         self.cancelled: list[str] = []
@@ -151,6 +154,10 @@ class ScriptedFleet:
             msgspec.structs.replace(one, **fields) if one.name == name else one for one in self.now.models
         )
         self.now = msgspec.structs.replace(self.now, models=models)
+
+    async def processes(self) -> tuple[HeldProcess, ...]:
+        self.asked_processes += 1
+        return self.held
 
     def settle_at(self, now: float) -> None:
         """The same, at another moment."""

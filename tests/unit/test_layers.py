@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "telemetry": CONFIG | {"simulator.devices"},
     "fleet": CONFIG | {"engine", "telemetry", "simulator.devices"},
     "bench": CORE,
-    "tui": CORE | {"engine.logs"},
+    "tui": CORE | {"bench", "engine.logs", "telemetry.ring"},
     "cli": CORE | {"bench", "tui", "telemetry", "engine.logs"},
     "__main__": {"cli"},
     "__init__": set(),

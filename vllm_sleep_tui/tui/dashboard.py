@@ -18,6 +18,7 @@ from vllm_sleep_tui.tui.bands import BottomBand, TopBand
 from vllm_sleep_tui.tui.chat import ChatPane
 from vllm_sleep_tui.tui.detail import Detail
 from vllm_sleep_tui.tui.dialogs import Help, ThemeChooser
+from vllm_sleep_tui.tui.gpus import GpuScreen
 from vllm_sleep_tui.tui.keys import bindings
 from vllm_sleep_tui.tui.logs import LogScreen
 from vllm_sleep_tui.tui.memory import MemoryPanel
@@ -26,6 +27,7 @@ from vllm_sleep_tui.tui.operating import OperatingScreen
 from vllm_sleep_tui.tui.operations import Operations
 from vllm_sleep_tui.tui.paint import Painted
 from vllm_sleep_tui.tui.past import PastReader
+from vllm_sleep_tui.tui.readings import Readings
 from vllm_sleep_tui.tui.timeline import Timeline
 from vllm_sleep_tui.tui.view import PanelFleet, View
 
@@ -51,6 +53,7 @@ class Dashboard(OperatingScreen):
         self._ticks = 0
         self._is_busy = False
         self._look_timer: Timer | None = None
+        self.readings = Readings()
         self._past = PastReader(fleet.history, operations, self.changed)
         snapshot = fleet.snapshot()
         awake = [model.name for model in snapshot.models if model.state is State.AWAKE]
@@ -131,6 +134,7 @@ class Dashboard(OperatingScreen):
         view = self.view()
         moving = any(model.state not in SETTLED or model.operation for model in view.snapshot.models)
         self._is_busy = moving or bool(view.running)
+        self.readings.see(view.snapshot)
         self.query_one(TopBand).show(view)
         self.query_one(MemoryPanel).show(view)
         self._table.show(view)
@@ -210,6 +214,10 @@ class Dashboard(OperatingScreen):
         """The selected model's log."""
         if self.selected is not None:
             self.app.push_screen(LogScreen(self.selected, self.fleet.log_path(self.selected)))
+
+    def action_gpus(self) -> None:
+        """The screen of the GPUs."""
+        self.app.push_screen(GpuScreen(self.fleet, self.readings))
 
     def action_zoom(self, step: int) -> None:
         """Show the timeline further back, or less far."""

@@ -50,6 +50,7 @@ KEYS: tuple[Key, ...] = (
     Key(key="c", action="chat", short="chat", help="Chat with it; asleep, it is switched to first"),
     Key(key="y", action="copy_answer", short="copy", help="Copy its last answer", in_footer=False),
     Key(key="l", action="log", short="log", help="Follow its log"),
+    Key(key="g", action="gpus", short="GPUs", help="The GPUs: figures, their course, processes"),
     Key(
         key="plus,equals_sign",
         action="zoom(1)",

@@ -22,13 +22,14 @@ class Window(NamedTuple):
 
     seconds: float
     words: str
+    short: str
 
 
 WINDOWS = (
-    Window(600.0, "10 minutes"),
-    Window(3600.0, "hour"),
-    Window(6 * 3600.0, "6 hours"),
-    Window(86400.0, "24 hours"),
+    Window(600.0, "10 minutes", "10 min"),
+    Window(3600.0, "hour", "1 h"),
+    Window(6 * 3600.0, "6 hours", "6 h"),
+    Window(86400.0, "24 hours", "24 h"),
 )
 
 Change = tuple[float, State]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from vllm_sleep_tui.fleet.history import History
 from vllm_sleep_tui.fleet.locks import Holder
+from vllm_sleep_tui.fleet.processes import HeldProcess
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
     FleetSnapshot,
@@ -36,6 +37,10 @@ class PanelFleet(Protocol):
 
     def waits(self, name: str) -> Holder | None:
         """Whom an operation on a model would have to wait for now; cheap."""
+        ...
+
+    async def processes(self) -> tuple[HeldProcess, ...]:
+        """The processes of our servers, and all others that hold VRAM."""
         ...
 
     @property
