@@ -33,6 +33,7 @@ RESERVED_ENV: dict[str, str] = {
     "CUDA_VISIBLE_DEVICES": "Write the model's GPUs as `gpus: [0]`.",
 }
 
+MAX_PARALLEL = 1024
 _RESERVED = "reserved, vllm-sleep-tui sets it"
 _SHORT_ARGS = {"tp": "tensor-parallel-size", "pp": "pipeline-parallel-size", "asc": "api-server-count"}
 _WRAPPERS = {"docker", "podman", "nerdctl", "uvx", "ssh", "sudo", "sh", "bash", "srun"}
@@ -135,6 +136,10 @@ def _check_args(document: Document, key: Key, model: ModelConfig) -> None:
         if name in seen:
             raise document.error((*key, "args", spelled), f"the same as {seen[name]}", "Keep one of the two.")
         seen[name] = spelled
+        if name == "gpu-memory-utilization" and not _is_share(model.args[spelled]):
+            raise document.error(
+                (*key, "args", spelled), "must be a number above 0 and up to 1", "Write it like 0.85."
+            )
     for variable in model.env:
         if variable in RESERVED_ENV:
             raise document.error((*key, "env", variable), _RESERVED, RESERVED_ENV[variable])
@@ -142,6 +147,10 @@ def _check_args(document: Document, key: Key, model: ModelConfig) -> None:
             raise document.error(
                 (*key, "env", variable), "not a variable's name", "Use letters, digits and underscores."
             )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _check_gpus(document: Document, key: Key, model: ModelConfig, *, simulated: int) -> None:
@@ -155,8 +164,9 @@ def _check_gpus(document: Document, key: Key, model: ModelConfig, *, simulated: 
     needed = 1
     for name in ("tensor-parallel-size", "pipeline-parallel-size"):
         size = sizes.get(name, 1)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise document.error((*key, "args", name), "must be a whole number from 1", "Write it like 2.")
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MAX_PARALLEL:
+            wrong = f"must be a whole number from 1 to {MAX_PARALLEL}"
+            raise document.error((*key, "args", name), wrong, "Write it like 2.")
         needed *= size
     if model.gpus and len(model.gpus) < needed:
         raise document.error(
@@ -208,6 +218,8 @@ def fill_in(document: Document, key: Key, value: Any) -> Any:
         if found is None:
             wrong = f"the environment variable {match[1]} is not set"
             raise document.error(key, wrong, f"Set it first: export {match[1]}=…")
+        if not found.isascii() and any("\ud800" <= char <= "\udfff" for char in found):
+            raise document.error(key, f"the environment variable {match[1]} is not UTF-8 text", "Correct it.")
         return found
 
     return _VARIABLE.sub(look_up, value)

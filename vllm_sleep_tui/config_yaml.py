@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.reader import ReaderError
 
 from vllm_sleep_tui.errors import UsageError
@@ -22,6 +23,7 @@ Key = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 _MAX_DEPTH = 32
 _ANOTHER = "Give another file with --config"
+_UNUSABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _PROBLEMS = {
     "found character '\\t' that cannot start any token": (
         "a tab is used for indentation",
@@ -49,7 +51,12 @@ class Document:
     def error(self, key: Key, wrong: str, cure: str) -> UsageError:
         """What is wrong with the value at `key`: file, line, key and the cure."""
         name = f" {spell(key)}:" if key else ""
-        return UsageError(f"{self.path}:{self.line(key)}:{name} {wrong}", cure)
+        return UsageError(f"{self.path}:{self.line(key)}:{_shown(name)} {_shown(wrong)}", _shown(cure))
+
+
+def _shown(text: str) -> str:
+    """Without what could move the cursor: a file that lies in the current folder may be anybody's."""
+    return "".join(char if char.isprintable() else "�" for char in text)
 
 
 def spell(key: Key) -> str:
@@ -71,7 +78,7 @@ def parse(path: Path) -> Document:
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise UsageError(f"{path}:{line}: a control character is not allowed", "Remove it.") from None
-    except (YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # ruamel itself trips over some files: a list as a key is a TypeError
         raise UsageError(f"{path}:1: not YAML: {_one_line(str(error))}", "Correct the file.") from None
     lines: dict[Key, int] = {(): 1}
     document = Document(path, hashlib.sha256(content).hexdigest(), None, lines)
@@ -128,7 +135,12 @@ def _plain(node: Any, key: Key, lines: dict[Key, int], document: Document) -> An
         return [_plain(item, (*key, index), lines, document) for index, item in enumerate(node)]
     if node is None or isinstance(node, bool):
         return node
-    for kind in (str, int, float):
+    if isinstance(node, str):
+        if _UNUSABLE.search(node):
+            wrong = "a control character or half of one, which no program takes as an argument"
+            raise document.error(key, wrong, "Remove it.")
+        return str(node)
+    for kind in (int, float):
         if isinstance(node, kind):
             return kind(node)
     if type(node).__name__ == "ScalarBoolean":
