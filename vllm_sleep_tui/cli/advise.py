@@ -22,19 +22,19 @@ from vllm_sleep_tui.cli.common import (
     say,
 )
 from vllm_sleep_tui.config import ModelConfig
-from vllm_sleep_tui.config_file import LoadedConfig, load
-from vllm_sleep_tui.config_yaml import Key
+from vllm_sleep_tui.config_file import LoadedConfig
 from vllm_sleep_tui.errors import CancelledByUser, RefusedError, UsageError
-from vllm_sleep_tui.fleet.advice import Advice, ModelAdvice, advise_fleet, changes
+from vllm_sleep_tui.fleet.advice import Advice, ModelAdvice, advise_fleet
+from vllm_sleep_tui.fleet.advice_config import AFTERWARDS, apply_text, proposed_text
 from vllm_sleep_tui.fleet.budget import HIGHEST_UTILIZATION
-from vllm_sleep_tui.fleet.config_edit import difference, edited, replace_text
+from vllm_sleep_tui.fleet.config_edit import difference
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.discovery import find_command
 from vllm_sleep_tui.fleet.estimate import Estimate, checkpoint_of, estimate
 from vllm_sleep_tui.fleet.history import History
 from vllm_sleep_tui.fleet.predict import time_text
 from vllm_sleep_tui.fleet.sharing import GpuAdvice, listed
-from vllm_sleep_tui.paths import state_dir, trust, trusted
+from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.telemetry.gpus import GpuReading, open_reader
 
 
@@ -208,23 +208,18 @@ def _time_lines(found: Estimate) -> list[str]:
 def _apply(loaded: LoadedConfig, advice: Advice, *, is_agreed: bool) -> None:
     """Write the advice to the config, after a look at what changes; raises PanelError."""
     _check_whole(advice)
-    values = _values(loaded, advice)
-    if not values:
+    text = proposed_text(loaded, advice)
+    if text is None:
         say("The config says so already.")
         return
-    text = edited(loaded.path, values)
     say(difference(loaded.path, text).rstrip())
     if not is_agreed:
         if not sys.stdin.isatty():
             raise RefusedError("Nothing was written: there is nobody to ask.", "Add --yes.")
         if not click.confirm("Write this?", err=True):
             raise CancelledByUser("Nothing was written.")
-    state = state_dir()
-    was_trusted = trusted(loaded.path, loaded.digest, state)
-    replace_text(loaded.path, text)
-    if was_trusted:
-        trust(loaded.path, load(loaded.path).digest, state)
-    say("Written. It holds from each model's next start on; models with new arguments are measured anew.")
+    apply_text(loaded, text, state_dir())
+    say(f"Written. {AFTERWARDS}")
 
 
 def _check_whole(advice: Advice) -> None:
@@ -237,21 +232,3 @@ def _check_whole(advice: Advice) -> None:
                 f"The advice on {model.name} holds only with that on {listed(missing)}.",
                 "Name them too, or nobody.",
             )
-
-
-def _values(loaded: LoadedConfig, advice: Advice) -> dict[Key, Any]:
-    configured = {name: str(model.level) for name, model in loaded.config.models.items()}
-    found: dict[Key, Any] = {}
-    for name, (level, utilization) in changes(advice, configured).items():
-        if level is not None:
-            found["models", name, "level"] = level if level == "none" else int(level)
-        if utilization is not None:
-            found["models", name, "args", _spelled(loaded.config.models[name])] = utilization
-    return found
-
-
-def _spelled(model: ModelConfig) -> str:
-    """The flag as the config spells it."""
-    wanted = "gpu-memory-utilization"
-    same = (key for key in model.args if key.lstrip("-").replace("_", "-") == wanted)
-    return next(same, wanted)

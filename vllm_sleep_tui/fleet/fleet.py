@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from vllm_sleep_tui.config_file import LoadedConfig
 from vllm_sleep_tui.fleet import actions, attached
@@ -22,6 +22,9 @@ from vllm_sleep_tui.fleet.states import StartPhase
 from vllm_sleep_tui.fleet.supervision import Leader, Watcher
 from vllm_sleep_tui.fleet.view import Viewer
 from vllm_sleep_tui.telemetry.sampler import Sampler
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.fleet.advice import Advice
 
 T = TypeVar("T")
 
@@ -115,6 +118,12 @@ class Fleet:
     def waits(self, name: str) -> Holder | None:
         """Whom an operation on the model would have to wait for; None if it could begin at once."""
         return waits(self._core, name)
+
+    async def advice(self) -> Advice:
+        """What to do with each model and GPU, from what was measured here."""
+        from vllm_sleep_tui.fleet.advice import advise_fleet  # reads checkpoints; only whoever asks pays
+
+        return await asyncio.to_thread(lambda: advise_fleet(self._core, self.history.rates()))
 
     async def processes(self) -> tuple[HeldProcess, ...]:
         """The processes of our servers, and all others that hold VRAM."""

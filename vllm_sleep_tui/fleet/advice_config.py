@@ -1,0 +1,50 @@
+"""The advice as a changed config file: what it would say, and writing it with its comments kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.config_yaml import Key
+from vllm_sleep_tui.fleet.advice import Advice, changes
+from vllm_sleep_tui.fleet.config_edit import edited, replace_text
+from vllm_sleep_tui.paths import trust, trusted
+
+AFTERWARDS = "It holds from each model's next start on; models with new arguments are measured anew."
+"""What a person must know who has applied it."""
+
+
+def proposed_text(loaded: LoadedConfig, advice: Advice) -> str | None:
+    """The config's text with the advice in it, None if it says so already; raises RefusedError."""
+    values = _values(loaded, advice)
+    return edited(loaded.path, values) if values else None
+
+
+def apply_text(loaded: LoadedConfig, text: str, state_dir: Path) -> LoadedConfig:
+    """Write the text to the config, trusted if it was before; raises PanelError."""
+    was_trusted = trusted(loaded.path, loaded.digest, state_dir)
+    replace_text(loaded.path, text)
+    changed = load(loaded.path)
+    if was_trusted:
+        trust(loaded.path, changed.digest, state_dir)
+    return changed
+
+
+def _values(loaded: LoadedConfig, advice: Advice) -> dict[Key, Any]:
+    configured = {name: str(model.level) for name, model in loaded.config.models.items()}
+    found: dict[Key, Any] = {}
+    for name, (level, utilization) in changes(advice, configured).items():
+        if level is not None:
+            found["models", name, "level"] = level if level == "none" else int(level)
+        if utilization is not None:
+            found["models", name, "args", _spelled(loaded.config.models[name])] = utilization
+    return found
+
+
+def _spelled(model: ModelConfig) -> str:
+    """The flag as the config spells it."""
+    wanted = "gpu-memory-utilization"
+    same = (key for key in model.args if key.lstrip("-").replace("_", "-") == wanted)
+    return next(same, wanted)
