@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_sleep_tui.engine.failures import broken_off, refused, unreadable
+from vllm_sleep_tui.engine.failures import NOT_JSON, broken_off, refused, unreadable
 
 REQUEST = "POST /v1/chat/completions"
 MAX_EVENT_BYTES = 4 * 1024 * 1024
@@ -92,7 +92,7 @@ def _payloads(lines: Sequence[bytes]) -> Iterator[bytes]:
 def _delta(payload: bytes) -> ChatDelta:
     try:
         chunk = _decoder.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_JSON:
         raise unreadable(REQUEST, payload) from None
     if chunk.error is not None:
         return ChatDelta(error=refused(200, payload).message)

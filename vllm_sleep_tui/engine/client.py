@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 
 from vllm_sleep_tui.engine.chat import ChatDelta, chat_body, deltas
-from vllm_sleep_tui.engine.failures import EngineError, refused, unreadable
+from vllm_sleep_tui.engine.failures import NOT_JSON, EngineError, refused, unreadable
 from vllm_sleep_tui.engine.wire import Wire
 
 JSON = {"content-type": "application/json"}
@@ -262,7 +262,7 @@ class VllmClient:
 def _decode(request: str, body: bytes, kind: type[Decoded]) -> Decoded:
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_JSON:
         raise unreadable(request, body) from None
 
 

@@ -8,6 +8,8 @@ from vllm_sleep_tui.engine.logs import strip_escapes
 from vllm_sleep_tui.errors import OperationError
 
 MESSAGE_LENGTH = 600
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises; the last for brackets that are nested without an end."""
 
 
 class EngineError(OperationError):
@@ -66,7 +68,7 @@ def refused(status: int, body: bytes) -> EngineRefused:
     """
     try:
         answer = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_JSON:
         answer = None
     match answer:
         case {"error": {"message": message, "type": str(kind)}}:

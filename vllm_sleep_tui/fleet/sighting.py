@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, OperationSnapshot
 from vllm_sleep_tui.fleet.states import State
@@ -104,7 +105,7 @@ class _Look(threading.Thread):
             self.sighting = self._look()
         except TimeoutError:
             self.sighting = _silent(self.where, self._seconds)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, *NOT_JSON, ValueError) as error:
             if isinstance(error, ConnectionRefusedError | socket.gaierror):
                 what = f"Nothing answers at {self.where}."
             else:
