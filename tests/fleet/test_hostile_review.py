@@ -9,20 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from tests.fleet.conftest import Box, inject, seen, until, until_state
-from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.engine.client import Gate
-from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError
 from vllm_sleep_tui.fleet import actions
-from vllm_sleep_tui.fleet.core import OperationLimits
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.hang import end_hung
 from vllm_sleep_tui.fleet.idle import Idleness
@@ -30,7 +26,7 @@ from vllm_sleep_tui.fleet.keeping import Order, is_kept, launch, members, read_w
 from vllm_sleep_tui.fleet.locks import decode_holder, hold, holder
 from vllm_sleep_tui.fleet.operation import Operation, to_safe_point
 from vllm_sleep_tui.fleet.records import Intent, Record
-from vllm_sleep_tui.fleet.recovery import recover
+from vllm_sleep_tui.fleet.server import Server
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.telemetry.processes import ProcessId
 
@@ -383,3 +379,39 @@ async def test_an_idle_model_that_is_asked_while_it_drains_is_not_stopped(box: M
                 await actions.end(core, record, operation, force=False, unless=in_use())
         assert (seen(fleet, "a").state, core.records.read("a").intent) == (State.AWAKE, None)
         assert not (await gate_of(fleet, "a")).closed
+
+
+async def test_a_gate_that_did_not_open_again_is_seen_to_later(box: MakeBox) -> None:
+    async with box(ONE).open() as fleet:
+        await fleet.start(["a"])
+        core, process = fleet._core, server_of(fleet, "a")
+
+        async def freeze() -> None:
+            os.kill(process.pid, signal.SIGSTOP)
+            raise RefusedError("a is in use again.")
+
+        try:
+            async with hold([*core.gpu_locks({0}), *core.model_locks({"a"})], holder("test", "a")):
+                server = Server(core, core.records.read("a"), Operation("sleep", "a"))
+                with pytest.raises(RefusedError):
+                    await server.fall_asleep(1, unless=freeze())
+                assert core.records.read("a").state is State.AWAKE
+                assert core.records.read("a").intent is not None
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        await until(lambda: core.records.read("a").intent is None)
+        assert core.records.read("a").state is State.AWAKE
+        assert not (await gate_of(fleet, "a")).closed
+
+
+async def test_a_start_without_a_place_for_its_log_says_so_and_leaves_nothing(box: MakeBox) -> None:
+    machine = box(ONE)
+    (machine.state_dir / "logs").write_text("not a folder")
+    async with machine.open() as fleet:
+        with pytest.raises(OperationError, match="logs"):
+            await fleet.start(["a"])
+        record = fleet._core.records.read("a")
+        assert (record.state, record.intent) == (State.FAILED, None)
+        assert record.tmp_dir is not None
+        assert not Path(record.tmp_dir).exists()
+        (machine.state_dir / "logs").unlink()

@@ -26,6 +26,8 @@ from vllm_sleep_tui.telemetry.processes import (
 )
 
 LOG_BYTES = 20 * 2**20
+KEEPER_SECONDS = 30.0
+"""For a keeper to tell that its server runs."""
 
 
 class Exit(msgspec.Struct, frozen=True):
@@ -100,7 +102,15 @@ async def launch(order: Order) -> Word:
         start_new_session=True,
         env={"PATH": os.defpath, LAUNCH_VARIABLE: order.launch},
     )
-    answer, _ = await asyncio.wait_for(process.communicate(json.dumps(asdict(order)).encode()), 30)
+    try:
+        answer, _ = await asyncio.wait_for(
+            process.communicate(json.dumps(asdict(order)).encode()), KEEPER_SECONDS
+        )
+    except TimeoutError:
+        raise OperationError(
+            f"The keeper said nothing for {KEEPER_SECONDS:.0f} s.",
+            "The machine may be overloaded: look at its load, then start it again.",
+        ) from None
     word = msgspec.json.decode(answer or b"{}", type=Word)
     if word.error is None and word.server is not None:
         return word

@@ -111,9 +111,9 @@ async def settle(core: Core, record: Record, operation: Operation) -> None:
         elif record.state is State.WAKING:
             await after_wake(server, sleeping=sleeping)
         else:
-            server.record = core.write(server.record, intent=None)
             if record.state is State.AWAKE:
                 await server.open_gate()
+            server.record = core.write(server.record, intent=None)
     except OperationError as error:
         operation.tell(record.name, "failed", error.what)  # it is recorded as failed
 

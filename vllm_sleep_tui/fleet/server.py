@@ -167,10 +167,12 @@ class Server:
             gate = await self.client.gate(GATE_LIMIT)
 
     async def undo_sleep(self) -> None:
-        """Open the gate again and be awake as before."""
+        """Open the gate again and be awake as before; if it does not open, the intent stays to be settled."""
+        left = self.record.intent
         with contextlib.suppress(EngineError):
             await self.client.set_gate(False, GATE_LIMIT)
-        self.record = self.core.enter(self.record, Event.SLEEP_UNDONE, intent=None)
+            left = None
+        self.record = self.core.enter(self.record, Event.SLEEP_UNDONE, intent=left)
 
     async def call_sleep(self, level: int) -> float:
         """The call itself; seconds it took. A call that timed out may have worked: it is asked after."""

@@ -94,6 +94,7 @@ class Start:
         self.operation = operation
         self.record: Record = core.records.read(name)
         self.began = time.monotonic()
+        self.is_carried_on = False
         self.told: tuple[str, str, float | None] | None = None
 
     async def run(self) -> Server:
@@ -120,6 +121,16 @@ class Start:
         """Take the keeper's word for what the dead starter could not write down."""
         word = read_word(self.core.keeper_file(self.name))
         self.record = self.core.write(self.record, keeper=word.keeper, server=word.server)
+        self.is_carried_on = True
+
+    async def rouse(self) -> None:
+        """Undo a first sleep that was cut off with the starter: a request to a sleeper never ends."""
+        server = Server(self.core, self.record, self.operation)
+        if await server.is_sleeping():
+            await server.bring_back(1)
+            await server.prove()
+        await server.open_gate()
+        self.record = server.record
 
     async def guarded(self, begin: Coroutine[None, None, None]) -> Server:
         """`begin`, then all the rest of a start; whatever goes wrong, nothing is left running."""
@@ -127,6 +138,8 @@ class Start:
             await begin
             client = self.core.client(self.record)
             await self.wait_until_ready(client)
+            if self.is_carried_on and self.model.level != "none":
+                await self.rouse()
             return await self.settle_in(client)
         except CancelledByUser:
             await self.abandon()
@@ -137,6 +150,10 @@ class Start:
         except (OperationError, RefusedError) as error:
             await self.give_up(error)
             raise
+        except OSError as error:
+            reason, cure = f"Its start broke off: {error}.", "Make room or give permission; start it again."
+            self.record = await fail(self.core, self.core.records.read(self.name), reason, cure)
+            raise OperationError(f"{self.name}: {reason}", cure) from error
         except asyncio.CancelledError:
             raise  # this process leaves; whoever comes next carries the start on
         except BaseException as error:
@@ -187,9 +204,7 @@ class Start:
             launch_id=secrets.token_hex(16),
             sleep_mode=self.model.level != "none",
         )
-        copy_guard(spec.guard_dir)
         log = self.core.log_path(self.name)
-        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.record = self.core.write(
             self.record,
             launch=spec.launch_id,
@@ -202,6 +217,8 @@ class Start:
             engines=(),
             reference=None,
         )
+        copy_guard(spec.guard_dir)
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         word = await launch(self.order(spec, log))
         self.record = self.core.write(self.record, keeper=word.keeper, server=word.server)
 
