@@ -85,5 +85,5 @@ def write_private(path: Path, content: bytes) -> None:
 def _agreements(state: Path) -> dict[str, str]:
     try:
         return msgspec.json.decode((state / "trusted.json").read_bytes(), type=dict[str, str])
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}

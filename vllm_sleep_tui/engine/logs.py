@@ -82,13 +82,15 @@ _PERCENT = re.compile(r"(\d+)%(?: Completed)? ?\|")
 _ORDER: tuple[PhaseName, ...] = ("loading", "compiling", "capturing", "warming")
 
 _WORKER = re.compile(r"^\((\w+) pid=\d+\)")
+_GIB = r"\d{1,9}(?:\.\d+)?"
 _FIGURES = {
-    "weights": re.compile(r"Model loading took (?P<weights>[\d.]+) GiB"),
+    "weights": re.compile(rf"Model loading took (?P<weights>{_GIB}) GiB"),
     "kv_cache": re.compile(
-        r"Available KV cache memory: (?P<gpu>[\d.]+) GiB|Explicitly set \((?P<cpu>[\d.]+)/[\d.]+\) GiB for KV"
+        rf"Available KV cache memory: (?P<gpu>{_GIB}) GiB"
+        rf"|Explicitly set \((?P<cpu>{_GIB})/[\d.]+\) GiB for KV"
     ),
-    "freed": re.compile(r"sleep freed (?P<freed>[\d.]+) GiB"),
-    "backed_up": re.compile(r"of which (?P<backed_up>[\d.]+) GiB is backed up in CPU"),
+    "freed": re.compile(rf"sleep freed (?P<freed>{_GIB}) GiB"),
+    "backed_up": re.compile(rf"of which (?P<backed_up>{_GIB}) GiB is backed up in CPU"),
 }
 
 

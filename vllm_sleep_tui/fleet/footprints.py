@@ -19,6 +19,7 @@ from statistics import median
 import msgspec
 
 from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.fleet.records import write_atomically
 
 GIB = 2**30
@@ -119,7 +120,7 @@ class FootprintStore:
                     stamp,
                     msgspec.json.decode(self._path.read_bytes(), type=dict[str, Footprint]),
                 )
-        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+        except (FileNotFoundError, *NOT_JSON):
             return {}  # they are measured again
         return self._cache[1]
 

@@ -9,12 +9,13 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLE
+from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet import keeper
 from vllm_sleep_tui.telemetry.processes import (
@@ -55,7 +56,8 @@ class Order:
     """What a keeper is to keep."""
 
     argv: tuple[str, ...]
-    env: dict[str, str]
+    env: dict[str, str] = field(repr=False)
+    """It holds the launch's secret, and the user's tokens."""
     cwd: str
     launch: str
     log: str
@@ -70,7 +72,7 @@ def read_word(path: Path) -> Word:
     """The last word in the keeper's file; an empty one if there is none."""
     try:
         return msgspec.json.decode(path.read_bytes().strip() or b"{}", type=Word)
-    except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+    except (FileNotFoundError, *NOT_JSON):
         return Word()
 
 

@@ -11,17 +11,23 @@ import contextlib
 import fcntl
 import getpass
 import os
-import tempfile
+import stat
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
+from vllm_sleep_tui.engine.failures import NOT_JSON
+from vllm_sleep_tui.engine.logs import strip_escapes
 from vllm_sleep_tui.errors import OperationError
 
 POLL_SECONDS = 0.02
 LIMIT_SECONDS = 1800.0
+
+
+MAX_WORD = 64
+A_DAY = 86400.0
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,9 +58,19 @@ def own_name() -> str:
 
 def gpu_lock_path(uuid: str) -> Path:
     """The machine-wide lock file of a GPU; simulated ones have a name space of their own in their uuid."""
-    run_lock = Path("/run/lock")
-    base = run_lock if os.access(run_lock, os.W_OK) else Path(tempfile.gettempdir())
-    return base / f"vllm-sleep-tui-{uuid}.lock"
+    return shared_folder() / f"vllm-sleep-tui-{uuid}.lock"
+
+
+def shared_folder(preferred: Path = Path("/run/lock")) -> Path:
+    """The same for every user and any TMPDIR, or two would not see each other's locks.
+
+    On some systems only root may write to /run/lock.
+    """
+    try:
+        everybodys = preferred.stat().st_mode & stat.S_IWOTH and os.access(preferred, os.W_OK)
+    except OSError:
+        everybodys = False
+    return preferred if everybodys else Path("/tmp")
 
 
 def open_shared(path: Path) -> int:
@@ -96,11 +112,25 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def decode_holder(content: bytes) -> Holder | None:
-    """A holder's word; None if it cannot be read."""
+    """A holder's word, fit to be shown: every user may write there. None if it cannot be read."""
     try:
-        return msgspec.json.decode(content.strip() or b"null", type=Holder | None)
-    except (msgspec.DecodeError, UnicodeDecodeError):  # every user may write there
+        found = msgspec.json.decode(content.strip() or b"null", type=Holder | None)
+    except NOT_JSON:
         return None
+    if found is None:
+        return None
+    is_soon = found.until is not None and abs(found.until - time.time()) < A_DAY
+    return msgspec.structs.replace(
+        found,
+        user=_word(found.user),
+        operation=_word(found.operation),
+        model=_word(found.model),
+        until=found.until if is_soon else None,
+    )
+
+
+def _word(text: str) -> str:
+    return " ".join(strip_escapes(text).split())[:MAX_WORD]
 
 
 class LockBusyError(Exception):
