@@ -220,7 +220,7 @@ class Core:
         for client in self._clients.values():
             await client.aclose()
         self._clients.clear()
-        self.flush()
+        await asyncio.to_thread(self.flush)
         if "history" in self.__dict__:
             await asyncio.to_thread(self.history.close)
         self.reader.close()

@@ -46,7 +46,7 @@ async def end_server(core: Core, record: Record, *, at_once: bool) -> None:
             "The driver may hang: look at `dmesg`, restart the machine.",
         )
     await memory_gone(core, record)
-    remove_tmp_dir(record)
+    await asyncio.to_thread(remove_tmp_dir, record)  # a cache of compiled code may be in it
 
 
 def remove_tmp_dir(record: Record) -> None:

@@ -50,6 +50,11 @@ async def idle_of(core: Core, name: str) -> dict[str, tuple[float, bool]]:
     }
 
 
+def awake_on(core: Core, name: str) -> set[str]:
+    """The others that are awake there: any of them may have to make room."""
+    return {key for key in others_on(core, name) if core.records.read(key).state is State.AWAKE}
+
+
 def gpus_of(core: Core, names: set[str]) -> set[int]:
     """The GPUs that these models are to use, and those that they do use."""
     return {gpu for key in names for gpu in (*core.model(key).gpus, *core.records.read(key).gpus)}
@@ -75,7 +80,7 @@ async def locked(
     word = holder(operation.name, name, seconds)
     while True:
         if make_room:
-            names |= {key for key in others_on(core, name) if core.records.read(key).state is State.AWAKE}
+            names |= awake_on(core, name)
         names |= {key for key in others_on(core, name) if is_unfinished(core, key)}
         gpus = gpus_of(core, names)
         paths = [*core.gpu_locks(gpus), *core.model_locks(names)]
@@ -85,10 +90,11 @@ async def locked(
             for key in sorted(names):
                 await recover(core, key, operation)
             room = plan_for(core, name, idle=await idle_of(core, name)) if make_room else NO_ROOM_NEEDED
-            if set(room.leaving) <= names:
+            touched = {*room.leaving, *(awake_on(core, name) if make_room else ())}
+            if touched <= names:
                 yield room
                 return
-            names |= set(room.leaving)
+            names |= touched
 
 
 @contextlib.asynccontextmanager
