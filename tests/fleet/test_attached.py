@@ -245,3 +245,30 @@ def test_a_server_that_never_comes_to_an_end_holds_status_up_no_longer_than_its_
     assert far.state is State.STOPPED
     assert "did not answer within 0.3 s" in (far.reason or "")
     assert took < 1.0
+
+
+async def test_serve_that_stops_all_at_its_end_leaves_attached_servers_alone(
+    box: MakeBox, free_port: FreePort
+) -> None:
+    port = free_port()
+    machine = box({"far": {"url": f"http://127.0.0.1:{port}"}, "own": {"model": "sim/1GiB"}})
+    with vllm(port) as process:
+        async with machine.open() as fleet:
+            await fleet.start(["own"])
+            await until_state(fleet, "far", State.AWAKE)
+        (machine.folder / "vllm-sleep-tui").symlink_to(machine.state_dir)
+        argv = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(machine.config)]
+        log = machine.folder / "serve.log"
+        with log.open("wb") as file:
+            serve = subprocess.Popen(
+                [*argv, "serve", "--stop-on-exit"],
+                env=os.environ | {"XDG_STATE_HOME": str(machine.folder)},
+                stdout=file,
+                stderr=file,
+            )
+        await until(lambda: "far: awake" in log.read_text())
+        serve.terminate()
+        assert await asyncio.to_thread(serve.wait, 30) == 0
+        async with machine.open() as fleet:
+            assert seen(fleet, "own").state is State.STOPPED
+        assert process.poll() is None

@@ -125,7 +125,8 @@ class Headless:
                 log.error("autostart: %s %s", error.what, error.cure)
 
     async def _stop_all(self, fleet: Fleet) -> None:
-        running = [model.name for model in fleet.snapshot().models if model.state in RUNNING]
+        models = fleet.snapshot().models
+        running = [model.name for model in models if model.state in RUNNING and not model.is_attached]
         log.info("serve: stopping %s", ", ".join(running) or "nothing")
         try:
             await fleet.stop(running)

@@ -86,6 +86,8 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """False for vLLM on the CPU, where sleep is a state and nothing else."""
     source: str = ""
     """The model's hub name, folder or URL."""
+    is_attached: bool = False
+    """Given by `url:`: it can neither be started nor stopped from here, and what it holds is not seen."""
     last_request: float | None = None
     serving: Serving | None = None
     """While awake, in a panel or `serve`; None until its first page of figures."""
