@@ -40,9 +40,11 @@ def text_of(app: App[None]) -> str:
     return "\n".join(lines_of(app))
 
 
-async def until(pilot: Pilot[None], condition: Callable[[], object], what: str) -> None:
+async def until(
+    pilot: Pilot[None], condition: Callable[[], object], what: str, *, limit: float = DEADLINE
+) -> None:
     """Wait for a condition; fail with the screen when it does not come."""
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + limit
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not happen; the screen:\n{text_of(pilot.app)}")

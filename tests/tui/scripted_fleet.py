@@ -9,7 +9,9 @@ from typing import Any
 
 import msgspec
 
+from vllm_sleep_tui.config_file import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.advice import Advice
 from vllm_sleep_tui.fleet.history import History
 from vllm_sleep_tui.fleet.locks import Holder
 from vllm_sleep_tui.fleet.processes import HeldProcess
@@ -117,6 +119,17 @@ def prediction_for(snapshot: FleetSnapshot, name: str) -> Prediction:
     )
 
 
+def write_config(folder: Path) -> Path:
+    """A config of the four models."""
+    path = folder / "scripted.yaml"
+    models = "".join(
+        f"  {name}:\n    model: example/{name}  # {name}'s own\n    gpus: [0]\n"
+        for name in ("qwen", "phi", "coder", "vision")
+    )
+    path.write_text(f"vllm_command: [vllm]\nmodels:\n{models}", encoding="utf-8")
+    return path
+
+
 class ScriptedFleet:
     """Plays what the test sets; operations end as `outcome` says, after `gate` unless `is_gated` is off."""
 
@@ -129,6 +142,9 @@ class ScriptedFleet:
         self.history = History(logs)
         self.held: tuple[HeldProcess, ...] = ()
         self.asked_processes = 0
+        self.loaded = load(write_config(logs)) if logs.is_dir() else None
+        self.state_dir = logs
+        self.advised: Advice | None = None
         self.outcome: Callable[[], object] = lambda: TIMES
         self.steps: list[Progress] = []
         self.cancelled: list[str] = []
@@ -154,6 +170,13 @@ class ScriptedFleet:
             msgspec.structs.replace(one, **fields) if one.name == name else one for one in self.now.models
         )
         self.now = msgspec.structs.replace(self.now, models=models)
+
+    def reload(self, loaded: LoadedConfig) -> None:
+        self.loaded = loaded
+
+    async def advice(self) -> Advice:
+        assert self.advised is not None
+        return self.advised
 
     async def processes(self) -> tuple[HeldProcess, ...]:
         self.asked_processes += 1

@@ -50,6 +50,8 @@ class TopBand(Painted):
             [(" SIMULATED ", "ink-warning on-warning bold"), ("  ", "")] if view.is_simulated else []
         )
         product: list[Span] = [*badge, ("vllm-sleep-tui", "accent bold")]
+        if view.bench:
+            product += [("   ", ""), (view.bench, "warning")]
         long = [*product, ("   ", ""), (hardware(view.snapshot.gpus), "muted")]
         awake = self._awake(view)
         clock = (time.strftime("%H:%M", time.localtime(view.snapshot.time)), "muted")

@@ -14,6 +14,7 @@ from textual.widgets import Static
 
 from vllm_sleep_tui.fleet.snapshot import Prediction
 from vllm_sleep_tui.fleet.states import SETTLED, State
+from vllm_sleep_tui.tui.advising import AdviceScreen
 from vllm_sleep_tui.tui.bands import BottomBand, TopBand
 from vllm_sleep_tui.tui.chat import ChatPane
 from vllm_sleep_tui.tui.detail import Detail
@@ -33,6 +34,7 @@ from vllm_sleep_tui.tui.view import PanelFleet, View
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.tui.app import PanelApp
+    from vllm_sleep_tui.tui.bench_runner import BenchRunner
 
 TICK_SECONDS = 0.25
 IDLE_TICKS = 3
@@ -54,6 +56,7 @@ class Dashboard(OperatingScreen):
         self._is_busy = False
         self._look_timer: Timer | None = None
         self.readings = Readings()
+        self._bench: BenchRunner | None = None
         self._past = PastReader(fleet.history, operations, self.changed)
         snapshot = fleet.snapshot()
         awake = [model.name for model in snapshot.models if model.state is State.AWAKE]
@@ -117,6 +120,7 @@ class Dashboard(OperatingScreen):
             prediction=self._prediction(),
             waits=None if self.selected is None else self.fleet.waits(self.selected),
             past=self._past.latest,
+            bench="" if self._bench is None else self._bench.words(),
             running=dict(self.operations.running),
             troubles=dict(self.operations.troubles),
         )
@@ -218,6 +222,29 @@ class Dashboard(OperatingScreen):
     def action_gpus(self) -> None:
         """The screen of the GPUs."""
         self.app.push_screen(GpuScreen(self.fleet, self.readings))
+
+    def action_bench(self) -> None:
+        """The benchmark's screen."""
+        from vllm_sleep_tui.tui.benching import BenchScreen  # seldom looked at, and slow to import
+
+        self.app.push_screen(BenchScreen(self.fleet, self._bench_runner()))
+
+    def _bench_runner(self) -> BenchRunner:
+        from vllm_sleep_tui.tui.bench_runner import BenchRunner
+
+        if self._bench is None:
+            self._bench = BenchRunner(self.fleet, self.operations)
+        return self._bench
+
+    def background(self) -> str:
+        """A benchmark ends with the panel."""
+        if self._bench is None or not self._bench.is_running:
+            return ""
+        return "A benchmark runs: leaving stops it; what it measured is kept."
+
+    def action_advice(self) -> None:
+        """What to do with each model."""
+        self.app.push_screen(AdviceScreen(self.fleet))
 
     def action_zoom(self, step: int) -> None:
         """Show the timeline further back, or less far."""

@@ -51,6 +51,8 @@ KEYS: tuple[Key, ...] = (
     Key(key="y", action="copy_answer", short="copy", help="Copy its last answer", in_footer=False),
     Key(key="l", action="log", short="log", help="Follow its log"),
     Key(key="g", action="gpus", short="GPUs", help="The GPUs: figures, their course, processes"),
+    Key(key="b", action="bench", short="bench", help="Measure the switches between two models"),
+    Key(key="a", action="advice", short="advice", help="What to do with each model, and why"),
     Key(
         key="plus,equals_sign",
         action="zoom(1)",

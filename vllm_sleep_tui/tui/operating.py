@@ -138,20 +138,27 @@ class OperatingScreen(Screen[None]):
         if await self.app.push_screen_wait(Question("Start models?", text, choices)):
             self.start_all(stopped)
 
+    def background(self) -> str:
+        """What else is under way and ends with the panel, in a sentence; empty if nothing is."""
+        return ""
+
     def running_models(self) -> list[str]:
-        """The models with a server."""
-        return [model.name for model in self.fleet.snapshot().models if model.state in RUNNING]
+        """The models with a server of ours."""
+        models = self.fleet.snapshot().models
+        return [model.name for model in models if model.state in RUNNING and not model.is_attached]
 
     @work(exclusive=True, group="quit")
     async def action_quit_panel(self) -> None:
         """Leave: at once if nothing runs, else after asking what becomes of the servers."""
         running = self.running_models()
-        if not running and not self.operations.running:
+        background = self.background()
+        if not running and not self.operations.running and not background:
             self.app.exit()
             return
         text = f"Running: {', '.join(running)}." if running else "No server runs."
         for operation in self.operations.running.values():
             text += f"\nStill {operation.verb} {operation.model}: leaving stops that at its next safe point."
+        text += f"\n{background}" if background else ""
         choices = [Choice("l", "Leave them running", "leave"), Choice("s", "Stop them", "stop")]
         answer = await self.app.push_screen_wait(Question("Quit the panel?", text, choices))
         if answer == "leave":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_sleep_tui.fleet.history import History
 from vllm_sleep_tui.fleet.locks import Holder
@@ -21,11 +21,26 @@ from vllm_sleep_tui.fleet.snapshot import (
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.past import Past
 
+if TYPE_CHECKING:
+    from vllm_sleep_tui.config_file import LoadedConfig
+    from vllm_sleep_tui.fleet.advice import Advice
+
 Report = Callable[[Progress], None]
 
 
 class PanelFleet(Protocol):
     """What the panel asks of the fleet; `fleet.Fleet` is one."""
+
+    loaded: LoadedConfig
+    state_dir: Path
+
+    def reload(self, loaded: LoadedConfig) -> None:
+        """Go on with a changed config file."""
+        ...
+
+    async def advice(self) -> Advice:
+        """What to do with each model and GPU."""
+        ...
 
     def snapshot(self) -> FleetSnapshot:
         """What is known now; cheap."""
@@ -126,6 +141,8 @@ class View:
     waits: Holder | None = None
     """Whom `enter` would wait for."""
     past: Past = field(default_factory=Past)
+    bench: str = ""
+    """How far the panel's benchmark is; empty while none runs."""
     running: Mapping[str, Running] = field(default_factory=dict)
     troubles: Mapping[str, Trouble] = field(default_factory=dict)
 

@@ -1,0 +1,97 @@
+"""The benchmark's screen over the real fleet, with real processes of the simulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from screen_text import lines_of, panel, text_of, until, until_seen
+from scripted_fleet import ScriptedFleet
+from test_tui_real_fleet import demo, real_panel
+
+from vllm_sleep_tui.bench.plan import Mode
+from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.tui.bench_form import BenchForm
+
+__all__ = ["demo"]
+
+
+async def test_the_form_takes_two_models_and_some_modes(tmp_path: Path) -> None:
+    async with panel(ScriptedFleet(), tmp_path) as pilot:
+        await pilot.press("b")
+        await until_seen(pilot, "two models", "A qwen", "B phi", "✓ sleep level 1", "3 repeats of each")
+        await pilot.press("down", "down", "space")
+        await until_seen(pilot, "· qwen", "A phi", "B coder")
+        await pilot.press("down", "down", "space", "minus", "minus")
+        await until_seen(pilot, "· sleep level 1", "1 repeat of each")
+        form = pilot.app.screen.query_one(BenchForm)
+        assert (form.pair, form.modes) == (["phi", "coder"], {Mode.LEVEL2, Mode.COLD})
+        await pilot.press("up", "up", "space", "r")
+        await until_seen(pilot, "Choose two models and at least one mode")
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (200, 60)])
+async def test_every_size_shows_the_form(tmp_path: Path, size: tuple[int, int]) -> None:
+    async with panel(ScriptedFleet(), tmp_path, size=size) as pilot:
+        await pilot.press("b")
+        await until_seen(pilot, "A qwen", "B phi", "stop and start", "r run")
+        assert all(len(line) <= size[0] for line in lines_of(pilot.app))
+
+
+async def test_a_run_shows_a_bar_as_each_switch_ends_and_is_listed_afterwards(
+    demo: LoadedConfig, tmp_path: Path
+) -> None:
+    async with real_panel(demo, tmp_path / "state") as (pilot, fleet):
+        await pilot.press("b", *["down"] * 5, "space", "down", "space", "minus", "minus", "r")
+        await until_seen(pilot, "Run the benchmark?", "qwen and phi answer nobody else")
+        await pilot.press("y")
+        await until(pilot, lambda: "level1 1  qwen → phi" in text_of(pilot.app), "a switch", limit=60)
+        assert "median switch between qwen and phi" in text_of(pilot.app)
+        await until(pilot, lambda: "The benchmark is done." in text_of(pilot.app), "its end", limit=60)
+        await until_seen(pilot, "qwen ⇄ phi")
+        assert {model.state for model in fleet.snapshot().models} == {State.STOPPED}
+        await pilot.press("escape")
+        await until_seen(pilot, "enter → qwen")
+
+
+async def test_escape_stops_a_run_at_a_safe_point_and_another_leaves_the_screen(
+    demo: LoadedConfig, tmp_path: Path
+) -> None:
+    async with real_panel(demo, tmp_path / "state") as (pilot, _):
+        await pilot.press("b", "r")
+        await until_seen(pilot, "Run the benchmark?")
+        await pilot.press("y")
+        await until_seen(pilot, "loading")
+        await pilot.press("escape")
+        await until(pilot, lambda: "The benchmark was stopped" in text_of(pilot.app), "its end", limit=60)
+        await until_seen(pilot, "What to measure", "qwen ⇄ phi  unfinished")
+        await pilot.press("escape")
+        await until_seen(pilot, "enter → qwen")
+
+
+async def test_an_unfinished_result_can_be_gone_on_with(demo: LoadedConfig, tmp_path: Path) -> None:
+    async with real_panel(demo, tmp_path / "state") as (pilot, _):
+        await pilot.press("b", *["down"] * 5, "space", "down", "space", "minus", "minus", "r")
+        await until_seen(pilot, "Run the benchmark?")
+        await pilot.press("y")
+        await until(pilot, lambda: "level1 1  – → qwen" in text_of(pilot.app), "a switch", limit=60)
+        await pilot.press("escape")
+        await until(pilot, lambda: "The benchmark was stopped" in text_of(pilot.app), "its end", limit=60)
+        await until_seen(pilot, "unfinished")
+        await pilot.press("tab", "down", "enter", "r")
+        await until_seen(pilot, "Go on with the result shown")
+        await pilot.press("g")
+        await until(pilot, lambda: "The benchmark is done." in text_of(pilot.app), "its end", limit=60)
+        await until(pilot, lambda: "unfinished" not in text_of(pilot.app), "the list")
+
+
+async def test_quitting_tells_that_a_benchmark_runs(demo: LoadedConfig, tmp_path: Path) -> None:
+    async with real_panel(demo, tmp_path / "state") as (pilot, _):
+        await pilot.press("b", "r")
+        await until_seen(pilot, "Run the benchmark?")
+        await pilot.press("y", "b")
+        await until_seen(pilot, "enter → qwen", "bench begins")
+        await pilot.press("q")
+        await until_seen(pilot, "A benchmark runs: leaving stops it")
+        await pilot.press("escape")
