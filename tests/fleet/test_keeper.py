@@ -105,7 +105,8 @@ async def test_it_ends_the_whole_group_when_the_server_dies_even_what_left_the_s
 
 
 async def test_asked_to_stop_it_asks_the_server_kindly(tmp_path: Path) -> None:
-    kept = Kept(tmp_path, READY + "signal.signal(15, lambda *_: sys.exit(0))\n" + SLEEP)
+    kind = "import signal, sys\nsignal.signal(15, lambda *_: sys.exit(0))\n"
+    kept = Kept(tmp_path, kind + READY + SLEEP)
     word = await kept.start()
     assert ask_to_stop(word, at_once=False)
     ended = await kept.ended()
