@@ -19,7 +19,9 @@ MakeBox = Callable[..., Box]
 
 def text(**figures: Any) -> str:
     """A page of vLLM's with these figures."""
-    given = {"prompt": 0, "generated": 0, "hits": 0, "queries": 0, "kv": 0.0, "running": 0, "waiting": 0}
+    given: dict[str, Any] = dict.fromkeys(
+        ("prompt", "generated", "hits", "queries", "kv", "running", "waiting"), 0
+    )
     given |= {"ttft": (0, 0), "blocks": 1000, "prefixes": "True", **figures}
     quick, all_ = given["ttft"]
     labels = '{engine="0",model_name="m"}'
