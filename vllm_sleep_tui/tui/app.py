@@ -18,6 +18,7 @@ from vllm_sleep_tui import paths
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.tui.dashboard import Dashboard
+from vllm_sleep_tui.tui.gpus import GpuScreen
 from vllm_sleep_tui.tui.keys import KEYS
 from vllm_sleep_tui.tui.operations import Operations
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, textual_theme
@@ -25,6 +26,9 @@ from vllm_sleep_tui.tui.view import PanelFleet
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.config_file import LoadedConfig
+
+
+READING_SECONDS = 1.0
 
 
 class Remembered(msgspec.Struct):
@@ -72,10 +76,16 @@ class PanelApp(App[None]):
         self._recolor(self.current_theme)
         self.dashboard = Dashboard(self.fleet, self.operations)
         self.push_screen(self.dashboard)
+        self.set_interval(READING_SECONDS, self._keep_reading)
         for complaint in self._complaints:
             self.notify(complaint, severity="warning", timeout=12, markup=False)
         if self._autostart:
             self.dashboard.call_after_refresh(self.dashboard.ask_autostart, self._autostart)
+
+    def _keep_reading(self) -> None:
+        """The course of the GPUs' figures has no gaps where a screen was looked at that shows none."""
+        if not isinstance(self.screen, (Dashboard, GpuScreen)):
+            self.dashboard.readings.see(self.fleet.snapshot())
 
     def _recolor(self, theme: Theme) -> None:
         if theme.name not in self._files:

@@ -13,10 +13,12 @@ from vllm_sleep_tui.tui.words import took
 
 _MODE_PAINT = {Mode.LEVEL1: "good", Mode.LEVEL2: "accent", Mode.COLD: "bad"}
 _LABEL, _TIME = 26, 9
+_WIDE = 64
 
 
 def bar_line(label: str, seconds: float, most: float, paint: str, width: int, after: str = "") -> Line:
-    """One bar on a scale that ends at `most` seconds."""
+    """One bar on a scale that ends at `most` seconds; where it is narrow, without what comes after it."""
+    after = after if width >= _WIDE else ""
     room = max(4, width - _LABEL - _TIME - len(after) - 1)
     filled = max(1, round(seconds / most * room)) if most > 0 else 1
     return (
@@ -47,12 +49,16 @@ def median_lines(run: Run, width: int) -> list[Line]:
 def step_lines(run: Run, width: int, count: int) -> list[Line]:
     """The last `count` switches, the newest first, each with its first token."""
     steps = [(each.key, step) for each in run.passes for step in each.steps][-count:]
-    most = max((step.switch for _, step in steps), default=0.0)
+    most: dict[Mode, float] = {}
+    for key, step in steps:
+        most[key.mode] = max(most.get(key.mode, 0.0), step.switch)
     lines: list[Line] = []
     for key, step in reversed(steps):
         first = "no text" if step.ttft is None else f"TTFT {took(step.ttft)}"
         label = f"{key.mode} {key.repeat}  {step.leaving or '–'} → {step.target}"
-        lines.append(bar_line(label, step.switch, most, _MODE_PAINT[key.mode], width, right(first, 12)))
+        lines.append(
+            bar_line(label, step.switch, most[key.mode], _MODE_PAINT[key.mode], width, right(first, 12))
+        )
     return lines
 
 
@@ -84,7 +90,7 @@ class BenchBars(Painted):
         room = size.height - len(lines) - 1
         if room > 0 and any(each.steps for each in run.passes):
             lines += [
-                rule([("switches, the newest first", "muted")], size.width),
+                rule([("switches, the newest first, each mode on its own scale", "muted")], size.width),
                 *step_lines(run, size.width, room),
             ]
         return lines

@@ -12,6 +12,7 @@ from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
+from textual.events import Resize
 from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import OptionList, Static
@@ -29,7 +30,8 @@ from vllm_sleep_tui.tui.paint import Painted
 from vllm_sleep_tui.tui.view import PanelFleet, View
 
 STEP_SECONDS = 0.5
-_KEYS = "r run   + − repeats   tab next part   space choose   ⏎ show a result   esc stop, back"
+_KEYS = "esc stop, back   r run   + − repeats   space choose   tab results   ⏎ show one"
+NARROW_WIDTH = 80
 
 
 class BenchScreen(Screen[None]):
@@ -88,6 +90,7 @@ class BenchScreen(Screen[None]):
     def _step(self) -> None:
         self.query_one(TopBand).show(View(snapshot=self._fleet.snapshot(), bench=self._runner.words()))
         shown = self._looked_at[1] if self._looked_at else self._runner.run
+        self.set_class(self._looked_at is not None or self._runner.is_running, "-showing")
         self.query_one(BenchBars).show(shown, self._now())
 
     def _now(self) -> str:
@@ -158,11 +161,17 @@ class BenchScreen(Screen[None]):
             self._step()
 
     def action_back(self) -> None:
-        """Stop the run at its next safe point; else leave the screen."""
+        """Stop the run at its next safe point; else, where both do not fit, close a result; else leave."""
         if not self._runner.cancel():
-            self.dismiss()
-        else:
-            self._step()
+            if self._looked_at is None or not self.has_class("-narrow"):
+                self.dismiss()
+                return
+            self._looked_at = None
+        self._step()
+
+    def on_resize(self, event: Resize) -> None:
+        """Where both do not fit beside each other, the run takes the place of the form."""
+        self.set_class(event.size.width < NARROW_WIDTH, "-narrow")
 
     def recolor(self) -> None:
         """Paint everything in the theme's new colours."""
