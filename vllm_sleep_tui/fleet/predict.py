@@ -21,7 +21,9 @@ TOKENS_WORTH_WORDS = 256
 def memory_in(readings: Sequence[GpuReading]) -> dict[int, GpuMemory]:
     """The GPUs' memory as the last sample saw it."""
     return {
-        reading.index: GpuMemory(total=reading.total_bytes, used=reading.taken_bytes, by_pid=reading.processes)
+        reading.index: GpuMemory(
+            total=reading.total_bytes, used=reading.taken_bytes, by_pid=reading.processes
+        )
         for reading in readings
     }
 
@@ -113,8 +115,6 @@ def sentence(name: str, action: str, seconds: float | None, room: Room, need: Ma
     return f"{about}{', '.join(steps)}{figures}."
 
 
-def cache_lost(room: Room, serving: Mapping[str, Serving]) -> str:
-    """What the leaving models' caches hold, in words; nothing if it is soon computed again."""
 def level_2_risks(core: Core, room: Room) -> str:
     """What level 2 may lose of the models that would sleep at it, in words."""
     return "".join(
@@ -124,6 +124,8 @@ def level_2_risks(core: Core, room: Room) -> str:
     )
 
 
+def cache_lost(room: Room, serving: Mapping[str, Serving]) -> str:
+    """What the leaving models' caches hold, in words; nothing if it is soon computed again."""
     held = {name: serving[name].cached_tokens or 0 for name in room.leaving if name in serving}
     return "".join(
         f" {name} loses up to {tokens:,} cached tokens."
