@@ -47,6 +47,12 @@ def normal_arg(name: str) -> str:
     return _SHORT_ARGS.get(plain, plain)
 
 
+def spans_machines(args: Mapping[str, Any]) -> bool:
+    """Whether the model may run on more machines than this one: through Ray, or as one of several nodes."""
+    given = {normal_arg(name): value for name, value in args.items()}
+    return given.get("distributed-executor-backend") == "ray" or given.get("nnodes", 1) != 1
+
+
 def check_names(document: Document, models: Mapping[str, Any]) -> None:
     """Complain about a model's name that could not be a file's name."""
     for name in models:
@@ -168,7 +174,7 @@ def _check_gpus(document: Document, key: Key, model: ModelConfig, *, simulated: 
             wrong = f"must be a whole number from 1 to {MAX_PARALLEL}"
             raise document.error((*key, "args", name), wrong, "Write it like 2.")
         needed *= size
-    if model.gpus and len(model.gpus) < needed:
+    if model.gpus and len(model.gpus) < needed and not spans_machines(model.args):
         raise document.error(
             (*key, "gpus"),
             f"{len(model.gpus)} GPU named, but tensor times pipeline parallel size is {needed}",

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_sleep_tui.config_checks import spans_machines
 from vllm_sleep_tui.engine.guard import SECRET_VARIABLE
 
 READY_SECONDS = 600
@@ -138,12 +139,13 @@ def serve_environment(
 
 def _fixed(spec: ServeSpec) -> dict[str, str]:
     python_path = [str(spec.guard_dir), *filter(None, [spec.env.get("PYTHONPATH")])]
-    return {
+    # Other machines must reach a model that spans them, so its address is the person's to choose.
+    own_address = {} if spans_machines(spec.args) else {"VLLM_HOST_IP": "127.0.0.1"}
+    return own_address | {
         "VLLM_SERVER_DEV_MODE": "1",
         # NVML counts by PCI bus; CUDA by default puts the fastest first, which differs on mixed cards.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.gpus)),
-        "VLLM_HOST_IP": "127.0.0.1",
         "PYTHONPATH": os.pathsep.join(python_path),
         "TMPDIR": str(spec.tmp_dir),
         # Or vLLM's engine and workers wipe their environment in /proc as they rename themselves.
