@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.conftest import Box, inject, seen, until, until_state
+from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.engine.client import Gate
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet import actions
@@ -588,3 +589,17 @@ async def test_a_disk_that_is_full_while_a_model_starts_costs_no_truth(box: Make
         await settled_and_true(fleet)
         await fleet.start(["a"])
         await settled_and_true(fleet)
+
+
+async def test_gpus_that_were_away_when_the_panel_began_are_found_under_their_own_locks(box: MakeBox) -> None:
+    machine = box()
+    async with machine.open() as early, machine.open() as late:
+        early._core._gpus.clear()  # as where the driver was loaded after it
+        assert early._core.gpu_locks({0}) == late._core.gpu_locks({0})
+        early._core._gpus.clear()
+        assert early._core.total(0) == late._core.total(0)
+        machine.write({"a": {"model": "sim/1GiB", "args": {"gpu-memory-utilization": 1.0}}}, ["24GiB"])
+        early.reload(load(machine.config))
+        early._core._gpus.clear()
+        with pytest.raises(RefusedError, match="needs"):
+            await early.start(["a"])

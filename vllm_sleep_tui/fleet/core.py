@@ -6,7 +6,7 @@ import asyncio
 import difflib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from vllm_sleep_tui.fleet.records import Record, RecordStore
 from vllm_sleep_tui.fleet.sighting import Sighting, base_of
 from vllm_sleep_tui.fleet.states import RUNNING, Event, next_state
 from vllm_sleep_tui.simulator import devices
-from vllm_sleep_tui.telemetry.gpus import GpuReader, open_reader
+from vllm_sleep_tui.telemetry.gpus import GpuReader, GpuReading, open_reader
 from vllm_sleep_tui.telemetry.processes import memory
 from vllm_sleep_tui.telemetry.simulated import memories
 
@@ -125,16 +125,23 @@ class Core:
 
     def total(self, gpu: int) -> int | None:
         """The memory of a GPU in bytes; None if it is not known."""
-        reading = self._gpus.get(gpu)
+        reading = self._known_gpus({gpu}).get(gpu)
         return reading.total_bytes if reading else None
+
+    def _known_gpus(self, wanted: Iterable[int]) -> dict[int, GpuReading]:
+        """The GPUs by index; read again while one that is wanted is missing: the driver may load later."""
+        if not self._gpus.keys() >= set(wanted):
+            self._gpus |= {reading.index: reading for reading in self.reader.read()}
+        return self._gpus
 
     def check_gpus(self, name: str) -> None:
         """Raises UsageError if the model names a GPU that this machine does not have."""
-        if not self._gpus:
+        known_gpus = self._known_gpus(self.model(name).gpus)
+        if not known_gpus:
             return  # without NVML nothing is known; vLLM will say
         for gpu in self.model(name).gpus:
-            if gpu not in self._gpus:
-                known = ", ".join(map(str, sorted(self._gpus)))
+            if gpu not in known_gpus:
+                known = ", ".join(map(str, sorted(known_gpus)))
                 raise UsageError(
                     f"{self.loaded.path}: models.{name}.gpus: there is no GPU {gpu}.",
                     f"This machine has: {known}.",
@@ -142,7 +149,8 @@ class Core:
 
     def gpu_locks(self, gpus: set[int]) -> list[Path]:
         """The lock files of these GPUs, in PCI order."""
-        uuids = [(gpu, self._gpus[gpu].uuid if gpu in self._gpus else f"index-{gpu}") for gpu in gpus]
+        known = self._known_gpus(gpus)
+        uuids = [(gpu, known[gpu].uuid if gpu in known else f"index-{gpu}") for gpu in gpus]
         return [gpu_lock_path(uuid) for _, uuid in sorted(uuids)]
 
     def model_locks(self, names: set[str]) -> list[Path]:
