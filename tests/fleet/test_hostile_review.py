@@ -19,8 +19,10 @@ import pytest
 from tests.fleet.conftest import Box, inject, seen, until, until_state
 from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.engine.client import Gate
+from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet import actions
+from vllm_sleep_tui.fleet.core import OperationLimits
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.hang import end_hung
 from vllm_sleep_tui.fleet.idle import Idleness
@@ -603,3 +605,23 @@ async def test_gpus_that_were_away_when_the_panel_began_are_found_under_their_ow
         early._core._gpus.clear()
         with pytest.raises(RefusedError, match="needs"):
             await early.start(["a"])
+
+
+async def test_a_wake_that_is_run_through_again_has_its_gate_closed_until_it_is_proven(box: MakeBox) -> None:
+    machine = box({"a": {"model": "sim/1GiB", "level": 2}})
+    limits = OperationLimits(call=2.0, call_per_gib=0.0)
+    async with Fleet(load(machine.config), machine.state_dir, limits=limits) as fleet:
+        await fleet.start(["a"])
+        core = fleet._core
+        await inject(fleet, "a", "wake_hangs")
+        record = core.records.read("a")
+        intent = Intent(operation="wake", phase="prove", since=0.0, actor=ProcessId(pid=os.getpid(), start=0))
+        # As its actor leaves it that is killed between the gate and the record.
+        core.write(record, state=State.WAKING, level=2, intent=intent)
+        client, closed = core.client(record), False
+        while not closed and core.records.read("a").state is State.WAKING:
+            with suppress(EngineError):
+                closed = (await client.gate()).closed
+            await asyncio.sleep(0.01)
+        assert closed
+        await until(lambda: core.records.read("a").intent is None)

@@ -19,7 +19,7 @@ from vllm_sleep_tui.fleet.keeping import is_kept, read_word
 from vllm_sleep_tui.fleet.lost import is_lost, take_back
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.records import Record
-from vllm_sleep_tui.fleet.server import Server
+from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.states import Event, State
 from vllm_sleep_tui.telemetry.processes import is_alive
 
@@ -129,6 +129,7 @@ async def after_sleep(server: Server, *, sleeping: bool) -> None:
 
 async def after_wake(server: Server, *, sleeping: bool) -> None:
     """A wake from level 2 is run through again, each step may be repeated; one from level 1 is proven."""
+    await server.client.set_gate(True, GATE_LIMIT)  # it may have been cut off after it was opened
     if sleeping or server.record.level == 2:
         await server.bring_back(server.record.level or 1)
     verdict = await server.prove()
