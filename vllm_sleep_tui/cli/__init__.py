@@ -7,6 +7,10 @@ import sys
 
 def main() -> None:
     """Run the command of sys.argv and exit with its code."""
-    from vllm_sleep_tui.cli.app import run
+    try:
+        from vllm_sleep_tui.cli.app import run
 
-    sys.exit(run(sys.argv[1:]))
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # while modules were still being read
+        code = 130
+    sys.exit(code)

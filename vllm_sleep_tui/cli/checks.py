@@ -60,7 +60,7 @@ def check_config(loaded: LoadedConfig) -> Iterator[Check]:
         return
     environment = find_command(loaded.config.vllm_command, os.environ)
     if environment is None:
-        cure = "Correct `vllm_command`; `vllm-sleep-tui init` lists the environments it finds."
+        cure = "Install vLLM in an environment of its own and give the full path of its `vllm`."
         yield Check(
             "vllm", Verdict.FAIL, f"{loaded.config.vllm_command[0]} is not there or may not be run", cure
         )

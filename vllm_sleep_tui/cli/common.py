@@ -50,11 +50,11 @@ def load_config(ctx: click.Context) -> LoadedConfig:
 
 def run_commands_of(loaded: LoadedConfig) -> None:
     """Ask once before commands of a file that lies in the current folder are run; raises RefusedError."""
-    ctx = click.get_current_context()
-    if given_config(ctx) is not None or loaded.path.parent != Path.cwd().resolve():
-        return
     state = state_dir()
-    if trusted(loaded.path, loaded.digest, state):
+    if loaded.path.parent != Path.cwd().resolve() or trusted(loaded.path, loaded.digest, state):
+        return
+    if given_config(click.get_current_context()) is not None:  # who names it has agreed to it
+        trust(loaded.path, loaded.digest, state)
         return
     if not sys.stdin.isatty():
         raise RefusedError(

@@ -130,7 +130,6 @@ def config_text(found: Surroundings) -> str:
     ]
     for name, model in named_models(found.models, found.gpus):
         lines += _model_lines(name, model, found.gpus)
-    lines += ["", "# The OpenAI endpoint of `vllm-sleep-tui serve`:", "# gateway: {port: 8800}"]
     return "\n".join(lines) + "\n"
 
 

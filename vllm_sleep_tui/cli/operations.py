@@ -103,7 +103,7 @@ def sleep(ctx: click.Context, name: str, level: int | None, force: bool, as_json
 @config_option
 @click.pass_context
 def wake(ctx: click.Context, name: str, as_json: bool) -> None:
-    """Wake a sleeping model, if there is room."""
+    """Wake a sleeping model; others sleep first where it needs their room."""
     loaded = load_config(ctx)
     loaded.model(name)
     _put_one(_operate(loaded, [name], lambda fleet: fleet.wake(name, report=Reporter())), as_json)

@@ -183,13 +183,13 @@ async def start_group(core: Core, names: Sequence[str], operation: Operation) ->
             operation.tell(name, "left stopped", "level: none; the next one would stop it again")
             continue
         try:
-            await start(core, name, operation)
+            await start(core, name, operation.part(name))
         except CancelledByUser:
             raise
         except PanelError as error:
             errors.append(error)
     if core.records.read(names[0]).state is State.ASLEEP:
-        await switch(core, names[0], operation)
+        await switch(core, names[0], operation.part(names[0]))
     return errors
 
 

@@ -43,8 +43,15 @@ class Operation:
         """Phases that its starts leave out: WARMING (with the reference of the proof), PRIMING."""
         self.times: dict[str, float] = {}
         self._began = time.monotonic()
+        self._waited = 0.0
         self._report = report
         self._cancelled = asyncio.Event()
+
+    def part(self, target: str) -> Operation:
+        """The same operation on one of its models: a ledger of its own, cancelled together."""
+        part = Operation(self.name, target, self._report, skip=self.skip)
+        part._cancelled = self._cancelled
+        return part
 
     def cancel(self) -> None:
         """Ask it to stop at its next safe point."""
@@ -79,11 +86,15 @@ class Operation:
         finally:
             self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - began
 
+    def waited(self, seconds: float) -> None:
+        """Leave out of the ledger what was spent waiting for somebody else's operation."""
+        self._waited += seconds
+
     def ledger(self) -> SwitchTimes:
-        """The phases so far, and the time since the operation began."""
+        """The phases so far, and the time since the operation began without what it waited for others."""
         return SwitchTimes(
             phases={phase: self.times.get(phase) for phase in PHASES},
-            total=time.monotonic() - self._began,
+            total=time.monotonic() - self._began - self._waited,
         )
 
 

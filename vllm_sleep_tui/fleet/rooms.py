@@ -104,8 +104,10 @@ async def held(paths: list[Path], word: Holder, operation: Operation, name: str)
     def waiting(who: Holder | None) -> None:
         operation.tell(name, "waiting", describe(who))
 
+    began = time.monotonic()
     try:
         async with hold(paths, word, waiting=waiting, checkpoint=operation.checkpoint):
+            operation.waited(time.monotonic() - began)
             yield
     except LockBusyError as error:
         raise RefusedError(

@@ -61,7 +61,7 @@ def check_command(core: Core) -> None:
     if shutil.which(program) is None:
         raise UsageError(
             f"{core.loaded.path}: vllm_command: {program!r} was not found.",
-            "Give the full path of the `vllm` in its environment; `vllm-sleep-tui doctor` looks for one.",
+            "Install vLLM in an environment of its own and give the full path of its `vllm` there.",
         )
 
 

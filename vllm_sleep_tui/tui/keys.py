@@ -43,7 +43,7 @@ KEYS: tuple[Key, ...] = (
         help="Put it to sleep at level 2 (weights read again)",
         in_footer=False,
     ),
-    Key(key="w", action="wake", short="wake", help="Wake it beside the others, if there is room"),
+    Key(key="w", action="wake", short="wake", help="Wake it; others sleep first where it needs their room"),
     Key(key="u", action="start", short="start", help="Start it"),
     Key(key="x", action="stop", short="stop", help="Stop it (asks)"),
     Key(key="r", action="restart", short="restart", help="Restart it (asks)", in_footer=False),
