@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,9 +24,10 @@ from vllm_sleep_tui.engine.client import Gate
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet import actions
-from vllm_sleep_tui.fleet.core import OperationLimits
+from vllm_sleep_tui.fleet.core import Core, OperationLimits
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.hang import end_hung
+from vllm_sleep_tui.fleet.history import History
 from vllm_sleep_tui.fleet.idle import Idleness
 from vllm_sleep_tui.fleet.keeping import Order, is_kept, launch, members, read_word
 from vllm_sleep_tui.fleet.locks import decode_holder, hold, holder, read_holder, shared_folder
@@ -625,3 +628,26 @@ async def test_a_wake_that_is_run_through_again_has_its_gate_closed_until_it_is_
             await asyncio.sleep(0.01)
         assert closed
         await until(lambda: core.records.read("a").intent is None)
+
+
+async def test_what_is_being_written_when_the_panel_closes_is_written(box: MakeBox) -> None:
+    machine = box(ONE)
+    core = Core(load(machine.config), machine.state_dir)
+    began = threading.Event()
+
+    def slowly(past: History) -> None:
+        began.set()
+        time.sleep(0.3)
+        past.record_cold_start("a", 1.5)
+
+    core.note(lambda past: past.record_cold_start("a", 1.5))
+    core.note(slowly)
+    writing = asyncio.get_running_loop().run_in_executor(None, core.flush)
+    await asyncio.to_thread(began.wait)
+    await core.close()
+    await writing
+    past = History(machine.state_dir, machine.config)
+    try:
+        assert past.usual_cold_start("a") == 1.5
+    finally:
+        past.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Core:
         self.footprints = FootprintStore(state_dir)
         self.reader: GpuReader = open_reader(self.simulated)
         self._happened: list[Callable[[History], None]] = []
+        self._flushing = threading.Lock()
         self._digests: dict[str, str] = {}
         self._clients: dict[str, VllmClient] = {}
         self.sightings: dict[str, Sighting] = {}
@@ -187,10 +189,11 @@ class Core:
 
     def flush(self) -> None:
         """Write the measurements and the past; blocks for milliseconds."""
-        self.footprints.flush()
-        happened, self._happened = self._happened, []
-        for tell in happened:
-            tell(self.history)
+        with self._flushing:  # who closes waits for who is writing still
+            self.footprints.flush()
+            happened, self._happened = self._happened, []
+            for tell in happened:
+                tell(self.history)
 
     def write(self, record: Record, **changes: object) -> Record:
         """Write the record with some fields changed; raises OperationError if the disk refuses."""
