@@ -17,6 +17,7 @@ from textual.theme import Theme
 from vllm_sleep_tui import paths
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.tui.dashboard import Dashboard
 from vllm_sleep_tui.tui.gpus import GpuScreen
 from vllm_sleep_tui.tui.keys import KEYS
@@ -135,6 +136,11 @@ class PanelApp(App[None]):
         if isinstance(self.screen, Dashboard):
             self.dashboard.action_quit_panel()
 
+    def action_help_quit(self) -> None:
+        """Ctrl+c, where it has nothing to copy, asks like q too."""
+        if isinstance(self.screen, Dashboard):
+            self.dashboard.action_quit_panel()
+
 
 def _rich_theme(palette: Palette) -> RichTheme:
     """The colours of Markdown in answers."""
@@ -169,6 +175,9 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
             await app.run_async()
         finally:
             await app.operations.close()
+        running = [model.name for model in fleet.snapshot().models if model.state in RUNNING]
+        if running:
+            print(f"{', '.join(running)} run on; the panel takes them back when it is opened again.")  # noqa: T201
         # Without a code it was ended by a stray cancellation, which is no success.
         return 1 if app.return_code is None else app.return_code
 
