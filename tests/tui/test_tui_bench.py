@@ -62,7 +62,7 @@ async def test_escape_stops_a_run_at_a_safe_point_and_another_leaves_the_screen(
         await pilot.press("b", "r")
         await until_seen(pilot, "Run the benchmark?")
         await pilot.press("y")
-        await until_seen(pilot, "loading")
+        await until_seen(pilot, "bench begins")
         await pilot.press("escape")
         await until(pilot, lambda: "The benchmark was stopped" in text_of(pilot.app), "its end", limit=60)
         await until_seen(pilot, "What to measure", "qwen ⇄ phi  unfinished")

@@ -104,7 +104,7 @@ async def test_who_holds_the_gpu_stands_beside_what_enter_would_do(tmp_path: Pat
     )
     async with panel(fleet, tmp_path) as pilot:
         await pilot.press("down")
-        await until_seen(pilot, "enter → phi", "First it waits for ada's start of coder, about 20 s.")
+        await until_seen(pilot, "enter → phi", "First it waits for ada's start of coder, about")
         fleet.holder = None
         await until(pilot, lambda: "First it waits" not in text_of(pilot.app), "the end of it")
 
