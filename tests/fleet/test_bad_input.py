@@ -127,7 +127,7 @@ def test_a_vllm_that_is_not_there(shell: Shell, command: str) -> None:
     shell.write({"a": MODEL}, vllm_command=[command])
     what, cure = shell.refused("start", "a", code=2)
     assert f"vllm_command: '{command}' was not found" in what
-    assert "doctor" in cure
+    assert "full path" in cure
     assert not shell.runs()
 
 
@@ -205,6 +205,7 @@ def test_a_state_folder_that_cannot_be_written(shell: Shell) -> None:
         what, cure = shell.refused(*words, code=1)
         assert "cannot be made" in what
         assert "XDG_STATE_HOME" in cure
+    shell.state_home.unlink()
 
 
 def test_a_terminal_of_60_by_20(shell: Shell) -> None:

@@ -54,6 +54,7 @@ class Fleet:
         self._attached = attached.Watch(self._core)
         self._leader = Leader(self._core) if leads else None
         self._serving = ServingPoller(self._core)
+        self._flushing: set[asyncio.Future[None]] = set()
 
     async def __aenter__(self) -> Self:
         self._sampler.set_roots(self._viewer.roots())
@@ -72,6 +73,7 @@ class Fleet:
         await self._watcher.close()
         await self._attached.close()
         self._sampler.close()
+        await asyncio.gather(*self._flushing)
         await self._core.close()
 
     # ── what is ──────────────────────────────────────────────────────────────────────────────────────────
@@ -211,4 +213,6 @@ class Fleet:
             return await to_safe_point(operation, work(operation))
         finally:
             self._sampler.refresh()
-            asyncio.get_running_loop().run_in_executor(None, self._core.flush)
+            flushing = asyncio.get_running_loop().run_in_executor(None, self._core.flush)
+            self._flushing.add(flushing)
+            flushing.add_done_callback(self._flushing.discard)
