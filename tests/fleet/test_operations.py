@@ -308,3 +308,25 @@ async def test_chat_with_a_sleeper_switches_first_and_says_how_long_it_took(box:
         assert [event for event in events if event.ttft is not None]
         assert events[-1].error is None
         assert seen(fleet, "b").state is State.AWAKE
+
+
+async def test_first_sleeps_on_different_gpus_share_the_ram_one_after_another(box: MakeBox) -> None:
+    models = {name: {"model": "sim/14GiB", "gpus": [gpu]} for gpu, name in enumerate("abc")}
+    machine = box(models, ["24GiB"] * 3)  # 64 GiB of RAM: pools of 20 GiB, with the engines' own, for two
+    async with machine.open() as fleet:
+        await fleet.start(["a", "b", "c"], report=machine.report)
+        levels = sorted(fleet._core.records.read(name).resolved_level or "" for name in models)
+        assert levels == ["1", "1", "2"]
+        assert {seen(fleet, name).state for name in models} == {State.AWAKE}
+
+
+async def test_while_it_starts_nobody_elses_request_is_taken(box: MakeBox) -> None:
+    machine = box({"a": {"model": "sim/1GiB"}}, speed="5")
+    async with machine.open() as fleet:
+        task = asyncio.create_task(fleet.start(["a"]))
+        await until(lambda: seen(fleet, "a").phase in ("warming", "priming"))
+        client = fleet._core.client(fleet._core.records.read("a"))
+        await until(lambda: seen(fleet, "a").phase == "priming")
+        assert (await client.gate()).closed
+        await task
+        assert not (await client.gate()).closed

@@ -155,6 +155,11 @@ class Core:
         uuids = [(gpu, known[gpu].uuid if gpu in known else f"index-{gpu}") for gpu in gpus]
         return [gpu_lock_path(uuid) for _, uuid in sorted(uuids)]
 
+    def ram_lock(self) -> Path:
+        """The machine's lock for pinning RAM; simulated machines have their own."""
+        simulated = next((gpu.uuid.rpartition("-")[0] for gpu in self._gpus.values() if gpu.simulated), None)
+        return gpu_lock_path("ram" if simulated is None else f"ram-{simulated}")
+
     def model_locks(self, names: set[str]) -> list[Path]:
         """The lock files of these models, by name."""
         return [self.records.path(name, "lock") for name in sorted(names)]

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import NoReturn, TypeVar
 
 import msgspec
@@ -25,8 +26,9 @@ from vllm_sleep_tui.fleet.figures import why_no_level2
 from vllm_sleep_tui.fleet.footprints import Footprint
 from vllm_sleep_tui.fleet.keeping import read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
-from vllm_sleep_tui.fleet.planning import GpuMemory, check_ram, needed_to_wake, read_memory
+from vllm_sleep_tui.fleet.planning import GpuMemory, needed_to_wake, read_memory
 from vllm_sleep_tui.fleet.proof import Verdict
+from vllm_sleep_tui.fleet.ram import room_to_pin
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.states import Event
 
@@ -93,30 +95,30 @@ class Server:
         awaited between drain and sleep, raises.
         """
         pool = self.core.pinned_now(self.record)
-        self.check_ram_for(level, pool)
-        self.intend("drain", level=level, event=Event.SLEEP)
-        if level == 2 and (risk := why_no_level2(self.core.model(self.name))):
-            self.operation.tell(self.name, "drain", f"level 2: {risk}; the wake is proven")
-        before = asyncio.ensure_future(self.read_memory())
-        try:
-            with self.operation.timed("drain"):
-                await self.drain(force=force)
-                if unless is not None:
-                    await unless
-        except BaseException:
-            before.cancel()
-            await self.undo_sleep()
-            raise
-        verdict, left = await self.sleep_and_settle(level, pool, await before)
-        reason, cure = self.kept_memory(verdict, left)
-        self.record = self.core.enter(
-            self.record, Event.SLEPT, level=level, intent=None, proof=verdict, reason=reason, cure=cure
-        )
+        async with self.room_to_pin(level, pool):
+            self.intend("drain", level=level, event=Event.SLEEP)
+            if level == 2 and (risk := why_no_level2(self.core.model(self.name))):
+                self.operation.tell(self.name, "drain", f"level 2: {risk}; the wake is proven")
+            before = asyncio.ensure_future(self.read_memory())
+            try:
+                with self.operation.timed("drain"):
+                    await self.drain(force=force)
+                    if unless is not None:
+                        await unless
+            except BaseException:
+                before.cancel()
+                await self.undo_sleep()
+                raise
+            verdict, left = await self.sleep_and_settle(level, pool, await before)
+            reason, cure = self.kept_memory(verdict, left)
+            self.record = self.core.enter(
+                self.record, Event.SLEPT, level=level, intent=None, proof=verdict, reason=reason, cure=cure
+            )
 
-    def check_ram_for(self, level: int, pool: int) -> None:
-        """Raises RefusedError if level 1 would cause swapping; a `pool` pinned before is used again."""
-        if self.frees_memory and level == 1 and not pool:
-            check_ram(self.core, self.name)
+    def room_to_pin(self, level: int, pool: int) -> AbstractAsyncContextManager[None]:
+        """RAM for level 1, checked and held; a `pool` pinned before is used again."""
+        needed = self.frees_memory and level == 1 and not pool
+        return room_to_pin(self.core, self.name, self.operation, needed=needed)
 
     async def read_memory(self) -> dict[int, GpuMemory]:
         """The memory of the model's GPUs now."""
@@ -149,13 +151,12 @@ class Server:
         if the RAM for it is not there; nothing was done then.
         """
         pool = self.core.pinned_now(self.record)
-        self.check_ram_for(1, pool)
-        self.intend("priming", level=1)
-        await self.drain(force=True)
-        await self.sleep_and_settle(1, pool, await self.read_memory())
+        async with self.room_to_pin(1, pool):
+            self.intend("priming", level=1)
+            await self.drain(force=True)
+            await self.sleep_and_settle(1, pool, await self.read_memory())
         await self.bring_back(1)
         await self.prove()
-        await self.open_gate()
 
     async def drain(self, *, force: bool) -> None:
         """Close the gate and wait for answers under way, within the limit for it; forced: not at all."""

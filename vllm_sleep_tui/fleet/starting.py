@@ -290,6 +290,7 @@ class Start:
     async def settle_in(self, client: VllmClient) -> Server:
         """From the first good health to awake: nothing of it is paid by the first real switch."""
         warm = StartPhase.WARMING not in self.operation.skip
+        await client.set_gate(True)  # a stranger's request must neither be cut by priming nor spoil figures
         if warm:
             await self.warm_up(client)
         self.operation.checkpoint()
@@ -307,6 +308,7 @@ class Start:
         self.operation.checkpoint()
         if level == "1" and server.frees_memory and StartPhase.PRIMING not in self.operation.skip:
             await self.prime(server)
+        await server.open_gate()
         server.record = self.core.enter(
             server.record, Event.READY, intent=None, last_switch=self.operation.ledger()
         )
