@@ -1,10 +1,10 @@
 """What can go wrong, in words for people.
 
-    PanelError             one line on what is wrong, one on what to do; exit code 1
-    ├── UsageError         the command or the config is wrong; exit code 2
-    ├── RefusedError       the operation would do harm or cannot work, so nothing was done
-    ├── OperationError     the operation was tried and failed
-    └── CancelledByUser    stopped at a safe point on request; exit code 130
+PanelError             one line on what is wrong, one on what to do; exit code 1
+├── UsageError         the command or the config is wrong; exit code 2
+├── RefusedError       the operation would do harm or cannot work, so nothing was done
+├── OperationError     the operation was tried and failed
+└── CancelledByUser    stopped at a safe point on request; exit code 130
 """
 
 from __future__ import annotations

@@ -166,7 +166,8 @@ def test_any_footprints_are_figures_or_none(tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("until", ["1e308", "-1e308", "null", "0"])
 def test_a_lock_of_another_user_cannot_write_on_our_terminal(until: str) -> None:
     escape = "\\u001b]0;x\\u0007"
-    said = f'{{"user": "{escape}", "pid": 1, "operation": "{escape}sle\\nep", "model": "{"m" * 999}", "since": 0'
+    said = f'{{"user": "{escape}", "pid": 1, "operation": "{escape}sle\\nep", "since": 0, '
+    said += f'"model": "{"m" * 999}"'
     who = decode_holder(f'{said}, "until": {until}}}'.encode())
     assert who is not None
     shown = describe(who)
