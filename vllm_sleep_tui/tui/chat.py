@@ -100,7 +100,7 @@ class ChatPane(Vertical):
         self._fleet = fleet
         self._operations = operations
         self._conversations: dict[str, Conversation] = {}
-        self._answering: dict[str, asyncio.Task[None]] = {}
+        self._answering: dict[str, asyncio.Task[PanelError | None]] = {}
         self._model: str | None = None
         self._view: View | None = None
         self._flush_timer: Timer | None = None
@@ -169,29 +169,35 @@ class ChatPane(Vertical):
         color, own = self._paint(view.colors[name]), self._paint("muted")
         answer = conversation.ask(message.text, model=name, color=color, own_color=own)
         was_started = view.prediction is not None and view.prediction.action == "start"
-        work = self._stream(name, conversation, answer, was_started=was_started)
-        self._answering[name] = self._operations.spawn(work)
+        pace = Pace()
+        task = self._operations.spawn(self._stream(name, conversation, answer, pace))
+        self._answering[name] = task
+        # The end is a callback for the reason that `Operations` gives.
+        task.add_done_callback(
+            lambda done: self._ended(name, conversation, answer, pace.words(was_started=was_started), done)
+        )
         if self._flush_timer is not None:
             self._flush_timer.resume()
 
-    async def _stream(self, name: str, talk: Conversation, answer: Answer, *, was_started: bool) -> None:
-        pace = Pace()
-        error: PanelError | None = None
-        stopped = False
-        try:
-            chat = self._fleet.chat(name, list(talk.messages), report=lambda step: self._step(answer, step))
-            async for event in chat:
-                pace.see(event)
-                answer.add(event.text, event.reasoning)
-                if event.error is not None:
-                    error = PanelError(event.error)
-        except (Exception, asyncio.CancelledError) as raised:
-            error = expected(raised)
-            stopped = error is None
-        finally:
-            self._answering.pop(name, None)
-            if self.is_attached:
-                self._finish(talk, answer, pace.words(was_started=was_started), error, stopped=stopped)
+    async def _stream(self, name: str, talk: Conversation, answer: Answer, pace: Pace) -> PanelError | None:
+        """Take the pieces as they come; the error that came in the middle, if one did."""
+        error = None
+        chat = self._fleet.chat(name, list(talk.messages), report=lambda step: self._step(answer, step))
+        async for event in chat:
+            pace.see(event)
+            answer.add(event.text, event.reasoning)
+            if event.error is not None:
+                error = PanelError(event.error)
+        return error
+
+    def _ended(
+        self, name: str, talk: Conversation, answer: Answer, words: str, task: asyncio.Task[PanelError | None]
+    ) -> None:
+        del self._answering[name]
+        raised = asyncio.CancelledError() if task.cancelled() else task.exception()
+        error = task.result() if raised is None else expected(raised)
+        if self.is_attached:
+            self._finish(talk, answer, words, error, stopped=raised is not None and error is None)
 
     def _step(self, answer: Answer, step: Progress) -> None:
         words = f"{step.model}: {step.phase} {step.detail}".rstrip()

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_sleep_tui.errors import CancelledByUser, PanelError
 from vllm_sleep_tui.fleet.snapshot import Progress
@@ -15,6 +15,7 @@ from vllm_sleep_tui.tui.view import Report, Running, Trouble
 CLOSE_SECONDS = 30.0
 """How long leaving waits for operations to reach a safe point."""
 
+T = TypeVar("T")
 Work = Callable[[Report], Awaitable[object]]
 Ended = Callable[[Running, PanelError | None], None]
 
@@ -32,13 +33,20 @@ def expected(error: BaseException) -> PanelError | None:
 
 
 class Operations:
-    """Owns the tasks; one operation a model at a time, and a stop takes the place of what is under way."""
+    """Owns the tasks; one operation a model at a time, and a stop takes the place of what is under way.
+
+    From Python 3.12 on Textual's loop runs a new task at once, up to its first wait or to its end, before
+    `create_task` returns; and a task that is cancelled before its first step never runs a line. So what is
+    known of a task is noted before it is made, and its end is a callback.
+    """
 
     def __init__(self) -> None:
         self.running: dict[str, Running] = {}
         self.troubles: dict[str, Trouble] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._others: set[asyncio.Task[None]] = set()
+        self._marks: dict[str, object] = {}
+        """Names the operation that each model has under way; a report or an end of another one is late."""
+        self._others: set[asyncio.Task[Any]] = set()
 
     def begin(self, model: str, *, verb: str, work: Work, ended: Ended, replaces: bool = False) -> bool:
         """Start an operation; False if the model has one under way and this one does not replace it."""
@@ -47,15 +55,14 @@ class Operations:
             return False
         self.running[model] = Running(model=model, verb=verb, since=time.time())
         self.troubles.pop(model, None)
-        task = asyncio.create_task(self._run(model, before, work))
+        mark = self._marks[model] = object()
+        task = self.spawn(self._run(model, mark, before, work))
         self._tasks[model] = task
-        self._others.add(task)
-        # Not in the task itself: one that is cancelled before its first step never runs a line.
-        task.add_done_callback(lambda done: self._end(model, done, ended))
+        task.add_done_callback(lambda done: self._end(model, mark, done, ended))
         return True
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run what must end before the panel does, such as an answer; it handles its own errors."""
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run what must end before the panel does, such as an answer; what it raises is the caller's."""
         task = asyncio.create_task(work)
         self._others.add(task)
         task.add_done_callback(self._others.discard)
@@ -83,23 +90,21 @@ class Operations:
         if self._others:
             await asyncio.wait(self._others, timeout=CLOSE_SECONDS)
 
-    async def _run(self, model: str, before: asyncio.Task[None] | None, work: Work) -> None:
+    async def _run(self, model: str, mark: object, before: asyncio.Task[None] | None, work: Work) -> None:
         if before is not None:
             before.cancel()
             await asyncio.wait({before})
-        task = asyncio.current_task()
-        await work(lambda progress: self._report(model, task, progress))
+        await work(lambda progress: self._report(model, mark, progress))
 
-    def _report(self, model: str, task: asyncio.Task[None] | None, progress: Progress) -> None:
-        """Keep the last progress; an operation that was replaced has none to tell."""
-        if self._tasks.get(model) is task:
+    def _report(self, model: str, mark: object, progress: Progress) -> None:
+        if self._marks.get(model) is mark:
             self.running[model] = replace(self.running[model], progress=progress)
 
-    def _end(self, model: str, task: asyncio.Task[None], ended: Ended) -> None:
-        self._others.discard(task)
+    def _end(self, model: str, mark: object, task: asyncio.Task[None], ended: Ended) -> None:
         raised = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if self._tasks.get(model) is not task:
+        if self._marks.get(model) is not mark:
             return
+        del self._marks[model]
         error = None if raised is None else expected(raised)
         del self._tasks[model]
         running = self.running.pop(model)
