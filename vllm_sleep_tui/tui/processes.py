@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.text import Text
@@ -88,7 +89,7 @@ def _branches(tree: Sequence[HeldProcess], order: Order) -> list[tuple[HeldProce
 
 
 def _row(process: HeldProcess, branch: str) -> Row:
-    command = branch + clean(process.command)
+    command = branch + short(clean(process.command))
     return Row(
         command,
         "text",
@@ -98,6 +99,13 @@ def _row(process: HeldProcess, branch: str) -> Row:
         process.vram_bytes,
         process.ram_bytes,
     )
+
+
+def short(command: str) -> str:
+    """A command without the folders of its program and its scripts, which say little and take much room."""
+    program, *rest = command.split(" ")
+    names = [Path(word).name if word.startswith("/") and word.endswith(".py") else word for word in rest]
+    return " ".join([Path(program).name, *names]) if program else command
 
 
 def _sum(amounts: Iterable[int | None]) -> int | None:
