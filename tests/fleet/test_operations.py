@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -330,3 +331,19 @@ async def test_while_it_starts_nobody_elses_request_is_taken(box: MakeBox) -> No
         assert (await client.gate()).closed
         await task
         assert not (await client.gate()).closed
+
+
+async def test_launches_that_are_over_keep_no_connection(box: MakeBox) -> None:
+    def sockets() -> int:
+        found = 0
+        for entry in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                found += os.readlink(f"/proc/self/fd/{entry}").startswith("socket")
+        return found
+
+    async with box({"a": {"model": "sim/1GiB"}}).open() as fleet:
+        await fleet.start(["a"])
+        before = sockets()
+        for _ in range(3):
+            await fleet.restart(["a"], force=True)
+        await until(lambda: sockets() <= before + 1)

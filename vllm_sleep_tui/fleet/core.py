@@ -81,6 +81,8 @@ class Core:
         self._flushing = threading.Lock()
         self._digests: dict[str, str] = {}
         self._clients: dict[str, VllmClient] = {}
+        self._launched: dict[str, tuple[str, VllmClient]] = {}
+        self._retired: list[VllmClient] = []
         self.sightings: dict[str, Sighting] = {}
         """Of the attached models: how each server was when it was last looked at."""
         self._gpus = {reading.index: reading for reading in self.reader.read()}
@@ -218,9 +220,12 @@ class Core:
 
         assert record.launch is not None
         assert record.port is not None
-        client = self._clients.get(record.launch)
-        if client is None:
-            client = self._clients[record.launch] = VllmClient(record.port, secret=record.secret)
+        launch, client = self._launched.get(record.name, (None, None))
+        if client is None or launch != record.launch:
+            if client is not None:
+                self._retired.append(client)
+            client = VllmClient(record.port, secret=record.secret)
+            self._launched[record.name] = (record.launch, client)
         return client
 
     def client_at(self, url: str) -> VllmClient:
@@ -231,11 +236,18 @@ class Core:
             self._clients[url] = VllmClient(0, secret=None, base_url=base_of(url))
         return self._clients[url]
 
+    async def close_retired(self) -> None:
+        """Close the connections to launches that are over."""
+        retired, self._retired = self._retired, []
+        for client in retired:
+            await client.aclose()
+
     async def close(self) -> None:
         """Close every connection; servers run on."""
-        for client in self._clients.values():
-            await client.aclose()
+        self._retired += [*self._clients.values(), *(client for _, client in self._launched.values())]
         self._clients.clear()
+        self._launched.clear()
+        await self.close_retired()
         await asyncio.to_thread(self.flush)
         if "history" in self.__dict__:
             await asyncio.to_thread(self.history.close)

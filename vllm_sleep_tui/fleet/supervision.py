@@ -113,6 +113,7 @@ class Watcher:
                     if needs_care(self._core, name):
                         self._tasks.begin(f"care of {name}", self._look_after(name))
             with self._go_on.after("the writing of measurements"):
+                await self._core.close_retired()
                 await asyncio.to_thread(self._core.flush)
             await asyncio.sleep(INTERVAL)
 
