@@ -612,11 +612,11 @@ async def test_gpus_that_were_away_when_the_panel_began_are_found_under_their_ow
 
 async def test_a_wake_that_is_run_through_again_has_its_gate_closed_until_it_is_proven(box: MakeBox) -> None:
     machine = box({"a": {"model": "sim/1GiB", "level": 2}})
-    limits = OperationLimits(call=2.0, call_per_gib=0.0)
+    limits = OperationLimits(call=5.0, call_per_gib=0.0)
     async with Fleet(load(machine.config), machine.state_dir, limits=limits) as fleet:
         await fleet.start(["a"])
         core = fleet._core
-        await inject(fleet, "a", "wake_hangs")
+        await inject(fleet, "a", "hang")  # the proof gets no answer
         record = core.records.read("a")
         intent = Intent(operation="wake", phase="prove", since=0.0, actor=ProcessId(pid=os.getpid(), start=0))
         # As its actor leaves it that is killed between the gate and the record.
