@@ -48,6 +48,28 @@ def test_a_killed_api_server_takes_its_engine_along(two_models: CommandLine) -> 
     wait_until(lambda: not any(is_there(one) for one in family), seconds=5, what="the whole group is gone")
 
 
+def test_a_killed_worker_is_a_failed_model_within_two_seconds(two_models: CommandLine) -> None:
+    server = server_of(two_models, "tiny")
+    family = [server, *server.children(recursive=True)]
+    worker = next(one for one in family if "Worker" in title(one))
+    os.kill(worker.pid, signal.SIGKILL)
+    wait_until(lambda: has_failed(two_models, "tiny"), seconds=SEEN_SECONDS, what="failed")
+    two_models("stop", "tiny")
+    wait_until(lambda: not any(is_there(one) for one in family), seconds=5, what="the whole group is gone")
+
+
+def test_a_killed_leader_leaves_its_servers_to_the_next(two_models: CommandLine, tmp_path: Path) -> None:
+    server = server_of(two_models, "tiny")
+    leader = two_models.begin("serve", to=tmp_path / "said")
+    wait_until(lambda: "serve: leads" in (tmp_path / "said").read_text(), seconds=30, what="a leader")
+    leader.kill()
+    leader.wait()
+    assert two_models.status()["tiny"]["pid"] == server.pid
+    two_models("sleep", "tiny")
+    two_models("wake", "tiny")
+    assert two_models.look("tiny").proof == "proven"
+
+
 def test_a_killed_keeper_leaves_no_engine_once_the_model_is_stopped(two_models: CommandLine) -> None:
     server = server_of(two_models, "tiny")
     family = [server, *server.children(recursive=True)]
@@ -95,6 +117,18 @@ def test_a_stop_during_start_up_leaves_nothing(
     two_models("stop", "tiny")
     assert starting.wait(timeout=30) in (1, 130)
     assert two_models.status()["tiny"]["state"] == "stopped"
+
+
+def test_a_start_whose_verb_is_killed_is_carried_on_by_the_next(
+    two_models: CommandLine, starting: subprocess.Popen[str]
+) -> None:
+    pid = two_models.look("tiny").pid
+    starting.kill()
+    starting.wait()
+    two_models("switch", "tiny")
+    model = two_models.look("tiny")
+    assert (model.state, model.pid) == ("awake", pid)
+    two_models("stop", "tiny")
 
 
 def test_ctrl_c_during_start_up_leaves_nothing(
