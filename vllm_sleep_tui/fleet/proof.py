@@ -24,7 +24,7 @@ WARM_UP = (60, 31, 88, 45)
 TOLERANCE = 0.1
 """Mean absolute difference in nats that still counts as the same model.
 
-On H100s (vLLM 0.24, BF16, one GPU and TP 2) 255 wakes from both levels gave 0.00000, and a level 2 wake
+On H100s (vLLM 0.24, BF16, one GPU and TP 2) 225 wakes from both levels gave 0.00000, and a level 2 wake
 without the reload 0.29 at the least, on random weights (docs/measurements.md).
 """
 SAME_COSINE = 0.999
