@@ -92,7 +92,7 @@ async def test_quitting_tells_that_a_benchmark_runs(demo: LoadedConfig, tmp_path
         await pilot.press("b", "r")
         await until_seen(pilot, "Run the benchmark?")
         await pilot.press("y", "b")
-        await until_seen(pilot, "enter → qwen", "bench begins")
+        await until_seen(pilot, "enter → qwen", "vllm-sleep-tui   bench ")
         await pilot.press("q")
         await until_seen(pilot, "A benchmark runs: leaving stops it")
         await pilot.press("escape")
