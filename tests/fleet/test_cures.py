@@ -201,6 +201,14 @@ async def test_a_death_while_nothing_is_done_is_failed_and_named(box: MakeBox) -
         await ended_as(fleet, Failure.ENGINE_DEAD)
 
 
+async def test_the_log_tells_why_an_engine_died_before_its_server_has_ended(box: MakeBox) -> None:
+    async with box(WIDE, ["24GiB"] * 2).open() as fleet:
+        await fleet.start(["a"])
+        os.kill(fleet._core.records.read("a").engines[-1].pid, signal.SIGKILL)  # a worker of the engine
+        await until(lambda: fleet._core.records.read("a").state is State.FAILED)
+        assert "worker process of the engine (VllmWorker-0) was killed" in (seen(fleet, "a").reason or "")
+
+
 @covers(Failure.ANSWER_WRONG)
 async def test_wrong_answers_are_cured_by_a_reload(box: MakeBox) -> None:
     machine = box({"a": {"model": "sim/1GiB"}})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sleep_tui.engine.causes import diagnose
+from vllm_sleep_tui.engine.causes import diagnose, diagnose_engine
 
 DATA = Path(__file__).parent / "data"
 ENGINE = "(EngineCore pid=7) ERROR 11-23 07:37:38 [core.py:1510] "
@@ -160,3 +160,17 @@ def test_escapes_of_a_log_never_reach_the_reason() -> None:
     diagnosis = diagnose("\x1b[31mValueError: \x1b]0;title\x07red\x1b[0m\n", exit_code=1)
 
     assert diagnosis.reason == "ValueError: red"
+
+
+def test_the_engine_itself_tells_why_it_ends_and_nothing_else_is_taken_for_it() -> None:
+    request = "(APIServer pid=3) ERROR 11-23 07:37:38 [serving.py:9] ValueError: a bad request, hours ago\n"
+    lines = "EngineCore encountered a fatal error.", "RuntimeError: CUDA error: an illegal memory access"
+    block = "\n".join(f"{ENGINE}{line}" for line in lines)
+
+    assert diagnose_engine(request) is None
+    found = diagnose_engine(request + block)
+    assert found is not None
+    assert "illegal memory access" in found.reason
+    killed = diagnose_engine((DATA / "cause-worker-killed.txt").read_text())
+    assert killed is not None
+    assert "worker process of the engine (VllmWorker-0) was killed" in killed.reason

@@ -62,6 +62,17 @@ def diagnose(log: str, *, exit_code: int | None = None) -> Diagnosis:
     )
 
 
+def diagnose_engine(log: str) -> Diagnosis | None:
+    """Why the engine ended, told by itself in `log` while its API server may still run; None if it is not.
+
+    Other exceptions are left out: what a request met hours ago is no cause.
+    """
+    lines = [_parse(line) for line in strip_escapes(log).splitlines()]
+    engine = [text for text in _engine_exceptions(lines) if not _POINTERS.search(text)]
+    everything = "\n".join(line.text for line in lines)
+    return _known(CAUSES, engine) or _unknown(engine) or _known(KILLED, [everything])
+
+
 def _parse(line: str) -> _Line:
     prefix = _PREFIX.match(line)
     assert prefix is not None  # every part of it is optional

@@ -8,6 +8,7 @@ from vllm_sleep_tui.engine.logs import strip_escapes
 from vllm_sleep_tui.errors import OperationError
 
 MESSAGE_LENGTH = 600
+ENGINE_DEAD = "EngineCore encountered an issue"
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises; the last for brackets that are nested without an end."""
 
@@ -36,6 +37,14 @@ class EngineRefused(EngineError):  # noqa: N818 - it says what happened
         self.status = status
         self.message = message
         self.kind = kind
+
+    @property
+    def engine_is_dead(self) -> bool:
+        """Whether it tells of a dead engine; the process may still be there for some milliseconds.
+
+        vLLM's `EngineDeadError` (0.24 to 0.32, 08-engine-dead.txt).
+        """
+        return self.message.startswith(ENGINE_DEAD)
 
 
 def unreachable(where: str, request: str) -> EngineUnreachable:

@@ -9,7 +9,8 @@ import shutil
 import time
 from pathlib import Path
 
-from vllm_sleep_tui.engine.causes import Diagnosis, diagnose
+from vllm_sleep_tui.engine.causes import Diagnosis, diagnose, diagnose_engine
+from vllm_sleep_tui.engine.failures import EngineRefused, EngineUnreachable
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.cures import CURES, Failure
@@ -29,6 +30,8 @@ TMP_PREFIX = "/tmp/vst-"
 STOP_LIMIT = 30.0
 """Seconds for the keeper to be gone: its grace before SIGKILL, and the kernel's work on tens of GiB."""
 MEMORY_LIMIT = 10.0
+DEATH_LIMIT = 1.0
+"""Seconds from vLLM's word that its engine is dead until its processes are gone."""
 LOG_TAIL_BYTES = 512 * 1024
 
 
@@ -99,16 +102,41 @@ async def fail(core: Core, record: Record, reason: str, cure: str, *, fell: Stat
     )
 
 
+async def fail_as(core: Core, record: Record, failure: Failure, why: object = "") -> Record:
+    """The record after a failure in an operation: its row's reason, or the log's if the server died."""
+    dead = await is_dead(record, why)
+    reason, cure = CURES[Failure.ENGINE_DEAD].told() if dead else CURES[failure].told(why)
+    found = cause_in_log(record, read_word(core.keeper_file(record.name)))
+    if found is not None:
+        reason, cure = found.reason if dead else f"{reason} {found.reason}", found.cure
+    return await fail(core, record, reason, cure)
+
+
+async def is_dead(record: Record, why: object) -> bool:
+    """Whether its engine is dead; a server that says so or hangs up is given a moment to be seen so."""
+    said = isinstance(why, EngineRefused) and why.engine_is_dead
+    deadline = time.monotonic() + (DEATH_LIMIT if said or isinstance(why, EngineUnreachable) else 0.0)
+    while is_whole(record):
+        if time.monotonic() >= deadline:
+            return said
+        await asyncio.sleep(0.02)
+    return True
+
+
 def is_whole(record: Record) -> bool:
     """Whether the processes that hold the model's memory live."""
     return all(is_alive(engine) for engine in record.engines)
 
 
 def cause_in_log(record: Record, word: Word) -> Diagnosis | None:
-    """What the log says about the server's end; None if it has not ended or says nothing."""
-    if record.log is None or word.exit is None or word.launch != record.launch:
+    """Why the server or its engine ended, as far as the log tells; None if both live or are not known."""
+    if record.log is None or word.launch != record.launch:
         return None
-    return diagnose(read_tail(Path(record.log)), exit_code=word.exit.code)
+    if word.exit is not None:
+        return diagnose(read_tail(Path(record.log)), exit_code=word.exit.code)
+    if not is_whole(record):
+        return diagnose_engine(read_tail(Path(record.log))) or ENGINE_DIED
+    return None
 
 
 def read_tail(path: Path, limit: int = LOG_TAIL_BYTES) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.ending import (
-    ENGINE_DIED,
     SERVER_GONE,
     cause_in_log,
     end_server,
@@ -58,10 +57,8 @@ async def recover(core: Core, name: str, operation: Operation) -> None:
         core.write(record, intent=None)  # others were making room for it
     elif record.state is State.STOPPING:
         await finish_stop(core, record)
-    elif not lives(core, record):
+    elif not lives(core, record) or not is_whole(record):
         await bury(core, record)
-    elif not is_whole(record):
-        await fail(core, record, ENGINE_DIED.reason, ENGINE_DIED.cure, fell=fell_from(record))
     elif record.state is State.STARTING:
         await carry_on_start(core, record, operation)
     else:
@@ -69,7 +66,7 @@ async def recover(core: Core, name: str, operation: Operation) -> None:
 
 
 async def bury(core: Core, record: Record) -> None:
-    """The server is gone: end what is left of it, write down why."""
+    """The server or its engine is gone: end what is left of it, write down why."""
     word = read_word(core.keeper_file(record.name))
     if word.launch == record.launch and word.exit is not None and word.exit.asked:
         await finish_stop(core, record)

@@ -21,10 +21,9 @@ from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.core import GIB, Core, gib
 from vllm_sleep_tui.fleet.cures import CURES, Failure, may_wake_again
-from vllm_sleep_tui.fleet.ending import cause_in_log, fail, is_whole
+from vllm_sleep_tui.fleet.ending import fail_as
 from vllm_sleep_tui.fleet.figures import why_no_level2
 from vllm_sleep_tui.fleet.footprints import Footprint
-from vllm_sleep_tui.fleet.keeping import read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.planning import GpuMemory, needed_to_wake, read_memory
 from vllm_sleep_tui.fleet.proof import Verdict
@@ -390,11 +389,6 @@ class Server:
             await self.fail(Failure.SILENT, error)
 
     async def fail(self, failure: Failure, why: object = "") -> NoReturn:
-        """End the server, keep the reason, and the log's if it ended by itself; raises OperationError."""
-        dead = not is_whole(self.record)
-        reason, cure = CURES[Failure.ENGINE_DEAD].told() if dead else CURES[failure].told(why)
-        found = cause_in_log(self.record, read_word(self.core.keeper_file(self.name)))
-        if found is not None:
-            reason, cure = found.reason if dead else f"{reason} {found.reason}", found.cure
-        self.record = await fail(self.core, self.record, reason, cure)
-        raise OperationError(f"{self.name}: {self.record.reason}", self.record.cure or cure)
+        """End the server, keep the reason; raises OperationError with it."""
+        self.record = await fail_as(self.core, self.record, failure, why)
+        raise OperationError(f"{self.name}: {self.record.reason}", self.record.cure or "")

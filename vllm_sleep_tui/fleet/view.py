@@ -11,7 +11,7 @@ from types import MappingProxyType
 from vllm_sleep_tui.config_file import LoadedConfig
 from vllm_sleep_tui.engine.causes import Diagnosis
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.ending import ENGINE_DIED, RECORD_LOST, SERVER_GONE, cause_in_log
+from vllm_sleep_tui.fleet.ending import RECORD_LOST, SERVER_GONE, cause_in_log
 from vllm_sleep_tui.fleet.keeping import is_kept, read_word
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.sighting import QUICK, look_at, snapshot_of
@@ -37,7 +37,7 @@ class Viewer:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._causes: dict[str, Diagnosis] = {}
+        self._causes: dict[tuple[str | None, bool], Diagnosis] = {}
 
     def roots(self) -> dict[str, int]:
         """The keeper's pid of each model that has one: its processes are below it."""
@@ -119,14 +119,14 @@ class Viewer:
                 return State.STOPPED, None
             return State.FAILED, self._cause(record)
         if record.state in RUNNING and not all(is_alive(engine) for engine in record.engines):
-            return State.FAILED, ENGINE_DIED
+            return State.FAILED, self._cause(record)
         return record.state, None
 
     def _cause(self, record: Record) -> Diagnosis:
-        """What the log says, read once per launch."""
-        key = record.launch or ""
+        """What the log says, read once when the engine is gone and once when the server is."""
+        word = read_word(self._core.keeper_file(record.name))
+        key = (record.launch, word.exit is not None)
         if key not in self._causes:
-            word = read_word(self._core.keeper_file(record.name))
             self._causes[key] = cause_in_log(record, word) or SERVER_GONE
         return self._causes[key]
 

@@ -72,24 +72,29 @@ class Engine:
     def serve(self) -> None:
         """Work until the API server is gone, and then go on existing: nobody tells an orphan to end."""
         self._plan_death()
-        workers = [rank for rank in self._memory.ranks if isinstance(rank, WorkerRank)]
-        while True:
-            readable, _, _ = select.select(
-                [self._channel, *(worker.channel for worker in workers)], [], [], self._pause_before_step()
+        try:
+            while True:
+                self._take_turn()
+        except WorkerDied:
+            self._log.error(
+                "multiproc_executor.py:290",
+                "Worker proc VllmWorker-0 died unexpectedly, shutting down executor.",
             )
-            if any(worker.channel in readable for worker in workers):
-                self._log.error(
-                    "multiproc_executor.py:290",
-                    "Worker proc VllmWorker-0 died unexpectedly, shutting down executor.",
-                )
-                raise SystemExit(1)
-            if self._channel in readable:
-                messages = self._channel.receive()
-                if messages is None:
-                    wait_for_ever()
-                for message in messages:
-                    self._handle(message)
-            self._step()
+            raise SystemExit(1) from None
+
+    def _take_turn(self) -> None:
+        """Wait for a message or for the next token's time, and do what is due; raises WorkerDied."""
+        workers = [rank.channel for rank in self._memory.ranks if isinstance(rank, WorkerRank)]
+        readable, _, _ = select.select([self._channel, *workers], [], [], self._pause_before_step())
+        if any(worker in readable for worker in workers):
+            raise WorkerDied
+        if self._channel in readable:
+            messages = self._channel.receive()
+            if messages is None:
+                wait_for_ever()
+            for message in messages:
+                self._handle(message)
+        self._step()
 
     def _plan_death(self) -> None:
         # Nobody handles SIGALRM, so the timer ends the process.
@@ -123,8 +128,6 @@ class Engine:
         except OperationFailed as error:
             self._log.error("core.py:1310", f"Invocation of {message['do']} method failed")
             answer = {"call": message["call"], "error": self._explain(str(error))}
-        except WorkerDied:
-            die()
         self._channel.send(answer)
         if self._state.crashes_on_request and "error" in answer and "increased" in answer["error"]:
             die()
