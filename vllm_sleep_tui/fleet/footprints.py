@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -74,6 +75,7 @@ class FootprintStore:
         self._lock = state_dir / "footprints.lock"
         self._noted: dict[str, Footprint] = {}
         self._changes: list[tuple[str, Callable[[Footprint], Footprint]]] = []
+        self._noting = threading.Lock()
         self._cache: tuple[tuple[int, int], dict[str, Footprint]] | None = None
 
     def get(self, digest: str | None, version: str | None) -> Footprint:
@@ -87,15 +89,17 @@ class FootprintStore:
     def note(self, digest: str, version: str | None, change: Callable[[Footprint], Footprint]) -> None:
         """Apply `change` to what is known here, at once; `flush` writes it, off the path of an operation."""
         key = f"{digest}@{version}"
-        self._noted[key] = change(self.get(digest, version))
-        self._changes.append((key, change))
+        with self._noting:
+            self._noted[key] = change(self.get(digest, version))
+            self._changes.append((key, change))
 
     def flush(self) -> None:
         """Write what was noted, between processes one at a time; a full disk loses it, nothing else.
 
         So does a process that holds on to the file for LOCK_SECONDS: it may be frozen.
         """
-        changes, self._changes = self._changes, []
+        with self._noting:
+            changes, self._changes = self._changes, []
         if not changes:
             return
         with contextlib.suppress(OSError):
@@ -108,8 +112,11 @@ class FootprintStore:
                 write_atomically(self._path, msgspec.json.encode(known))
             finally:
                 os.close(descriptor)
-        for key, _ in changes:
-            self._noted.pop(key, None)
+        with self._noting:  # what was noted meanwhile, by another thread, is not in the file yet
+            known, self._noted = self._read(), {}
+            for key, change in self._changes:
+                before = self._noted.get(key) or known.get(key) or Footprint()
+                self._noted[key] = change(before)
 
     def _read(self) -> dict[str, Footprint]:
         try:

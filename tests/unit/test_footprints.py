@@ -1,0 +1,38 @@
+"""What was measured is neither lost nor counted twice, whoever writes meanwhile."""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+import time
+from pathlib import Path
+
+from vllm_sleep_tui.fleet.footprints import FootprintStore
+
+
+def test_what_is_noted_while_an_earlier_note_is_written_is_kept(tmp_path: Path) -> None:
+    store = FootprintStore(tmp_path)
+    store.note("d", "v", lambda known: known.with_time("wake1", 1.0))
+    with (tmp_path / "footprints.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # the flush has taken the first note and waits for this
+        writing = threading.Thread(target=store.flush)
+        writing.start()
+        while store._changes:
+            time.sleep(0.001)
+        store.note("d", "v", lambda known: known.with_time("wake1", 2.0))
+        fcntl.flock(other, fcntl.LOCK_UN)
+        writing.join()
+
+    assert FootprintStore(tmp_path).get("d", "v").times == {"wake1": (1.0,)}
+    assert store.get("d", "v").times == {"wake1": (1.0, 2.0)}
+    store.flush()
+    assert FootprintStore(tmp_path).get("d", "v").times == {"wake1": (1.0, 2.0)}
+    assert store.get("d", "v").times == {"wake1": (1.0, 2.0)}
+
+
+def test_another_versions_figures_stand_in(tmp_path: Path) -> None:
+    store = FootprintStore(tmp_path)
+    store.note("d", "0.24.0", lambda known: known.with_weights(7))
+    store.flush()
+    assert store.get("d", "0.32.0").weights == 7
+    assert store.get("other", "0.24.0").weights is None
