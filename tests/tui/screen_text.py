@@ -18,7 +18,8 @@ from vllm_sleep_tui.tui.theme import package_folder
 
 _TEXT = re.compile(r'<text class="[^"]*" x="([\d.]+)" y="([\d.]+)"[^>]*>(.*?)</text>', re.DOTALL)
 _CELL = 12.2
-DEADLINE = 10.0
+DEADLINE = 30.0
+"""Generous: the cores may be busy; what does not come at all fails all the same."""
 
 
 def lines_of(app: App[None]) -> list[str]:

@@ -262,6 +262,18 @@ async def test_the_log_follows_the_file_without_its_escapes(tmp_path: Path) -> N
         await until_seen(pilot, "enter → phi")
 
 
+async def test_long_lines_of_the_log_are_broken_at_the_edge_anew_for_each_width(tmp_path: Path) -> None:
+    words = " ".join(f"word-{number:02}" for number in range(40))
+    (tmp_path / "phi.log").write_text(f"(EngineCore pid=7) ERROR 11-23 [core.py:1] {words}\n")
+    async with panel(ScriptedFleet(logs=tmp_path), tmp_path, size=(80, 24)) as pilot:
+        await pilot.press("down", "l")
+        await until_seen(pilot, "ERROR 11-23", "word-39")
+        before = text_of(pilot.app).count("word-")
+        await pilot.resize_terminal(60, 24)
+        await until_seen(pilot, "ERROR 11-23", "word-39")
+        assert text_of(pilot.app).count("word-") == before == 40
+
+
 async def test_help_lists_every_key_and_the_palette_knows_the_same_words(tmp_path: Path) -> None:
     async with panel(ScriptedFleet(), tmp_path) as pilot:
         await pilot.press("question_mark")

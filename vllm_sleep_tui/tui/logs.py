@@ -3,20 +3,65 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
+from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.timer import Timer
-from textual.widgets import Log, Static
+from textual.widgets import RichLog, Static
 
 from vllm_sleep_tui.engine.logs import LogTail
 from vllm_sleep_tui.tui.clean import clean
 
-KEPT_LINES = 5_000
+if TYPE_CHECKING:
+    from vllm_sleep_tui.tui.app import PanelApp
+    from vllm_sleep_tui.tui.theme import Palette
+
+KEPT_LINES = 2_000
 STEP_SECONDS = 0.2
+_LEVEL = re.compile(r"^(\(\w[\w-]* pid=\d+\) )?(WARNING|ERROR|CRITICAL)\b")
+_PAINTS = {"WARNING": "warning", "ERROR": "bad", "CRITICAL": "bad bold"}
+
+
+def painted(lines: Iterable[str], palette: Palette) -> Text:
+    """Lines of a log, warnings and errors in their colours, as one text: each that is laid out costs."""
+    text = Text(end="")
+    for number, line in enumerate(lines):
+        level = _LEVEL.match(line)
+        style = palette.style(_PAINTS[level[2]]) if level else ""
+        text.append(f"\n{line}" if number else line, style)
+    return text
+
+
+class WrappedLog(RichLog):
+    """A log whose long lines are broken at the edge, anew for each width; follows only at its end."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(max_lines=4 * KEPT_LINES, wrap=True, min_width=1, id=id)
+        self._kept: deque[str] = deque(maxlen=KEPT_LINES)
+        self._laid_out_for = 0
+
+    def write_lines(self, lines: Iterable[str]) -> None:
+        """Append; of a flood only what can be kept is laid out."""
+        new = list(lines)[-KEPT_LINES:]
+        self._kept.extend(new)
+        palette = cast("PanelApp", self.app).palette
+        self.write(painted(new, palette), scroll_end=self.is_vertical_scroll_end)
+
+    def on_resize(self) -> None:
+        """Break the lines anew for another width."""
+        width = self.scrollable_content_region.width
+        if width != self._laid_out_for and self._laid_out_for and self._kept:
+            kept = list(self._kept)
+            self.clear()
+            self.write_lines(kept)
+        self._laid_out_for = width
 
 
 class LogScreen(Screen[None]):
@@ -37,14 +82,14 @@ class LogScreen(Screen[None]):
 
     def compose(self) -> ComposeResult:
         """The log and its keys."""
-        log = Log(max_lines=KEPT_LINES, id="log")
+        log = WrappedLog(id="log")
         log.border_title = f"Log of {self._model}"
         yield log
         yield Static("esc back   ↑ ↓ page up page down scroll   end follow", id="log-keys", markup=False)
 
     def on_mount(self) -> None:
         """Follow."""
-        log = self.query_one(Log)
+        log = self.query_one(WrappedLog)
         log.border_subtitle = "nothing is written yet"
         log.focus()
         self._timer = self.set_interval(STEP_SECONDS, self._step)
@@ -61,7 +106,7 @@ class LogScreen(Screen[None]):
             self._timer.resume()
 
     async def _step(self) -> None:
-        log = self.query_one(Log)
+        log = self.query_one(WrappedLog)
         try:
             lines = await asyncio.to_thread(self._tail.read_new)
         except OSError as error:
@@ -71,12 +116,11 @@ class LogScreen(Screen[None]):
             if self._is_empty:
                 self._is_empty = False
                 log.border_subtitle = str(self._path).replace("[", r"\[")
-            # Of a flood only what can be kept is laid out.
-            log.write_lines([clean(line) for line in lines[-KEPT_LINES:]])
+            log.write_lines(clean(line) for line in lines)
 
     def action_end(self) -> None:
         """To the end, and follow again."""
-        self.query_one(Log).scroll_end(animate=False)
+        self.query_one(WrappedLog).scroll_end(animate=False)
 
     def action_close(self) -> None:
         """Back to the dashboard."""
