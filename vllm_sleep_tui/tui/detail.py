@@ -6,7 +6,7 @@ from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.rooms import describe as waiting_words
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction
-from vllm_sleep_tui.fleet.states import SETTLED, State
+from vllm_sleep_tui.fleet.states import SETTLED, StartPhase, State
 from vllm_sleep_tui.tui.bars import progress, waterfall
 from vllm_sleep_tui.tui.paint import Line, Painted, Span, cut, cut_line, wrap
 from vllm_sleep_tui.tui.past import Past
@@ -14,6 +14,7 @@ from vllm_sleep_tui.tui.view import Running, View
 from vllm_sleep_tui.tui.words import clock, long_time, phases_of, took
 
 _INDENT = "  "
+_START = [phase.value for phase in StartPhase]
 NOTED_SHARE = 0.05
 """Time of a switch that belongs to no phase is shown when it is more than this share of it."""
 AIRY_HEIGHT = 36
@@ -101,10 +102,25 @@ def _times(elapsed: float, eta: float | None) -> str:
 
 
 def _step(phase: str, detail: str, fraction: float | None, width: int) -> list[Line]:
+    if fraction is None and phase in _START:
+        # A first start is of unknown length, but its phases are known.
+        lines: list[Line] = [cut_line(((_INDENT, ""), *_track(phase)), width)]
+        return [*lines, ((_INDENT, ""), (cut(detail, width - len(_INDENT)), "text"))] if detail else lines
     per_cent = "" if fraction is None else f" {fraction * 100:3.0f} %"
     bar = progress(fraction, width - len(_INDENT) - len(per_cent) - 1)
     words = cut(f"{phase}  {detail}".strip() or "working", width - len(_INDENT))
     return [((_INDENT, ""), (words, "text")), ((_INDENT, ""), *bar, (per_cent, "muted"))]
+
+
+def _track(phase: str) -> list[Span]:
+    """The phases of a start, those that are over and the one under way marked."""
+    at = _START.index(phase)
+    spans: list[Span] = []
+    for number, name in enumerate(_START):
+        paint = "warning bold" if number == at else "muted" if number < at else "faint"
+        spans += [(" › ", "faint")] if spans else []
+        spans.append((name, paint))
+    return spans
 
 
 def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.events import Resize
 from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import RichLog, Static
@@ -54,8 +55,8 @@ class WrappedLog(RichLog):
         palette = cast("PanelApp", self.app).palette
         self.write(painted(new, palette), scroll_end=self.is_vertical_scroll_end)
 
-    def on_resize(self) -> None:
-        """Break the lines anew for another width."""
+    def on_resize(self, event: Resize) -> None:
+        """Break the lines anew for another width; RichLog's own handler runs besides."""
         width = self.scrollable_content_region.width
         if width != self._laid_out_for and self._laid_out_for and self._kept:
             kept = list(self._kept)
