@@ -160,24 +160,24 @@ async def test_two_switches_at_once_run_one_after_another(box: MakeBox) -> None:
 # ── things go wrong ──────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_killed_api_server_is_failed_within_two_seconds_and_its_engine_ended(box: MakeBox) -> None:
+async def test_a_killed_api_server_is_failed_and_its_engine_ended(box: MakeBox) -> None:
     async with box().open() as fleet:
         await fleet.start(["a"])
         pid = seen(fleet, "a").pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        failed = await until_state(fleet, "a", State.FAILED, limit=2.0)
+        failed = await until_state(fleet, "a", State.FAILED)
         assert failed.reason is not None
         assert failed.cure is not None
         await until(lambda: fleet.snapshot().gpus[0].used_bytes == 0)
 
 
-async def test_a_killed_engine_is_failed_within_two_seconds_and_the_rest_ended(box: MakeBox) -> None:
+async def test_a_killed_engine_is_failed_and_the_rest_ended(box: MakeBox) -> None:
     async with box().open() as fleet:
         await fleet.start(["a"])
         engine = fleet._core.records.read("a").engines[0]
         os.kill(engine.pid, signal.SIGKILL)
-        await until_state(fleet, "a", State.FAILED, limit=2.0)
+        await until_state(fleet, "a", State.FAILED)
         await until(lambda: fleet._core.records.read("a").state is State.FAILED)
         await until(lambda: fleet.snapshot().gpus[0].used_bytes == 0)
         await fleet.start(["a"])
@@ -190,7 +190,7 @@ async def test_a_killed_keeper_takes_its_server_along_and_nothing_is_left(box: M
         keeper = fleet._core.records.read("a").keeper
         assert keeper is not None
         os.kill(keeper.pid, signal.SIGKILL)
-        await until_state(fleet, "a", State.FAILED, limit=2.0)
+        await until_state(fleet, "a", State.FAILED)
         await until(lambda: fleet.snapshot().gpus[0].used_bytes == 0)
 
 

@@ -52,9 +52,11 @@ def kill_server(fleet: Fleet, name: str) -> int:
 
 
 async def until_restarted(fleet: Fleet, name: str, old: int) -> None:
-    await until(
-        lambda: seen(fleet, name).state in (State.AWAKE, State.ASLEEP) and seen(fleet, name).pid != old
-    )
+    def is_back() -> bool:
+        model = seen(fleet, name)  # one look: two may fall on both sides of the death
+        return model.state in (State.AWAKE, State.ASLEEP) and model.pid != old
+
+    await until(is_back)
 
 
 # ── leader ───────────────────────────────────────────────────────────────────────────────────────────────
