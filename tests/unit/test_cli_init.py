@@ -243,7 +243,7 @@ def test_the_demo_is_well_and_says_that_it_is_simulated(tmp_path: Path) -> None:
     path = run("demo", "--init", str(tmp_path / "d")).stdout.strip()
     done = run("--config", path, "doctor")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("SIMULATED") == 2
+    assert done.stdout.count("SIMULATED") == 3  # vLLM, GPUs and RAM
 
 
 def test_the_demo_overwrites_itself_and_nothing_else(tmp_path: Path) -> None:

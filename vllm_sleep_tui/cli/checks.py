@@ -17,6 +17,7 @@ from vllm_sleep_tui.cli.common import in_words
 from vllm_sleep_tui.cli.init import Surroundings, best_environment
 from vllm_sleep_tui.config_file import LoadedConfig
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.core import simulated_folder
 from vllm_sleep_tui.fleet.discovery import (
     VllmEnvironment,
     find_command,
@@ -141,7 +142,7 @@ def check_machine(found: Surroundings, loaded: LoadedConfig | None) -> Iterator[
     else:
         cure = "Without an NVIDIA driver, models run on the CPU alone: gpus: []"
         yield Check("gpus", Verdict.WARN, found.gpu_note or "none", cure)
-    yield _ram_check()
+    yield _ram_check(simulated_folder(loaded, state_dir()) if loaded else None)
     yield _state_check()
     if not simulated:
         yield _cache_check(hub_cache(os.environ))
@@ -157,9 +158,10 @@ def check_machine(found: Surroundings, loaded: LoadedConfig | None) -> Iterator[
         yield Check("orphans", Verdict.WARN, f"pid {orphan.process.pid}: {orphan.command}", cure)
 
 
-def _ram_check() -> Check:
-    host = host_memory(None)
+def _ram_check(simulated: Path | None) -> Check:
+    host = host_memory(simulated)
     what = f"{in_words(host.available_bytes)} free of {in_words(host.total_bytes)}"
+    what += ", SIMULATED" if simulated else ""
     if host.available_bytes is not None and host.available_bytes < LOW_RAM_BYTES:
         return Check(
             "ram", Verdict.WARN, what, "Sleep level 1 keeps the weights in RAM; use level 2 for large models."
