@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from textual.geometry import Size
 
+from vllm_sleep_tui.fleet.budget import ram_margin
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.bars import (
@@ -18,12 +19,18 @@ from vllm_sleep_tui.tui.bars import (
     legend,
     stacked,
 )
+from vllm_sleep_tui.tui.clean import clean
 from vllm_sleep_tui.tui.paint import Line, Painted, Span, cut, left, line_width, right, spread
+from vllm_sleep_tui.tui.processes import short
 from vllm_sleep_tui.tui.view import View
 from vllm_sleep_tui.tui.words import GIB, UNKNOWN, gib, gib_short
 
 _NAME_WIDTH = 7
 _TOTAL_WIDTH = 17
+_NAMED, _NAMED_WIDTH = 3, 22
+"""How many strangers on a GPU are named, and in how many cells."""
+SHOWN = GIB // 20
+"""What rounds to 0.0 GiB is nobody's stretch of a bar."""
 
 
 def gpu_parts(gpu: GpuSnapshot, models: tuple[ModelSnapshot, ...], colors: dict[str, str]) -> list[Part]:
@@ -38,7 +45,13 @@ def gpu_parts(gpu: GpuSnapshot, models: tuple[ModelSnapshot, ...], colors: dict[
         fill = HATCHED if model.state is State.ASLEEP else SOLID
         parts.append(Part(f"{model.name} {gib(held)}", held, colors[model.name], fill))
     others = (gpu.used_bytes or 0) - ours
-    if others > GIB // 20:
+    for process in sorted(gpu.others, key=lambda other: -(other.bytes or 0))[:_NAMED]:
+        held = min(process.bytes or 0, others)
+        if held > SHOWN:
+            who = cut(f"{process.user}: {short(clean(process.command))}", _NAMED_WIDTH)
+            parts.append(Part(f"{who} {gib(held)}", held, "others", SOLID))
+            others -= held
+    if others > SHOWN:
         parts.append(Part(f"others {gib(others)}", others, "others", SOLID))
     return parts
 
@@ -50,14 +63,15 @@ def ram_parts(snapshot: FleetSnapshot, colors: dict[str, str]) -> list[Part]:
     private = 0
     for model in snapshot.models:
         pinned = model.pinned_bytes or 0
+        pinned = pinned if pinned > SHOWN else 0
         private += max(0, (model.ram_bytes or 0) - pinned)
-        if pinned > 0:
+        if pinned:
             parts.append(Part(f"{model.name} {gib(pinned)}", pinned, colors[model.name], HATCHED))
     if private > 0:
         parts.append(Part(f"private {gib(private)}", private, "muted", SOLID))
     if total is not None and available is not None:
         others = total - available - private - sum(part.size for part in parts if part.fill == HATCHED)
-        if others > GIB // 20:
+        if others > SHOWN:
             parts.append(Part(f"others {gib(int(others))}", others, "others", SOLID))
     return parts
 
@@ -128,9 +142,10 @@ def ram_lines(view: View, width: int, *, compact: bool) -> list[Line]:
     if total is None or available is None:
         return [((name, "text bold"), (f"unknown ({UNKNOWN})", "muted"))]
     parts = ram_parts(view.snapshot, view.colors)
+    limit = total - ram_margin(total) if _may_pin(view.snapshot) else None
     first: Line = (
         (name, "text bold"),
-        *stacked(parts, total, width - _NAME_WIDTH - _TOTAL_WIDTH),
+        *stacked(parts, total, width - _NAME_WIDTH - _TOTAL_WIDTH, mark=limit),
         (right(_totals(total - available, total), _TOTAL_WIDTH), "text"),
     )
     if compact:
@@ -138,8 +153,20 @@ def ram_lines(view: View, width: int, *, compact: bool) -> list[Line]:
     hatched = [
         part._replace(label=f"{part.label} pinned") if part.fill == HATCHED else part for part in parts
     ]
-    names = legend([*hatched, *_free_words(total - available, total)], width - _NAME_WIDTH)
-    return [first, ((" " * _NAME_WIDTH, ""), *names)]
+    words: list[Span] = []
+    if limit is not None:
+        words = [(f"{MARK} ", MARK_PAINT), (f"level 1 up to {gib(limit)}", "muted")]
+    room = width - _NAME_WIDTH - line_width(words) - 1
+    names = legend([*hatched, *_free_words(total - available, total)], room)
+    return [first, spread([(" " * _NAME_WIDTH, ""), *names], words, width)]
+
+
+def _may_pin(snapshot: FleetSnapshot) -> bool:
+    """Whether any model could be put to sleep at level 1: only that is refused for want of RAM."""
+    return any(
+        model.frees_memory and not model.is_attached and model.configured_level in {"auto", "1"}
+        for model in snapshot.models
+    )
 
 
 class MemoryPanel(Painted):
