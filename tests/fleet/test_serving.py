@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from tests.fleet.conftest import Box, seen, until
 from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.serving import Page, ServingPoller, Watch, cached_tokens
+from vllm_sleep_tui.fleet.serving import NOTHING, PROOF, Page, ServingPoller, Watch, Work, cached_tokens
 from vllm_sleep_tui.telemetry.prometheus import parse, total
 
 MakeBox = Callable[..., Box]
@@ -20,7 +21,7 @@ MakeBox = Callable[..., Box]
 def text(**figures: Any) -> str:
     """A page of vLLM's with these figures."""
     given: dict[str, Any] = dict.fromkeys(
-        ("prompt", "generated", "hits", "queries", "kv", "running", "waiting"), 0
+        ("prompt", "generated", "hits", "queries", "kv", "running", "waiting", "finished"), 0
     )
     given |= {"ttft": (0, 0), "blocks": 1000, "prefixes": "True", **figures}
     quick, all_ = given["ttft"]
@@ -32,6 +33,8 @@ vllm:num_requests_waiting{labels} {given["waiting"]}
 vllm:kv_cache_usage_perc{labels} {given["kv"]}
 vllm:prompt_tokens_total{labels} {given["prompt"]}
 vllm:generation_tokens_total{labels} {given["generated"]}
+vllm:request_success_total{{engine="0",finished_reason="stop",model_name="m"}} {given["finished"]}
+vllm:request_success_total{{engine="0",finished_reason="length",model_name="m"}} 2
 vllm:prefix_cache_queries_total{labels} {given["queries"]}
 vllm:prefix_cache_hits_total{labels} {given["hits"]}
 vllm:time_to_first_token_seconds_bucket{{engine="0",le="0.1",model_name="m"}} {quick}
@@ -107,6 +110,27 @@ def test_a_sleep_empties_the_cache_and_a_restart_forgets_it() -> None:
     assert watch.see(page(9.0, prompt=3016), 20.0).cached_tokens == 16
 
 
+def test_what_was_served_is_what_the_counters_grew_by_and_nothing_is_known_before_the_first_page() -> None:
+    watch = Watch()
+    watch.see(page(1.0, prompt=3000, generated=100, finished=7), 10.0)
+    assert watch.work == NOTHING
+    watch.see(page(3.0, prompt=3040, generated=160, finished=8), 10.0)
+    assert watch.work == Work(requests=1, prompt_tokens=40, generated_tokens=60)
+    watch.see(page(5.0, prompt=3040, generated=160, finished=8), 10.0)
+    assert watch.work == NOTHING
+
+
+def test_the_proof_of_a_wake_is_nobodys_request() -> None:
+    watch = Watch()
+    watch.see(page(1.0, prompt=100, generated=10, finished=3), 10.0)
+    watch.see(page(2.0, prompt=112, generated=11, finished=4), 20.0, PROOF)
+    assert watch.work == NOTHING
+    watch.see(page(3.0, prompt=152, generated=61, finished=5), 20.0, PROOF)
+    assert watch.work == Work(1, 40, 50)
+    watch.see(page(9.0, prompt=174, generated=70, finished=7), 30.0, PROOF)
+    assert watch.work == Work(1, 10, 8)
+
+
 async def ask(fleet: Fleet, name: str, words: int) -> None:
     """A chat to its end."""
     async for _ in fleet.chat(name, [{"role": "user", "content": "word " * words}], params={"max_tokens": 8}):
@@ -144,6 +168,39 @@ async def test_only_awake_models_are_asked(box: MakeBox) -> None:
         assert set(poller.figures) == {"a"}
         assert await times_asked(fleet, "a") == 3
         assert await times_asked(fleet, "b") == 0
+
+
+async def test_the_leader_keeps_what_was_served_and_it_outlives_the_panel(box: MakeBox) -> None:
+    machine = box(speed="1000")
+    async with Fleet(load(machine.config), machine.state_dir, leads=True) as leader:
+        await leader.start(["a", "b"])
+        await until(lambda: seen(leader, "a").serving is not None)
+        async with Fleet(load(machine.config), machine.state_dir, leads=True) as beside:
+            await until(lambda: seen(beside, "a").serving is not None)
+            await ask(leader, "a", 500)
+            await until(lambda: served(beside, "a").requests == 1)
+            await until(lambda: seen(beside, "a").serving.cached_tokens >= 500)
+        kept = served(leader, "a")
+        assert 500 <= kept.prompt_tokens < 600
+        assert kept.generated_tokens == 8
+        # What is answered just before a sleep counts, and so does the first question after a wake.
+        await ask(leader, "a", 100)
+        await leader.switch("b")
+        await until(lambda: served(leader, "a").requests == 2)
+        await leader.switch("a")
+        await ask(leader, "a", 100)
+        await until(lambda: served(leader, "a").requests == 3)
+    async with machine.open() as later:
+        kept = served(later, "a")
+        assert (kept.requests, kept.generated_tokens) == (3, 24)
+        assert served(later, "b") == NOTHING
+
+
+def served(fleet: Fleet, name: str) -> Work:
+    """All that the history knows of a model."""
+    entries = [entry for entry in fleet.history.served_between(0, time.time() + 60) if entry.model == name]
+    each = [(entry.requests, entry.prompt_tokens, entry.generated_tokens) for entry in entries]
+    return Work(*(sum(counts) for counts in zip(*each, strict=True)))
 
 
 async def times_asked(fleet: Fleet, name: str) -> float:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sleep_tui.fleet.history import DAY, KEPT_DAYS, History, StateSpan, midnight
+from vllm_sleep_tui.fleet.history import History, Served, StateSpan, midnight
+from vllm_sleep_tui.fleet.history_tables import DAY, FINE_DAYS, KEPT_DAYS
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 
@@ -96,6 +97,95 @@ def test_spans_are_cut_to_what_was_asked_and_know_what_was_before(history: Histo
         span("qwen", State.ASLEEP, 30.0, 100.0, level=1),
     ]
     assert history.states_between(0.0, 7.0) == [span("qwen", State.STOPPED, 5.0, 7.0)]
+
+
+def served(history: History, model: str, at: float, requests: int = 1, generated: int = 20) -> None:
+    """Record that so much was served, of ten tokens of prompt a request."""
+    history.record_served(model, requests, 10 * requests, generated, at=at)
+
+
+def stretch(model: str, time: float, requests: int, generated: int, seconds: float = 10) -> Served:
+    return Served(
+        model=model,
+        time=time,
+        seconds=seconds,
+        requests=requests,
+        prompt_tokens=10 * requests,
+        generated_tokens=generated,
+    )
+
+
+def test_what_is_served_within_ten_seconds_is_one_entry_whoever_wrote_it(tmp_path: Path) -> None:
+    then = time.time() // 10 * 10 - 100
+    with closing(History(tmp_path)) as first, closing(History(tmp_path)) as next_leader:
+        served(first, "qwen", then + 3.2, requests=0)
+        served(first, "qwen", then + 5.9)
+        assert first.served_between(0, then) == []
+        served(next_leader, "qwen", then + 9.9, generated=5)
+        served(next_leader, "qwen", then + 10.0)
+        served(next_leader, "phi", then + 9.0)
+        ten = [stretch("phi", then, 1, 20), stretch("qwen", then, 2, 45)]
+        after = [stretch("qwen", then + 10, 1, 20)]
+        assert next_leader.served_between(then, then + 20) == ten + after
+        assert first.served_between(then + 9, then + 20) == ten + after, "the entry it lies in is told too"
+        assert first.served_between(then + 10, then + 20) == after
+    with closing(sqlite3.connect(tmp_path / "history.db")) as database:
+        assert database.execute("SELECT COUNT(*) FROM served").fetchone() == (3,)
+
+
+def test_over_a_long_time_what_was_served_is_told_in_longer_stretches(history: History) -> None:
+    for at in (1200.0, 1250.0, 1310.0):
+        served(history, "qwen", at)
+    assert history.served_between(0, 2000.0, 60) == [
+        stretch("qwen", 1200, 2, 40, seconds=60),
+        stretch("qwen", 1260, 1, 20, seconds=60),
+    ]
+
+
+def test_what_was_served_is_thinned_after_two_days_and_forgotten_after_90(tmp_path: Path) -> None:
+    hour = time.time() // 3600 * 3600
+    old, forgotten = hour - (FINE_DAYS + 1) * DAY, hour - (KEPT_DAYS + 1) * DAY
+    with closing(History(tmp_path)) as first:
+        for at in (forgotten, old + 10, old + 20, old + 590, old + 600, hour, hour + 10):
+            served(first, "qwen", at)
+        assert len(first.served_between(0, hour + 60)) == 7
+    for _ in range(2):  # the second time there is nothing left to thin
+        with closing(History(tmp_path)) as later:
+            assert later.served_between(0, hour + 60) == [
+                stretch("qwen", old, 3, 60),
+                stretch("qwen", old + 600, 1, 20),
+                stretch("qwen", hour, 1, 20),
+                stretch("qwen", hour + 10, 1, 20),
+            ]
+            assert later.note is None
+
+
+EARLIER_SCHEMA = """
+CREATE TABLE switches (
+    time REAL NOT NULL, config TEXT NOT NULL, model TEXT NOT NULL, level INTEGER, from_state TEXT NOT NULL,
+    phases TEXT NOT NULL, total REAL NOT NULL, left TEXT NOT NULL);
+CREATE TABLE states (
+    time REAL NOT NULL, config TEXT NOT NULL, model TEXT NOT NULL, state TEXT NOT NULL, level INTEGER);
+CREATE TABLE cold_starts (
+    time REAL NOT NULL, config TEXT NOT NULL, model TEXT NOT NULL, seconds REAL NOT NULL);
+CREATE INDEX switches_by_time ON switches (config, time);
+CREATE INDEX states_by_model ON states (config, model, time);
+CREATE INDEX cold_starts_by_model ON cold_starts (config, model, time);
+"""
+
+
+def test_a_file_from_before_requests_were_kept_goes_on(tmp_path: Path) -> None:
+    now = time.time()
+    with closing(sqlite3.connect(tmp_path / "history.db")) as before:
+        before.executescript(EARLIER_SCHEMA)
+        before.execute("INSERT INTO states VALUES (?, '', 'qwen', 'awake', NULL)", (now - 60,))
+        before.commit()
+    with closing(History(tmp_path)) as history:
+        assert history.served_between(0, now + 60) == []
+        served(history, "qwen", now)
+        assert [entry.requests for entry in history.served_between(0, now + 60)] == [1]
+        assert [span.state for span in history.states_between(now - 100, now)] == [State.AWAKE]
+        assert history.note is None
 
 
 def test_two_configs_in_one_state_folder_do_not_mix(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class Fleet:
         self._watcher = Watcher(self._core)
         self._attached = attached.Watch(self._core)
         self._leader = Leader(self._core) if leads else None
-        self._serving = ServingPoller(self._core)
+        self._serving = ServingPoller(self._core, keeps=lambda: self.is_leader)
         self._flushing: set[asyncio.Future[None]] = set()
 
     async def __aenter__(self) -> Self:

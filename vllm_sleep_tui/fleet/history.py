@@ -1,4 +1,4 @@
-"""What happened and how long it took: switches, states and cold starts, in ``history.db``.
+"""What happened and how long it took: switches, states, cold starts and what was served, in ``history.db``.
 
 All of it runs on one thread of its own, in order: `record_…` returns at once, a question waits for what was
 recorded before it. A database that is locked, full or broken costs its entries and one note, never an
@@ -23,30 +23,16 @@ from typing import Any
 
 import msgspec
 
+from vllm_sleep_tui.fleet.history_tables import ADD, BUCKET, DAY, prepare
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 
 Value = str | float | None
 
-DAY = 86400.0
-KEPT_DAYS = 90
 RATE_DAYS = 30
 RATE_MINIMUM_DAYS = 7
 LOCK_SECONDS = 0.5
 """How long another process's write is waited for."""
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS switches (
-    time REAL NOT NULL, config TEXT NOT NULL, model TEXT NOT NULL, level INTEGER, from_state TEXT NOT NULL,
-    phases TEXT NOT NULL, total REAL NOT NULL, left TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS states (
-    time REAL NOT NULL, config TEXT NOT NULL, model TEXT NOT NULL, state TEXT NOT NULL, level INTEGER);
-CREATE TABLE IF NOT EXISTS cold_starts (
-    time REAL NOT NULL, config TEXT NOT NULL, model TEXT NOT NULL, seconds REAL NOT NULL);
-CREATE INDEX IF NOT EXISTS switches_by_time ON switches (config, time);
-CREATE INDEX IF NOT EXISTS states_by_model ON states (config, model, time);
-CREATE INDEX IF NOT EXISTS cold_starts_by_model ON cold_starts (config, model, time);
-"""
-TABLES = ("switches", "states", "cold_starts")
 
 
 class PastSwitch(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +75,19 @@ class StateSpan(msgspec.Struct, frozen=True, kw_only=True):
     level: int | None
     start: float
     end: float
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model was asked and answered in a stretch of time; one without anything is left out."""
+
+    model: str
+    time: float
+    """UTC seconds of its beginning."""
+    seconds: float
+    requests: int
+    """That ended, however they ended."""
+    prompt_tokens: int
+    generated_tokens: int
 
 
 class History:
@@ -137,6 +136,15 @@ class History:
     def record_cold_start(self, model: str, seconds: float, *, at: float | None = None) -> None:
         """Keep how long a start took, until the model could answer."""
         self._write("cold_starts", at, model, seconds)
+
+    def record_served(
+        self, model: str, requests: int, prompt_tokens: int, generated_tokens: int, *, at: float | None = None
+    ) -> None:
+        """Keep what `model` served, on top of what is known of the same `BUCKET` seconds."""
+        now = int(time.time() if at is None else at)
+        self._write(
+            "served", now - now % BUCKET, model, requests, prompt_tokens, generated_tokens, ending=ADD
+        )
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -209,11 +217,30 @@ class History:
                 )
         return spans
 
+    def served_between(self, start: float, end: float, step: int = BUCKET) -> list[Served]:
+        """What was served in stretches of `step` seconds, a multiple of `BUCKET`; by model, oldest first."""
+        rows = self._read(
+            "SELECT model, time - time % ?4, SUM(requests), SUM(prompt_tokens), SUM(generated_tokens) "
+            "FROM served WHERE config = ?1 AND time > ?2 AND time < ?3 GROUP BY 1, 2 ORDER BY 1, 2",
+            (self._config, start - BUCKET, end, step),
+        )
+        return [
+            Served(
+                model=model,
+                time=began,
+                seconds=step,
+                requests=asked,
+                prompt_tokens=read,
+                generated_tokens=told,
+            )
+            for model, began, asked, read, told in rows
+        ]
+
     # ── on the thread ────────────────────────────────────────────────────────────────────────────────────
 
-    def _write(self, table: str, at: float | None, *values: Value) -> None:
+    def _write(self, table: str, at: float | None, *values: Value, ending: str = "") -> None:
         row = (time.time() if at is None else at, self._config, *values)
-        statement = f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})"
+        statement = f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))}) {ending}"
         self._worker.submit(self._guarded, statement, row)
 
     def _read(self, query: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
@@ -244,7 +271,7 @@ class History:
             with self._alone():
                 connection = sqlite3.connect(self._path, timeout=LOCK_SECONDS, check_same_thread=False)
                 try:
-                    _prepare(connection)
+                    prepare(connection)
                 except BaseException:
                     connection.close()
                     raise
@@ -303,17 +330,6 @@ def _is_sound(path: Path) -> bool:
             return bool(connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
         except sqlite3.DatabaseError as error:
             return isinstance(error, sqlite3.OperationalError)
-
-
-def _prepare(connection: sqlite3.Connection) -> None:
-    """Make the tables and drop what is too old."""
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = NORMAL")
-    connection.executescript(SCHEMA)
-    oldest = time.time() - KEPT_DAYS * DAY
-    with connection:
-        for table in TABLES:
-            connection.execute(f"DELETE FROM {table} WHERE time < ?", (oldest,))
 
 
 def _percentiles(totals: Sequence[float]) -> Percentiles:

@@ -1,4 +1,8 @@
-"""How awake models serve, by their `/metrics`, while a panel or `serve` is open; sleepers are not asked."""
+"""How awake models serve, by their `/metrics`, while a panel or `serve` is open.
+
+The leader keeps what they served in the history. A sleeper is not asked, but for one page when it has fallen
+asleep: what it still answered while it was drained is counted there.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,12 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllm_sleep_tui.engine.failures import EngineError
+from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.snapshot import Serving
@@ -27,6 +34,7 @@ MARK_EVERY = 10.0
 _TTFT = "vllm:time_to_first_token_seconds"
 _INTER_TOKEN = "vllm:inter_token_latency_seconds"
 _COUNTERS = {
+    "requests": "vllm:request_success_total",
     "prompt": "vllm:prompt_tokens_total",
     "generated": "vllm:generation_tokens_total",
     "queries": "vllm:prefix_cache_queries_total",
@@ -35,6 +43,20 @@ _COUNTERS = {
 _GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 _CONFIG = "vllm:cache_config_info"
 _WANTED = frozenset({*_COUNTERS.values(), *_GAUGES, _CONFIG, f"{_TTFT}_bucket", f"{_INTER_TOKEN}_bucket"})
+
+
+class Work(NamedTuple):
+    """What was asked and answered."""
+
+    requests: int = 0
+    """That ended, however they ended."""
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+
+NOTHING = Work()
+PROOF = Work(1, len(proof.PROMPT), 1)
+"""What we ask at the end of a wake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,22 +128,38 @@ def cached_tokens(page: Page, before: float) -> int | None:
     return round(in_use)
 
 
+def work_between(last: Page, page: Page, ours: Work) -> Work:
+    """What others asked from one page of a launch to the next, `ours` left out."""
+    grown = [
+        prometheus.increase(last.count(what) or 0.0, page.count(what) or 0.0)
+        for what in ("requests", "prompt", "generated")
+    ]
+    return Work(*(max(0, round(more) - own) for more, own in zip(grown, ours, strict=True)))
+
+
 class Watch:
     """The pages of one launch."""
 
     def __init__(self) -> None:
         self._marks: deque[Page] = deque(maxlen=round(WINDOW / MARK_EVERY))
         self._last: Page | None = None
-        self._awake_since: float | None = None
+        self._since: float | None = None
         self._before = 0.0
+        self.work = NOTHING
+        """Between the last two pages; what was before the first is not known."""
 
-    def see(self, page: Page, awake_since: float) -> Serving:
-        """Take one more page of a model that is awake since then (UTC seconds); what it comes to."""
+    def see(self, page: Page, since: float, ours: Work = NOTHING) -> Serving:
+        """Take one more page of a model in its state since then (UTC seconds); what it comes to.
+
+        `ours` is what we asked ourselves when it entered the state.
+        """
         last, self._last = self._last, page
-        if awake_since != self._awake_since:
+        entered = since != self._since
+        self.work = work_between(last, page, ours if entered else NOTHING) if last else NOTHING
+        if entered:
             # A sleep empties the cache and counts nothing, so the last page before it tells what is gone.
             self._before = (last.fresh or 0.0) if last else 0.0
-            self._awake_since = awake_since
+            self._since = since
         base = self._marks[0] if self._marks else page
         if not self._marks or page.time - self._marks[-1].time >= MARK_EVERY:
             self._marks.append(page)
@@ -156,11 +194,18 @@ def _hit_share(base: Page, page: Page) -> float | None:
 
 
 class ServingPoller:
-    """Looks at every awake model; `figures` is what is known now, by model."""
+    """Looks at every awake model; `figures` is what is known now, by model.
 
-    def __init__(self, core: Core, interval: float = INTERVAL) -> None:
+    While `keeps` says so, what was served goes into the history.
+    """
+
+    def __init__(
+        self, core: Core, interval: float = INTERVAL, *, keeps: Callable[[], bool] = lambda: False
+    ) -> None:
         self._core = core
         self._interval = interval
+        self._keeps = keeps
+        self._seen_awake: set[str] = set()
         self._watches: dict[str, tuple[str | None, Watch]] = {}
         self._task: asyncio.Task[None] | None = None
         self.figures: dict[str, Serving] = {}
@@ -182,13 +227,18 @@ class ServingPoller:
             await asyncio.sleep(self._interval)
 
     async def look(self) -> None:
-        """One look at every model that is awake; the others are left alone."""
+        """One look at every model that is awake, and at those that fell asleep since the last one."""
         records = [self._core.records.read(name) for name in list(self._core.config.models)]
         awake = [record for record in records if record.state is State.AWAKE and record.launch]
+        fallen = [
+            record for record in records if record.state is State.ASLEEP and record.name in self._seen_awake
+        ]
+        on_their_way = {record.name for record in records if record.state is State.FALLING_ASLEEP}
+        self._seen_awake = {record.name for record in awake} | (self._seen_awake & on_their_way)
         self.figures = {
             record.name: self.figures[record.name] for record in awake if record.name in self.figures
         }
-        await asyncio.gather(*(self._look_at(record) for record in awake))
+        await asyncio.gather(*(self._look_at(record) for record in (*awake, *fallen)))
 
     async def _look_at(self, record: Record) -> None:
         try:
@@ -201,4 +251,13 @@ class ServingPoller:
         if launch != record.launch:
             watch = Watch()
             self._watches[record.name] = (record.launch, watch)
-        self.figures[record.name] = watch.see(page, record.since)
+        if record.state is State.AWAKE:
+            self.figures[record.name] = watch.see(page, record.since, PROOF if record.reference else NOTHING)
+            self._keep(record.name, watch.work, time.time())
+        else:
+            watch.see(page, record.since)
+            self._keep(record.name, watch.work, record.since)
+
+    def _keep(self, name: str, work: Work, at: float) -> None:
+        if work != NOTHING and self._keeps():
+            self._core.note(lambda past: past.record_served(name, *work, at=at))

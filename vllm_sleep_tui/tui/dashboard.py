@@ -41,7 +41,8 @@ IDLE_TICKS = 3
 """While nothing is under way, only every third tick looks at the fleet."""
 MIN_WIDTH, MIN_HEIGHT = 60, 20
 NARROW_WIDTH, LOW_HEIGHT = 100, 30
-TIMELINE_HEIGHT = 28
+TIMELINE_HEIGHT, SERVED_HEIGHT = 28, 2
+"""The lanes need a terminal of so many lines and two a model; requests and tokens so many more."""
 _TYPING_HINT = "⏎ or ctrl+j send   esc leave the input   letters are text here"
 
 
@@ -105,9 +106,11 @@ class Dashboard(OperatingScreen):
         self.set_class(width < MIN_WIDTH or height < MIN_HEIGHT, "-tiny")
         self.set_class(width < NARROW_WIDTH, "-narrow")
         self.set_class(height < LOW_HEIGHT, "-low")
-        # The timeline is the first thing to go; what a key would do is the last.
-        rows = 2 * len(self.fleet.snapshot().models)
-        self.query_one(Timeline).display = height >= TIMELINE_HEIGHT + rows
+        # The timeline is the first thing to go, what a key would do the last; but with its cursor out the
+        # timeline is what is looked at.
+        spare = height - TIMELINE_HEIGHT - 2 * len(self.fleet.snapshot().models)
+        self.set_class(spare < 0, "-cramped")
+        self.query_one(Timeline).shows_served = spare >= SERVED_HEIGHT
         words = f"The panel needs {MIN_WIDTH}×{MIN_HEIGHT} at least; this terminal has {width}×{height}."
         self.query_one("#too-small", Static).update(words)
 
@@ -190,12 +193,15 @@ class Dashboard(OperatingScreen):
         self.query_one(ChatPane).input.focus()
 
     def action_back(self) -> None:
-        """Leave the input; else stop the answer; else an operation; else close a narrow screen's chat."""
+        """Leave the input; else the timeline's cursor; else stop the answer; else an operation; else close a
+        narrow screen's chat."""
         chat = self.query_one(ChatPane)
         if chat.input.has_focus:
             self._table.focus()
             if self.focused is not self._table:
                 self.set_focus(None)
+        elif self.query_one(Timeline).put_away():
+            self._look_back()
         elif chat.stop_answer():
             self.notify("Stopped the answer; what was said is kept.", markup=False)
         elif (name := self.operations.cancel(self.selected)) is not None:
@@ -250,6 +256,31 @@ class Dashboard(OperatingScreen):
         """Show the timeline further back, or less far."""
         self.query_one(Timeline).zoom(step)
         self.changed()
+
+    def action_walk(self, step: int) -> None:
+        """The timeline's cursor, step by step."""
+        if self._shows_models():
+            self.query_one(Timeline).walk(self.view(), step)
+            self._look_back()
+
+    def action_jump(self, step: int) -> None:
+        """The timeline's cursor, from change to change of the selected model."""
+        if self._shows_models():
+            self.query_one(Timeline).jump(self.view(), step)
+            self._look_back()
+
+    def _shows_models(self) -> bool:
+        return not self.has_class("-narrow", "-chatting")
+
+    def on_timeline_pointed(self) -> None:
+        """A click on the timeline."""
+        self._look_back()
+
+    def _look_back(self) -> None:
+        """In a low terminal the timeline takes the place of the detail while its cursor is out."""
+        self.set_class(self.query_one(Timeline).is_looking_back, "-looking-back")
+        if self.focused is not None and not self.focused.display:
+            self._table.focus()
 
     def action_help(self) -> None:
         """All keys."""

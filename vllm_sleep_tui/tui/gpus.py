@@ -16,11 +16,11 @@ from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot
 from vllm_sleep_tui.tui.bands import TopBand
 from vllm_sleep_tui.tui.bars import stacked
 from vllm_sleep_tui.tui.graphs import MIN_HEIGHT, MIN_WIDTH, buckets, graph
+from vllm_sleep_tui.tui.lanes import WINDOWS, Window
 from vllm_sleep_tui.tui.memory import gpu_parts
 from vllm_sleep_tui.tui.paint import Line, Painted, Span, cut_line, left
 from vllm_sleep_tui.tui.processes import ProcessTable
 from vllm_sleep_tui.tui.readings import Readings, Series
-from vllm_sleep_tui.tui.timeline import WINDOWS, Window
 from vllm_sleep_tui.tui.view import PanelFleet, View
 from vllm_sleep_tui.tui.words import UNKNOWN, gib_short
 

@@ -62,6 +62,31 @@ KEYS: tuple[Key, ...] = (
         in_footer=False,
     ),
     Key(key="minus", action="zoom(-1)", short="less far", help="Less far", shown="−", in_footer=False),
+    Key(
+        key="left",
+        action="walk(-1)",
+        short="earlier",
+        help="The timeline's cursor: what was at a moment; one step back",
+        shown="←",
+        in_footer=False,
+    ),
+    Key(key="right", action="walk(1)", short="later", help="One step on", shown="→", in_footer=False),
+    Key(
+        key="left_square_bracket",
+        action="jump(-1)",
+        short="before",
+        help="The cursor to where the selected model's state changed before",
+        shown="[",
+        in_footer=False,
+    ),
+    Key(
+        key="right_square_bracket",
+        action="jump(1)",
+        short="after",
+        help="The cursor to where it changed next",
+        shown="]",
+        in_footer=False,
+    ),
     Key(key="t", action="theme", short="theme", help="Choose a theme", in_footer=False),
     Key(key="question_mark", action="help", short="help", help="This list", shown="?"),
     Key(key="q", action="quit_panel", short="quit", help="Quit (asks what becomes of running servers)"),
@@ -71,7 +96,8 @@ KEYS: tuple[Key, ...] = (
         short="back",
         in_footer=False,
         shown="esc",
-        help="Leave the input; else stop the answer; else stop the operation at its next safe point",
+        help="Leave the input; else put the timeline's cursor away; else stop the answer; else stop the "
+        "operation at its next safe point",
     ),
 )
 

@@ -84,7 +84,7 @@ def row(view: View, model: ModelSnapshot, layout: Layout, *, is_focused: bool) -
     is_selected = model.name == view.selected
     ground = " on-panel" if is_selected else ""
     look = LOOKS[model.state]
-    state = state_words(model)
+    state = state_words(model.state, model.level)
     if model.state is State.STARTING and model.phase is not None:
         state = str(model.phase)
     spans: list[Span] = [

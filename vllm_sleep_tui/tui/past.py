@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vllm_sleep_tui.fleet.history import History, Percentiles, Saved, StateSpan, midnight
-from vllm_sleep_tui.fleet.snapshot import FleetSnapshot
+from vllm_sleep_tui.fleet.history import History, PastSwitch, Percentiles, Saved, Served, StateSpan, midnight
+from vllm_sleep_tui.fleet.history_tables import BUCKET
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.tui.operations import Operations
@@ -19,6 +20,10 @@ SETTLING_SECONDS = 4.0
 SPACING_SECONDS = 1.0
 STALE_SECONDS = 60.0
 """Without anything new the answer is kept so long."""
+BUSY_SECONDS = 5.0
+"""The same while a model answers."""
+STRETCHES = 120
+"""So many of them make up the window in which requests and tokens are told; none is shorter than is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +37,15 @@ class Past:
     switches_today: int = 0
     saved_today: Saved = field(default_factory=lambda: Saved(switches=0, seconds=0.0))
     spans: tuple[StateSpan, ...] = ()
+    switches: tuple[PastSwitch, ...] = ()
+    """In the window, like the spans and what was served."""
+    served: tuple[Served, ...] = ()
 
 
 def read_past(history: History, models: Sequence[str], window: float) -> Past:
-    """Ask for everything that the dashboard shows, states over the last `window` seconds (blocks for ms)."""
+    """Ask for everything that the dashboard shows, over the last `window` seconds (blocks for ms)."""
     now = time.time()
+    stretch = max(BUCKET, int(window / STRETCHES))
     colds = {name: history.usual_cold_start(name) for name in models}
     return Past(
         percentiles={name: history.percentiles(name) for name in models},
@@ -44,6 +53,8 @@ def read_past(history: History, models: Sequence[str], window: float) -> Past:
         switches_today=len(history.switches_today()),
         saved_today=history.saved_since(midnight(now)),
         spans=tuple(history.states_between(now - window, now)),
+        switches=tuple(history.switches_since(now - window)),
+        served=tuple(history.served_between(now - window, now, stretch)),
     )
 
 
@@ -62,12 +73,15 @@ class PastReader:
     def look(self, snapshot: FleetSnapshot, window: float) -> None:
         """Ask, if something is new, and return at once; `answered` is called when the answer differs."""
         now = time.monotonic()
-        question = (window, [(model.name, model.state, model.last_switch) for model in snapshot.models])
+        answering = [model.name for model in snapshot.models if _answers(model)]
+        known = [(model.name, model.state, model.last_switch) for model in snapshot.models]
+        question = (window, known, answering)
         if question != self._question:
             self._question, self._changed_at = question, now
         settling = now - self._changed_at < SETTLING_SECONDS and now - self._asked_at > SPACING_SECONDS
         is_new = self._asked_at <= self._changed_at
-        if self._is_asking or not (is_new or settling or now - self._asked_at > STALE_SECONDS):
+        is_stale = now - self._asked_at > (BUSY_SECONDS if answering else STALE_SECONDS)
+        if self._is_asking or not (is_new or settling or is_stale):
             return
         self._is_asking, self._asked_at = True, now
         self._operations.spawn(self._ask([model.name for model in snapshot.models], window))
@@ -80,3 +94,8 @@ class PastReader:
         if past != self.latest:
             self.latest = past
             self._answered()
+
+
+def _answers(model: ModelSnapshot) -> bool:
+    serving = model.serving
+    return serving is not None and bool(serving.running or serving.generation_tokens_per_s)

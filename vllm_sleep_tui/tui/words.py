@@ -70,11 +70,11 @@ def long_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def state_words(model: ModelSnapshot) -> str:
+def state_words(state: State, level: int | None) -> str:
     """The state with its level: `asleep L1`."""
-    word = LOOKS[model.state].word
-    if model.level is not None and model.state in {State.ASLEEP, State.FALLING_ASLEEP}:
-        return f"{word} L{model.level}"
+    word = LOOKS[state].word
+    if level is not None and state in {State.ASLEEP, State.FALLING_ASLEEP}:
+        return f"{word} L{level}"
     return word
 
 
