@@ -35,7 +35,11 @@ def spec(**model: Any) -> ServeSpec:
 
 
 @pytest.mark.parametrize("text", BLOCKS)
-def test_the_pages_configs_are_read(tmp_path: Path, text: str) -> None:
+def test_the_pages_configs_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("BIG_KEY", "k")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".config/vllm-sleep-tui").mkdir(parents=True)
+    (tmp_path / ".config/vllm-sleep-tui/big.key").write_text("k\n")
     path = tmp_path / "c.yaml"
     path.write_text(text)
     assert load(path).config.models

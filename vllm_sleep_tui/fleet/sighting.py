@@ -71,9 +71,18 @@ def base_of(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def look_at(urls: Mapping[str, str], seconds: float) -> dict[str, Sighting]:
-    """Look at servers side by side; no more than `seconds` pass, whatever they do."""
-    looks = {name: _Look(url, seconds) for name, url in urls.items()}
+def wants_key(model: ModelConfig) -> tuple[str, str]:
+    """What is wrong when the model's server answers 401, and what to do."""
+    if model.api_key is None:
+        cure = 'Name it in the config: api_key: "${VAR}", or api_key_file: FILE'
+        return "Its server wants an API key, and the config names none.", cure
+    named = f"the file {model.api_key_file}" if model.api_key_file else "the variable of `api_key:`"
+    return "Its server does not take the API key that is given.", f"Correct the key in {named}."
+
+
+def look_at(models: Mapping[str, ModelConfig], seconds: float) -> dict[str, Sighting]:
+    """Look at the servers of those that are attached, side by side; no more than `seconds` pass."""
+    looks = {name: _Look(model, seconds) for name, model in models.items() if model.url is not None}
     for look in looks.values():
         look.start()
     deadline = time.monotonic() + seconds
@@ -88,13 +97,16 @@ def look_at(urls: Mapping[str, str], seconds: float) -> dict[str, Sighting]:
 class _Look(threading.Thread):
     """One look; a daemon, because a name may take longer to look up than anybody waits."""
 
-    def __init__(self, url: str, seconds: float) -> None:
-        super().__init__(daemon=True, name=f"look at {url}")
-        parts = urlsplit(base_of(url))
+    def __init__(self, model: ModelConfig, seconds: float) -> None:
+        super().__init__(daemon=True, name=f"look at {model.url}")
+        parts = urlsplit(base_of(model.url or ""))
         self.where = parts.netloc
         self.sighting: Sighting | None = None
         self._is_https = parts.scheme == "https"
         self._prefix = parts.path
+        self._wants_key = wants_key(model)
+        key = {"authorization": f"Bearer {model.api_key}"} if model.api_key else {}
+        self._headers = {"accept": "*/*", **key}
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
         self._connection: http.client.HTTPConnection | None = None
@@ -102,7 +114,7 @@ class _Look(threading.Thread):
     def run(self) -> None:
         """Look; what goes wrong is what is seen."""
         try:
-            self.sighting = self._look()
+            self.sighting = self._with_key(self._look())
         except TimeoutError:
             self.sighting = _silent(self.where, self._seconds)
         except (OSError, http.client.HTTPException, *NOT_JSON, ValueError) as error:
@@ -136,7 +148,19 @@ class _Look(threading.Thread):
         status, _ = self._get("/health")
         if status == HTTPStatus.OK:
             return seen
+        if status == HTTPStatus.UNAUTHORIZED:
+            return _gone(*self._wants_key)
         return _gone(f"{self.where} answers {status} to /health: it is no vLLM, or its engine has died.")
+
+    def _with_key(self, seen: Sighting) -> Sighting:
+        """With what is wrong about the key, if anything: vLLM wants it under /v1 alone (05-api-key.txt)."""
+        if seen.state is State.STOPPED or not seen.is_certain:
+            return seen
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if self._get("/v1/models")[0] == HTTPStatus.UNAUTHORIZED:
+                reason, cure = self._wants_key
+                return replace(seen, reason=reason, cure=cure)
+        return seen
 
     def _by_gauge(self, otherwise: Sighting) -> Sighting:
         """Asleep and at which level, if the gauge says so."""
@@ -158,7 +182,7 @@ class _Look(threading.Thread):
         kind = http.client.HTTPSConnection if self._is_https else http.client.HTTPConnection
         self._connection = connection = kind(self.where, timeout=left * share)
         try:
-            connection.request("GET", self._prefix + path, headers={"accept": "*/*"})
+            connection.request("GET", self._prefix + path, headers=self._headers)
             response = connection.getresponse()
             return response.status, response.read(MAX_BYTES)
         finally:
@@ -169,8 +193,8 @@ def _silent(where: str, seconds: float) -> Sighting:
     return _gone(f"{where} did not answer within {seconds:g} s.")
 
 
-def _gone(what: str) -> Sighting:
-    return Sighting(state=State.STOPPED, reason=what, cure=LOOK)
+def _gone(what: str, cure: str = LOOK) -> Sighting:
+    return Sighting(state=State.STOPPED, reason=what, cure=cure)
 
 
 def snapshot_of(record: Record, model: ModelConfig, seen: Sighting | None) -> ModelSnapshot:
