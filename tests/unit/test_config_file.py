@@ -160,6 +160,16 @@ MISTAKES = {
         "models.a.url: not a server's address",
     ),
     "url with args": ("models: {a: {url: 'http://h:1', args: {x: 1}}}\n", 1, "models.a.args: has no effect"),
+    "url that stops": (
+        "models:\n  a:\n    url: http://h:1\n    idle:\n      stop_after: 2h\n",
+        5,
+        "models.a.idle.stop_after: a server given by `url:` is not stopped",
+    ),
+    "url that never sleeps": (
+        "models:\n  a:\n    url: http://h:1\n    level: none\n    idle: {sleep_after: 2h}\n",
+        5,
+        "models.a.idle.sleep_after: a server given by `url:` with `level: none`",
+    ),
     "name is a path": ("models: {../a: {model: x}}\n", 1, "models.../a: not a name for a model"),
     "name is a dot": ("models: {.: {model: x}}\n", 1, "models..: not a name for a model"),
     "name is a flag": ("models: {-a: {model: x}}\n", 1, "models.-a: not a name for a model"),

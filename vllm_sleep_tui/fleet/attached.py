@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -119,9 +119,18 @@ async def switch(core: Core, name: str, operation: Operation) -> SwitchTimes:
 
 
 async def sleep(
-    core: Core, name: str, level: int | None, operation: Operation, *, force: bool = False
+    core: Core,
+    name: str,
+    level: int | None,
+    operation: Operation,
+    *,
+    force: bool = False,
+    unless: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Put it to sleep where its server allows it; done if it sleeps at this level."""
+    """Put it to sleep where its server allows it; done if it sleeps at this level.
+
+    If `unless`, asked when no answer is under way, raises PanelError, it stays awake.
+    """
     from vllm_sleep_tui.fleet.actions import check_same_level
 
     async with alone(core, name, operation):
@@ -134,6 +143,8 @@ async def sleep(
         wanted = level or _own_level(core, name)
         await _check_version(core, name)
         await drain(core, name, operation, force=force)
+        if unless is not None:
+            await unless()
         await _take_reference(core, name)
         await _sleep(core, name, wanted, operation)
 

@@ -55,15 +55,19 @@ class Sighting:
     """False if it answers and does not say whether it sleeps: it is busy."""
     since: float | None = None
     """UTC seconds at which it was first seen so by this process."""
+    unsure_since: float | None = None
+    """UTC seconds since which it answers without saying whether it sleeps."""
 
 
 def after(before: Sighting | None, now: Sighting) -> Sighting:
     """A look, with what the look before it knew."""
-    if before is None:
-        return replace(now, since=time.time())
-    if not now.is_certain and before.state is not State.STOPPED:
-        return before
-    return replace(now, since=before.since if before.state is now.state else time.time())
+    unsure_since = None
+    if not now.is_certain:
+        unsure_since = (before and before.unsure_since) or time.time()
+        if before is not None and before.state is not State.STOPPED:
+            now = before  # nothing else is new
+    since = before.since if before is not None and before.state is now.state else time.time()
+    return replace(now, since=since, unsure_since=unsure_since)
 
 
 def base_of(url: str) -> str:
@@ -202,6 +206,9 @@ def snapshot_of(record: Record, model: ModelConfig, seen: Sighting | None) -> Mo
     intent = record.intent if record.intent and is_alive(record.intent.actor) else None
     seen = seen or Sighting(state=State.STOPPED, reason="It has not been looked at yet.")
     state = _moving(intent) or seen.state
+    reason, cure = (None, None) if intent else (seen.reason, seen.cure)
+    if state is State.AWAKE and reason is None:
+        reason, cure = _hangs(record)
     level = seen.level or record.level or 1
     return ModelSnapshot(
         name=record.name,
@@ -211,8 +218,8 @@ def snapshot_of(record: Record, model: ModelConfig, seen: Sighting | None) -> Mo
         operation=OperationSnapshot(name=intent.operation, since=intent.since) if intent else None,
         port=urlsplit(base_of(model.url or "")).port,
         since=seen.since,
-        reason=None if intent else seen.reason,
-        cure=None if intent else seen.cure,
+        reason=reason,
+        cure=cure,
         last_switch=record.last_switch,
         configured_level=str(model.level),
         resolved_level=resolved(model),
@@ -220,6 +227,15 @@ def snapshot_of(record: Record, model: ModelConfig, seen: Sighting | None) -> Mo
         source=model.url or "",
         is_attached=True,
     )
+
+
+def _hangs(record: Record) -> tuple[str | None, str | None]:
+    """What is wrong and what to do, if a leader that is still there saw it hang."""
+    hang = record.hang
+    if hang is None or not is_alive(hang.by):
+        return None, None
+    reason = f"It hangs: {hang.symptom} for {time.time() - hang.since:.0f} s."
+    return reason, "Look at its log where it was started, and restart it there; here it is left alone."
 
 
 def resolved(model: ModelConfig) -> str:
