@@ -44,6 +44,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What `vllm serve` is given: a hub name or a folder."""
     url: Annotated[str, Meta(description="A server that somebody else started.")] | None = None
     """A server that somebody else started; attached, never started or ended."""
+    api_key: Annotated[str, Meta(description="Of the `url:` server: ${VAR}, never the key.")] | None = None
+    """The key itself, once it was read from its variable or from `api_key_file`."""
+    api_key_file: Annotated[str, Meta(description="The file that holds the `url:` server's key.")] | None = (
+        None
+    )
     gpus: Annotated[tuple[GpuIndex, ...], Meta(description="NVML indices; [] is vLLM on the CPU.")] = (0,)
     """NVML indices. Empty: vLLM on the CPU, where sleeping frees no memory."""
     level: Annotated[Level, Meta(description="Sleep level; none: stop and start instead.")] = "auto"
@@ -57,7 +62,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Whether a server that died while it ran is started again; a start that failed never is."""
 
     def __repr__(self) -> str:
-        """Name it without the values of `env` and `args`, which may hold secrets."""
+        """Name it without its key and the values of `env` and `args`, which may be secrets."""
         shown = {"model": self.model, "url": self.url, "gpus": self.gpus, "level": self.level}
         return f"ModelConfig({shown})"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,6 +39,8 @@ _SHORT_ARGS = {"tp": "tensor-parallel-size", "pp": "pipeline-parallel-size", "as
 _WRAPPERS = {"docker", "podman", "nerdctl", "uvx", "ssh", "sudo", "sh", "bash", "srun"}
 _RUNNERS = {"conda", "mamba", "micromamba", "uv", "poetry", "pipx", "hatch", "pixi", "pdm"}
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
+_SENDABLE = re.compile(r"[!-~]+")
+"""What a header can carry and a space cannot cut in two."""
 
 
 def normal_arg(name: str) -> str:
@@ -103,6 +105,12 @@ def _check_source(document: Document, key: Key, model: ModelConfig) -> None:
         cure = "Write `model:` for a server that is started here, `url:` for one that somebody else started."
         raise document.error(key, wrong, cure)
     if model.model is not None:
+        if model.api_key is not None:
+            name = "api_key_file" if model.api_key_file else "api_key"
+            wrong = "only a server given by `url:` may want a key"
+            raise document.error(
+                (*key, name), wrong, "Remove it: the guard protects the servers of `model:`."
+            )
         if not model.model.strip() or model.model.startswith("-"):
             raise document.error(
                 (*key, "model"), "not a model", "Write a hub name such as Qwen/Qwen3-0.6B or a folder."
@@ -110,6 +118,14 @@ def _check_source(document: Document, key: Key, model: ModelConfig) -> None:
         return
     if _address(model.url) is None:
         raise document.error((*key, "url"), "not a server's address", "Write it like http://127.0.0.1:8000")
+    if model.idle.stop_after is not None:
+        wrong = "a server given by `url:` is not stopped from here"
+        wrong = "a server given by `url:` is not stopped from here"
+        cure = "Remove it; `sleep_after` works where its server can sleep."
+        raise document.error((*key, "idle", "stop_after"), wrong, cure)
+    if model.idle.sleep_after is not None and model.level == "none":
+        wrong = "a server given by `url:` with `level: none` does not sleep"
+        raise document.error((*key, "idle", "sleep_after"), wrong, "Remove it, or write another `level:`.")
     for field in ("args", "env", "port", "autostart"):
         if getattr(model, field):
             wrong = "has no effect on a server that is not started here"
@@ -229,3 +245,41 @@ def fill_in(document: Document, key: Key, value: Any) -> Any:
         return found
 
     return _VARIABLE.sub(look_up, value)
+
+
+def own_key(document: Document, key: Key, values: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of an attached server's key, read from its variable or file; UsageError shows no value."""
+    text, file = values.get("api_key"), values.get("api_key_file")
+    if text is not None and file is not None:
+        raise document.error((*key, "api_key_file"), "the key is given twice", "Keep one of the two.")
+    fields = {}
+    if file is not None:
+        where: Key = (*key, "api_key_file")
+        name = fill_in(document, where, file)
+        if not isinstance(name, str):
+            raise document.error(where, "must be the name of a file", "Correct the value.")
+        home = Path.home() if name.startswith("~/") else document.path.absolute().parent
+        path = home / name.removeprefix("~/")
+        fields = {"api_key_file": str(path), "api_key": _key_in(document, where, path)}
+    elif text is not None:
+        where = (*key, "api_key")
+        if not isinstance(text, str) or not _VARIABLE.fullmatch(text):
+            cure = 'Write api_key: "${VAR}", or name a file that holds the key: api_key_file: FILE'
+            raise document.error(where, "a key is not written here, for all who read this file", cure)
+        fields = {"api_key": fill_in(document, where, text)}
+    if fields and not _SENDABLE.fullmatch(fields["api_key"]):
+        wrong = "the key that it names is empty or holds spaces or signs that no header can carry"
+        raise document.error(where, wrong, "Correct it there: the key alone, in one line.")
+    return fields
+
+
+def _key_in(document: Document, where: Key, path: Path) -> str:
+    """The content of a key's file without the end of its line."""
+    try:
+        content = path.read_bytes() if path.is_file() else None  # a pipe would be waited for
+    except OSError as error:
+        wrong = f"{path} cannot be read: {error.strerror}"
+        raise document.error(where, wrong, "Correct the path or its permissions.") from None
+    if content is None:
+        raise document.error(where, f"there is no file {path}", "Write the key there, in one line.")
+    return content.decode(errors="replace").strip()

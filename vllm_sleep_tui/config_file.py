@@ -20,7 +20,7 @@ from vllm_sleep_tui.config import (
     parse_bytes,
     parse_duration,
 )
-from vllm_sleep_tui.config_checks import RESERVED_ARGS, check, check_names, fill_in
+from vllm_sleep_tui.config_checks import RESERVED_ARGS, check, check_names, fill_in, own_key
 from vllm_sleep_tui.config_yaml import Document, Key, parse, spell
 from vllm_sleep_tui.errors import UsageError
 
@@ -31,6 +31,8 @@ _EXPECTED = {
     "models": "a mapping of names to models",
     "model": "text: a hub name or a folder",
     "url": "text, such as http://127.0.0.1:8000",
+    "api_key": "the name of a variable, such as ${BIG_KEY}",
+    "api_key_file": "text, such as ~/.config/big.key",
     "gpus": "a list of GPU numbers from 0, such as [0]",
     "level": "auto, 1, 2 or none",
     "args": "a mapping of flags to values, such as {max-model-len: 8192}",
@@ -98,6 +100,7 @@ def schema() -> dict[str, Any]:
     model["oneOf"] = [{"required": ["model"]}, {"required": ["url"]}]
     names = "|".join(name.replace("-", "[-_]") for name in RESERVED_ARGS)
     model["properties"]["args"]["propertyNames"] = {"not": {"pattern": f"^-*(no[-_])?({names})$"}}
+    model["properties"]["api_key"]["anyOf"][0]["pattern"] = r"^\$\{[^}]+\}$"
     described["$defs"]["Config"]["properties"]["models"]["minProperties"] = 1
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}
 
@@ -140,6 +143,7 @@ def _model(document: Document, name: str, value: Any) -> ModelConfig:
         if not isinstance(text, str):
             cure = f'Write it in quotes: {variable}: "…"'
             raise document.error((*key, "env", variable), f"must be text, not {_kind(text)}", cure)
+    values |= own_key(document, key, values)
     if "idle" in values:
         _struct(document, (*key, "idle"), values["idle"], IdleConfig)
     model: ModelConfig = _built(document, key, values, ModelConfig)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import MARKER
 from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.fleet import keeper
 from vllm_sleep_tui.fleet.keeping import (
     Order,
     Word,
@@ -190,3 +196,47 @@ async def test_signals_that_the_launcher_ignores_reach_the_server(tmp_path: Path
     ended = await kept.ended()
     assert ended.exit is not None
     assert ended.exit.code == -signal.SIGTERM
+
+
+# ── the launcher, at the worst moment ────────────────────────────────────────────────────────────────────
+
+
+def begin(kept: Kept, report: int) -> None:
+    """Start the keeper as the product does, with `report` as where it answers."""
+    command = [sys.executable, "-I", "-S", keeper.__file__]
+    env = {"PATH": os.defpath, "VLLM_SLEEP_TUI_LAUNCH": kept.launch, MARKER: os.environ[MARKER]}
+    order = json.dumps(asdict(kept.order)).encode()
+    subprocess.run(command, input=order, stdout=report, env=env, start_new_session=True, check=True)
+
+
+async def test_a_launcher_that_died_before_the_answer_does_not_take_the_server_along(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, READY + SLEEP)
+    reader, writer = os.pipe()
+    os.close(reader)
+    begin(kept, writer)
+    os.close(writer)
+    await until(lambda: kept.log.exists() and b"up" in kept.log.read_bytes())
+    assert is_kept(kept.lock)
+    assert ask_to_stop(kept.word, at_once=False)
+    ended = await kept.ended()
+    assert ended.exit is not None
+    assert ended.exit.asked
+
+
+async def test_asked_to_stop_before_it_has_answered_its_launcher_it_stops_the_server(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, READY + SLEEP)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b" " * 4096)
+    os.set_blocking(writer, True)  # full: the keeper's answer waits
+    begin(kept, writer)
+    os.close(writer)
+    await until(lambda: kept.word.server is not None)
+    assert ask_to_stop(kept.word, at_once=False)
+    with open(reader, "rb") as answers:
+        await asyncio.to_thread(answers.read)
+    ended = await kept.ended()
+    assert ended.exit is not None
+    assert ended.exit.asked

@@ -21,6 +21,7 @@ from vllm_sleep_tui.config import IdleConfig
 from vllm_sleep_tui.engine.client import Gate
 from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.hang import HangWatch
 from vllm_sleep_tui.fleet.idle import Idleness, due
 from vllm_sleep_tui.fleet.leader import Seat
 from vllm_sleep_tui.fleet.records import Record
@@ -217,6 +218,16 @@ async def test_a_client_that_sends_its_request_slowly_is_no_hang(box: MakeBox) -
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+
+
+async def test_two_silences_with_a_sleep_between_are_not_one_long_one() -> None:
+    awake = Record(config="c", name="a", state=State.AWAKE, since=1.0, launch="l")
+    watch = HangWatch(limit=0.05, probe=0.5)
+    assert not watch.is_deaf(awake)
+    await asyncio.sleep(0.1)
+    woken = msgspec.structs.replace(awake, since=2.0)
+    assert not watch.is_deaf(woken)
+    await until(lambda: watch.is_deaf(woken))
 
 
 def begin(machine: Box, *words: str) -> subprocess.Popen[bytes]:

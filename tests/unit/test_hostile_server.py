@@ -15,6 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.engine.chat import ChatDelta
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
@@ -246,6 +247,7 @@ def test_a_look_at_an_attached_server_that_answers_anything_is_a_sighting(
     server: AnyServer, reply: bytes
 ) -> None:
     server.reply, server.hangs_up = reply, True
-    seen = look_at({"far": f"http://127.0.0.1:{server.port}"}, LIMIT)["far"]
+    far = ModelConfig(url=f"http://127.0.0.1:{server.port}")
+    seen = look_at({"far": far}, LIMIT)["far"]
     assert seen.state in (State.STOPPED, State.AWAKE, State.ASLEEP)
     assert (seen.reason is not None) == (seen.state is State.STOPPED)

@@ -35,7 +35,11 @@ def spec(**model: Any) -> ServeSpec:
 
 
 @pytest.mark.parametrize("text", BLOCKS)
-def test_the_pages_configs_are_read(tmp_path: Path, text: str) -> None:
+def test_the_pages_configs_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("BIG_KEY", "k")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".config/vllm-sleep-tui").mkdir(parents=True)
+    (tmp_path / ".config/vllm-sleep-tui/big.key").write_text("k\n")
     path = tmp_path / "c.yaml"
     path.write_text(text)
     assert load(path).config.models
@@ -66,3 +70,19 @@ def test_its_flags_go_through_and_its_address_is_the_persons(args: dict[str, Any
     assert [f"--{flag}" in serve_argv(given) for flag in args] == [True]
     assert serve_environment(given, {})["VLLM_HOST_IP"] == "10.0.0.1"
     assert serve_environment(spec(env={"VLLM_HOST_IP": "10.0.0.1"}), {})["VLLM_HOST_IP"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("idle: {stop_after: 2h}", "models.a.idle.stop_after: a server given by `url:` is not stopped"),
+        ("level: none, idle: {sleep_after: 2h}", "models.a.idle.sleep_after: a server given by `url:` with"),
+    ],
+)
+def test_an_idleness_that_an_attached_server_cannot_keep_is_an_error(
+    tmp_path: Path, more: str, words: str
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"models: {{a: {{url: 'http://h:1', {more}}}}}")
+    with pytest.raises(UsageError, match=re.escape(words)):
+        load(path)

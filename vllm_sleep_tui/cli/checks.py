@@ -100,8 +100,17 @@ def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:
         if model.level == 2 and (risk := why_no_level2(model)):
             cure = "Set `level: 1` or `auto`."
             yield Check(f"{name}.level", Verdict.WARN, f"level 2: {risk}", cure)
+        if model.api_key_file:
+            yield _key_file_check(name, Path(model.api_key_file))
         if model.port:
             yield _port_check(loaded, name, model.port)
+
+
+def _key_file_check(name: str, path: Path) -> Check:
+    if path.stat().st_mode & 0o077:
+        what = f"{path}: other users of this machine may read the key"
+        return Check(f"{name}.api_key_file", Verdict.WARN, what, f"Keep it to yourself: chmod 600 {path}")
+    return Check(f"{name}.api_key_file", Verdict.OK, f"{path} is yours alone")
 
 
 def _port_check(loaded: LoadedConfig, name: str, port: int) -> Check:

@@ -49,7 +49,10 @@ def load_config(ctx: click.Context) -> LoadedConfig:
 
 
 def run_commands_of(loaded: LoadedConfig) -> None:
-    """Ask once before commands of a file that lies in the current folder are run; raises RefusedError."""
+    """Ask once before commands of a file that lies in the current folder are run and its keys are sent.
+
+    Raises RefusedError if nobody can be asked.
+    """
     state = state_dir()
     if loaded.path.parent != Path.cwd().resolve() or trusted(loaded.path, loaded.digest, state):
         return
@@ -58,11 +61,14 @@ def run_commands_of(loaded: LoadedConfig) -> None:
         return
     if not sys.stdin.isatty():
         raise RefusedError(
-            f"{loaded.path} was found here and names commands that nobody has agreed to run.",
+            f"{loaded.path} was found here and names commands or keys that nobody has agreed to use.",
             f"Look at it, then name it: --config {loaded.path.name}",
         )
     say(f"{loaded.path} was found here. It would run: {' '.join(loaded.config.vllm_command)} serve …")
-    if not click.confirm("Run its commands? (asked again only if the file changes)", err=True):
+    for model in loaded.config.models.values():
+        if model.api_key is not None:
+            say(f"It would send an API key to: {model.url}")
+    if not click.confirm("Do what it says? (asked again only if the file changes)", err=True):
         raise CancelledByUser("Nothing was started.", f"Look at {loaded.path} first.")
     trust(loaded.path, loaded.digest, state)
 

@@ -127,6 +127,7 @@ def config_text(found: Surroundings) -> str:
         "  #   autostart: true                started by `vllm-sleep-tui serve`",
         "  #   idle: {sleep_after: 10m, stop_after: 2h}",
         "  #   url: http://127.0.0.1:8000     instead of `model:`, a server that you start yourself",
+        '  #   api_key: "${BIG_KEY}"          its key, if it wants one; or api_key_file: FILE',
     ]
     for name, model in named_models(found.models, found.gpus):
         lines += _model_lines(name, model, found.gpus)

@@ -12,7 +12,14 @@ from typing import Any
 import click
 import msgspec
 
-from vllm_sleep_tui.cli.common import config_option, in_words, json_option, load_config, put_json
+from vllm_sleep_tui.cli.common import (
+    config_option,
+    in_words,
+    json_option,
+    load_config,
+    put_json,
+    run_commands_of,
+)
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
 from vllm_sleep_tui.paths import state_dir
 
@@ -52,7 +59,10 @@ def status(ctx: click.Context, watch: bool, prometheus: bool, as_json: bool) -> 
         raise click.UsageError("--prometheus goes with neither --watch nor --json.")
     from vllm_sleep_tui.fleet.view import looking
 
-    with looking(load_config(ctx), state_dir()) as look:
+    loaded = load_config(ctx)
+    if any(model.api_key is not None for model in loaded.config.models.values()):
+        run_commands_of(loaded)  # whoever left the file here would be sent what its variable holds
+    with looking(loaded, state_dir()) as look:
         if watch:
             _watch(look, as_json=as_json)
         elif prometheus:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
@@ -23,7 +24,7 @@ from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.proof import Verdict
 from vllm_sleep_tui.fleet.records import Intent, Reference
 from vllm_sleep_tui.fleet.rooms import held
-from vllm_sleep_tui.fleet.sighting import CLOSED, LOOK, Sighting, after, look_at, resolved
+from vllm_sleep_tui.fleet.sighting import CLOSED, LOOK, Sighting, after, look_at, resolved, wants_key
 from vllm_sleep_tui.fleet.snapshot import Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.telemetry import prometheus
@@ -67,9 +68,9 @@ class Watch:
 
 async def look(core: Core, names: list[str]) -> None:
     """Look at those of the models that are attached, and keep what is seen."""
-    urls = {name: url for name in names if (url := core.model(name).url)}
-    if urls:
-        for name, seen in (await asyncio.to_thread(look_at, urls, LOOK_SECONDS)).items():
+    models = {name: model for name in names if (model := core.model(name)).url is not None}
+    if models:
+        for name, seen in (await asyncio.to_thread(look_at, models, LOOK_SECONDS)).items():
             core.sightings[name] = after(core.sightings.get(name), seen)
 
 
@@ -94,12 +95,14 @@ def refuse_control(core: Core, name: str) -> None:
 
 def client_of(core: Core, name: str) -> VllmClient:
     """The client of the attached server."""
-    return core.client_at(core.model(name).url or "")
+    model = core.model(name)
+    return core.client_at(model.url or "", model.api_key)
 
 
 async def served_name(core: Core, name: str) -> str:
-    """What the server calls the model: our name if it has it, else its first; raises EngineError."""
-    cards = await client_of(core, name).models()
+    """What the server calls the model: our name if it has it, else its first; raises OperationError."""
+    with _allowed(core, name, "ask"):
+        cards = await client_of(core, name).models()
     names = [card.id for card in cards]
     if not names:
         raise OperationError(f"{name}: its server serves no model.", LOOK)
@@ -116,9 +119,18 @@ async def switch(core: Core, name: str, operation: Operation) -> SwitchTimes:
 
 
 async def sleep(
-    core: Core, name: str, level: int | None, operation: Operation, *, force: bool = False
+    core: Core,
+    name: str,
+    level: int | None,
+    operation: Operation,
+    *,
+    force: bool = False,
+    unless: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Put it to sleep where its server allows it; done if it sleeps at this level."""
+    """Put it to sleep where its server allows it; done if it sleeps at this level.
+
+    If `unless`, asked when no answer is under way, raises PanelError, it stays awake.
+    """
     from vllm_sleep_tui.fleet.actions import check_same_level
 
     async with alone(core, name, operation):
@@ -131,6 +143,8 @@ async def sleep(
         wanted = level or _own_level(core, name)
         await _check_version(core, name)
         await drain(core, name, operation, force=force)
+        if unless is not None:
+            await unless()
         await _take_reference(core, name)
         await _sleep(core, name, wanted, operation)
 
@@ -161,7 +175,7 @@ def _own_level(core: Core, name: str) -> int:
 
 async def _check_version(core: Core, name: str) -> None:
     """Raises RefusedError for a vLLM whose sleep is not reliable."""
-    with _allowed(name, "sleep"):
+    with _allowed(core, name, "sleep"):
         version = await client_of(core, name).version()
     why_not = capabilities(version, None).why_not
     if why_not is not None:
@@ -198,7 +212,8 @@ async def _under_way(client: VllmClient) -> float:
 async def _take_reference(core: Core, name: str) -> None:
     """The proof's answer while it is well; its cache is emptied first, as the sleep would."""
     client, logprobs = client_of(core, name), None
-    with contextlib.suppress(EngineRefused):  # a task without completions cannot be asked
+    # A task without completions cannot be asked, nor a server whose key is not known.
+    with contextlib.suppress(EngineRefused, RefusedError):
         await client.reset_prefix_cache(ASK_SECONDS)
         logprobs = await _ask(core, name)
     reference = None if logprobs is None else Reference(logprobs=logprobs)
@@ -216,7 +231,7 @@ async def _sleep(core: Core, name: str, level: int, operation: Operation) -> Non
     """The call, and the question whether it happened."""
     _intend(core, name, operation, "sleep", level)
     client = client_of(core, name)
-    with operation.timed("sleep"), _allowed(name, "sleep"):
+    with operation.timed("sleep"), _allowed(core, name, "sleep"):
         await client.sleep(level, MOVE_SECONDS)
         sleeps = await client.is_sleeping(MOVE_SECONDS)
     if not sleeps:
@@ -232,7 +247,7 @@ async def _wake(core: Core, name: str, level: int, operation: Operation) -> None
     """The call, or the four steps of level 2; then the proof."""
     _intend(core, name, operation, "wake", level)
     client = client_of(core, name)
-    with operation.timed("wake"), _allowed(name, "wake"):
+    with operation.timed("wake"), _allowed(core, name, "wake"):
         if level == 2:
             with operation.timed("weights"):
                 await client.wake_up(("weights",), timeout=MOVE_SECONDS)
@@ -247,7 +262,7 @@ async def _wake(core: Core, name: str, level: int, operation: Operation) -> None
         sleeps = await client.is_sleeping(MOVE_SECONDS)
     if sleeps:
         raise OperationError(f"{name}: its server said yes and still sleeps.", "Look at its log.")
-    with operation.timed("prove"), _allowed(name, "answer"):
+    with operation.timed("prove"), _allowed(core, name, "answer"):
         verdict = await _prove(core, name)
     core.write(core.records.read(name), level=None, proof=verdict, last_switch=operation.ledger())
 
@@ -266,11 +281,14 @@ async def _prove(core: Core, name: str) -> Verdict:
 
 
 @contextlib.contextmanager
-def _allowed(name: str, verb: str) -> Iterator[None]:
+def _allowed(core: Core, name: str, verb: str) -> Iterator[None]:
     """Name the model in what goes wrong; RefusedError where the endpoint is closed or not there."""
     try:
         yield
     except EngineRefused as error:
+        if error.status == HTTPStatus.UNAUTHORIZED:
+            reason, cure = wants_key(core.model(name))
+            raise RefusedError(f"{name}: {reason}", cure) from error
         if error.status in CLOSED:
             raise RefusedError(
                 f"{name}: its server lets nobody from here {verb} it ({error.status}).",

@@ -76,7 +76,7 @@ async def state_of(core: Core, name: str) -> State:
 
 
 async def endpoint(core: Core, name: str) -> tuple[VllmClient, str]:
-    """Who is asked, and by which name; raises EngineError if an attached server does not tell it."""
+    """Who is asked, and by which name; raises OperationError if an attached server does not tell it."""
     if core.model(name).url is not None:
         return attached.client_of(core, name), await attached.served_name(core, name)
     return core.client(core.records.read(name)), name

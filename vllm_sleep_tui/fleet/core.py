@@ -80,7 +80,7 @@ class Core:
         self._happened: list[Callable[[History], None]] = []
         self._flushing = threading.Lock()
         self._digests: dict[str, str] = {}
-        self._clients: dict[str, VllmClient] = {}
+        self._clients: dict[tuple[str, str | None], VllmClient] = {}
         self._launched: dict[str, tuple[str, VllmClient]] = {}
         self._retired: list[VllmClient] = []
         self.sightings: dict[str, Sighting] = {}
@@ -228,13 +228,14 @@ class Core:
             self._launched[record.name] = (record.launch, client)
         return client
 
-    def client_at(self, url: str) -> VllmClient:
+    def client_at(self, url: str, api_key: str | None) -> VllmClient:
         """The client of an attached server."""
         from vllm_sleep_tui.engine.client import VllmClient  # as above
 
-        if url not in self._clients:
-            self._clients[url] = VllmClient(0, secret=None, base_url=base_of(url))
-        return self._clients[url]
+        if (url, api_key) not in self._clients:
+            client = VllmClient(0, secret=None, base_url=base_of(url), api_key=api_key)
+            self._clients[url, api_key] = client
+        return self._clients[url, api_key]
 
     async def close_retired(self) -> None:
         """Close the connections to launches that are over."""

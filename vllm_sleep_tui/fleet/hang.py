@@ -45,16 +45,23 @@ class HangWatch:
         self.limit = limit
         self._probe = probe
         self._still: dict[str, _Still] = {}
-        self._deaf: dict[str, float] = {}
+        self._deaf: dict[str, tuple[tuple[str | None, float], float]] = {}
 
     def is_deaf(self, record: Record) -> bool:
-        """Whether a server that just did not answer has not answered for `limit` seconds."""
-        since = self._deaf.setdefault(record.launch or "", time.monotonic())
+        """Whether a server that just did not answer has not answered for `limit` seconds.
+
+        A silence ends with a sleep or a wake: in between nobody looked.
+        """
+        stay = (record.launch, record.since)
+        known, since = self._deaf.get(record.name, (None, 0.0))
+        if known != stay:
+            since = time.monotonic()
+            self._deaf[record.name] = (stay, since)
         return time.monotonic() - since >= self.limit
 
     def hears(self, record: Record) -> None:
         """It has just answered."""
-        self._deaf.pop(record.launch or "", None)
+        self._deaf.pop(record.name, None)
 
     async def is_hung(self, client: VllmClient, record: Record, gate: Gate) -> bool:
         """Whether requests have been under way for `limit` seconds without anything moving."""

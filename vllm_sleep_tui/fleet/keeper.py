@@ -84,6 +84,7 @@ class Keeper:
 
     def run(self, report: int) -> None:
         """Start the server, tell the launcher through `report`, and stay until the group is gone."""
+        woken = self.heed_signals()  # before anybody can read whom to signal
         reader, writer = os.pipe2(os.O_CLOEXEC)
         try:
             self.server = subprocess.Popen(
@@ -98,30 +99,34 @@ class Keeper:
             )
         except OSError as error:
             self.say(error=error.strerror, exit={"code": None, "asked": False, "at": time.time()})
-            os.write(report, json.dumps(self.word).encode())
+            tell(report, self.word)
             return
         finally:
             os.close(writer)
         self.say(server=identity(self.server.pid))
-        os.write(report, json.dumps(self.word).encode())
-        os.close(report)
-        self.watch(reader)
+        tell(report, self.word)
+        os.close(report)  # the launcher waits for that; a keeper without a server hangs up by its end
+        self.watch(reader, woken)
 
-    def watch(self, reader: int) -> None:
-        """Copy the log and heed signals until the server exits, then end its group."""
-        wake_reader, wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(wake_writer)
+    def heed_signals(self) -> int:
+        """Begin to heed signals; a pipe that becomes readable with each."""
+        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(writer)
         signal.signal(signal.SIGTERM, self.on_term)
         signal.signal(signal.SIGINT, self.on_kill)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        return reader
+
+    def watch(self, reader: int, woken: int) -> None:
+        """Copy the log and do what signals ask for until the server exits, then end its group."""
         poll = select.poll()
-        poll.register(wake_reader, select.POLLIN)
+        poll.register(woken, select.POLLIN)
         poll.register(reader, select.POLLIN)
         while not self.server_exited():
             for descriptor, _ in poll.poll(self.escalate()):
-                if descriptor == wake_reader:
+                if descriptor == woken:
                     with contextlib.suppress(BlockingIOError):
-                        os.read(wake_reader, 4096)
+                        os.read(woken, 4096)
                 elif not self.copy(reader):
                     poll.unregister(reader)
         self.end_group()
@@ -199,6 +204,12 @@ class Keeper:
         return left
 
 
+def tell(report: int, word: dict[str, Any]) -> None:
+    """Answer the launcher; one that died meanwhile must not take the server along."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(report, json.dumps(word).encode())
+
+
 def identity(pid: int) -> dict[str, int]:
     """A process by pid and start time in clock ticks since boot, which no later process shares."""
     with open(f"/proc/{pid}/stat", "rb") as file:
@@ -260,7 +271,7 @@ def main() -> None:
         os.pwrite(lock, b"".ljust(WORD_SIZE), 0)
     except OSError as error:
         busy = isinstance(error, BlockingIOError)
-        os.write(report, json.dumps({} if busy else {"error": error.strerror}).encode())
+        tell(report, {} if busy else {"error": error.strerror})
         return
     keeper = Keeper(order, lock, Log(order["log"], order["log_bytes"]))
     keeper.run(report)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_sleep_tui.fleet.locks import Holder, holder, open_shared, read_holder
+from vllm_sleep_tui.fleet.locks import Holder, has_name, holder, open_shared, read_holder
 
 
 class Seat:
@@ -30,7 +30,9 @@ class Seat:
     def take(self) -> bool:
         """Take the seat if it is free; whether it is ours. A folder that refuses files has no leader."""
         if self._held is not None:
-            return True
+            if has_name(self._held, self._path):
+                return True
+            self.leave()  # its file was removed: whoever locks the new one leads
         with contextlib.suppress(OSError):
             descriptor = open_shared(self._path)
             try:

@@ -2,6 +2,11 @@
 
 The kernel frees them with their holder, however it dies. Order, always: GPUs by index, then models by name;
 nobody waits for a GPU while holding a model.
+
+A lock is of the file and not of its name, and root, or who made it, may remove a file that is held (a cleaner
+of temporary folders, say). So who gets a lock looks whether its file still has the name, and who holds one
+looks every WATCH_SECONDS and locks the name's new file as well. Until then a second may come in: a removed
+file cannot be given its name again.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ import asyncio
 import contextlib
 import fcntl
 import getpass
+import logging
 import os
 import stat
 import time
@@ -24,7 +30,9 @@ from vllm_sleep_tui.errors import OperationError
 
 POLL_SECONDS = 0.02
 LIMIT_SECONDS = 1800.0
-
+WATCH_SECONDS = 1.0
+"""Between two looks at whether a lock that is held still has its name."""
+log = logging.getLogger(__name__)
 
 MAX_WORD = 64
 A_DAY = 86400.0
@@ -154,32 +162,93 @@ async def hold(
 
     Raises OperationError if a lock file cannot be opened.
     """
-    held: list[int] = []
+    held: list[tuple[Path, int]] = []
     deadline = time.monotonic() + limit
     word = msgspec.json.encode(who).ljust(1024)
+    watching = asyncio.create_task(watch(held, word), name="locks")
     try:
         for path in paths:
-            descriptor = open_lock(path)
-            held.append(descriptor)
-            await take(descriptor, path, deadline, waiting, checkpoint)
-            with contextlib.suppress(
-                OSError
-            ):  # a full disk: who holds it is advice, the lock is the kernel's
-                os.pwrite(descriptor, word, 0)
+            descriptor = await take(path, deadline, waiting, checkpoint)
+            held.append((path, descriptor))
+            write_word(descriptor, word)
         yield
     finally:
-        for descriptor in reversed(held):
+        watching.cancel()
+        for _, descriptor in reversed(held):
             os.close(descriptor)
 
 
+def write_word(descriptor: int, word: bytes) -> None:
+    """Say who holds it; a full disk refuses, and then it is not known: the lock is the kernel's."""
+    with contextlib.suppress(OSError):
+        os.pwrite(descriptor, word, 0)
+
+
+def has_name(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one that others find under `path`."""
+    try:
+        found, own = os.stat(path, follow_symlinks=False), os.fstat(descriptor)
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
+
+
+async def watch(held: list[tuple[Path, int]], word: bytes) -> None:
+    """Keep what is held from looking old, and lock anew what was removed; `held` grows by that."""
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        for path in {path for path, _ in held}:
+            own = [descriptor for other, descriptor in held if other == path and has_name(descriptor, path)]
+            if not own and (again := lock_again(path)) is not None:
+                held.append((path, again))
+                write_word(again, word)
+            for descriptor in own:
+                with contextlib.suppress(OSError):
+                    os.utime(descriptor)  # cleaners of temporary folders go by age
+
+
+def lock_again(path: Path) -> int | None:
+    """The lock of the file that has the name now; None while somebody else has that."""
+    try:
+        descriptor = open_lock(path)
+    except OperationError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    log.warning("%s was removed while it was held; it is locked again", path)
+    return descriptor
+
+
 async def take(
+    path: Path,
+    deadline: float,
+    waiting: Callable[[Holder | None], None],
+    checkpoint: Callable[[], None],
+) -> int:
+    """Wait until the lock is ours: its open file."""
+    while True:
+        descriptor = open_lock(path)
+        try:
+            await wait_for(descriptor, path, deadline, waiting, checkpoint)
+            if has_name(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # removed meanwhile: others lock the file that has its name now
+
+
+async def wait_for(
     descriptor: int,
     path: Path,
     deadline: float,
     waiting: Callable[[Holder | None], None],
     checkpoint: Callable[[], None],
 ) -> None:
-    """Wait until the lock is ours; says once who is waited for."""
+    """Wait until the open file is locked for us; says once who is waited for."""
     said = False
     while True:
         try:

@@ -57,9 +57,14 @@ class Operation:
         """Ask it to stop at its next safe point."""
         self._cancelled.set()
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the person asked for the end."""
+        return self._cancelled.is_set()
+
     def checkpoint(self) -> None:
         """A safe point: raises CancelledByUser if the person asked for the end."""
-        if self._cancelled.is_set():
+        if self.is_cancelled:
             raise CancelledByUser(
                 f"The {self.name} of {self.target} was cancelled.", "Nothing was left half done."
             )

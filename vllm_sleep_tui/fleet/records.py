@@ -40,6 +40,14 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
     detail: str | None = None
 
 
+class Hang(msgspec.Struct, frozen=True, kw_only=True):
+    """An attached server that answers nobody, as the leader sees it; it holds while that process lives."""
+
+    symptom: str
+    since: float
+    by: ProcessId
+
+
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to the fixed question while the model was known to be well."""
 
@@ -81,6 +89,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """While failed: the state from which the server died by itself, if it did."""
     restarts: tuple[float, ...] = ()
     """UTC seconds of the latest restarts by the leader."""
+    hang: Hang | None = None
+    """Of an attached server; one of ours that hangs is ended."""
     schema: int = 1
 
     def __repr__(self) -> str:

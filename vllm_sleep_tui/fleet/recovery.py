@@ -5,7 +5,7 @@ The truth is the keeper (does the server live?) and the server (does it sleep?),
 
 from __future__ import annotations
 
-from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.ending import (
     SERVER_GONE,
@@ -89,12 +89,19 @@ async def finish_stop(core: Core, record: Record) -> None:
 
 
 async def carry_on_start(core: Core, record: Record, operation: Operation) -> None:
-    """A start whose starter died goes on where it is."""
+    """A start whose starter died goes on where it is; its end is its own and not the operation's.
+
+    Raises CancelledByUser if the operation is cancelled; the start is then left to whoever comes next.
+    """
     from vllm_sleep_tui.fleet.starting import Start
 
     try:
         await Start(core, record.name, operation).carry_on()
-    except OperationError as error:
+    except CancelledByUser:
+        if operation.is_cancelled:
+            raise
+        operation.tell(record.name, "stopped", "somebody stopped its start")
+    except (OperationError, RefusedError) as error:
         operation.tell(record.name, "failed", error.what)
 
 

@@ -55,15 +55,19 @@ class Sighting:
     """False if it answers and does not say whether it sleeps: it is busy."""
     since: float | None = None
     """UTC seconds at which it was first seen so by this process."""
+    unsure_since: float | None = None
+    """UTC seconds since which it answers without saying whether it sleeps."""
 
 
 def after(before: Sighting | None, now: Sighting) -> Sighting:
     """A look, with what the look before it knew."""
-    if before is None:
-        return replace(now, since=time.time())
-    if not now.is_certain and before.state is not State.STOPPED:
-        return before
-    return replace(now, since=before.since if before.state is now.state else time.time())
+    unsure_since = None
+    if not now.is_certain:
+        unsure_since = (before and before.unsure_since) or time.time()
+        if before is not None and before.state is not State.STOPPED:
+            now = before  # nothing else is new
+    since = before.since if before is not None and before.state is now.state else time.time()
+    return replace(now, since=since, unsure_since=unsure_since)
 
 
 def base_of(url: str) -> str:
@@ -71,9 +75,18 @@ def base_of(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def look_at(urls: Mapping[str, str], seconds: float) -> dict[str, Sighting]:
-    """Look at servers side by side; no more than `seconds` pass, whatever they do."""
-    looks = {name: _Look(url, seconds) for name, url in urls.items()}
+def wants_key(model: ModelConfig) -> tuple[str, str]:
+    """What is wrong when the model's server answers 401, and what to do."""
+    if model.api_key is None:
+        cure = 'Name it in the config: api_key: "${VAR}", or api_key_file: FILE'
+        return "Its server wants an API key, and the config names none.", cure
+    named = f"the file {model.api_key_file}" if model.api_key_file else "the variable of `api_key:`"
+    return "Its server does not take the API key that is given.", f"Correct the key in {named}."
+
+
+def look_at(models: Mapping[str, ModelConfig], seconds: float) -> dict[str, Sighting]:
+    """Look at the servers of those that are attached, side by side; no more than `seconds` pass."""
+    looks = {name: _Look(model, seconds) for name, model in models.items() if model.url is not None}
     for look in looks.values():
         look.start()
     deadline = time.monotonic() + seconds
@@ -88,13 +101,16 @@ def look_at(urls: Mapping[str, str], seconds: float) -> dict[str, Sighting]:
 class _Look(threading.Thread):
     """One look; a daemon, because a name may take longer to look up than anybody waits."""
 
-    def __init__(self, url: str, seconds: float) -> None:
-        super().__init__(daemon=True, name=f"look at {url}")
-        parts = urlsplit(base_of(url))
+    def __init__(self, model: ModelConfig, seconds: float) -> None:
+        super().__init__(daemon=True, name=f"look at {model.url}")
+        parts = urlsplit(base_of(model.url or ""))
         self.where = parts.netloc
         self.sighting: Sighting | None = None
         self._is_https = parts.scheme == "https"
         self._prefix = parts.path
+        self._wants_key = wants_key(model)
+        key = {"authorization": f"Bearer {model.api_key}"} if model.api_key else {}
+        self._headers = {"accept": "*/*", **key}
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
         self._connection: http.client.HTTPConnection | None = None
@@ -102,7 +118,7 @@ class _Look(threading.Thread):
     def run(self) -> None:
         """Look; what goes wrong is what is seen."""
         try:
-            self.sighting = self._look()
+            self.sighting = self._with_key(self._look())
         except TimeoutError:
             self.sighting = _silent(self.where, self._seconds)
         except (OSError, http.client.HTTPException, *NOT_JSON, ValueError) as error:
@@ -136,7 +152,19 @@ class _Look(threading.Thread):
         status, _ = self._get("/health")
         if status == HTTPStatus.OK:
             return seen
+        if status == HTTPStatus.UNAUTHORIZED:
+            return _gone(*self._wants_key)
         return _gone(f"{self.where} answers {status} to /health: it is no vLLM, or its engine has died.")
+
+    def _with_key(self, seen: Sighting) -> Sighting:
+        """With what is wrong about the key, if anything: vLLM wants it under /v1 alone (05-api-key.txt)."""
+        if seen.state is State.STOPPED or not seen.is_certain:
+            return seen
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if self._get("/v1/models")[0] == HTTPStatus.UNAUTHORIZED:
+                reason, cure = self._wants_key
+                return replace(seen, reason=reason, cure=cure)
+        return seen
 
     def _by_gauge(self, otherwise: Sighting) -> Sighting:
         """Asleep and at which level, if the gauge says so."""
@@ -158,7 +186,7 @@ class _Look(threading.Thread):
         kind = http.client.HTTPSConnection if self._is_https else http.client.HTTPConnection
         self._connection = connection = kind(self.where, timeout=left * share)
         try:
-            connection.request("GET", self._prefix + path, headers={"accept": "*/*"})
+            connection.request("GET", self._prefix + path, headers=self._headers)
             response = connection.getresponse()
             return response.status, response.read(MAX_BYTES)
         finally:
@@ -169,8 +197,8 @@ def _silent(where: str, seconds: float) -> Sighting:
     return _gone(f"{where} did not answer within {seconds:g} s.")
 
 
-def _gone(what: str) -> Sighting:
-    return Sighting(state=State.STOPPED, reason=what, cure=LOOK)
+def _gone(what: str, cure: str = LOOK) -> Sighting:
+    return Sighting(state=State.STOPPED, reason=what, cure=cure)
 
 
 def snapshot_of(record: Record, model: ModelConfig, seen: Sighting | None) -> ModelSnapshot:
@@ -178,6 +206,9 @@ def snapshot_of(record: Record, model: ModelConfig, seen: Sighting | None) -> Mo
     intent = record.intent if record.intent and is_alive(record.intent.actor) else None
     seen = seen or Sighting(state=State.STOPPED, reason="It has not been looked at yet.")
     state = _moving(intent) or seen.state
+    reason, cure = (None, None) if intent else (seen.reason, seen.cure)
+    if state is State.AWAKE and reason is None:
+        reason, cure = _hangs(record)
     level = seen.level or record.level or 1
     return ModelSnapshot(
         name=record.name,
@@ -187,8 +218,8 @@ def snapshot_of(record: Record, model: ModelConfig, seen: Sighting | None) -> Mo
         operation=OperationSnapshot(name=intent.operation, since=intent.since) if intent else None,
         port=urlsplit(base_of(model.url or "")).port,
         since=seen.since,
-        reason=None if intent else seen.reason,
-        cure=None if intent else seen.cure,
+        reason=reason,
+        cure=cure,
         last_switch=record.last_switch,
         configured_level=str(model.level),
         resolved_level=resolved(model),
@@ -196,6 +227,15 @@ def snapshot_of(record: Record, model: ModelConfig, seen: Sighting | None) -> Mo
         source=model.url or "",
         is_attached=True,
     )
+
+
+def _hangs(record: Record) -> tuple[str | None, str | None]:
+    """What is wrong and what to do, if a leader that is still there saw it hang."""
+    hang = record.hang
+    if hang is None or not is_alive(hang.by):
+        return None, None
+    reason = f"It hangs: {hang.symptom} for {time.time() - hang.since:.0f} s."
+    return reason, "Look at its log where it was started, and restart it there; here it is left alone."
 
 
 def resolved(model: ModelConfig) -> str:

@@ -141,9 +141,13 @@ class Start:
             if self.is_carried_on and self.model.level != "none":
                 await self.rouse()
             return await self.settle_in(client)
-        except CancelledByUser:
-            await self.abandon()
-            raise
+        except CancelledByUser as error:
+            if not self.is_carried_on:
+                await self.abandon()
+                raise
+            # Somebody else asked for this start; the record says how far it is, for whoever comes next.
+            cure = f"{self.name} starts on, as it did before; `stop {self.name}` ends that."
+            raise CancelledByUser(error.what, cure) from error
         except EngineError as error:
             self.record = await fail(self.core, self.record, f"It did not start well: {error}", error.cure)
             raise OperationError(f"{self.name}: {self.record.reason}", self.record.cure or "") from error

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet import idle
+from vllm_sleep_tui.fleet.attached_care import AttachedCare
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.hang import HangWatch, end_hung
 from vllm_sleep_tui.fleet.leader import Seat
@@ -143,6 +144,7 @@ class Leader:
         self._restarter = Restarter(core, self._limits.restart_pauses)
         self._hangs = HangWatch(self._limits.hang, self._limits.hang_probe)
         self._idleness = idle.Idleness()
+        self._attached = AttachedCare(core, self._limits.hang)
         self._next_look: dict[str, float] = {}
         self._refused: dict[str, tuple[str | None, float]] = {}
 
@@ -168,15 +170,19 @@ class Leader:
         if self._is_time("orphans", self._limits.orphans_poll):
             self._tasks.begin("orphans", self._look_for_orphans())
         for name, model in self._core.config.models.items():
-            if model.url is not None or self._tasks.busy(name):
+            if self._tasks.busy(name):
                 continue
             record = self._core.records.read(name)
-            if self._restarter.is_due(name):
+            poll = idle.poll_seconds(model.idle) or self._limits.hang_poll
+            if model.url is not None:
+                if self._is_time(name, poll):
+                    self._tasks.begin(name, self._told(name, self._attached.look(name, model.idle)))
+            elif self._restarter.is_due(name):
                 self._tasks.begin(name, self._told(name, self._restarter.act(name)))
             elif (
                 record.state in (State.AWAKE, State.ASLEEP)
                 and record.intent is None
-                and self._is_time(name, idle.poll_seconds(model.idle) or self._limits.hang_poll)
+                and self._is_time(name, poll)
             ):
                 self._tasks.begin(name, self._told(name, self._look_at(record)))
 

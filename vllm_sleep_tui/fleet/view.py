@@ -173,10 +173,9 @@ def looking(loaded: LoadedConfig, state_dir: Path) -> Iterator[Callable[[], Flee
     core = Core(loaded, state_dir)
     viewer = Viewer(core)
     sampler = Sampler(core.reader, core.simulated)
-    urls = {name: model.url for name, model in core.config.models.items() if model.url}
 
     def look() -> FleetSnapshot:
-        core.sightings.update(look_at(urls, QUICK))
+        core.sightings.update(look_at(core.config.models, QUICK))
         sampler.set_roots(viewer.roots())
         return viewer.snapshot(sampler.sample_once())
 

@@ -33,10 +33,12 @@ def _wrapped(text: str, width: int, paint: str) -> list[Line]:
 
 
 def failure_lines(model: ModelSnapshot, width: int) -> list[Line]:
-    """The reason and the cure of a failed model, in full."""
+    """The reason and the cure of a model that failed, or of which something else is wrong, in full."""
     if model.state is not State.FAILED and not model.reason:
         return []
-    lines = [rule([(f"why {model.name} {model.state}", "bad bold")], width)]
+    failed = model.state is State.FAILED
+    title = f"why {model.name} failed" if failed else f"what is wrong with {model.name}"
+    lines = [rule([(title, "bad bold")], width)]
     lines += _wrapped(model.reason or "No reason is known; the log (l) may tell.", width, "text")
     return lines + (_wrapped(model.cure, width, "accent") if model.cure else [])
 

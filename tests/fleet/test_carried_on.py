@@ -1,0 +1,82 @@
+"""A start whose starter died, in the hands of somebody who wanted something else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from tests.fleet.conftest import Box, seen, until, until_state
+from tests.fleet.test_supervision import begin
+from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.errors import CancelledByUser
+from vllm_sleep_tui.fleet import actions
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.keeping import is_kept
+from vllm_sleep_tui.fleet.operation import Operation, actor, to_safe_point
+from vllm_sleep_tui.fleet.records import Record
+from vllm_sleep_tui.fleet.states import State
+
+MakeBox = Callable[..., Box]
+
+
+@asynccontextmanager
+async def abandoned(box: MakeBox) -> AsyncIterator[tuple[Box, Core]]:
+    """A box in which the starter of `a` was killed; and a core that nobody watches over."""
+    machine = box({"a": {"model": "sim/1GiB"}, "b": {"model": "sim/1GiB"}}, speed="5")
+    core = Core(load(machine.config), machine.state_dir)
+    verb = begin(machine, "start", "a")
+    try:
+        await until(lambda: "compiling" in str(core.records.read("a").intent))
+    finally:
+        verb.kill()
+        verb.wait()
+    try:
+        yield machine, core
+    finally:
+        await core.close()
+
+
+def is_ours(record: Record) -> bool:
+    """Whether this process has taken the start on."""
+    return record.intent is not None and record.intent.actor == actor()
+
+
+@pytest.mark.parametrize("target", ["a", "b"])
+async def test_a_cancelled_switch_leaves_the_start_it_carried_on_to_the_next(
+    box: MakeBox, target: str
+) -> None:
+    async with abandoned(box) as (machine, core):
+        launch = core.records.read("a").launch
+        operation = Operation("switch", target, machine.report)
+        task = asyncio.create_task(to_safe_point(operation, actions.switch(core, target, operation)))
+        await until(lambda: is_ours(core.records.read("a")))
+        task.cancel()
+        with pytest.raises(CancelledByUser) as caught:
+            await task
+        assert "`stop a`" in caught.value.cure
+        left = core.records.read("a")
+        assert (left.state, left.launch, is_kept(core.keeper_file("a"))) == (State.STARTING, launch, True)
+        async with machine.open() as fleet:
+            await until_state(fleet, "a", State.AWAKE)
+            assert core.records.read("a").launch == launch
+
+
+async def test_a_start_that_is_stopped_does_not_end_the_switch_that_carried_it_on(box: MakeBox) -> None:
+    async with abandoned(box) as (machine, core):
+        operation = Operation("switch", "b", machine.report)
+        task = asyncio.create_task(actions.switch(core, "b", operation))
+        await until(lambda: is_ours(core.records.read("a")))
+        async with machine.open() as fleet:
+            await fleet.stop(["a"])
+            await task
+            await until_state(fleet, "b", State.AWAKE)
+            assert seen(fleet, "a").state is State.STOPPED
+
+
+async def test_a_start_whose_starter_died_is_stopped_like_any_other(box: MakeBox) -> None:
+    async with abandoned(box) as (_, core):
+        await actions.stop_all(core, ["a"], Operation("stop", "a"), force=False)
+        assert core.records.read("a").state is State.STOPPED
