@@ -18,7 +18,7 @@ async def test_strangers_on_a_gpu_are_named_and_the_small_ones_counted_together(
         GpuProcess(pid=9, user="ann", command="/opt/venv/bin/python /home/ann/train.py", bytes=gib(3)),
         GpuProcess(pid=10, user="bob", command="game", bytes=gib(0.01)),
     )
-    gpu = msgspec.structs.replace(gpu, used_bytes=gib(76.4), others=strangers)
+    gpu = msgspec.structs.replace(gpu, used_bytes=gib(75.7), others=strangers)
     fleet.now = msgspec.structs.replace(fleet.now, gpus=(gpu,))
     async with panel(fleet, tmp_path, size=(160, 40)) as pilot:
         await until_seen(pilot, "ann: python train.py 3.0", "others 0.5")
