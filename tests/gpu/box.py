@@ -268,10 +268,10 @@ class Step:
 STEPS: Sequence[Step] = (
     Step("estimates", 0, Box.estimates),
     Step("smol", 60, Box.smol),
-    Step("pair", 90, Box.pair),
-    Step("fp8", 90, Box.quantised),
+    Step("pair", 150, Box.pair),
+    Step("fp8", 150, Box.quantised),
     Step("cold", 70, Box.cold),
-    Step("no-warmup", 90, Box.no_warm_up),
+    Step("no-warmup", 120, Box.no_warm_up),
     Step("moe", 60, Box.moe),
     Step("ray", 60, Box.ray),
     Step("stop", 0, Box.stop),
@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=570.0, help="what this call may take")
     parser.add_argument("--only", nargs="*", default=[], choices=[step.name for step in STEPS])
     parser.add_argument(
-        "--wakes", type=int, default=40, help="for the proof, from level 1; half as many from 2"
+        "--wakes", type=int, default=24, help="for the proof, from level 1; half as many from 2"
     )
     parser.add_argument("--repeats", type=int, default=3, help="passes of each level")
     parser.add_argument("--simulated", metavar="SIZE", help="a simulated GPU, such as 80GiB, to try this")

@@ -68,7 +68,17 @@ async def measure_running(record: Record, wakes: int) -> dict[str, Any]:
     assert record.port is not None
     assert record.reference is not None, f"{record.name} has no reference"
     async with VllmClient(record.port, secret=record.secret) as client:
+        await restore(client)
         return await measure(client, record.name, record.reference.logprobs, wakes)
+
+
+async def restore(client: VllmClient) -> None:
+    """Awake with its weights, wherever a measurement that was killed has left it."""
+    if await client.is_sleeping(SECONDS):
+        await wake(client, 2)
+    else:
+        await client.collective_rpc("reload_weights", SECONDS)
+        await client.reset_prefix_cache(SECONDS)
 
 
 def summary(found: Mapping[str, list[float]]) -> str:

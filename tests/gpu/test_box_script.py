@@ -71,11 +71,11 @@ def steps_of(path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The results of a box whose command was killed in the passes, and again when only their end was left."""
+    """The results of a box whose command was killed in the passes, and again in the proof after them."""
     folder = tmp_path_factory.mktemp("box")
     results = folder / "out" / "results"
     kill_when(folder, lambda: steps_of(results / "pair.json") > 7, "a pass at level 2")
-    kill_when(folder, lambda: "memory of phi" in notes(folder)["done"], "the servers' last use")
+    kill_when(folder, lambda: "── proof of phi" in (folder / "said.txt").read_text(), "the servers' last use")
     process = begin(folder)
     try:
         process.wait(timeout=SECONDS)
