@@ -145,6 +145,31 @@ def test_after_a_kill_it_resumes_at_the_unfinished_pass_and_puts_the_models_back
     assert bench.states() == {"small": ("awake", None), "large": ("stopped", None)}
 
 
+@pytest.mark.parametrize("killed_in", ["start", "switch"])
+def test_a_kill_in_a_cold_pass_costs_the_switch_under_way_and_no_more(pair: MakePair, killed_in: str) -> None:
+    bench = pair(speed=20)
+    process = bench.begin("bench", "run", "small", "large", "--modes", "cold:1", "--out", str(bench.result))
+    wait_for_steps(bench, 3)  # small is awake and about to be stopped for large
+    if killed_in == "start":
+        wait_until(lambda: bench.look("large").state == "starting", seconds=60, what="large starts")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (killed,) = read(bench.result).passes
+
+    bench("bench", "run", "--resume", str(bench.result))
+
+    (whole,) = read(bench.result).passes
+    assert whole.steps[:3] == killed.steps[:3]
+    assert [(step.leaving, step.target) for step in whole.steps[2:]] == [
+        ("large", "small"),
+        ("small", "large"),
+        ("large", "small"),
+        ("small", "large"),
+    ]
+    assert all(step.phases["stop"] > 0 and step.phases["loading"] > 0 for step in whole.steps[1:])
+    assert bench.states() == {"small": ("stopped", None), "large": ("stopped", None)}
+
+
 def test_an_interrupted_run_puts_the_models_back_and_says_how_to_go_on(pair: MakePair) -> None:
     bench = pair(speed=20)
     bench("start", "large")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pynvml
 import pytest
 from command_line import CommandLine
-from gpu_config import NEEDED, missing, write_pair
+from gpu_config import missing, write_pair
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +24,7 @@ def gpu_zero_used() -> Iterator[Callable[[], int]]:
     except pynvml.NVMLError as error:
         pytest.fail(f"These tests need an NVIDIA GPU, and NVML says: {error}.", pytrace=False)
     if absent := missing():
-        needed = "; ".join(f"{name}: {meaning}" for name, meaning in NEEDED.items())
-        pytest.fail(f"Not set: {', '.join(absent)}. Needed: {needed}.", pytrace=False)
+        pytest.fail(f"Not set: {'; '.join(absent)}.", pytrace=False)
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)
     yield lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
     pynvml.nvmlShutdown()

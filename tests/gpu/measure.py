@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import http.client
-import json
 import platform
 import statistics
 import sys
@@ -25,78 +23,25 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from gpu_config import NEEDED, missing, write_pair
+from gpu_config import missing, write_pair
+from notes import Notes
+from raw_server import RawServer
 
 from vllm_sleep_tui.config_file import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError
-from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.records import Record, RecordStore
+from vllm_sleep_tui.fleet.records import RecordStore
 from vllm_sleep_tui.fleet.snapshot import Progress, SwitchTimes
 from vllm_sleep_tui.fleet.view import read_once
 
 PAIR = ("a", "b")
-CALL_SECONDS = 120
-WAKES = {
-    1: ("/wake_up",),
-    2: ("/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache", "/reset_prefix_cache"),
-}
-"""What a wake from each level takes (vLLM 0.24, measured)."""
 
 
-class Notes:
-    """The result file: what is known so far, written whole after every step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"levels": {}}
-
-    def level(self, level: int) -> dict[str, Any]:
-        """The part of one sleep level."""
-        empty: dict[str, Any] = {"start": {}, "memory": {}, "switches": []}
-        part: dict[str, Any] = self.known["levels"].setdefault(str(level), empty)
-        return part
-
-    def save(self) -> None:
-        """Replace the file in one step."""
-        draft = self.path.with_suffix(".draft")
-        draft.write_text(json.dumps(self.known, indent=1))
-        draft.replace(self.path)
-
-
-class RawServer:
-    """One server, called by hand over one open connection."""
-
-    def __init__(self, record: Record) -> None:
-        assert record.port is not None
-        self.name = record.name
-        self.headers = {"X-Panel-Secret": record.secret or "", "Content-Type": "application/json"}
-        self.connection = http.client.HTTPConnection("127.0.0.1", record.port, timeout=CALL_SECONDS)
-        self.connection.connect()
-
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> float:
-        """Seconds of one call; raises RuntimeError unless it answers 200."""
-        began = time.perf_counter()
-        self.connection.request("POST", path, json.dumps(body) if body else None, self.headers)
-        answer = self.connection.getresponse()
-        text = answer.read()
-        if answer.status != 200:
-            raise RuntimeError(f"{self.name} {path}: {answer.status} {text[:300]!r}")
-        return time.perf_counter() - began
-
-    def sleep(self, level: int) -> float:
-        """Seconds of the call that puts it to sleep."""
-        return self.post(f"/sleep?level={level}")
-
-    def wake(self, level: int) -> float:
-        """Seconds of all calls that wake it."""
-        reload = {"method": "reload_weights"}
-        return sum(self.post(path, reload if path == "/collective_rpc" else None) for path in WAKES[level])
-
-    def first_token(self) -> float:
-        """Seconds of the panel's own proof request: one token."""
-        question = {"model": self.name, "prompt": list(proof.PROMPT), "max_tokens": 1, "temperature": 0}
-        return self.post("/v1/completions", question | {"prompt_logprobs": 1})
+def part_of(notes: Notes, level: int) -> dict[str, Any]:
+    """The part of one sleep level."""
+    empty: dict[str, Any] = {"start": {}, "memory": {}, "switches": []}
+    part: dict[str, Any] = notes.known.setdefault("levels", {}).setdefault(str(level), empty)
+    return part
 
 
 def raw_switch(store: RecordStore, leaving: str, target: str, level: int) -> dict[str, Any]:
@@ -107,8 +52,8 @@ def raw_switch(store: RecordStore, leaving: str, target: str, level: int) -> dic
         phases = {"sleep": old.sleep(level), "wake": new.wake(level), "prove": new.first_token()}
         return {"how": "raw", "to": target, "total": time.perf_counter() - began, "phases": phases}
     finally:
-        old.connection.close()
-        new.connection.close()
+        old.close()
+        new.close()
 
 
 async def panel_switch(fleet: Fleet, leaving: str, target: str, level: int) -> dict[str, Any]:
@@ -155,7 +100,7 @@ class Run:
 
     def __init__(self, notes: Notes, loaded: LoadedConfig, state: Path, level: int) -> None:
         self.notes, self.loaded, self.state, self.level = notes, loaded, state, level
-        self.part = notes.level(level)
+        self.part = part_of(notes, level)
         self.store = RecordStore(state, loaded.path)
 
     async def measure(self, rounds: int, *, keep: bool) -> None:
@@ -276,12 +221,12 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the servers running, to look at them")
     given = parser.parse_args()
     if absent := missing():
-        parser.error("not set: " + "; ".join(f"{name} ({NEEDED[name]})" for name in absent))
+        parser.error("not set: " + "; ".join(absent))
     given.out.mkdir(parents=True, exist_ok=True)
     notes = Notes(given.out / "measure.json")
     notes.known["host"] = {"kernel": platform.release(), "python": platform.python_version()}
     for level in given.levels:
-        if "summary" in notes.level(level):
+        if "summary" in part_of(notes, level):
             continue
         loaded = load(write_pair(given.out.absolute(), "auto", simulated=given.simulated))
         state = given.out.absolute() / "state"

@@ -20,7 +20,7 @@ from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.fleet.records import Record, RecordStore
 
 SECONDS = 120.0
 
@@ -63,6 +63,24 @@ async def measure(client: VllmClient, name: str, reference: tuple[float, ...], w
     return found
 
 
+async def measure_running(record: Record, wakes: int) -> dict[str, Any]:
+    """The distances of a model that is awake; it is so again at the end."""
+    assert record.port is not None
+    assert record.reference is not None, f"{record.name} has no reference"
+    async with VllmClient(record.port, secret=record.secret) as client:
+        await restore(client)
+        return await measure(client, record.name, record.reference.logprobs, wakes)
+
+
+async def restore(client: VllmClient) -> None:
+    """Awake with its weights, wherever a measurement that was killed has left it."""
+    if await client.is_sleeping(SECONDS):
+        await wake(client, 2)
+    else:
+        await client.collective_rpc("reload_weights", SECONDS)
+        await client.reset_prefix_cache(SECONDS)
+
+
 def summary(found: Mapping[str, list[float]]) -> str:
     """One line a state."""
     return "\n".join(
@@ -80,11 +98,7 @@ async def run(arguments: argparse.Namespace) -> None:
     async with Fleet(loaded, arguments.state) as fleet:
         for name in arguments.models or loaded.config.models:
             await fleet.switch(name)
-            record = records.read(name)
-            assert record.port is not None
-            assert record.reference is not None, f"{name} has no reference"
-            async with VllmClient(record.port, secret=record.secret) as client:
-                result[name] = await measure(client, name, record.reference.logprobs, arguments.wakes)
+            result[name] = await measure_running(records.read(name), arguments.wakes)
             arguments.out.write_text(json.dumps(result))
             print(f"{name}\n{summary(result[name])}", flush=True)
 

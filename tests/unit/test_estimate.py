@@ -85,6 +85,30 @@ def test_the_vram_awake_is_within_a_tenth_of_what_was_measured(
     assert found / GIB == pytest.approx(awake, rel=0.1)
 
 
+EAGER = {"enforce_eager": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "args", "asleep"),
+    [
+        pytest.param(QWEN, {}, 1.385, id="Qwen3-0.6B"),
+        pytest.param(PHI, {}, 1.551, id="Phi-3-mini"),
+        pytest.param(SMOLLM, {}, 1.23, id="SmolLM2-135M"),
+        pytest.param(PHI, EAGER, 0.889, id="Phi-3-mini, eager"),
+        pytest.param(PHI, EAGER | FP8, 0.967, id="Phi-3-mini FP8, eager"),
+        pytest.param(SMOLLM, EAGER | FP8, 0.805, id="SmolLM2-135M FP8, eager"),
+        pytest.param(QWEN, {"tensor_parallel_size": 2}, 2.734, id="Qwen3-0.6B, TP 2"),
+        pytest.param(MOE, EAGER | {"tensor_parallel_size": 2}, 2.744, id="MoE, TP 2, eager"),
+    ],
+)
+def test_the_vram_asleep_is_within_a_tenth_of_what_was_measured(
+    tmp_path: Path, config: Mapping[str, Any], args: dict[str, object], asleep: float
+) -> None:
+    found = estimated(tmp_path, config, **args).asleep_per_gpu
+    assert found is not None
+    assert found / GIB == pytest.approx(asleep, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("config", "tokens", "bytes_for_all"),
     [pytest.param(PHI, 159_936, 58.57, id="Phi-3-mini"), pytest.param(SMOLLM, 1_072_048, 23.0, id="SmolLM2")],

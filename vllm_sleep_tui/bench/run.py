@@ -185,33 +185,40 @@ class _Bench:
     async def passes(self, *, fresh: bool) -> None:
         """Every pass that is not done; `fresh`: whatever of the pair runs is started anew."""
         if fresh and not self.keeper.run.is_done:
-            await self.stop_pair()
+            await self.stop_all_but(None)
         while (key := self.keeper.run.next_key()) is not None:
             await self.do(key)
 
     async def do(self, key: PassKey) -> None:
-        """One pass from its first step; a mode that this pair cannot have is noted and left."""
-        now = Pass(key=key, began=time.time())
-        try:
-            await self.prepare(key.mode)
-        except RefusedError as error:
-            self.keeper.keep_pass(msgspec.structs.replace(now, refused=f"{error.what} {error.cure}".strip()))
-            return
+        """One pass, a cold one from its next step; a mode that this pair cannot have is noted and left."""
+        now = self.begun(key) or Pass(key=key, began=time.time())
+        leaving = now.steps[-1].target if now.steps else None
+        if key.mode.level is None:
+            await self.stop_all_but(leaving)
+        else:
+            try:
+                await self.prepare(key.mode.level)
+            except RefusedError as error:
+                refused = f"{error.what} {error.cure}".strip()
+                self.keeper.keep_pass(msgspec.structs.replace(now, refused=refused))
+                return
         self.keeper.keep_pass(now)
-        leaving = None
         before = await self.memory()
-        for number, target in enumerate(self.plan.targets()):
+        for number, target in list(enumerate(self.plan.targets()))[len(now.steps) :]:
             step = await self.step(key, number, leaving, target, before)
             now = self.keeper.keep_step(now, step)
             leaving, before = target, step.after
 
+    def begun(self, key: PassKey) -> Pass | None:
+        """The cold pass that was cut off; a pass of sleeps takes seconds and begins anew."""
+        if key.mode.level is not None:
+            return None
+        return next((each for each in self.keeper.run.passes if each.key == key), None)
+
     # ── before a pass ────────────────────────────────────────────────────────────────────────────────────
 
-    async def prepare(self, mode: Mode) -> None:
-        """Both asleep at the mode's level, loaded first if need be; for cold, both stopped."""
-        if mode.level is None:
-            await self.stop_pair()
-            return
+    async def prepare(self, level: int) -> None:
+        """Both asleep at this level, loaded first if need be; raises RefusedError if they cannot be."""
         for name in self.plan.pair:
             if self.bed.loaded.model(name).level == "none":
                 raise RefusedError(
@@ -221,7 +228,7 @@ class _Bench:
         snapshot = self.bed.snapshot()
         awake_first = sorted(self.plan.pair, key=lambda name: snapshot.model(name).state is not State.AWAKE)
         for name in awake_first:
-            await self.put_asleep(name, mode.level)
+            await self.put_asleep(name, level)
 
     async def put_asleep(self, name: str, level: int) -> None:
         """From wherever the model is, to asleep at this level."""
@@ -251,9 +258,12 @@ class _Bench:
         self.keeper.change(loads=(*self.keeper.run.loads, load))
         self.note_version(name)
 
-    async def stop_pair(self) -> None:
-        """Both stopped."""
-        await self.bed.stop(self.plan.pair, report=self.report)
+    async def stop_all_but(self, kept: str | None) -> None:
+        """Both stopped, or the other one, and this one awake as a cold step leaves it."""
+        await self.bed.stop([name for name in self.plan.pair if name != kept], report=self.report)
+        if kept is not None and self.bed.snapshot().model(kept).state is not State.AWAKE:
+            await self.bed.stop([kept], report=self.report)
+            await self.bed.start([kept], skip=AS_VLLM_ALONE, report=self.report)
 
     def note_version(self, name: str) -> None:
         """Keep the vLLM version, which is known once a server of it runs."""

@@ -81,6 +81,8 @@ class Checkpoint:
     architecture: str | None
     task: Task | None
     layers: int | None
+    hidden: int | None
+    """Numbers that a layer hands to the next for each token."""
     vocabulary: int | None
     max_length: int | None
     """Tokens of a context, `max_position_embeddings`."""
@@ -148,6 +150,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         architecture=architecture,
         task=_task(architecture, folder),
         layers=config.integer("num_hidden_layers", "n_layer", "num_layers"),
+        hidden=config.integer("hidden_size", "n_embd", "d_model"),
         vocabulary=config.integer("vocab_size"),
         max_length=config.integer("max_position_embeddings", "n_positions", "max_seq_len"),
         rotary_dim=_rotary_dim(config),
