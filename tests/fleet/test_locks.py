@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,3 +153,52 @@ def test_a_leader_whose_seat_was_removed_gives_way_to_the_next(tmp_path: Path) -
     second.leave()
     assert first.take()
     first.leave()
+
+
+# ── a lock's file appears ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_lock_file_never_has_its_name_before_every_user_may_open_it(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.lock"
+    program = (
+        "import os, pathlib, sys\n"
+        "from vllm_sleep_tui.fleet.locks import open_shared\n"
+        "path = sys.argv[1]\n"
+        "def look(event, *_):\n"
+        "    if event == 'os.chmod' and os.path.exists(path):\n"
+        "        print('others can see it as the umask left it')\n"
+        "sys.addaudithook(look)\n"
+        "os.umask(0o077)\n"
+        "os.close(open_shared(pathlib.Path(path)))\n"
+        "os.close(open_shared(pathlib.Path(path)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert path.stat().st_mode & 0o777 == 0o666
+    assert os.listdir(tmp_path) == ["gpu.lock"]
+
+
+def test_many_who_make_a_lock_file_at_once_open_the_same_one(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.lock"
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for _ in range(50):
+            opened = list(pool.map(open_shared, [path] * 8))
+            assert len({os.fstat(descriptor).st_ino for descriptor in opened}) == 1
+            assert os.listdir(tmp_path) == ["gpu.lock"]
+            for descriptor in opened:
+                os.close(descriptor)
+            path.unlink()
+
+
+def test_a_full_disk_does_not_keep_the_leaders_seat_empty(tmp_path: Path) -> None:
+    seat = Seat(tmp_path / "leader.lock")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # every write to a file fails
+    try:
+        assert seat.take()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not Seat(tmp_path / "leader.lock").take()
+    seat.leave()

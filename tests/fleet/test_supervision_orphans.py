@@ -125,6 +125,38 @@ async def test_a_sleeper_whose_config_names_it_no_longer_is_an_orphan_with_its_r
         await until(lambda: [gpu.used_bytes for gpu in fleet.snapshot().gpus] == [0])
 
 
+def as_somebody_else(tmp_path: Path, code: str) -> str:
+    """What `code` prints for a user who may not enter `closed`, a folder with a config in it."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    (closed / "c.yaml").write_text("models: {a: {model: x/y}}")
+    tmp_path.chmod(0o755)
+    closed.chmod(0)
+    change = "import os; os.getuid() == 0 and os.setuid(54321); path = "
+    imports, _, rest = code.partition("\n")
+    program = f"{imports}\n{change}{str(closed / 'c.yaml')!r}\n{rest}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    closed.chmod(0o700)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_config_that_may_not_be_looked_for_may_still_name_its_model(tmp_path: Path) -> None:
+    code = (
+        "from vllm_sleep_tui.fleet.orphans import Record, fault_of_config\n"
+        "print(fault_of_config(Record(config=path, name='a')))"
+    )
+    assert as_somebody_else(tmp_path, code) == "None"
+
+
+def test_a_model_in_a_folder_that_may_not_be_entered_is_not_there(tmp_path: Path) -> None:
+    code = (
+        "from vllm_sleep_tui.fleet.checkpoint import find_checkpoint; from pathlib import Path\n"
+        "print(find_checkpoint(path, Path('/'), {}))"
+    )
+    assert as_somebody_else(tmp_path, code) == "None"
+
+
 async def test_a_keeper_whose_state_folder_was_removed_is_an_orphan(box: MakeBox) -> None:
     machine = box()
     async with machine.open() as fleet:

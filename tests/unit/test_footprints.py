@@ -36,3 +36,28 @@ def test_another_versions_figures_stand_in(tmp_path: Path) -> None:
     store.flush()
     assert store.get("d", "0.32.0").weights == 7
     assert store.get("other", "0.24.0").weights is None
+
+
+def test_another_versions_figures_stand_in_one_by_one(tmp_path: Path) -> None:
+    store = FootprintStore(tmp_path)
+    store.note("d", "0.23.0", lambda known: known.with_weights(5).with_time("start", 90.0))
+    store.note("d", "0.24.0", lambda known: known.with_weights(7).with_time("wake1", 1.0))
+    store.note("d", "0.24.0", lambda known: known.with_memory(awake={"0": 9}, asleep={"0": 1}))
+    store.flush()
+    for _ in ("as noted", "as written"):
+        store.note("d", "0.32.0", lambda known: known.with_time("wake1", 2.0))
+        store.note("d", "0.32.0", lambda known: known.with_memory(awake={"0": 8}, asleep={}))
+        now = store.get("d", "0.32.0")
+        assert (now.weights, now.awake, now.asleep) == (7, {"0": 8}, {"0": 1})
+        assert (now.typical("wake1"), now.typical("start")) == (2.0, 90.0)
+        store.flush()
+    assert store.get("d", "0.24.0").times["wake1"] == (1.0,)
+
+
+def test_a_file_of_measurements_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    (tmp_path / "footprints.json").mkdir()
+    store = FootprintStore(tmp_path)
+    store.note("d", "0.24.0", lambda known: known.with_weights(7))
+    assert store.get("d", "0.24.0").weights == 7
+    store.flush()
+    assert store.get("d", "0.24.0").weights is None

@@ -304,3 +304,15 @@ def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
         models = [past.model for past in second.switches_today()]
         assert (models.count("a"), models.count("b")) == (50, 50)
         assert first.note is None
+
+
+@pytest.mark.parametrize(("pause", "left"), [(DAY, ["old", "kept"]), (0.0, ["kept"])])
+def test_what_is_too_old_is_dropped_while_the_file_stays_open(
+    tmp_path: Path, pause: float, left: list[str]
+) -> None:
+    now = time.time()
+    with closing(History(tmp_path, drop_every=pause)) as history:
+        switch(history, "old", 1.0, at=now - (KEPT_DAYS + 1) * DAY)
+        switch(history, "kept", 1.0, at=now - (KEPT_DAYS - 1) * DAY)
+        assert [past.model for past in history.switches_since(0)] == left
+        assert history.note is None

@@ -93,7 +93,11 @@ def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:
             cure = "Correct `gpus`; [] is vLLM on the CPU."
             what = f"there is no GPU {', '.join(map(str, missing))}; this machine has: {have}"
             yield Check(f"{name}.gpus", Verdict.FAIL, what, cure)
-        if model.model and model.model.startswith("/") and not (Path(model.model) / "config.json").is_file():
+        if (
+            model.model
+            and model.model.startswith("/")
+            and not os.path.isfile(Path(model.model) / "config.json")
+        ):
             yield Check(
                 f"{name}.model", Verdict.FAIL, f"{model.model} holds no config.json", "Correct the path."
             )
@@ -201,7 +205,7 @@ def _state_check() -> Check:
 
 
 def _cache_check(cache: Path) -> Check:
-    there = next(path for path in (cache, *cache.parents) if path.exists())
+    there = next(path for path in (cache, *cache.parents) if os.path.exists(path))
     free = shutil.disk_usage(there).free
     what = f"{cache}, {in_words(free)} free on its disk"
     if free < LOW_CACHE_BYTES:

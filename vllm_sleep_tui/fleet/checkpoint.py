@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -122,14 +123,14 @@ class Checkpoint:
 def find_checkpoint(model: str, base: Path, environ: Mapping[str, str]) -> Path | None:
     """The folder of a model: a local one, seen from `base`, or `main` of the Hugging Face cache."""
     local = base / Path(model).expanduser()
-    if (local / "config.json").is_file():
+    if os.path.isfile(local / "config.json"):  # False as well in a folder that may not be entered
         return local
     cached = hub_cache(environ) / f"models--{model.replace('/', '--')}"
     try:
         snapshot = cached / "snapshots" / (cached / "refs/main").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return snapshot if (snapshot / "config.json").is_file() else None
+    return snapshot if os.path.isfile(snapshot / "config.json") else None
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

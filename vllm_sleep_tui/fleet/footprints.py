@@ -66,6 +66,17 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
         kept = (*self.times.get(what, ()), seconds)[-KEPT_SAMPLES:]
         return msgspec.structs.replace(self, times={**self.times, what: kept})
 
+    def over(self, other: Footprint) -> Footprint:
+        """With the figures of `other` where this one has none."""
+        return Footprint(
+            awake={**other.awake, **self.awake},
+            asleep={**other.asleep, **self.asleep},
+            pinned=other.pinned if self.pinned is None else self.pinned,
+            weights=other.weights if self.weights is None else self.weights,
+            backed_up=other.backed_up if self.backed_up is None else self.backed_up,
+            times={**other.times, **self.times},
+        )
+
 
 class FootprintStore:
     """``footprints.json`` of a state folder."""
@@ -79,18 +90,21 @@ class FootprintStore:
         self._cache: tuple[tuple[int, int], dict[str, Footprint]] | None = None
 
     def get(self, digest: str | None, version: str | None) -> Footprint:
-        """What was measured, if anything; another version's figures stand in for missing ones."""
+        """What was measured; where a figure is missing, that of the version measured last stands in."""
         known = {**self._read(), **self._noted} if self._noted else self._read()
-        exact = known.get(f"{digest}@{version}")
-        if exact is not None:
-            return exact
-        return next((found for key, found in known.items() if key.startswith(f"{digest}@")), Footprint())
+        exact, prefix = f"{digest}@{version}", f"{digest}@"
+        found = known.get(exact, Footprint())
+        for key in reversed(known):
+            if key.startswith(prefix) and key != exact:
+                found = found.over(known[key])
+        return found
 
     def note(self, digest: str, version: str | None, change: Callable[[Footprint], Footprint]) -> None:
         """Apply `change` to what is known here, at once; `flush` writes it, off the path of an operation."""
         key = f"{digest}@{version}"
         with self._noting:
-            self._noted[key] = change(self.get(digest, version))
+            before = self._noted.get(key) or self._read().get(key, Footprint())
+            self._noted[key] = change(before)
             self._changes.append((key, change))
 
     def flush(self) -> None:
@@ -127,7 +141,7 @@ class FootprintStore:
                     stamp,
                     msgspec.json.decode(self._path.read_bytes(), type=dict[str, Footprint]),
                 )
-        except (FileNotFoundError, *NOT_JSON):
+        except (OSError, *NOT_JSON):
             return {}  # they are measured again
         return self._cache[1]
 

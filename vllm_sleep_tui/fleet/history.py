@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_sleep_tui.fleet.history_tables import ADD, BUCKET, DAY, prepare
+from vllm_sleep_tui.fleet.history_tables import ADD, BUCKET, DAY, drop_old, prepare
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 
@@ -91,14 +91,19 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class History:
-    """The past of one config's models; opened when it is first needed, `close` writes what is left."""
+    """The past of one config's models; opened when it is first needed, `close` writes what is left.
 
-    def __init__(self, state_dir: Path, config: Path | str = "") -> None:
+    What is too old is dropped then, and every `drop_every` seconds while it stays open.
+    """
+
+    def __init__(self, state_dir: Path, config: Path | str = "", *, drop_every: float = DAY) -> None:
         self._path = state_dir / "history.db"
         self._config = str(config)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="history")
         self._connection: sqlite3.Connection | None = None
         self._note: str | None = None
+        self._drop_every = drop_every
+        self._next_drop = 0.0
 
     @property
     def note(self) -> str | None:
@@ -248,7 +253,7 @@ class History:
 
     def _asked(self, query: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
         """The answer; to ask makes no file."""
-        if self._connection is None and not self._path.exists():
+        if self._connection is None and not os.path.exists(self._path):
             return []
         return self._guarded(query, values)
 
@@ -276,6 +281,11 @@ class History:
                     connection.close()
                     raise
             self._connection = connection
+            self._next_drop = 0.0
+        if time.monotonic() >= self._next_drop:
+            self._next_drop = time.monotonic() + self._drop_every
+            with contextlib.suppress(sqlite3.OperationalError), self._connection:
+                drop_old(self._connection)  # a file that is locked or full is not worth an entry
         return self._connection
 
     @contextlib.contextmanager

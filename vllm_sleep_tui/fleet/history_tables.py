@@ -41,14 +41,17 @@ INSERT INTO served SELECT time - time % {THIN_BUCKET}, config, model, SUM(reques
 
 
 def prepare(connection: sqlite3.Connection) -> None:
-    """Make the tables that are missing, drop what is too old and thin what no timeline shows any more."""
+    """Make the tables that are missing."""
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.executescript(SCHEMA)
-    oldest = time.time() - KEPT_DAYS * DAY
-    with connection:
-        for table in TABLES:
-            connection.execute(f"DELETE FROM {table} WHERE time < ?", (oldest,))
-        fine = int(time.time() - FINE_DAYS * DAY) // THIN_BUCKET * THIN_BUCKET
-        connection.execute(THIN, (fine,))
-        connection.execute(f"DELETE FROM served WHERE time < ? AND time % {THIN_BUCKET} <> 0", (fine,))
+
+
+def drop_old(connection: sqlite3.Connection) -> None:
+    """Drop what is too old and thin what no timeline shows any more."""
+    now = time.time()
+    for table in TABLES:
+        connection.execute(f"DELETE FROM {table} WHERE time < ?", (now - KEPT_DAYS * DAY,))
+    fine = int(now - FINE_DAYS * DAY) // THIN_BUCKET * THIN_BUCKET
+    connection.execute(THIN, (fine,))
+    connection.execute(f"DELETE FROM served WHERE time < ? AND time % {THIN_BUCKET} <> 0", (fine,))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_sleep_tui.fleet.locks import Holder, has_name, holder, open_shared, read_holder
+from vllm_sleep_tui.fleet.locks import Holder, has_name, holder, open_shared, read_holder, write_word
 
 
 class Seat:
@@ -37,10 +37,10 @@ class Seat:
             descriptor = open_shared(self._path)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.pwrite(descriptor, msgspec.json.encode(holder("leading", "")).ljust(1024), 0)
-            except OSError:  # taken, or the disk is full
+            except OSError:  # taken
                 os.close(descriptor)
                 return False
+            write_word(descriptor, msgspec.json.encode(holder("leading", "")).ljust(1024))
             self._held = descriptor
         return self.is_mine
 

@@ -86,10 +86,19 @@ def open_shared(path: Path) -> int:
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     with contextlib.suppress(FileNotFoundError):
         return os.open(path, flags)
-    with contextlib.suppress(FileExistsError):
-        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+    # It gets its name when its mode is right: a user who comes in between could not open it.
+    unnamed = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}")
+    descriptor = os.open(unnamed, flags | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
         os.fchmod(descriptor, 0o666)  # the umask does not know that it is shared
+        os.link(unnamed, path)
         return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        if not isinstance(error, FileExistsError):
+            raise
+    finally:
+        os.unlink(unnamed)
     return os.open(path, flags)
 
 

@@ -138,8 +138,12 @@ def fault_of(pid: int, launch: str) -> str | None:
 def fault_of_config(record: Record) -> str | None:
     """Whether the config of a record still names its model; a config that cannot be read may."""
     path = Path(record.config)
-    if not path.exists():
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return f"its config {path} is gone"
+    except OSError:
+        return None
     try:
         named = record.name in load(path).config.models
     except UsageError:

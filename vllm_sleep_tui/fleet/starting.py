@@ -77,7 +77,7 @@ def check_level(core: Core, name: str) -> None:
 def check_source(core: Core, name: str) -> None:
     """Raises UsageError if the model is a path of this machine where nothing is."""
     source = core.model(name).model or ""
-    if source.startswith("/") and not Path(source).exists():
+    if source.startswith("/") and not os.path.exists(source):
         raise UsageError(
             f"{core.loaded.path}: models.{name}.model: there is no {source}.",
             "Correct the path, or write a hub name such as Qwen/Qwen3-0.6B.",
