@@ -31,6 +31,10 @@ RESERVED_ARGS: dict[str, str] = {
 RESERVED_ENV: dict[str, str] = {
     "VLLM_API_KEY": "Servers listen on 127.0.0.1 alone, behind a guard: remove it.",
     "CUDA_VISIBLE_DEVICES": "Write the model's GPUs as `gpus: [0]`.",
+    "VLLM_PORT": "It is a port inside vLLM and collides between servers; the one that answers is `port:`.",
+    "VLLM_USE_RUST_FRONTEND": "That front end would not load the guard: remove it.",
+    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "A server whose engine died must end to be restarted: remove it.",
+    "PYTHONHOME": "It would mix two Pythons; name the right one in `vllm_command`.",
 }
 
 MAX_PARALLEL = 1024

@@ -72,11 +72,12 @@ class LoadedConfig:
     """The line of each key, such as models.qwen.gpus."""
 
     def model(self, name: str) -> ModelConfig:
-        """The model called `name`; raises UsageError with the nearest name."""
+        """The model called `name`; raises UsageError with a name that is like it."""
         if name in self.config.models:
             return self.config.models[name]
-        near = _nearest(name, self.config.models)
-        cure = f"Did you mean {near}? There are: {', '.join(self.config.models)}."
+        near = _nearest(name, self.config.models, likeness=0.6)
+        there = f"There are: {', '.join(self.config.models)}."
+        cure = f"Did you mean {near}? {there}" if near else there
         raise UsageError(f"No model is called {name!r} in {self.path}.", cure)
 
 
@@ -198,10 +199,10 @@ def _check_keys(document: Document, key: Key, values: Mapping[str, Any], kind: t
             raise document.error((*key, name), wrong, f"Known here: {', '.join(known)}.")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known word that looks most like `name`."""
+def _nearest(name: str, known: Iterable[str], likeness: float = 0.0) -> str | None:
+    """The known word that looks most like `name`; None if none is as like it as that, from 0 to 1."""
     spelled = {word.lower(): word for word in known}
-    found = difflib.get_close_matches(name.lower().replace("-", "_"), spelled, n=1, cutoff=0.0)
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), spelled, n=1, cutoff=likeness)
     return spelled[found[0]] if found else None
 
 

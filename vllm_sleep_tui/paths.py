@@ -42,6 +42,8 @@ def find_config(explicit: Path | None) -> Path:
     if explicit is not None:
         if explicit.is_file():
             return explicit
+        if explicit.is_dir():
+            raise UsageError(f"{explicit}: a folder, not a file", f"Name the file: {explicit / CONFIG_NAME}")
         raise UsageError(
             f"{explicit}: no such file", f"Write one with: {APP} init, or look at the demo: {APP} demo"
         )

@@ -309,6 +309,13 @@ async def test_quitting_asks_when_servers_run_and_leaves_them_on_l(tmp_path: Pat
     assert fleet.calls == []
 
 
+async def test_a_question_fits_into_the_smallest_terminal(tmp_path: Path) -> None:
+    async with panel(ScriptedFleet(), tmp_path, size=(60, 20)) as pilot:
+        await pilot.press("q")
+        await until_seen(pilot, "Quit the panel?", "l  Leave them running", "s  Stop them", "esc  Cancel")
+        await until(pilot, lambda: pilot.app.screen.query_one(".dialog").region.right <= 60, "room for it")
+
+
 async def test_quitting_with_s_stops_all_servers_first(tmp_path: Path) -> None:
     fleet = ScriptedFleet()
     fleet.gate.set()

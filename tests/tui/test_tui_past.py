@@ -45,6 +45,18 @@ async def test_under_the_last_switch_stand_what_it_saved_and_what_is_usual(
         await until_seen(pilot, "p50 0.46 s · p95 0.61 s over 3 switches at level 1")
 
 
+async def test_a_start_is_called_one_and_saves_nothing(fleet: ScriptedFleet, tmp_path: Path) -> None:
+    fleet.history.record_cold_start("qwen", 47.2)
+    phases = TIMES.phases | {"wake": None, "prove": None}
+    start = TIMES.__class__(phases=phases, total=12.0)
+    fleet.change("qwen", last_switch=start)
+    fleet.history.record_switch("qwen", start, level=1, from_state=State.STOPPED)
+    fleet.history.record_switch("phi", TIMES, level=1, from_state=State.ASLEEP)
+    async with panel(fleet, tmp_path) as pilot:
+        await until_seen(pilot, "last start of qwen  12.0 s", "start  ", "today 1 switch")
+        assert "saved" not in text_of(pilot.app)
+
+
 async def test_a_switch_made_while_the_panel_looks_is_counted_soon(
     fleet: ScriptedFleet, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -256,3 +257,17 @@ def test_the_demo_overwrites_itself_and_nothing_else(tmp_path: Path) -> None:
     done = run("demo", "--init", str(path.parent))
     assert (done.returncode, path.read_text()) == (1, "mine")
     assert "is no demo" in done.stderr
+    path.write_text("")  # as a full disk leaves it
+    assert run("demo", "--init", str(path.parent)).returncode == 0
+
+
+def test_simulated_gpus_that_cannot_be_written_are_two_lines_with_a_cure(tmp_path: Path) -> None:
+    path = run("demo", "--init", str(tmp_path / "d")).stdout.strip()
+    assert run("--config", path, "status").returncode == 0
+    [folder] = Path(os.environ["XDG_STATE_HOME"]).glob("vllm-sleep-tui/records/simulated-*.gpus")
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    done = run("--config", path, "status")
+    assert done.returncode == 1
+    assert "The simulated GPUs cannot be written to" in done.stderr.splitlines()[0]
+    assert "XDG_STATE_HOME" in done.stderr.splitlines()[1]

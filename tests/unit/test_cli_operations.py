@@ -92,8 +92,10 @@ def test_chat_answers_on_stdout_and_tells_the_times_on_stderr(shell: Shell) -> N
     asked = shell.run("chat", "qwen", "Why is the sky blue?")
     assert asked.returncode == 0, asked.stderr
     assert "I am qwen, simulated." in asked.stdout
-    assert "woke in" in asked.stderr
+    assert "started in" in asked.stderr
     assert "TTFT" in asked.stderr
+    shell.done("sleep", "qwen")
+    assert "woke in" in shell.run("chat", "qwen", "Are you there?").stderr
     assert "Why, again?" in shell.done("chat", "qwen", stdin="Why, again?")
     answer = shell.json("chat", "qwen", "hi")
     assert answer["text"].startswith("I am qwen")

@@ -203,6 +203,7 @@ MISTAKES = {
         5,
         "models.qwen.args.seed=1: not a flag's name",
     ),
+    "vLLM's inner port": (ONE + "    env: {VLLM_PORT: '8000'}\n", 4, "VLLM_PORT: reserved"),
     "own environment": (ONE + "    env: {CUDA_VISIBLE_DEVICES: '0'}\n", 4, "CUDA_VISIBLE_DEVICES: reserved"),
     "duplicate key": ("models:\n  a: {model: x}\n  a: {model: y}\n", 3, "a: this key is there twice"),
     "tab": ("models:\n\ta: {model: x}\n", 2, "a tab is used for indentation"),
@@ -322,6 +323,9 @@ def test_an_unknown_model_is_answered_with_the_nearest(tmp_path: Path) -> None:
         loaded.model("codr")
     assert "'codr'" in caught.value.what
     assert "Did you mean coder?" in caught.value.cure
+    with pytest.raises(UsageError) as caught:
+        loaded.model("zzz")
+    assert caught.value.cure == "There are: qwen, coder."
 
 
 def test_a_file_that_is_no_text_or_too_long_is_refused(tmp_path: Path) -> None:

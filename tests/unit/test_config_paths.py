@@ -46,6 +46,8 @@ def test_the_given_config_wins_over_the_folders_and_that_over_the_users(
     assert find_config(users) == users
     with pytest.raises(UsageError, match="no such file"):
         find_config(tmp_path / "none.yaml")
+    with pytest.raises(UsageError, match="a folder, not a file"):
+        find_config(tmp_path)
 
 
 def test_an_agreement_is_for_one_file_with_one_content(tmp_path: Path) -> None:

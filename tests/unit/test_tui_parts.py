@@ -87,6 +87,18 @@ def test_the_waterfall_is_as_wide_as_its_room_and_shows_the_shortest_phase(width
     assert all(any(glyph in line[2][0] for glyph in "▏▎▍▌▋▊▉█") for line in lines)
 
 
+def test_the_steps_of_a_wake_lie_within_it_and_are_not_counted_twice() -> None:
+    phases = [("sleep", 1.0), ("wake", 2.0), ("weights", 0.5), ("reload", 1.5), ("prove", 1.0)]
+    lines = waterfall(phases, 58, "m0", parts=("weights", "reload"))
+    stretches = {
+        name: (len(line[1][0]), len(line[1][0]) + len(line[2][0]))
+        for (name, _), line in zip(phases, lines, strict=True)
+    }
+    assert stretches["wake"][0] == stretches["weights"][0] == stretches["sleep"][1]
+    assert stretches["reload"][0] == stretches["weights"][1]
+    assert stretches["reload"][1] == stretches["wake"][1] == stretches["prove"][0]
+
+
 def test_texts_are_cut_and_wrapped_by_cells_not_by_letters() -> None:
     assert cut("日本語", 4) == "日…"
     assert wrap("one two  three", 8) == ["one two ", "three"]

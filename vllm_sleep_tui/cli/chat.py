@@ -81,9 +81,12 @@ async def _read_line() -> str:
 async def _ask(fleet: Fleet, name: str, messages: list[dict[str, Any]], *, aloud: bool) -> dict[str, Any]:
     """Stream one answer; what it was and took, in seconds. Raises OperationError if it breaks off."""
     from vllm_sleep_tui.engine.logs import strip_escapes
+    from vllm_sleep_tui.fleet.states import State
 
     texts: list[str] = []
     answer: dict[str, Any] = dict.fromkeys(("text", *MEASURED))
+    found = {model.name: model.state for model in fleet.snapshot().models}[name]
+    was_started = found not in (State.AWAKE, State.ASLEEP)
     began = time.monotonic()
     async for event in fleet.chat(name, messages, report=Reporter()):
         if event.error:
@@ -95,16 +98,16 @@ async def _ask(fleet: Fleet, name: str, messages: list[dict[str, Any]], *, aloud
     answer |= {"text": "".join(texts), "seconds": time.monotonic() - began}
     if aloud:
         click.echo()
-        say(_timings(answer))
+        say(_timings(answer, was_started=was_started))
     if answer["finish_reason"] == "abort":
         raise OperationError(f"{name} was stopped or put to sleep in the middle of its answer.", "Ask again.")
     return answer
 
 
-def _timings(answer: dict[str, Any]) -> str:
+def _timings(answer: dict[str, Any], *, was_started: bool) -> str:
     """Such as: woke in 0.36 s · TTFT 26 ms · 212 tok/s."""
     switched, ttft, tokens = answer["switch_seconds"], answer["ttft"], answer["completion_tokens"]
-    parts = [f"woke in {switched:.2f} s"] if switched else []
+    parts = [f"{'started' if was_started else 'woke'} in {switched:.2f} s"] if switched else []
     if ttft is not None:
         parts.append(f"TTFT {ttft * 1000:.0f} ms")
     streamed = answer["seconds"] - (switched or 0) - (ttft or 0)

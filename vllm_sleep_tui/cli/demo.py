@@ -11,7 +11,7 @@ from vllm_sleep_tui.cli.common import say
 from vllm_sleep_tui.config import CONFIG_NAME, SCHEMA_NAME
 from vllm_sleep_tui.config_file import load, write_schema
 from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
-from vllm_sleep_tui.paths import private_dir, state_dir, trust
+from vllm_sleep_tui.paths import private_dir, state_dir, trust, write_private
 
 PANEL_SPEED = 5.0
 """How many times faster than measured the panel's demo is, so that nobody waits a minute for a start."""
@@ -78,11 +78,12 @@ def write_demo(folder: Path, speed: float) -> Path:
     """Write the demo's config to `folder`; its path. Raises OperationError if it cannot be written."""
     path = folder / CONFIG_NAME
     try:
-        if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        there = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        if there.strip() and _MARK not in there:
             raise RefusedError(f"{path} is there already and is no demo.", "Name another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         text = _TEMPLATE.format(python=_quoted(sys.executable), schema=SCHEMA_NAME, mark=_MARK, speed=speed)
-        path.write_text(text, encoding="utf-8")
+        write_private(path, text.encode())
         write_schema(folder / SCHEMA_NAME)
     except OSError as error:
         raise OperationError(f"{path} cannot be written: {error.strerror}.", "Name another folder.") from None

@@ -53,15 +53,23 @@ class OperationLimits:
 
 
 def simulated_folder(loaded: LoadedConfig, state_dir: Path) -> Path | None:
-    """The folder of the config's simulated GPUs, made if need be; None if it has none."""
+    """The folder of the config's simulated GPUs, made if need be; None if it has none.
+
+    Raises OperationError if it cannot be written.
+    """
     gpus = loaded.config.simulated_gpus
     if not gpus:
         return None
     store = RecordStore(state_dir, loaded.path)
     folder = store.path("simulated", "gpus")
-    devices.create(
-        folder, [(gpu.name, parse_bytes(gpu.memory)) for gpu in gpus], ram_total_bytes=SIMULATED_RAM
-    )
+    described = [(gpu.name, parse_bytes(gpu.memory)) for gpu in gpus]
+    try:
+        devices.create(folder, described, ram_total_bytes=SIMULATED_RAM)
+    except OSError as error:
+        raise OperationError(
+            f"The simulated GPUs cannot be written to {folder}: {error.strerror}.",
+            "Free space, make the folder writable, or name another with XDG_STATE_HOME.",
+        ) from None
     return folder
 
 

@@ -184,7 +184,8 @@ def summary(found: Sequence[Orphan]) -> tuple[str, ...]:
         return ()
     held = sum(orphan.ram_bytes for orphan in found) / GIB
     what = "process is" if len(found) == 1 else "processes are"
-    return (f"{len(found)} {what} left of lost servers and hold {held:.1f} GiB of RAM: see `orphans`.",)
+    left = f"{len(found)} {what} left of lost servers and hold {held:.1f} GiB of RAM"
+    return (f"{left}: see `vllm-sleep-tui orphans`.",)
 
 
 def end_orphans(found: Sequence[Orphan]) -> None:

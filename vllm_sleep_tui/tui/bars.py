@@ -96,14 +96,23 @@ def progress(fraction: float | None, width: int) -> Line:
     return (("━" * done, "accent"), ("━" * (width - done), "faint"))
 
 
-def waterfall(phases: Sequence[tuple[str, float]], width: int, color: str) -> list[Line]:
-    """One line for each phase: its name, its stretch on the common time line, its time."""
-    total = sum(seconds for _, seconds in phases)
+def waterfall(
+    phases: Sequence[tuple[str, float]], width: int, color: str, parts: Sequence[str] = ()
+) -> list[Line]:
+    """One line for each phase: its name, its stretch on the common time line, its time.
+
+    The phases named in `parts` are parts of the one before them and lie within its stretch.
+    """
+    total = sum(seconds for name, seconds in phases if name not in parts)
     names = max((len(name) for name, _ in phases), default=0)
     room = width - names - 2 - 9
     lines: list[Line] = []
-    start = 0.0
+    end = inner = 0.0
     for name, seconds in phases:
+        if name in parts:
+            start, inner = inner, inner + seconds
+        else:
+            start, inner, end = end, end, end + seconds
         before, bar = _bar(start, seconds, total, max(4, room))
         rest = max(4, room) - before - len(bar)
         lines.append(
@@ -115,7 +124,6 @@ def waterfall(phases: Sequence[tuple[str, float]], width: int, color: str) -> li
                 (right(took(seconds), 9), "text"),
             )
         )
-        start += seconds
     return lines
 
 

@@ -8,7 +8,7 @@ from vllm_sleep_tui.bench.figures import summary
 from vllm_sleep_tui.bench.plan import Mode
 from vllm_sleep_tui.bench.results import Run
 from vllm_sleep_tui.tui.detail import rule
-from vllm_sleep_tui.tui.paint import Line, Painted, cut, left, right
+from vllm_sleep_tui.tui.paint import Line, Painted, cut, left, right, wrap
 from vllm_sleep_tui.tui.words import took
 
 _MODE_PAINT = {Mode.LEVEL1: "good", Mode.LEVEL2: "accent", Mode.COLD: "bad"}
@@ -82,7 +82,8 @@ class BenchBars(Painted):
             lines += [((cut(self._now, size.width), "warning"),)]
         run = self._run
         if run is None:
-            return lines or [(("Choose two models and the modes, then press r.", "muted"),)]
+            hint = wrap("Choose two models and the modes, then press r.", size.width)
+            return lines or [((line, "muted"),) for line in hint]
         medians = median_lines(run, size.width)
         if medians:
             title = f"median switch between {run.plan.a} and {run.plan.b}"

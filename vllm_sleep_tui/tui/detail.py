@@ -5,13 +5,13 @@ from __future__ import annotations
 from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.rooms import describe as waiting_words
-from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction
+from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import SETTLED, StartPhase, State
 from vllm_sleep_tui.tui.bars import progress, waterfall
 from vllm_sleep_tui.tui.paint import Line, Painted, Span, cut, cut_line, wrap
 from vllm_sleep_tui.tui.past import Past
 from vllm_sleep_tui.tui.view import Running, View
-from vllm_sleep_tui.tui.words import clock, long_time, phases_of, took
+from vllm_sleep_tui.tui.words import PARTS_OF_WAKE, clock, long_time, phases_of, took
 
 _INDENT = "  "
 _START = [phase.value for phase in StartPhase]
@@ -143,29 +143,31 @@ def last_switch_lines(view: View, model: ModelSnapshot, width: int) -> list[Line
     if model.last_switch is None:
         return []
     color = view.colors[model.name]
+    phases = phases_of(model.last_switch)
+    was_start = _was_start(model.last_switch)
     title: list[Span] = [
-        ("last switch to ", "muted"),
+        ("last start of " if was_start else "last switch to ", "muted"),
         (model.name, f"{color} bold"),
         (f"  {took(model.last_switch.total)}", "text bold"),
     ]
-    phases = phases_of(model.last_switch)
     if not phases:
-        return [
-            rule(title, width),
-            *_wrapped("A start, not a wake.", width, "muted"),
-        ]
-    between = model.last_switch.total - sum(seconds for _, seconds in phases)
-    if between > model.last_switch.total * NOTED_SHARE:
-        phases.append(("between", between))
-    bars = waterfall(phases, width - len(_INDENT), color)
+        return [rule(title, width)]
+    rest = model.last_switch.total - sum(seconds for name, seconds in phases if name not in PARTS_OF_WAKE)
+    if rest > model.last_switch.total * NOTED_SHARE:
+        phases.append(("start" if was_start else "rest", rest))
+    bars = waterfall(phases, width - len(_INDENT), color, parts=PARTS_OF_WAKE)
     return [rule(title, width), *(((_INDENT, ""), *bar) for bar in bars)]
+
+
+def _was_start(times: SwitchTimes) -> bool:
+    return times.phases.get("wake") is None
 
 
 def past_lines(past: Past, model: ModelSnapshot, width: int) -> list[Line]:
     """What the last switch saved, what the day's did, and what switches to the model take as a rule."""
     cold, last = past.cold_starts.get(model.name), model.last_switch
     saved = []
-    if cold is not None and last is not None and cold > last.total:
+    if cold is not None and last is not None and not _was_start(last) and cold > last.total:
         saved.append(f"{took(cold - last.total)} saved")
     if past.switches_today:
         saved.append(_today(past))

@@ -10,12 +10,15 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
-from textual.events import Key
+from textual.events import Key, Resize
 from textual.screen import ModalScreen
 from textual.widgets import Button, Label, OptionList, Static
 from textual.widgets.option_list import Option
 
 from vllm_sleep_tui.tui.keys import ELSEWHERE, KEYS
+
+ROOMY_WIDTH = 80
+"""Terminals as wide as this have room for a question with wide margins."""
 
 
 class Choice(NamedTuple):
@@ -54,6 +57,10 @@ class Question(ModalScreen[str | None]):
     def on_mount(self) -> None:
         """Enter alone never does harm."""
         self.query_one("#cancel").focus()
+
+    def on_resize(self, event: Resize) -> None:
+        """Draw in where the question would be wider than the terminal."""
+        self.set_class(event.size.width < ROOMY_WIDTH, "-narrow")
 
     def on_key(self, event: Key) -> None:
         """A choice's own key picks it."""

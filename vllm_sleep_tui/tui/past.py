@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vllm_sleep_tui.fleet.history import History, PastSwitch, Percentiles, Saved, Served, StateSpan, midnight
 from vllm_sleep_tui.fleet.history_tables import BUCKET
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot
+from vllm_sleep_tui.fleet.states import State
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.tui.operations import Operations
@@ -35,6 +36,7 @@ class Past:
     cold_starts: Mapping[str, float] = field(default_factory=dict)
     """The usual one of each model, in seconds; a model whose is not known is left out."""
     switches_today: int = 0
+    """To models that slept; a start is none."""
     saved_today: Saved = field(default_factory=lambda: Saved(switches=0, seconds=0.0))
     spans: tuple[StateSpan, ...] = ()
     switches: tuple[PastSwitch, ...] = ()
@@ -50,7 +52,7 @@ def read_past(history: History, models: Sequence[str], window: float) -> Past:
     return Past(
         percentiles={name: history.percentiles(name) for name in models},
         cold_starts={name: seconds for name, seconds in colds.items() if seconds is not None},
-        switches_today=len(history.switches_today()),
+        switches_today=sum(past.from_state is State.ASLEEP for past in history.switches_today()),
         saved_today=history.saved_since(midnight(now)),
         spans=tuple(history.states_between(now - window, now)),
         switches=tuple(history.switches_since(now - window)),

@@ -90,6 +90,10 @@ def ram_words(count: int | None) -> str:
     return NONE if count == 0 else gib_short(count)
 
 
+PARTS_OF_WAKE = ("weights", "reload", "kv cache", "reset")
+"""The steps of a wake from level 2; its phase `wake` is their sum."""
+
+
 def phases_of(times: SwitchTimes) -> list[tuple[str, float]]:
     """The phases that happened, in order, with their seconds."""
     return [
