@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 def is_wanted(core: Core, record: Record) -> bool:
     """Whether the server died while it ran and its model's config wants it back."""
     fell = record.state is State.FAILED and record.fell is not None
-    return fell and core.config.models[record.name].restart == "on-failure"
+    model = core.config.models.get(record.name)  # a reload may have removed it meanwhile
+    return fell and model is not None and model.restart == "on-failure"
 
 
 def recent(record: Record) -> tuple[float, ...]:
