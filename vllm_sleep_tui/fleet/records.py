@@ -87,7 +87,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     proof: str | None = None
     last_switch: SwitchTimes | None = None
     fell: State | None = None
-    """While failed: the state from which the server died by itself, if it did."""
+    """While failed: the state from which the server died by itself, if it did; ASLEEP of one that was
+    restarted and is not back asleep yet."""
     restarts: tuple[float, ...] = ()
     """UTC seconds of the latest restarts by the leader."""
     hang: Hang | None = None
