@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -15,8 +17,11 @@ from vllm_sleep_tui.errors import CancelledByUser
 from vllm_sleep_tui.fleet import actions
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.keeping import is_kept
+from vllm_sleep_tui.fleet.locks import hold, holder
 from vllm_sleep_tui.fleet.operation import Operation, actor, to_safe_point
 from vllm_sleep_tui.fleet.records import Record
+from vllm_sleep_tui.fleet.recovery import is_unfinished
+from vllm_sleep_tui.fleet.restart import Restarter
 from vllm_sleep_tui.fleet.states import State
 
 MakeBox = Callable[..., Box]
@@ -80,3 +85,58 @@ async def test_a_start_whose_starter_died_is_stopped_like_any_other(box: MakeBox
     async with abandoned(box) as (_, core):
         await actions.stop_all(core, ["a"], Operation("stop", "a"), force=False)
         assert core.records.read("a").state is State.STOPPED
+
+
+# ── a restart by a leader that dies ──────────────────────────────────────────────────────────────────────
+
+
+async def dies_asleep(box: MakeBox) -> tuple[Box, Core]:
+    """A box whose sleeper `b` has died, and a core that nobody watches over."""
+    machine = box({"a": {"model": "sim/1GiB"}, "b": {"model": "sim/1GiB"}}, speed="20")
+    async with machine.open() as fleet:
+        await fleet.start(["b"])
+        await fleet.sleep("b")
+        server = fleet._core.records.read("b").server
+        assert server is not None
+        os.kill(server.pid, signal.SIGKILL)
+        await until_state(fleet, "b", State.FAILED)
+        await until(lambda: fleet._core.records.read("b").state is State.FAILED)
+    return machine, Core(load(machine.config), machine.state_dir)
+
+
+async def test_a_sleeper_whose_restart_was_cut_off_ends_asleep(box: MakeBox) -> None:
+    machine, core = await dies_asleep(box)
+    leading = asyncio.create_task(Restarter(core, pauses=(0.0,)).act("b"))
+    await until(lambda: "compiling" in str(core.records.read("b").intent))
+    leading.cancel()  # as its process does when it is killed: nothing is unwound that is written down
+    await asyncio.wait({leading})
+    assert core.records.read("b").state is State.STARTING
+    await core.close()
+    async with machine.open() as fleet:
+        await until_state(fleet, "b", State.ASLEEP)
+        await fleet.switch("b")
+        await until(lambda: not is_unfinished(fleet._core, "b"))
+        assert seen(fleet, "b").state is State.AWAKE
+        await fleet.sleep("b")
+        await fleet.stop(["b"])
+        await fleet.start(["b"])
+        assert not is_unfinished(fleet._core, "b")
+
+
+async def test_a_sleeper_that_is_restarted_is_asleep_before_anybody_else_gets_the_gpu(box: MakeBox) -> None:
+    _, core = await dies_asleep(box)
+    leading = asyncio.create_task(Restarter(core, pauses=(0.0,)).act("b"))
+    await until(lambda: core.records.read("b").state is State.STARTING)
+    async with hold(core.gpu_locks({0}), holder("test", "a")):
+        assert core.records.read("b").state is State.ASLEEP
+    await leading
+    await core.close()
+
+
+async def test_a_fallen_sleeper_that_somebody_starts_is_awake(box: MakeBox) -> None:
+    machine, core = await dies_asleep(box)
+    await core.close()
+    async with machine.open() as fleet:
+        await fleet.start(["b"])
+        assert not is_unfinished(fleet._core, "b")
+        assert seen(fleet, "b").state is State.AWAKE

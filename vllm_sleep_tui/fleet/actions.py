@@ -113,12 +113,12 @@ async def step_aside(
         await Server(core, record, operation).fall_asleep(level, force=force, unless=unless)
 
 
-async def bring_up(core: Core, name: str, operation: Operation) -> Server:
-    """Wake the sleeper or start the stopped one; the room for it has been made."""
+async def bring_up(core: Core, name: str, operation: Operation, *, fell: State | None = None) -> Server:
+    """Wake the sleeper or start the stopped one, see `Start.run`; the room for it has been made."""
     record = core.records.read(name)
     if record.state is not State.ASLEEP:
         try:
-            return await Start(core, name, operation).run()
+            return await Start(core, name, operation).run(fell=fell)
         except (RefusedError, UsageError):
             core.write(core.records.read(name), intent=None)
             raise

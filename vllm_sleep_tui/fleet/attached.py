@@ -19,6 +19,7 @@ from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.go_on import GoOn
 from vllm_sleep_tui.fleet.locks import holder
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.proof import Verdict
@@ -49,6 +50,7 @@ class Watch:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._task: asyncio.Task[None] | None = None
+        self._go_on = GoOn()
 
     def start(self) -> None:
         """Begin to look."""
@@ -62,7 +64,8 @@ class Watch:
 
     async def _run(self) -> None:
         while True:
-            await look(self._core, list(self._core.config.models))
+            with self._go_on.after("the look at attached servers"):
+                await look(self._core, list(self._core.config.models))
             await asyncio.sleep(INTERVAL)
 
 

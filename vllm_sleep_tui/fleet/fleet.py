@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet import actions, attached
 from vllm_sleep_tui.fleet.chatting import answer
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
@@ -109,7 +110,13 @@ class Fleet:
         return self._core.history
 
     def predict(self, name: str) -> Prediction:
-        """What a switch to the model would do."""
+        """What a switch to the model would do; refused where a record cannot be read."""
+        try:
+            return self._predict(name)
+        except OperationError as error:
+            return Prediction(target=name, action="refused", sentence=error.what)
+
+    def _predict(self, name: str) -> Prediction:
         if self._core.model(name).url is not None:
             return attached.predict(self._core, name)
         record = self._core.records.read(name)

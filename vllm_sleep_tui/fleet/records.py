@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.paths import private_dir
@@ -86,7 +87,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     proof: str | None = None
     last_switch: SwitchTimes | None = None
     fell: State | None = None
-    """While failed: the state from which the server died by itself, if it did."""
+    """While failed: the state from which the server died by itself, if it did; ASLEEP of one that was
+    restarted and is not back asleep yet."""
     restarts: tuple[float, ...] = ()
     """UTC seconds of the latest restarts by the leader."""
     hang: Hang | None = None
@@ -112,7 +114,10 @@ class RecordStore:
         return self.folder / f"{name}-{self._suffix}.{kind}"
 
     def read(self, name: str) -> Record:
-        """The model's record, or a stopped one if there is none; a broken file is set aside."""
+        """The model's record, or a stopped one if there is none; a broken file is set aside.
+
+        Raises OperationError if the file cannot be read.
+        """
         path = self.path(name)
         for attempt in range(READ_ATTEMPTS):
             try:
@@ -123,6 +128,11 @@ class RecordStore:
                 return Record(config=self.config, name=name)
             except (ValueError, msgspec.DecodeError):
                 time.sleep(READ_PAUSE * (attempt > 0))
+            except OSError as error:
+                raise OperationError(
+                    f"The record {path} cannot be read: {error.strerror}.",
+                    "Correct that; its server, if it runs, runs on.",
+                ) from error
         return self._set_aside(path, name)
 
     def vllm_version(self, name: str) -> str | None:

@@ -5,7 +5,7 @@ The truth is the keeper (does the server live?) and the server (does it sleep?),
 
 from __future__ import annotations
 
-from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.ending import (
     SERVER_GONE,
@@ -28,7 +28,12 @@ def is_unfinished(core: Core, name: str) -> bool:
     record = core.records.read(name)
     if record.state in (State.STOPPED, State.FAILED):
         return record.intent is not None or is_lost(core, record)
-    return record.intent is not None or not lives(core, record) or not is_whole(record)
+    return record.intent is not None or owes_sleep(record) or not lives(core, record) or not is_whole(record)
+
+
+def owes_sleep(record: Record) -> bool:
+    """Whether it was restarted because it had died asleep, and is awake still."""
+    return record.state is State.AWAKE and record.fell is State.ASLEEP
 
 
 def needs_care(core: Core, name: str) -> bool:
@@ -61,8 +66,23 @@ async def recover(core: Core, name: str, operation: Operation) -> None:
         await bury(core, record)
     elif record.state is State.STARTING:
         await carry_on_start(core, record, operation)
-    else:
+    elif record.intent is not None:
         await settle(core, record, operation)
+    if owes_sleep(core.records.read(name)):
+        await back_to_sleep(core, name, operation)
+
+
+async def back_to_sleep(core: Core, name: str, operation: Operation) -> None:
+    """The end of a restart; a model that cannot sleep stays awake, because nobody would wait for it."""
+    from vllm_sleep_tui.fleet.actions import step_aside
+
+    try:
+        await step_aside(core, name, operation, force=False)
+    except PanelError as error:
+        record = core.records.read(name)
+        if owes_sleep(record) and not operation.is_cancelled:
+            core.write(record, fell=None)
+        operation.tell(name, record.state, error.what)
 
 
 async def bury(core: Core, record: Record) -> None:
@@ -77,7 +97,7 @@ async def bury(core: Core, record: Record) -> None:
 
 def fell_from(record: Record) -> State | None:
     """The state to come back to after a restart; a start that failed is not tried again."""
-    return None if record.state is State.STARTING else record.state
+    return None if record.state is State.STARTING else record.fell or record.state
 
 
 async def finish_stop(core: Core, record: Record) -> None:
@@ -128,7 +148,7 @@ async def after_sleep(server: Server, *, sleeping: bool) -> None:
         await server.undo_sleep()
         return
     level = server.record.intent.level if server.record.intent else None
-    server.record = server.core.enter(server.record, Event.SLEPT, level=level or 1, intent=None)
+    server.record = server.core.enter(server.record, Event.SLEPT, level=level or 1, intent=None, fell=None)
 
 
 async def after_wake(server: Server, *, sleeping: bool) -> None:

@@ -12,6 +12,7 @@ from vllm_sleep_tui.fleet import actions
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.operation import Operation
 from vllm_sleep_tui.fleet.records import Record
+from vllm_sleep_tui.fleet.recovery import recover
 from vllm_sleep_tui.fleet.rooms import locked
 from vllm_sleep_tui.fleet.states import State
 
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 def is_wanted(core: Core, record: Record) -> bool:
     """Whether the server died while it ran and its model's config wants it back."""
     fell = record.state is State.FAILED and record.fell is not None
-    return fell and core.config.models[record.name].restart == "on-failure"
+    model = core.config.models.get(record.name)  # a reload may have removed it meanwhile
+    return fell and model is not None and model.restart == "on-failure"
 
 
 def recent(record: Record) -> tuple[float, ...]:
@@ -69,9 +71,9 @@ class Restarter:
                 return
             log.info("%s: restart %d of %d: %s", name, len(tried) + 1, len(self._pauses), record.reason)
             self._core.write(record, restarts=(*tried, time.time()))
-            await actions.bring_up(self._core, name, operation)
-        if record.fell is State.ASLEEP:
-            await actions.sleep(self._core, name, None, operation)
+            fell = State.ASLEEP if record.fell is State.ASLEEP else None
+            await actions.bring_up(self._core, name, operation, fell=fell)
+            await recover(self._core, name, operation)
 
     def _give_up(self, record: Record) -> None:
         """A crash loop: say so and leave it."""

@@ -63,12 +63,7 @@ class Server:
         Steps of milliseconds are told and not written: a successor asks the server, not the phase.
         """
         intent = Intent(
-            operation=self.operation.name,
-            phase=phase,
-            since=self.operation.since,
-            actor=actor(),
-            level=level,
-            eta=None,
+            operation=self.operation.name, phase=phase, since=self.operation.since, actor=actor(), level=level
         )
         if event is None:
             self.record = self.core.write(self.record, intent=intent)
@@ -111,7 +106,14 @@ class Server:
             verdict, left = await self.sleep_and_settle(level, pool, await before)
             reason, cure = self.kept_memory(verdict, left)
             self.record = self.core.enter(
-                self.record, Event.SLEPT, level=level, intent=None, proof=verdict, reason=reason, cure=cure
+                self.record,
+                Event.SLEPT,
+                level=level,
+                intent=None,
+                proof=verdict,
+                reason=reason,
+                cure=cure,
+                fell=None,
             )
 
     def room_to_pin(self, level: int, pool: int) -> AbstractAsyncContextManager[None]:

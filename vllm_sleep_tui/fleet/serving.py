@@ -17,6 +17,7 @@ from typing import NamedTuple
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.go_on import GoOn
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.snapshot import Serving
 from vllm_sleep_tui.fleet.states import State
@@ -208,6 +209,7 @@ class ServingPoller:
         self._seen_awake: set[str] = set()
         self._watches: dict[str, tuple[str | None, Watch]] = {}
         self._task: asyncio.Task[None] | None = None
+        self._go_on = GoOn()
         self.figures: dict[str, Serving] = {}
 
     def start(self) -> None:
@@ -228,7 +230,7 @@ class ServingPoller:
 
     async def look(self) -> None:
         """One look at every model that is awake, and at those that fell asleep since the last one."""
-        records = [self._core.records.read(name) for name in list(self._core.config.models)]
+        records = [record for name in list(self._core.config.models) if (record := self._record(name))]
         awake = [record for record in records if record.state is State.AWAKE and record.launch]
         fallen = [
             record for record in records if record.state is State.ASLEEP and record.name in self._seen_awake
@@ -240,7 +242,18 @@ class ServingPoller:
         }
         await asyncio.gather(*(self._look_at(record) for record in (*awake, *fallen)))
 
+    def _record(self, name: str) -> Record | None:
+        """The model's record; None while it cannot be read."""
+        with self._go_on.after(f"the look at how {name} serves"):
+            return self._core.records.read(name)
+        return None
+
     async def _look_at(self, record: Record) -> None:
+        """One model's page; what cannot be made sense of costs that page."""
+        with self._go_on.after(f"the look at how {record.name} serves"):
+            await self._read_page(record)
+
+    async def _read_page(self, record: Record) -> None:
         try:
             text = await self._core.client(record).metrics(timeout=ANSWER_LIMIT)
         except EngineError:

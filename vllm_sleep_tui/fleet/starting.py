@@ -35,7 +35,7 @@ from vllm_sleep_tui.fleet.planning import is_dummy, read_memory, share_of, weigh
 from vllm_sleep_tui.fleet.ports import CURE, choose_port, port_is_free, taken
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.server import Server
-from vllm_sleep_tui.fleet.states import Event, StartPhase
+from vllm_sleep_tui.fleet.states import Event, StartPhase, State
 from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, listens
 
@@ -97,8 +97,11 @@ class Start:
         self.is_carried_on = False
         self.told: tuple[str, str, float | None] | None = None
 
-    async def run(self) -> Server:
-        """Start, warm up, measure, prime; raises OperationError and leaves nothing running if it fails."""
+    async def run(self, *, fell: State | None = None) -> Server:
+        """Start, warm up, measure, prime; raises OperationError and leaves nothing running if it fails.
+
+        `fell` is ASLEEP for a restart that is to end there.
+        """
         check_startable(self.core, self.name)
         port = choose_port(self.core, self.name)
         self.record = self.core.enter(
@@ -108,7 +111,7 @@ class Start:
             cure=None,
             level=None,
             proof=None,
-            fell=None,
+            fell=fell,
             intent=self.intent("loading"),
         )
         return await self.guarded(self.launch(port))

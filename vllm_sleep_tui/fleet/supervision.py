@@ -10,14 +10,16 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from dataclasses import dataclass
 
+from vllm_sleep_tui.config import IdleConfig, ModelConfig
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet import idle
 from vllm_sleep_tui.fleet.attached_care import AttachedCare
 from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.go_on import GoOn
 from vllm_sleep_tui.fleet.hang import HangWatch, end_hung
 from vllm_sleep_tui.fleet.leader import Seat
 from vllm_sleep_tui.fleet.locks import LockBusyError, hold, holder
@@ -71,24 +73,6 @@ class Tasks:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-
-
-class GoOn:
-    """Around one look of a loop that must outlive what nobody foresaw; each such thing is said once."""
-
-    def __init__(self) -> None:
-        self._said: set[str] = set()
-
-    @contextlib.contextmanager
-    def after(self, what: str) -> Iterator[None]:
-        """Whatever goes wrong inside is logged, and that is all."""
-        try:
-            yield
-        except Exception as error:
-            said = f"{what}: {error!r}"
-            if said not in self._said:
-                self._said.add(said)
-                log.exception("%s went wrong", what)
 
 
 class Watcher:
@@ -162,29 +146,32 @@ class Leader:
     async def _run(self) -> None:
         while True:
             if self.seat.take():
-                with self._go_on.after("the leader's look"):
-                    self._lead()
+                self._lead()
             await asyncio.sleep(INTERVAL)
 
     def _lead(self) -> None:
         if self._is_time("orphans", self._limits.orphans_poll):
             self._tasks.begin("orphans", self._look_for_orphans())
         for name, model in self._core.config.models.items():
-            if self._tasks.busy(name):
-                continue
-            record = self._core.records.read(name)
-            poll = idle.poll_seconds(model.idle) or self._limits.hang_poll
-            if model.url is not None:
-                if self._is_time(name, poll):
-                    self._tasks.begin(name, self._told(name, self._attached.look(name, model.idle)))
-            elif self._restarter.is_due(name):
-                self._tasks.begin(name, self._told(name, self._restarter.act(name)))
-            elif (
-                record.state in (State.AWAKE, State.ASLEEP)
-                and record.intent is None
-                and self._is_time(name, poll)
-            ):
-                self._tasks.begin(name, self._told(name, self._look_at(record)))
+            if not self._tasks.busy(name):
+                with self._go_on.after(f"the leader's look at {name}"):
+                    self._lead_one(name, model)
+
+    def _lead_one(self, name: str, model: ModelConfig) -> None:
+        poll = idle.poll_seconds(model.idle) or self._limits.hang_poll
+        if model.url is not None:
+            if self._is_time(name, poll):
+                self._tasks.begin(name, self._told(name, self._attached.look(name, model.idle)))
+            return
+        record = self._core.records.read(name)
+        if self._restarter.is_due(name):
+            self._tasks.begin(name, self._told(name, self._restarter.act(name)))
+        elif (
+            record.state in (State.AWAKE, State.ASLEEP)
+            and record.intent is None
+            and self._is_time(name, poll)
+        ):
+            self._tasks.begin(name, self._told(name, self._look_at(record, model.idle)))
 
     def _is_time(self, what: str, interval: float) -> bool:
         """Whether `interval` seconds have passed since this was last True for `what`."""
@@ -196,16 +183,16 @@ class Leader:
 
     async def _told(self, name: str, work: Coroutine[None, None, None]) -> None:
         """`work`, with what went wrong in the log; the record holds it too."""
-        try:
-            await work
-        except PanelError as error:
-            log.warning("%s: %s", name, error.what)
-        except EngineError:
-            pass  # it is ending, or the watcher finds it dead
+        with self._go_on.after(f"the leader's care of {name}"):
+            try:
+                await work
+            except EngineError:
+                pass  # it is ending, or the watcher finds it dead
+            except PanelError as error:
+                log.warning("%s: %s", name, error.what)
 
-    async def _look_at(self, record: Record) -> None:
+    async def _look_at(self, record: Record, config: IdleConfig) -> None:
         """Is it idle, does it hang?"""
-        config = self._core.config.models[record.name].idle
         if record.state is State.ASLEEP and not config.stop_after:
             return
         client = self._core.client(record)
@@ -233,5 +220,6 @@ class Leader:
         await end_hung(self._core, record, symptom, self._hangs.limit)
 
     async def _look_for_orphans(self) -> None:
-        found = await asyncio.to_thread(find_orphans, self._core.state_dir)
-        self.notes = summary(found)
+        with self._go_on.after("the look for orphans"):
+            found = await asyncio.to_thread(find_orphans, self._core.state_dir)
+            self.notes = summary(found)

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.config_file import LoadedConfig
 from vllm_sleep_tui.engine.causes import Diagnosis
+from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.ending import RECORD_LOST, SERVER_GONE, cause_in_log
 from vllm_sleep_tui.fleet.keeping import is_kept, read_word
@@ -43,7 +45,10 @@ class Viewer:
         """The keeper's pid of each model that has one: its processes are below it."""
         found = {}
         for name in self._core.config.models:
-            record = self._core.records.read(name)
+            try:
+                record = self._core.records.read(name)
+            except OperationError:
+                continue  # the snapshot tells of it
             if record.state not in (State.STOPPED, State.FAILED):
                 word = read_word(self._core.keeper_file(name))
                 if word.keeper is not None and word.launch == record.launch and word.exit is None:
@@ -71,8 +76,11 @@ class Viewer:
         )
 
     def _model(self, name: str, memory: ModelMemory | None, serving: Serving | None) -> ModelSnapshot:
-        record = self._core.records.read(name)
         model = self._core.config.models[name]
+        try:
+            record = self._core.records.read(name)
+        except OperationError as error:
+            return unreadable(name, model, error)
         if model.url is not None:
             return snapshot_of(record, model, self._core.sightings.get(name))
         state, cause = self.observe(record)
@@ -151,6 +159,20 @@ class Viewer:
                 for other in others
             ),
         )
+
+
+def unreadable(name: str, model: ModelConfig, error: OperationError) -> ModelSnapshot:
+    """A model of which nothing is known, because its record cannot be read."""
+    return ModelSnapshot(
+        name=name,
+        state=State.FAILED,
+        gpus=model.gpus,
+        reason=error.what,
+        cure=error.cure,
+        configured_level=str(model.level),
+        source=model.url or model.model or "",
+        is_attached=model.url is not None,
+    )
 
 
 def operation_of(intent: Intent | None) -> OperationSnapshot | None:
