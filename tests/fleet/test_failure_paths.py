@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import pytest
 
@@ -83,3 +84,106 @@ async def test_a_model_that_a_reload_removed_is_not_restarted(box: MakeBox) -> N
         machine.write({"b": {"model": "sim/1GiB"}}, ["24GiB"])
         fleet.reload(load(machine.config))
         assert not is_wanted(fleet._core, fallen)
+
+
+# ── a connection that breaks ─────────────────────────────────────────────────────────────────────────────
+
+
+class Breaking:
+    """Stands between us and a server: the first request to `target` is lost on its way, or its answer is."""
+
+    def __init__(self, port: int | None, target: bytes, *, arrives: bool) -> None:
+        self.came = 0
+        self.connections: set[asyncio.Task[None]] = set()
+        self._port, self._target, self._arrives = port, target, arrives
+
+    def begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections.add(asyncio.create_task(self._serve(reader, writer)))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._port)
+        lost = asyncio.Event()
+
+        async def answer() -> None:
+            while (part := await there.read(65536)) and not lost.is_set():
+                writer.write(part)
+
+        answering = asyncio.create_task(answer())
+        try:
+            while part := await reader.read(65536):
+                self.came += self._target in part
+                if self._target in part and self.came == 1:
+                    lost.set()
+                    if self._arrives:
+                        back.write(part)
+                        await answering
+                    return
+                back.write(part)
+        except ConnectionError:
+            pass
+        finally:
+            answering.cancel()
+            await asyncio.wait({answering})
+            for end in (writer, back):
+                end.close()
+                with suppress(ConnectionError):
+                    await end.wait_closed()
+
+
+async def call_anew(core: Core) -> None:
+    """Have the next call ask the record for the port."""
+    core._retired += [client for _, client in core._launched.values()]
+    core._launched.clear()
+    await core.close_retired()
+
+
+@asynccontextmanager
+async def breaking(core: Core, name: str, target: bytes, *, arrives: bool) -> AsyncIterator[Breaking]:
+    """The first call of `target` fails on its way to the model's server, or back."""
+    record = core.records.read(name)
+    between = Breaking(record.port, target, arrives=arrives)
+    listener = await asyncio.start_server(between.begin, "127.0.0.1", 0)
+    core.write(record, port=listener.sockets[0].getsockname()[1])
+    await call_anew(core)
+    try:
+        yield between
+    finally:
+        core.write(core.records.read(name), port=record.port)
+        await call_anew(core)
+        listener.close()
+        await asyncio.gather(*between.connections)
+
+
+@pytest.mark.parametrize("arrives", [True, False], ids=["answer lost", "request lost"])
+@pytest.mark.parametrize("level", [1, 2])
+async def test_a_sleep_whose_connection_breaks_ends_no_server(
+    box: MakeBox, level: int, arrives: bool
+) -> None:
+    async with box({"a": {"model": "sim/1GiB", "level": level}}).open() as fleet:
+        await fleet.start(["a"])
+        pid = seen(fleet, "a").pid
+        async with breaking(fleet._core, "a", b"POST /sleep", arrives=arrives) as between:
+            await fleet.sleep("a")
+        assert between.came == (1 if arrives else 2)
+        assert (seen(fleet, "a").state, seen(fleet, "a").pid) == (State.ASLEEP, pid)
+        assert await fleet._core.client(fleet._core.records.read("a")).is_sleeping(5)
+
+
+@pytest.mark.parametrize("arrives", [True, False], ids=["answer lost", "request lost"])
+@pytest.mark.parametrize(
+    ("level", "target"),
+    [(1, b"POST /wake_up"), (2, b"tags=weights"), (2, b"POST /collective_rpc"), (2, b"tags=kv_cache")],
+)
+async def test_a_wake_whose_connection_breaks_ends_no_server(
+    box: MakeBox, level: int, target: bytes, arrives: bool
+) -> None:
+    async with box({"a": {"model": "sim/1GiB", "level": level}}).open() as fleet:
+        await fleet.start(["a"])
+        await fleet.sleep("a")
+        pid = seen(fleet, "a").pid
+        async with breaking(fleet._core, "a", target, arrives=arrives) as between:
+            await fleet.wake("a")
+        assert between.came
+        assert (seen(fleet, "a").state, seen(fleet, "a").pid) == (State.AWAKE, pid)
+        assert seen(fleet, "a").proof == "proven"
+        assert not (await fleet._core.client(fleet._core.records.read("a")).gate()).closed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -262,6 +263,23 @@ async def test_no_answer_in_time_says_that_it_may_still_happen(server: Server, c
 
     assert "may still" in late.value.cure
     assert busy.value.cure == ""
+
+
+async def test_a_process_that_was_stopped_meanwhile_asks_once_more(
+    server: Server, client: VllmClient
+) -> None:
+    server.answer("POST /panel/gate", {"closed": False, "in_flight": 0})
+    server.answer("POST /sleep")
+    asking = asyncio.create_task(client.set_gate(False, timeout=0.1))
+    await asyncio.sleep(0)
+    time.sleep(1.0)  # noqa: ASYNC251 - nothing of this process runs, as after SIGSTOP
+    assert (await asking).closed is False
+
+    acting = asyncio.create_task(client.sleep(1, timeout=0.1))
+    await asyncio.sleep(0)
+    time.sleep(1.0)  # noqa: ASYNC251
+    with pytest.raises(EngineTimeout):
+        await acting
 
 
 async def test_health_is_false_for_anything_but_200_in_time(server: Server, client: VllmClient) -> None:

@@ -18,6 +18,8 @@ KEEP_ALIVE_SECONDS = 4.0
 """Less than vLLM's own 5 s (`VLLM_HTTP_TIMEOUT_KEEP_ALIVE`), so that we hang up first."""
 FRESH_SECONDS = 3.0
 """For so long after a good answer a kept connection is sure to be open still."""
+LATE_SECONDS = 0.3
+"""A limit that is noticed so late says nothing of the server: this process was stopped, by Ctrl-Z say."""
 REUSED_BODY_BYTES = 512
 REUSED_REQUESTS = 64
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
@@ -59,7 +61,8 @@ class Wire:
         body: bytes | None = None,
         repeatable: bool = True,
     ) -> Answer:
-        """Send one request and read its answer within `timeout` seconds in all.
+        """Send one request and read its answer within `timeout` seconds in all; seconds that pass while
+        this process is stopped do not count if it is `repeatable`.
 
         A request that is not `repeatable` is never sent twice and gets a connection of its own, unless a
         kept one gave a good answer just now: vLLM closes idle ones after 5 s and any after a 500, and a
@@ -67,7 +70,15 @@ class Wire:
         """
         request = self._request(method, target, headers, body)
         name = _name(request)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
+            try:
+                async with asyncio.timeout(timeout):
+                    return await self._attempt(request, repeatable)
+            except TimeoutError:
+                if not repeatable or loop.time() < began + timeout + LATE_SECONDS:
+                    raise
             async with asyncio.timeout(timeout):
                 return await self._attempt(request, repeatable)
         except TimeoutError:

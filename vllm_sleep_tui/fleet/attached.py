@@ -132,7 +132,7 @@ async def sleep(
 ) -> None:
     """Put it to sleep where its server allows it; done if it sleeps at this level.
 
-    If `unless`, asked when no answer is under way, raises PanelError, it stays awake.
+    If `unless`, asked at once and when no answer is under way, raises PanelError, it stays awake.
     """
     from vllm_sleep_tui.fleet.actions import check_same_level
 
@@ -145,6 +145,8 @@ async def sleep(
             return
         wanted = level or _own_level(core, name)
         await _check_version(core, name)
+        if unless is not None:
+            await unless()
         await drain(core, name, operation, force=force)
         if unless is not None:
             await unless()

@@ -72,7 +72,7 @@ class AttachedCare:
             return
         use = await read_use(self._core, name)
         seconds = self._seconds(name, use)
-        unsure = 0.0 if seen.unsure_since is None else time.time() - seen.unsure_since
+        unsure = 0.0 if seen.unsure_since is None else time.monotonic() - seen.unsure_since
         symptom = None
         if use is not None and use.under_way and seconds >= self._hang_limit:
             symptom = f"{use.under_way:.0f} requests under way and no token"

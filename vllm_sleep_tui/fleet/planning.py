@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet import budget
-from vllm_sleep_tui.fleet.core import Core, gib
+from vllm_sleep_tui.fleet.core import GIB, Core, gib
 from vllm_sleep_tui.fleet.estimate import estimated_weights
 from vllm_sleep_tui.fleet.footprints import argument
 from vllm_sleep_tui.fleet.plan import Neighbour, Room, make_room
@@ -48,6 +48,17 @@ def read_memory(core: Core, gpus: set[int]) -> dict[int, GpuMemory]:
         used, by_pid = core.reader.memory(gpu)
         found[gpu] = GpuMemory(total=core.total(gpu), used=used, by_pid=by_pid)
     return found
+
+
+def has_gone(core: Core, record: Record, before: GpuMemory, now: GpuMemory, gpu: int) -> bool | None:
+    """Whether a GPU shows the sleep, by our processes, else by the device; None if neither is known."""
+    held_before, held_now = before.held_by(record), now.held_by(record)
+    if held_before is not None and held_now is not None:
+        known = core.footprint(record.name).asleep.get(str(gpu))
+        return held_now <= (held_before / 2 if known is None else known * 1.1 + GIB / 4)
+    if before.used is None or now.used is None:
+        return None
+    return before.used - now.used >= GIB / 2
 
 
 def needed_to_wake(core: Core, record: Record, memory: Mapping[int, GpuMemory]) -> dict[int, int]:

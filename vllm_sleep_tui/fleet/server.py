@@ -16,7 +16,7 @@ from typing import NoReturn, TypeVar
 import msgspec
 
 from vllm_sleep_tui.engine.client import VllmClient, WakeReply
-from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout
+from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout, EngineUnreachable
 from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.core import GIB, Core, gib
@@ -25,7 +25,7 @@ from vllm_sleep_tui.fleet.ending import fail_as
 from vllm_sleep_tui.fleet.figures import why_no_level2
 from vllm_sleep_tui.fleet.footprints import Footprint
 from vllm_sleep_tui.fleet.operation import Operation, actor
-from vllm_sleep_tui.fleet.planning import GpuMemory, needed_to_wake, read_memory
+from vllm_sleep_tui.fleet.planning import GpuMemory, has_gone, needed_to_wake, read_memory
 from vllm_sleep_tui.fleet.proof import Verdict
 from vllm_sleep_tui.fleet.ram import room_to_pin
 from vllm_sleep_tui.fleet.records import Intent, Record
@@ -180,12 +180,13 @@ class Server:
         """The call itself; seconds it took. A call that timed out may have worked: it is asked after."""
         began = time.perf_counter()
         try:
-            await self.client.sleep(level, self.limit())
+            reply = await self.waited_for(lambda: self.client.sleep(level, self.limit()), asleep=True)
+            if reply is None and not await self.is_sleeping():
+                await self.fail(Failure.SILENT, "it gave no answer to /sleep and is awake.")
         except EngineRefused as error:
             await self.fail(Failure.SLEEP_REFUSED, error)
         except EngineError as error:
-            if not await self.is_sleeping():
-                await self.fail(Failure.SILENT, error)
+            await self.fail(Failure.SILENT, error)
         return time.perf_counter() - began
 
     async def is_sleeping(self) -> bool:
@@ -202,7 +203,7 @@ class Server:
         deadline = time.monotonic() + self.core.limits.settle
         while True:
             now = await self.read_memory()
-            gone = [self.has_gone(before[gpu], now[gpu], gpu) for gpu in self.record.gpus]
+            gone = [has_gone(self.core, self.record, before[gpu], now[gpu], gpu) for gpu in self.record.gpus]
             if None in gone:
                 return Verdict.UNVERIFIED, {}
             if all(gone) or time.monotonic() > deadline:
@@ -218,16 +219,6 @@ class Server:
         reason, cure = CURES[Failure.MEMORY_KEPT].told(what)
         self.operation.tell(self.name, "settle", reason)
         return reason, cure
-
-    def has_gone(self, before: GpuMemory, now: GpuMemory, gpu: int) -> bool | None:
-        """Whether a GPU shows the sleep, by our processes, else by the device; None if neither is known."""
-        held_before, held_now = before.held_by(self.record), now.held_by(self.record)
-        if held_before is not None and held_now is not None:
-            known = self.core.footprint(self.name).asleep.get(str(gpu))
-            return held_now <= (held_before / 2 if known is None else known * 1.1 + GIB / 4)
-        if before.used is None or now.used is None:
-            return None
-        return before.used - now.used >= GIB / 2
 
     def remember_sleep(
         self,
@@ -304,18 +295,20 @@ class Server:
     async def wake_from_1(self) -> None:
         """One call; the weights come back from RAM."""
         with self.operation.timed("wake"):
-            reply = await self.waited_for(self.client.wake_up(timeout=self.limit()))
+            reply = await self.waited_for(lambda: self.client.wake_up(timeout=self.limit()))
             await self.check_awake(reply)
 
     async def wake_from_2(self) -> None:
         """The four steps that vLLM wants from its client; any of them may be repeated after a crash."""
         with self.operation.timed("wake"):
             with self.step("weights"):
-                await self.waited_for(self.client.wake_up(("weights",), timeout=self.limit()))
+                await self.waited_for(lambda: self.client.wake_up(("weights",), timeout=self.limit()))
             with self.step("reload"):
-                await self.waited_for(self.client.collective_rpc("reload_weights", self.limit()))
+                await self.waited_for(lambda: self.client.collective_rpc("reload_weights", self.limit()))
             with self.step("kv_cache"):
-                reply = await self.waited_for(self.client.wake_up(("kv_cache",), timeout=self.limit()))
+                reply = await self.waited_for(
+                    lambda: self.client.wake_up(("kv_cache",), timeout=self.limit())
+                )
                 await self.check_awake(reply)
             with self.step("reset"):
                 await self.client.reset_prefix_cache(self.core.limits.call)
@@ -327,13 +320,20 @@ class Server:
         with self.operation.timed(phase):
             yield
 
-    async def waited_for(self, call: Awaitable[T]) -> T | None:
-        """The reply to `call`; None if it timed out, once the engine is through with it."""
+    async def waited_for(self, call: Callable[[], Awaitable[T]], *, asleep: bool = False) -> T | None:
+        """The reply to `call`; None if it was lost, once the engine is through with it.
+
+        A call whose connection broke may never have come there: it is made again if nothing came of it.
+        """
         try:
-            return await call
+            return await call()
         except EngineTimeout:
             await self.is_sleeping()
             return None
+        except EngineUnreachable as error:
+            if not error.sent:
+                raise
+        return None if await self.is_sleeping() is asleep else await call()
 
     async def check_awake(self, reply: WakeReply | None) -> None:
         """Raises EngineRefused if it still sleeps; without a word of that it is asked (before vLLM 0.32)."""

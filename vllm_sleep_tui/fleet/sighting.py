@@ -56,14 +56,14 @@ class Sighting:
     since: float | None = None
     """UTC seconds at which it was first seen so by this process."""
     unsure_since: float | None = None
-    """UTC seconds since which it answers without saying whether it sleeps."""
+    """Since when, on the monotonic clock, it answers without saying whether it sleeps."""
 
 
 def after(before: Sighting | None, now: Sighting) -> Sighting:
     """A look, with what the look before it knew."""
     unsure_since = None
     if not now.is_certain:
-        unsure_since = (before and before.unsure_since) or time.time()
+        unsure_since = (before and before.unsure_since) or time.monotonic()
         if before is not None and before.state is not State.STOPPED:
             now = before  # nothing else is new
     since = before.since if before is not None and before.state is now.state else time.time()
