@@ -184,3 +184,11 @@ def test_a_found_file_is_asked_about_once_and_again_when_it_changes(home: Path) 
     assert "was found here" not in run("start", "qwen").stderr
     path.write_text(CONFIG + "# changed\n")
     assert "was found here" in run("start", "qwen").stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("demo",)], ids=["panel", "demo"])
+def test_a_panel_without_a_terminal_is_refused_with_what_to_use_instead(
+    home: Path, arguments: tuple[str, ...]
+) -> None:
+    written(home)  # with stdin at its end, a panel would spin unseen
+    assert_two_lines(run(*arguments), 2, "needs a terminal", "`serve`")

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from vllm_sleep_tui import __version__
-from vllm_sleep_tui.cli.common import config_option, load_config, run_commands_of
+from vllm_sleep_tui.cli.common import config_option, load_config, need_terminal, run_commands_of
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.paths import state_dir
 
@@ -66,6 +66,7 @@ def command(ctx: click.Context) -> None:
     """Switch between vLLM models that do not fit on the GPU together; without a verb: the panel."""
     if ctx.invoked_subcommand is None:
         loaded = load_config(ctx)
+        need_terminal()
         run_commands_of(loaded)
         from vllm_sleep_tui.tui.app import run_panel
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from vllm_sleep_tui.config_file import LoadedConfig, load
-from vllm_sleep_tui.errors import CancelledByUser, RefusedError
+from vllm_sleep_tui.errors import CancelledByUser, RefusedError, UsageError
 from vllm_sleep_tui.paths import find_config, state_dir, trust, trusted
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -71,6 +71,15 @@ def run_commands_of(loaded: LoadedConfig) -> None:
     if not click.confirm("Do what it says? (asked again only if the file changes)", err=True):
         raise CancelledByUser("Nothing was started.", f"Look at {loaded.path} first.")
     trust(loaded.path, loaded.digest, state)
+
+
+def need_terminal() -> None:
+    """Raises UsageError where no panel can be shown: Textual reads stdin and draws on stderr."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UsageError(
+            "The panel needs a terminal to read keys from and to draw on.",
+            "In scripts use the verbs, such as `status`; without a screen, `serve`.",
+        )
 
 
 def say(line: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from vllm_sleep_tui.cli.common import say
+from vllm_sleep_tui.cli.common import need_terminal, say
 from vllm_sleep_tui.config import CONFIG_NAME, SCHEMA_NAME
 from vllm_sleep_tui.config_file import load, write_schema
 from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
@@ -67,6 +67,7 @@ def demo(folder: Path | None, speed: float | None) -> None:
         click.echo(path)
         say(f"Next: vllm-sleep-tui --config {path} start --all")
         return
+    need_terminal()
     home = private_dir(state_dir() / "demo")
     path = write_demo(home, PANEL_SPEED if speed is None else speed)
     from vllm_sleep_tui.tui.app import run_panel
