@@ -4,7 +4,8 @@ Raw calls by hand and the product's switch take turns in one run:
 
     python benchmarks/switch_overhead.py [--rounds 100] [--json]
 
-Raw is sleep + wake_up + one completion of one token, on kept connections.
+Raw is sleep + wake_up + one completion of one token, on kept connections. Before each switch of either kind
+nothing is done for a moment, so that what the last one left to be written (history, measurements) is written.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import httpx
 from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.records import RecordStore
+
+REST_SECONDS = 0.05
 
 
 def write_config(folder: Path) -> Path:
@@ -61,9 +64,11 @@ async def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
         await fleet.start(["a", "b"])
         try:
             for _ in range(rounds):
-                await raw_switch(client, records, "a", "b")  # there and back, so that the records stay true
-                took["raw"].append(1e3 * await raw_switch(client, records, "b", "a"))
+                for pair in (("a", "b"), ("b", "a")):  # there and back, so that the records stay true
+                    await asyncio.sleep(REST_SECONDS)
+                    took["raw"].append(1e3 * await raw_switch(client, records, *pair))
                 for name in ("b", "a"):
+                    await asyncio.sleep(REST_SECONDS)
                     began = time.perf_counter()
                     await fleet.switch(name)
                     took["ours"].append(1e3 * (time.perf_counter() - began))
