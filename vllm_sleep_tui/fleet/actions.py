@@ -143,7 +143,8 @@ async def wake(core: Core, name: str, operation: Operation) -> None:
         return
     record = core.records.read(name)
     if record.state in (State.STOPPED, State.FAILED):
-        raise RefusedError(f"Cannot wake {name}: it is {record.state}.", f"Start it, or `switch {name}`.")
+        cure = f"Start it (key u, or `start {name}`)."
+        raise RefusedError(f"Cannot wake {name}: it is {record.state}.", cure)
     await switch(core, name, operation)
 
 
@@ -234,7 +235,7 @@ async def sleep(
             return
         if record.state is not State.AWAKE:
             raise RefusedError(
-                f"Cannot put {name} to sleep: it is {record.state}.", f"Start it: `start {name}`."
+                f"Cannot put {name} to sleep: it is {record.state}.", f"Start it (key u, or `start {name}`)."
             )
         if record.resolved_level == "none" and level is None:
             await end(core, record, operation, force=force)

@@ -34,6 +34,8 @@ GIB = 2**30
 KIND_SECONDS = 15.0
 """For a keeper to stop its server; a killed engine frees tens of GiB within this too."""
 END_SECONDS = 25.0
+NOTED_GIB = 0.1
+"""Less than this that orphans hold is not told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +186,8 @@ def summary(found: Sequence[Orphan]) -> tuple[str, ...]:
         return ()
     held = sum(orphan.ram_bytes for orphan in found) / GIB
     what = "process is" if len(found) == 1 else "processes are"
-    left = f"{len(found)} {what} left of lost servers and hold {held:.1f} GiB of RAM"
+    left = f"{len(found)} {what} left of lost servers"
+    left += f" and hold {held:.1f} GiB of RAM" if held >= NOTED_GIB else ""
     return (f"{left}: see `vllm-sleep-tui orphans`.",)
 
 
