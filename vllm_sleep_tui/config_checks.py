@@ -124,7 +124,6 @@ def _check_source(document: Document, key: Key, model: ModelConfig) -> None:
         raise document.error((*key, "url"), "not a server's address", "Write it like http://127.0.0.1:8000")
     if model.idle.stop_after is not None:
         wrong = "a server given by `url:` is not stopped from here"
-        wrong = "a server given by `url:` is not stopped from here"
         cure = "Remove it; `sleep_after` works where its server can sleep."
         raise document.error((*key, "idle", "stop_after"), wrong, cure)
     if model.idle.sleep_after is not None and model.level == "none":

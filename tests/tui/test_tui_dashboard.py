@@ -13,6 +13,7 @@ from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.snapshot import HostSnapshot, Progress
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.dashboard import Dashboard
+from vllm_sleep_tui.tui.logs import WrappedLog
 
 
 def line_with(lines: list[str], *words: str) -> str:
@@ -258,6 +259,8 @@ async def test_the_log_follows_the_file_without_its_escapes(tmp_path: Path) -> N
         with log.open("a", encoding="utf-8") as file:
             file.writelines(f"line {number}\n" for number in range(20_000))
         await until_seen(pilot, "line 19999")
+        kept = pilot.app.screen.query_one(WrappedLog)._kept
+        assert any("lines are left out here" in line for line in kept)  # a flood must not hold up the panel
         await pilot.press("escape")
         await until_seen(pilot, "enter → phi")
 

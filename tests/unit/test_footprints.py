@@ -18,6 +18,7 @@ def test_what_is_noted_while_an_earlier_note_is_written_is_kept(tmp_path: Path) 
         writing = threading.Thread(target=store.flush)
         writing.start()
         while store._changes:
+            assert writing.is_alive()
             time.sleep(0.001)
         store.note("d", "v", lambda known: known.with_time("wake1", 2.0))
         fcntl.flock(other, fcntl.LOCK_UN)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vllm_sleep_tui.engine.cause_table import CAUSES, KILLED, SIGNALLED, Cause
+from vllm_sleep_tui.engine.failures import ENGINE_DEAD
 from vllm_sleep_tui.engine.logs import strip_escapes
 
 MAX_REASON = 300
@@ -22,7 +23,7 @@ _PYDANTIC = re.compile(r"^\s+(?:Value|Assertion) error, (.*?)(?: \[type=.*)?$")
 # These point at the cause and are none.
 _POINTERS = re.compile(
     r"Engine core initialization failed|EngineDeadError|WorkerProc initialization failed"
-    r"|EngineCore encountered an issue|^RuntimeError: cancelled$|^asyncio\.exceptions\.CancelledError"
+    rf"|{ENGINE_DEAD}|^RuntimeError: cancelled$|^asyncio\.exceptions\.CancelledError"
 )
 
 

@@ -248,6 +248,9 @@ async def take(
             os.close(descriptor)
             raise
         os.close(descriptor)  # removed meanwhile: others lock the file that has its name now
+        if time.monotonic() >= deadline:
+            raise LockBusyError(path, None)
+        await asyncio.sleep(POLL_SECONDS)
 
 
 async def wait_for(

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from vllm_sleep_tui.tui.app import PanelApp
     from vllm_sleep_tui.tui.theme import Palette
 
-KEPT_LINES = 2_000
+KEPT_LINES = 1_000
+STEP_LINES = 300
+"""Of a flood no more are laid out in a step: a line takes a tenth of a millisecond that nobody else gets."""
 STEP_SECONDS = 0.2
 _LEVEL = re.compile(r"^(\(\w[\w-]* pid=\d+\) )?(WARNING|ERROR|CRITICAL)\b")
 _PAINTS = {"WARNING": "warning", "ERROR": "bad", "CRITICAL": "bad bold"}
@@ -49,7 +51,7 @@ class WrappedLog(RichLog):
         self._laid_out_for = 0
 
     def write_lines(self, lines: Iterable[str]) -> None:
-        """Append; of a flood only what can be kept is laid out."""
+        """Append; of more than can be kept the last are."""
         new = list(lines)[-KEPT_LINES:]
         self._kept.extend(new)
         palette = cast("PanelApp", self.app).palette
@@ -117,7 +119,9 @@ class LogScreen(Screen[None]):
             if self._is_empty:
                 self._is_empty = False
                 log.border_subtitle = str(self._path).replace("[", r"\[")
-            log.write_lines(clean(line) for line in lines)
+            elif (left_out := len(lines) - STEP_LINES) > 0:
+                lines = [f"… {left_out:,} lines are left out here; the file has them", *lines[left_out:]]
+            log.write_lines(clean(line) for line in lines[-KEPT_LINES:])
 
     def action_end(self) -> None:
         """To the end, and follow again."""

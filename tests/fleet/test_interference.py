@@ -1,11 +1,10 @@
-"""Faults that a hostile reading of the fleet found, each shown on real processes."""
+"""What others write, hold, freeze or take away meanwhile does not mislead the fleet."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import pwd
-import resource
 import signal
 import socket
 import subprocess
@@ -22,7 +21,7 @@ from tests.fleet.conftest import Box, inject, seen, until, until_state
 from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.engine.client import Gate
 from vllm_sleep_tui.engine.failures import EngineError
-from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError
 from vllm_sleep_tui.fleet import actions
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
 from vllm_sleep_tui.fleet.fleet import Fleet
@@ -35,7 +34,6 @@ from vllm_sleep_tui.fleet.operation import Operation, to_safe_point
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.rooms import locked
 from vllm_sleep_tui.fleet.server import Server
-from vllm_sleep_tui.fleet.snapshot import Progress
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.telemetry.processes import ProcessId
 
@@ -465,135 +463,7 @@ async def test_a_neighbour_that_woke_while_others_held_the_gpu_is_locked_too(box
             other._core.write(record)
 
 
-# ── cancelled and cut off in every phase ─────────────────────────────────────────────────────────────────
-
-PHASES = ["drain", "sleep", "wake", "weights", "reload", "kv_cache", "reset", "prove"]
-START_PHASES = ["loading", "warming", "priming", "sleep", "prove"]
-
-
-async def settled_and_true(fleet: Fleet) -> None:
-    """Nobody is at anything, each record says what its server says, and the gates are as the states."""
-    core = fleet._core
-    records = [core.records.read(name) for name in core.config.models]
-    await until(lambda: all(core.records.read(r.name).intent is None for r in records))
-    for record in (core.records.read(r.name) for r in records):
-        assert record.state in (State.STOPPED, State.AWAKE, State.ASLEEP, State.FAILED)
-        assert is_kept(core.keeper_file(record.name)) == (record.state in (State.AWAKE, State.ASLEEP))
-        if record.state in (State.AWAKE, State.ASLEEP):
-            client = core.client(record)
-            assert await client.is_sleeping(5) == (record.state is State.ASLEEP)
-            if record.resolved_level != "none":
-                assert (await client.gate()).closed == (record.state is State.ASLEEP)
-
-
-@pytest.mark.parametrize("kind", ["cancelled", "cut off"])
-@pytest.mark.parametrize("phase", PHASES)
-async def test_a_switch_ended_in_any_phase_leaves_the_truth(box: MakeBox, phase: str, kind: str) -> None:
-    models = {"a": {"model": "sim/1GiB", "level": 2}, "b": {"model": "sim/2GiB", "level": 2}}
-    async with box(models).open() as fleet:
-        await fleet.start(["a", "b"])
-        met: list[str] = []
-
-        def report(progress: Progress) -> None:
-            if progress.phase == phase and not met:
-                met.append(phase)
-                task.cancel()
-
-        operation = Operation("switch", "b", report)
-        work = actions.switch(fleet._core, "b", operation)
-        task = asyncio.ensure_future(to_safe_point(operation, work) if kind == "cancelled" else work)
-        with pytest.raises(CancelledByUser if kind == "cancelled" else asyncio.CancelledError):
-            await task
-        assert met
-        await settled_and_true(fleet)
-        await fleet.switch("a")
-        await settled_and_true(fleet)
-        assert seen(fleet, "a").state is State.AWAKE
-
-
-@pytest.mark.parametrize("kind", ["cancelled", "cut off"])
-@pytest.mark.parametrize("phase", START_PHASES)
-async def test_a_start_ended_in_any_phase_leaves_the_truth(box: MakeBox, phase: str, kind: str) -> None:
-    async with box({"a": {"model": "sim/1GiB", "level": 1}}).open() as fleet:
-        met: list[str] = []
-
-        def report(progress: Progress) -> None:
-            if progress.phase == phase and not met:
-                met.append(phase)
-                task.cancel()
-
-        operation = Operation("start", "a", report)
-        work = actions.switch(fleet._core, "a", operation)
-        task = asyncio.ensure_future(to_safe_point(operation, work) if kind == "cancelled" else work)
-        with suppress(CancelledByUser, asyncio.CancelledError):
-            await task
-        assert met
-        await settled_and_true(fleet)
-        await fleet.switch("a")
-        await settled_and_true(fleet)
-
-
-@pytest.mark.parametrize("kind", ["cancelled", "cut off"])
-async def test_a_stop_that_is_ended_leaves_the_truth(box: MakeBox, kind: str) -> None:
-    async with box(ONE).open() as fleet:
-        await fleet.start(["a"])
-
-        def report(progress: Progress) -> None:
-            if progress.phase == "stopping":
-                task.cancel()
-
-        operation = Operation("stop", "a", report)
-        work = actions.stop(fleet._core, "a", operation, force=False)
-        task = asyncio.ensure_future(to_safe_point(operation, work) if kind == "cancelled" else work)
-        with suppress(CancelledByUser, asyncio.CancelledError):
-            await task
-        await settled_and_true(fleet)
-
-
-@contextmanager
-def no_file_grows() -> Iterator[None]:
-    """Every write to a file of this process fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("phase", PHASES)
-async def test_a_disk_that_is_full_in_any_phase_of_a_switch_costs_no_truth(box: MakeBox, phase: str) -> None:
-    models = {"a": {"model": "sim/1GiB", "level": 2}, "b": {"model": "sim/2GiB", "level": 2}}
-    async with box(models).open() as fleet:
-        await fleet.start(["a", "b"])
-
-        def report(progress: Progress) -> None:
-            if progress.phase == phase:
-                hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-                resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-
-        with no_file_grows(), pytest.raises(OperationError, match="Could not write"):
-            await fleet.switch("b", report=report)
-        await settled_and_true(fleet)
-        await fleet.switch("a")
-        await settled_and_true(fleet)
-        assert seen(fleet, "a").state is State.AWAKE
-
-
-async def test_a_disk_that_is_full_while_a_model_starts_costs_no_truth(box: MakeBox) -> None:
-    async with box(ONE).open() as fleet:
-        await fleet.start(["a"])
-        await fleet.stop(["a"])
-
-        def report(progress: Progress) -> None:
-            if progress.phase == "loading":
-                hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-                resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-
-        with no_file_grows(), pytest.raises(PanelError):
-            await fleet.start(["a"], report=report)
-        await settled_and_true(fleet)
-        await fleet.start(["a"])
-        await settled_and_true(fleet)
+# ── what comes, goes and is written meanwhile ──────────────────────────────────────────────────────────────
 
 
 async def test_gpus_that_were_away_when_the_panel_began_are_found_under_their_own_locks(box: MakeBox) -> None:
