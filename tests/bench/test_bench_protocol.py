@@ -327,3 +327,16 @@ def test_a_resumed_run_keeps_its_options_and_its_config(pair: MakePair) -> None:
     changed = bench.run("bench", "run", "--resume", str(bench.result))
     assert (changed.returncode, "has changed since this run began" in changed.stderr) == (2, True)
     assert read(bench.result).passes == ()
+
+
+def test_values_of_env_are_in_no_result_and_a_change_of_one_is_seen(pair: MakePair) -> None:
+    bench = pair(small={"env": {"VLLM_SIM_SPEED": "200", "HF_TOKEN": "hf_written_out"}})
+    bench("bench", "run", "small", "large", "--modes", "level1:1", "--out", str(bench.result))
+    assert "hf_written_out" not in bench.result.read_text()
+    assert set(read(bench.result).models["small"]["env"]) == {"VLLM_SIM_SPEED", "HF_TOKEN"}
+
+    bench("bench", "run", "--resume", str(bench.result))
+    write(bench.result, msgspec.structs.replace(read(bench.result), passes=()))
+    bench.config.write_text(bench.config.read_text().replace("hf_written_out", "hf_another"))
+    changed = bench.run("bench", "run", "--resume", str(bench.result))
+    assert (changed.returncode, "has changed since this run began" in changed.stderr) == (2, True)

@@ -24,7 +24,7 @@ from vllm_sleep_tui.paths import write_private
 
 
 def changed_models(loaded: LoadedConfig, plan: Plan) -> dict[str, dict[str, Any]]:
-    """The pair's entries in the config with the plan's changes; ${VAR} stays, so no secret is shown."""
+    """The pair's entries in the config with the plan's changes, as written: ${VAR} stays."""
     written = parse(loaded.path).values["models"]
     found: dict[str, dict[str, Any]] = {}
     for name in plan.pair:
@@ -34,6 +34,22 @@ def changed_models(loaded: LoadedConfig, plan: Plan) -> dict[str, dict[str, Any]
                 _change(entry, override)
         found[name] = entry
     return found
+
+
+def recorded_models(loaded: LoadedConfig, plan: Plan) -> dict[str, dict[str, Any]]:
+    """The same for a result file, which people show around: digests stand for the values in `env`.
+
+    Those may be tokens. The digests tell a run that is resumed whether a value has changed.
+    """
+    models = changed_models(loaded, plan)
+    for entry in models.values():
+        if values := entry.get("env"):
+            entry["env"] = {key: _digest(str(value)) for key, value in values.items()}
+    return models
+
+
+def _digest(value: str) -> str:
+    return f"sha256:{hashlib.sha256(value.encode()).hexdigest()[:8]}"
 
 
 def _change(entry: dict[str, Any], override: Override) -> None:

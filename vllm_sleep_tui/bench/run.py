@@ -16,7 +16,7 @@ import msgspec
 
 from vllm_sleep_tui import __version__
 from vllm_sleep_tui.bench import machine, restore
-from vllm_sleep_tui.bench.bed import changed_models, check_changes, open_bed
+from vllm_sleep_tui.bench.bed import check_changes, open_bed, recorded_models
 from vllm_sleep_tui.bench.figures import FIRST_ANSWER
 from vllm_sleep_tui.bench.plan import MAX_TOKENS, Mode, PassKey, Plan
 from vllm_sleep_tui.bench.results import Load, Memory, Pass, Run, Step, write
@@ -105,14 +105,14 @@ def _begin(fleet: Fleet, plan: Plan, seen: FleetSnapshot) -> Run:
         began=time.time(),
         plan=plan,
         machine=machine.describe(seen, gpus, loaded.config.vllm_command),
-        models=changed_models(loaded, plan),
+        models=recorded_models(loaded, plan),
         found=restore.look(fleet, restore.neighbours(fleet, plan.pair)),
     )
 
 
 def _continue(fleet: Fleet, before: Run, seen: FleetSnapshot) -> Run:
     """The run so far, checked against this config; raises UsageError if it was measured on another."""
-    if changed_models(fleet.loaded, before.plan) != before.models:
+    if recorded_models(fleet.loaded, before.plan) != before.models:
         raise UsageError(
             f"The config of {' or '.join(before.plan.pair)} has changed since this run began.",
             "Put it back as it was, or begin a new run.",

@@ -38,17 +38,16 @@ LARGE_GPU = 70 * GIB
 """From here on vLLM's default is 1,024 sequences, else 256; A100s are excepted (source, 0.24 to 0.32)."""
 ACTIVATIONS = int(1.5 * GIB)
 """What vLLM sets aside of its share beside weights and KV cache; 0.5 to 1.5 GiB measured on an H100."""
-RESIDUE = int(0.69 * GIB)
+RESIDUE = int(0.79 * GIB)
 """What a sleeper leaves on one GPU whatever its size: CUDA's context, libraries, kernels.
 
-This and the next three were fitted to six launches on an H100, 0.80 to 1.55 GiB, and are within 9 % of each.
+This and the next two were fitted to twelve launches on H100s, 0.81 to 1.55 GiB, and are within 10 % of each.
+FP8 left 0.08 GiB more once and 0.01 to 0.08 GiB less three times, so it has no term.
 """
-RESIDUE_PER_HIDDEN = 70_000
+RESIDUE_PER_HIDDEN = 48_000
 """Bytes for each number that a layer hands on: the buffers of a step outside of the pool that sleeps."""
-RESIDUE_GRAPHS = int(0.6 * GIB)
+RESIDUE_GRAPHS = int(0.53 * GIB)
 """CUDA graphs and compiled kernels; 0.39 to 0.56 GiB of it are the graphs by vLLM's log."""
-RESIDUE_QUANTISED = int(0.08 * GIB)
-"""Quantising to FP8 while loading."""
 RESIDUE_PARALLEL = int(2.7 * GIB)
 """On each of several GPUs, NCCL's buffers included: 2.73 (TP), 2.74 (EP), 2.34 and 2.67 GiB (PP) measured."""
 START_SECONDS = 46.0
@@ -262,8 +261,7 @@ def _residue(model: ModelConfig, checkpoint: Checkpoint, layout: Layout) -> int:
     if layout.gpus > 1:
         return RESIDUE_PARALLEL
     graphs = 0 if argument(model, "enforce-eager") is True else RESIDUE_GRAPHS
-    quantising = RESIDUE_QUANTISED if layout.quantised else 0
-    return RESIDUE + RESIDUE_PER_HIDDEN * (checkpoint.hidden or 0) + graphs + quantising
+    return RESIDUE + RESIDUE_PER_HIDDEN * (checkpoint.hidden or 0) + graphs
 
 
 def _ranks(model: ModelConfig, *names: str) -> int:
