@@ -88,7 +88,7 @@ class Camera:
 
 async def take(config: Path, state: Path, into: Path, chat: str, other: str) -> None:
     """The whole story."""
-    async with Fleet(load(config), state) as fleet:
+    async with Fleet(load(config), state, leads=True) as fleet:  # as the panel does: serving figures too
         await fleet.switch(chat)  # from wherever it is, so that the switch in the pictures is a wake
         await fleet.switch(other)
         app = PanelApp(fleet, state_dir=state, theme_folders=[package_folder()])
