@@ -93,10 +93,3 @@ def test_a_late_import_is_late(module: str, unwanted: set[str]) -> None:
     program = f"import {module}, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not unwanted & set(loaded.stdout.split())
-
-
-def test_no_file_outgrows_its_reader() -> None:
-    long = {
-        str(path.relative_to(PACKAGE)): n for path in FILES if (n := len(path.read_text().splitlines())) > 400
-    }
-    assert not long
