@@ -39,11 +39,13 @@ async def end_server(core: Core, record: Record, *, at_once: bool) -> None:
     """End the server's whole group and see its memory gone; raises OperationError if something survives."""
     path = core.keeper_file(record.name)
     word = read_word(path)
-    launched = word.server if word.launch == record.launch else None
+    recorded = [record.keeper, record.server, *record.engines]
     if word.launch == record.launch:
         ask_to_stop(word, at_once=at_once)
         await gone(path, STOP_LIMIT)
-    if record.launch is not None and not await end_members(record.launch, record.server or launched):
+        word = read_word(path)
+        recorded += [word.keeper, word.server, *word.engines]
+    if record.launch is not None and not await end_members(record.launch, *recorded):
         raise OperationError(
             f"Processes of {record.name} do not end.",
             "The driver may hang: look at `dmesg`, restart the machine.",

@@ -242,6 +242,7 @@ class Start:
             log=str(log),
             lock=str(self.core.keeper_file(self.name)),
             tmp_dir=str(spec.tmp_dir),
+            mark=("--port", str(spec.port)),
         )
 
     def limit(self) -> float:
@@ -284,7 +285,9 @@ class Start:
         engines = [pid for pid in family if (command_of(pid) or "").startswith("VLLM::")]
         identities = tuple(found for pid in engines if (found := table.id_of(pid)))
         version = await client.version()
-        self.record = self.core.write(self.record, engines=identities, vllm_version=version)
+        # What wraps it may have ended since: the keeper tells whose process it is now.
+        server = read_word(self.core.keeper_file(self.name)).server
+        self.record = self.core.write(self.record, server=server, engines=identities, vllm_version=version)
 
     def remember_log(self, phases: PhaseReader) -> None:
         """Keep what the log told of the weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pwd
 import re
@@ -19,11 +20,26 @@ _INITIAL_PID_NAMESPACE = "pid:[4026531836]"
 """PROC_PID_INIT_INO in Linux's include/linux/proc_ns.h; any other number is a container's namespace."""
 
 
+@functools.cache
+def boot_id() -> str:
+    """Which run of the machine this is, by the kernel's random number for it; empty if it does not tell."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            return file.read(8).decode("ascii", "replace")
+    except OSError:
+        return ""
+
+
 class ProcessId(msgspec.Struct, frozen=True):
-    """A process that a reused pid cannot be taken for: its pid and its start in clock ticks since boot."""
+    """A process that a reused pid cannot be taken for: pid, start in clock ticks since boot, and boot.
+
+    Ticks begin anew with each boot, and the first services get nearly the same pids each time.
+    """
 
     pid: int
     start: int
+    boot: str = msgspec.field(default_factory=boot_id)
+    """Eight digits of the boot's number; an identity written without one is taken for this boot's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +81,8 @@ def start_ticks(pid: int) -> int | None:
 
 def is_alive(process: ProcessId) -> bool:
     """Whether this very process runs: not ended, not a zombie, not another one under its pid."""
+    if process.boot != boot_id():
+        return False
     stat = _stat(process.pid)
     return stat is not None and stat.start == process.start and stat.state not in "ZX"
 
