@@ -18,6 +18,7 @@ from vllm_sleep_tui.fleet.keeping import Word, ask_to_stop, end_members, is_kept
 from vllm_sleep_tui.fleet.planning import read_memory
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.states import Event, State
+from vllm_sleep_tui.regular import open_regular
 from vllm_sleep_tui.telemetry.processes import is_alive
 
 ENGINE_DIED = Diagnosis(*CURES[Failure.ENGINE_DEAD].told())
@@ -52,6 +53,24 @@ async def end_server(core: Core, record: Record, *, at_once: bool) -> None:
         )
     await memory_gone(core, record)
     await asyncio.to_thread(remove_tmp_dir, record)  # a cache of compiled code may be in it
+
+
+async def stop_server(core: Core, record: Record, *, at_once: bool) -> Record:
+    """The end of a stop, whoever brings it there: the server ended, and nothing told of it any longer."""
+    await end_server(core, record, at_once=at_once)
+    return core.enter(
+        record,
+        Event.EXITED,
+        level=None,
+        intent=None,
+        keeper=None,
+        server=None,
+        engines=(),
+        reason=None,
+        cure=None,
+        proof=None,
+        fell=None,
+    )
 
 
 def remove_tmp_dir(record: Record) -> None:
@@ -144,7 +163,7 @@ def cause_in_log(record: Record, word: Word) -> Diagnosis | None:
 def read_tail(path: Path, limit: int = LOG_TAIL_BYTES) -> str:
     """The last `limit` bytes of a log as text; empty if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path, follow=True), "rb") as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - limit))
             return file.read().decode(errors="replace")

@@ -146,10 +146,12 @@ def fault_of_config(record: Record) -> str | None:
     except OSError:
         return None
     try:
-        named = record.name in load(path).config.models
+        model = load(path).config.models.get(record.name)
     except UsageError:
         return None
-    return None if named else f"{path} no longer names {record.name}"
+    if model is None:
+        return f"{path} no longer names {record.name}"
+    return None if model.url is None else f"{path} gives {record.name} by `url:` now"
 
 
 def recorded(folders: Iterable[Path], table: ProcessTable, mine: Sequence[int]) -> Iterator[tuple[int, str]]:

@@ -20,7 +20,7 @@ import msgspec
 
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError
-from vllm_sleep_tui.fleet.snapshot import SwitchTimes
+from vllm_sleep_tui.fleet.snapshot import LastFailure, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.paths import private_dir
 from vllm_sleep_tui.regular import NotAFileError, read_regular
@@ -95,6 +95,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     fell: State | None = None
     """While failed: the state from which the server died by itself, if it did; ASLEEP of one that was
     restarted and is not back asleep yet."""
+    last_failure: LastFailure | None = None
+    """Of the launch before this one, if that died by itself and nobody has seen why."""
     restarts: tuple[float, ...] = ()
     """UTC seconds of the latest restarts by the leader."""
     hang: Hang | None = None
@@ -189,6 +191,13 @@ class RecordStore:
             path.rename(aside)
             write_atomically(path, encode(record))
         return record
+
+    def log_path(self, name: str) -> Path:
+        """Where the model's log is to be: NAME.log, unless that is a model's of another config which is there
+        still; then the name ends like the record's."""
+        own = self.folder.parent / "logs" / f"{name}.log"
+        taken = any(other.log == str(own) and os.path.lexists(other.config) for other in self.others())
+        return own.with_name(self.path(name, "log").name) if taken else own
 
     def others(self) -> list[Record]:
         """Records of other configs in this state folder; unreadable ones are left out."""

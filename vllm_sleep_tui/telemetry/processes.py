@@ -87,6 +87,26 @@ def is_alive(process: ProcessId) -> bool:
     return stat is not None and stat.start == process.start and stat.state not in "ZX"
 
 
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What a process has done so far."""
+
+    ticks: int
+    """Clock ticks of processor time."""
+    wants_to_run: bool
+    """It runs, or waits for a processor or a disk; not if it is stopped or waits for somebody to ask."""
+
+
+def effort(pid: int) -> Effort | None:
+    """What the process has done; None if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            fields = file.read(1024).rpartition(b")")[2].split()
+        return Effort(int(fields[11]) + int(fields[12]), fields[0] in (b"R", b"D"))
+    except (OSError, IndexError, ValueError):
+        return None
+
+
 def signal_process(process: ProcessId, signum: int) -> bool:
     """Send the signal to this very process; False if it is gone or belongs to another user."""
     try:
