@@ -164,6 +164,9 @@ class ScriptedFleet:
     def log_path(self, name: str) -> Path:
         return self.logs / f"{name}.log"
 
+    async def seen(self, name: str) -> None:
+        self.change(name, last_failure=None)
+
     def change(self, name: str, **fields: Any) -> None:
         """Another snapshot, with one model changed."""
         models = tuple(

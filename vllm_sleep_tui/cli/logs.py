@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -22,18 +23,30 @@ POLL_SECONDS = 0.2
 @config_option
 @click.pass_context
 def logs(ctx: click.Context, name: str, follow: bool, count: int) -> None:
-    """Show the last lines of a model's log."""
+    """Show the last lines of a model's log.
+
+    If its server died and was started again, the last lines of the one that died come first, once.
+    """
     from vllm_sleep_tui.engine.logs import LogTail, strip_escapes
+    from vllm_sleep_tui.fleet.died import last_words, seen
 
     loaded = load_config(ctx)
     loaded.model(name)
-    recorded = RecordStore(state_dir(), loaded.path).read(name).log
-    path = Path(recorded) if recorded else state_dir() / "logs" / f"{name}.log"
+    records = RecordStore(state_dir(), loaded.path)
+    record = records.read(name)
+    path = Path(record.log) if record.log else records.log_path(name)
     if not path.exists() and not follow:
         raise OperationError(f"{name} has no log yet.", f"Start it: vllm-sleep-tui start {name}")
     tail = LogTail(path)
-    lines = tail.read_new()
-    lines = lines[len(lines) - min(count, len(lines)) :]
+    try:
+        lines = [*last_words(record.last_failure, count), *tail.last(count)]
+    except OSError as error:
+        raise OperationError(
+            f"The log {path} cannot be read: {error.strerror}.",
+            "Remove it; a new one begins with the next line.",
+        ) from None
+    if record.last_failure is not None:
+        asyncio.run(seen(records, name))
     while True:
         for line in lines:
             click.echo(strip_escapes(line))

@@ -21,7 +21,7 @@ from vllm_sleep_tui.cli.common import (
     run_commands_of,
 )
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
-from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.paths import APP, state_dir
 
 MODEL_FIELDS = (
     "name",
@@ -113,6 +113,8 @@ def status_json(snapshot: FleetSnapshot) -> dict[str, Any]:
 def model_json(model: ModelSnapshot) -> dict[str, Any]:
     """One model as the contract has it."""
     shown = {name: msgspec.to_builtins(getattr(model, name)) for name in MODEL_FIELDS}
+    if model.last_failure is not None:
+        shown["last_failure"] = msgspec.to_builtins(model.last_failure)
     if model.last_switch is not None:
         phases = {phase: model.last_switch.phases.get(phase) for phase in SWITCH_PHASES}
         shown["last_switch"] = {"phases": phases, "total": model.last_switch.total}
@@ -135,6 +137,8 @@ def status_lines(snapshot: FleetSnapshot) -> list[str]:
     for model in snapshot.models:
         if model.reason:
             lines += ["", f"{model.name}: {model.reason}", *([f"  {model.cure}"] if model.cure else [])]
+        if (died := model.last_failure) is not None:
+            lines += ["", f"{model.name}: {died.told()}", f"  What it said last: {APP} logs {model.name}"]
     return [*lines, *snapshot.notes]
 
 

@@ -264,4 +264,14 @@ SIGNALLED: tuple[Cause, ...] = (
         "Start it again.",
     ),
 )
-"""Searched last, in the whole log: every proper end logs it too."""
+"""Searched in the whole log after that: every proper end logs it too."""
+
+VANISHED: tuple[Cause, ...] = (
+    _cause(
+        r"Engine core initialization failed|WorkerProc initialization failed",
+        "The engine's process ended while it loaded and said nothing: it was killed, most often by the kernel "
+        "because the machine's memory (RAM) ran out.",
+        "Look for `Out of memory` in `dmesg`; free RAM, or lower what the model needs, then start it again.",
+    ),
+)
+"""Searched last: words that point at a cause where there is none tell that nobody could say it."""

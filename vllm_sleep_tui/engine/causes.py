@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vllm_sleep_tui.engine.cause_table import CAUSES, KILLED, SIGNALLED, Cause
+from vllm_sleep_tui.engine.cause_table import CAUSES, KILLED, SIGNALLED, VANISHED, Cause
 from vllm_sleep_tui.engine.failures import ENGINE_DEAD
 from vllm_sleep_tui.engine.logs import strip_escapes
 
@@ -59,6 +59,7 @@ def diagnose(log: str, *, exit_code: int | None = None) -> Diagnosis:
         or _unknown(engine or others)
         or _known(KILLED, [everything])
         or _known(SIGNALLED, [everything])
+        or _known(VANISHED, [everything])
         or _silent(exit_code)
     )
 

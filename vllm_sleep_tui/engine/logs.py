@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vllm_sleep_tui.regular import open_regular
+
 GIB = 1024**3
 MAX_LINE = 16 * 1024
 MAX_READ = 4 * 1024 * 1024
+TAIL_STEP = 1024 * 1024
+"""Bytes by which the end of a log is looked for, backwards."""
 
 PhaseName = Literal["loading", "compiling", "capturing", "warming"]
 
@@ -173,9 +177,31 @@ class LogTail:
         drawn, self._pending = _split_unfinished(lines[-1])
         return [line[:MAX_LINE].decode(errors="replace") for line in [*complete, *drawn]]
 
+    def last(self, count: int) -> list[str]:
+        """The last `count` complete lines and what stands unfinished; `read_new` goes on from there.
+
+        None if there is no file; lines are cut as by `read_new`.
+        """
+        try:
+            with os.fdopen(open_regular(self._path, follow=True), "rb") as file:
+                status = os.fstat(file.fileno())
+                start, found = status.st_size, b""
+                while start and found.count(b"\n") <= count:
+                    start = max(0, start - TAIL_STEP)
+                    file.seek(start)
+                    found = file.read(status.st_size - start)
+        except FileNotFoundError:
+            return []
+        self._inode, self._offset = status.st_ino, start + len(found)
+        lines = found.split(b"\n")
+        complete = [_last_drawn(line) for line in lines[:-1]]
+        drawn, self._pending = _split_unfinished(lines[-1])
+        shown = [*complete, *drawn][-count:] if count else []
+        return [line[:MAX_LINE].decode(errors="replace") for line in shown]
+
     def _read(self) -> bytes:
         try:
-            with self._path.open("rb") as file:
+            with os.fdopen(open_regular(self._path, follow=True), "rb") as file:
                 status = os.fstat(file.fileno())
                 if status.st_ino != self._inode or status.st_size < self._offset:
                     self._offset, self._inode, self._pending = 0, status.st_ino, b""

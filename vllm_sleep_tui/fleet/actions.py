@@ -12,10 +12,11 @@ from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, R
 from vllm_sleep_tui.fleet import attached
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.cures import CURES, Failure
-from vllm_sleep_tui.fleet.ending import end_server, is_whole
+from vllm_sleep_tui.fleet.ending import is_whole, stop_server
 from vllm_sleep_tui.fleet.fetching import fetch
 from vllm_sleep_tui.fleet.keeping import ask_to_stop, read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
+from vllm_sleep_tui.fleet.patience import patiently
 from vllm_sleep_tui.fleet.plan import Room
 from vllm_sleep_tui.fleet.planning import cold_start, is_dummy, refuse_without_room
 from vllm_sleep_tui.fleet.ports import choose_port
@@ -44,6 +45,7 @@ async def switch(core: Core, name: str, operation: Operation, *, force: bool = F
         if record.state is not State.ASLEEP:
             check_startable(core, name)
             choose_port(core, name)  # a taken one is found before anybody sleeps for it
+            record = core.write(record, last_failure=None)
         refuse_without_room(core, name, room)
         try:
             await clear(core, record, room, operation, force=force)
@@ -96,7 +98,7 @@ async def clear(core: Core, record: Record, room: Room, operation: Operation, *,
 async def knock(core: Core, record: Record) -> None:
     """Hear from a sleeper before others are put to sleep for it; raises OperationError if it is silent."""
     if record.state is State.ASLEEP:
-        await core.client(record).gate(GATE_LIMIT)
+        await patiently(core, record, lambda: core.client(record).gate(GATE_LIMIT))
 
 
 async def step_aside(
@@ -275,7 +277,8 @@ def check_can_sleep(core: Core, record: Record, level: int) -> None:
 async def stop_all(core: Core, names: Sequence[str], operation: Operation, force: bool) -> None:
     """Stop models; a start under way, anybody's of this user, is broken off."""
     for name in names:
-        attached.refuse_control(core, name)
+        if not attached.has_own_server(core, name):
+            attached.refuse_control(core, name)
     results = await asyncio.gather(
         *(stop(core, name, operation, force=force) for name in names), return_exceptions=True
     )
@@ -292,6 +295,8 @@ async def stop(core: Core, name: str, operation: Operation, *, force: bool) -> N
         record = core.records.read(name)
         if record.state is not State.STOPPED:
             await end(core, record, operation, force=force)
+        if (record := core.records.read(name)).last_failure is not None:
+            core.write(record, last_failure=None)
 
 
 async def end(
@@ -320,16 +325,4 @@ async def end(
             core.write(record, intent=None)
             raise
     record = core.enter(record, Event.STOP, intent=intent)
-    await end_server(core, record, at_once=force)
-    core.enter(
-        record,
-        Event.EXITED,
-        level=None,
-        intent=None,
-        keeper=None,
-        server=None,
-        engines=(),
-        reason=None,
-        cure=None,
-        proof=None,
-    )
+    await stop_server(core, record, at_once=force)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
+from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout
 from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet import proof
@@ -25,7 +25,16 @@ from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.proof import Verdict
 from vllm_sleep_tui.fleet.records import Intent, Reference
 from vllm_sleep_tui.fleet.rooms import held
-from vllm_sleep_tui.fleet.sighting import CLOSED, LOOK, Sighting, after, look_at, resolved, wants_key
+from vllm_sleep_tui.fleet.sighting import (
+    CLOSED,
+    LOOK,
+    Sighting,
+    after,
+    look_at,
+    owns_server,
+    resolved,
+    wants_key,
+)
 from vllm_sleep_tui.fleet.snapshot import Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.telemetry import prometheus
@@ -37,6 +46,8 @@ INTERVAL = 2.0
 """Seconds between two looks of the panel."""
 LOOK_SECONDS = 1.5
 ASK_SECONDS = 60.0
+SURE_SECONDS = 10.0
+"""For a server to say or show whether it sleeps, before it is called unknown."""
 MOVE_SECONDS = 900.0
 """For a sleep or a wake: the size of the weights is not known here."""
 DRAIN_SECONDS = 30.0
@@ -86,6 +97,11 @@ async def see(core: Core, name: str) -> Sighting:
     return seen
 
 
+def has_own_server(core: Core, name: str) -> bool:
+    """Whether a server that was started here before the model got its `url:` still runs."""
+    return core.model(name).url is not None and owns_server(core.records.read(name))
+
+
 def refuse_control(core: Core, name: str) -> None:
     """Raises RefusedError for an attached model: it cannot be started or stopped from here."""
     url = core.model(name).url
@@ -116,9 +132,40 @@ async def switch(core: Core, name: str, operation: Operation) -> SwitchTimes:
     """Make it awake; nobody else is put to sleep for it."""
     async with alone(core, name, operation):
         seen = await see(core, name)
-        if seen.state is State.ASLEEP:
+        if seen.state is State.ASLEEP or (not seen.tells_sleep and await _sleeps(core, name, operation)):
             await _wake(core, name, seen.level or core.records.read(name).level or 1, operation)
         return operation.ledger()
+
+
+async def _sleeps(core: Core, name: str, operation: Operation) -> bool:
+    """Whether it sleeps, of a server that did not tell at once; raises OperationError if it cannot be known.
+
+    `/is_sleeping` waits while the engine falls asleep or wakes. Where it is closed an answer is the proof: a
+    sleeper never gives one.
+    """
+    operation.tell(name, "asking", "whether it sleeps")
+    client = client_of(core, name)
+    with contextlib.suppress(EngineRefused):
+        try:
+            return await client.is_sleeping(SURE_SECONDS)
+        except EngineTimeout as error:
+            raise _unsure(name) from error
+    try:
+        await client.complete(
+            proof.WARM_UP, model=await served_name(core, name), max_tokens=1, timeout=SURE_SECONDS
+        )
+    except EngineTimeout as error:
+        raise _unsure(name) from error
+    except EngineRefused:
+        pass  # a task without completions, a key that is not known: it speaks, and a sleeper would not
+    return False
+
+
+def _unsure(name: str) -> OperationError:
+    return OperationError(
+        f"{name}: its server answers, and does not tell within {SURE_SECONDS:.0f} s whether it sleeps.",
+        "It may be asleep, or on its way: try again, or wake it where it was started.",
+    )
 
 
 async def sleep(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import functools
 import threading
@@ -18,10 +19,11 @@ from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.config_file import LoadedConfig, parse_bytes
 from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.fleet.footprints import Footprint, FootprintStore, digest
+from vllm_sleep_tui.fleet.keeping import is_kept
 from vllm_sleep_tui.fleet.locks import gpu_lock_path
 from vllm_sleep_tui.fleet.records import Record, RecordStore
 from vllm_sleep_tui.fleet.sighting import Sighting, base_of
-from vllm_sleep_tui.fleet.states import RUNNING, Event, next_state
+from vllm_sleep_tui.fleet.states import Event, next_state
 from vllm_sleep_tui.simulator import devices
 from vllm_sleep_tui.telemetry.gpus import GpuReader, GpuReading, open_reader
 from vllm_sleep_tui.telemetry.processes import memory
@@ -174,15 +176,19 @@ class Core:
         """The lock files of these models, by name."""
         return [self.records.path(name, "lock") for name in sorted(names)]
 
+    def readable(self) -> list[Record]:
+        """The records of all models whose files can be read: what is wrong with those of one is its trouble
+        alone, and its server, if it runs, counts as a stranger's."""
+        found = []
+        for name in self.config.models:
+            with contextlib.suppress(OperationError):
+                is_kept(self.keeper_file(name))
+                found.append(self.records.read(name))
+        return found
+
     def keeper_file(self, name: str) -> Path:
         """Where the model's keeper says how its server is."""
         return self.records.path(name, "keeper")
-
-    def log_path(self, name: str) -> Path:
-        """The model's log; one of its own if a model of another config has this name and runs."""
-        own = self.state_dir / "logs" / f"{name}.log"
-        taken = any(other.log == str(own) and other.state in RUNNING for other in self.records.others())
-        return own.with_name(f"{self.records.path(name, 'log').name}") if taken else own
 
     def enter(self, record: Record, event: Event, **changes: object) -> Record:
         """Move the record by `event`, with other fields changed, and write it."""

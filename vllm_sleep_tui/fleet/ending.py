@@ -18,6 +18,7 @@ from vllm_sleep_tui.fleet.keeping import Word, ask_to_stop, end_members, is_kept
 from vllm_sleep_tui.fleet.planning import read_memory
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.states import Event, State
+from vllm_sleep_tui.regular import open_regular
 from vllm_sleep_tui.telemetry.processes import is_alive
 
 ENGINE_DIED = Diagnosis(*CURES[Failure.ENGINE_DEAD].told())
@@ -39,17 +40,37 @@ async def end_server(core: Core, record: Record, *, at_once: bool) -> None:
     """End the server's whole group and see its memory gone; raises OperationError if something survives."""
     path = core.keeper_file(record.name)
     word = read_word(path)
-    launched = word.server if word.launch == record.launch else None
+    recorded = [record.keeper, record.server, *record.engines]
     if word.launch == record.launch:
         ask_to_stop(word, at_once=at_once)
         await gone(path, STOP_LIMIT)
-    if record.launch is not None and not await end_members(record.launch, record.server or launched):
+        word = read_word(path)
+        recorded += [word.keeper, word.server, *word.engines]
+    if record.launch is not None and not await end_members(record.launch, *recorded):
         raise OperationError(
             f"Processes of {record.name} do not end.",
             "The driver may hang: look at `dmesg`, restart the machine.",
         )
     await memory_gone(core, record)
     await asyncio.to_thread(remove_tmp_dir, record)  # a cache of compiled code may be in it
+
+
+async def stop_server(core: Core, record: Record, *, at_once: bool) -> Record:
+    """The end of a stop, whoever brings it there: the server ended, and nothing told of it any longer."""
+    await end_server(core, record, at_once=at_once)
+    return core.enter(
+        record,
+        Event.EXITED,
+        level=None,
+        intent=None,
+        keeper=None,
+        server=None,
+        engines=(),
+        reason=None,
+        cure=None,
+        proof=None,
+        fell=None,
+    )
 
 
 def remove_tmp_dir(record: Record) -> None:
@@ -142,7 +163,7 @@ def cause_in_log(record: Record, word: Word) -> Diagnosis | None:
 def read_tail(path: Path, limit: int = LOG_TAIL_BYTES) -> str:
     """The last `limit` bytes of a log as text; empty if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path, follow=True), "rb") as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - limit))
             return file.read().decode(errors="replace")

@@ -74,7 +74,7 @@ class Machine:
 
 def read_machine(core: Core) -> Machine:
     """The machine as it is, without what our own models hold now."""
-    records = [core.records.read(name) for name in core.config.models]
+    records = core.readable()
     used = {gpu for model in core.config.models.values() for gpu in model.gpus}
     memory = {gpu: now for gpu, now in read_memory(core, used).items() if now.total is not None}
     ours = {gpu: sum(held_here(core, record, now, gpu) for record in records) for gpu, now in memory.items()}

@@ -1,43 +1,54 @@
 """The keeper: one small process per server, its parent for life (standard library only).
 
 It is run as a file, apart from the package: ``python -I -S keeper.py``, with what to keep as JSON on stdin:
-argv, env, cwd, launch, log, log_bytes, lock (the keeper's own file), tmp_dir, grace.
+argv, env, cwd, launch, mark (words that the API server's command line holds), log, log_bytes, lock (the
+keeper's own file), tmp_dir, grace.
 
 It holds a flock on its file for as long as it lives; that is the proof that it lives. SIGTERM asks it to
 stop the server, SIGINT to kill it at once. When the server ends, for whatever reason, it ends what is left
-of the group before it says so. If the keeper itself is killed, the kernel ends the API server with it.
+of the group before it says so. If the keeper itself is killed, the kernel ends its child, the API server or
+what wraps it, at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 from typing import Any
 
-WORD_SIZE = 2048
+WORD_SIZE = 4096
 """The keeper's file is one padded write of this size, so that no reader sees half of it."""
+MOST_ENGINES = 40
+"""So many that hide their launch find room there."""
 GENERATIONS = 3
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 TERM_AGAIN_SECONDS = 1.0
 """vLLM swallows one SIGTERM while it starts (0.32); the second ends it."""
 TRACKER_SECONDS = 2.0
 """After an orderly exit the resource tracker needs a moment to clear /dev/shm."""
+LOOK_SECONDS = 0.2
+"""At least, between two looks for engines; a tenth of the server's age once that is more."""
 
 
 class Log:
-    """The server's log file: capped, a few generations kept; a full disk loses lines, never the server."""
+    """The server's log file: capped, a few generations kept; a full disk loses lines, never the server.
+
+    A person may cut or remove it meanwhile: what is said next stands at its new end, or in a new file.
+    """
 
     def __init__(self, path: str, limit: int) -> None:
-        self.path, self.limit, self.size = path, limit, 0
+        self.path, self.limit = path, limit
         self.file: Any = None
         self.rotate()
 
@@ -51,19 +62,23 @@ class Log:
                 newer = f"{self.path}.{age - 1}" if age > 1 else self.path
                 if os.path.exists(newer):
                     os.replace(newer, older)
-        self.file, self.size = None, 0
+        self.file = None
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC
         with contextlib.suppress(OSError):
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            self.file = os.fdopen(descriptor, "wb", buffering=0)
+            self.file = os.fdopen(open_regular(self.path, flags), "wb", buffering=0)
 
     def write(self, data: bytes) -> None:
         """Append; drops the data if the disk refuses."""
-        if self.size + len(data) > self.limit or self.file is None:
-            self.rotate()
-        if self.file is not None:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self.file is None or self.is_over(len(data)):
+                self.rotate()
+            if self.file is not None:
                 self.file.write(data)
-                self.size += len(data)
+
+    def is_over(self, more: int) -> bool:
+        """Whether the file is full with `more` bytes, or has no name any longer."""
+        now = os.fstat(self.file.fileno())
+        return now.st_nlink == 0 or now.st_size + more > self.limit
 
 
 class Keeper:
@@ -72,6 +87,8 @@ class Keeper:
     def __init__(self, order: dict[str, Any], lock: int, log: Log) -> None:
         self.order, self.lock, self.log = order, lock, log
         self.word: dict[str, Any] = {"launch": order["launch"], "keeper": identity(os.getpid())}
+        self.began = time.monotonic()
+        self.look_at: float | None = None
         self.asked_at: float | None = None
         self.terms = 0
         self.kill = False
@@ -87,7 +104,7 @@ class Keeper:
         woken = self.heed_signals()  # before anybody can read whom to signal
         reader, writer = os.pipe2(os.O_CLOEXEC)
         try:
-            self.server = subprocess.Popen(
+            child = subprocess.Popen(
                 self.order["argv"],
                 env=self.order["env"],
                 cwd=self.order["cwd"],
@@ -103,7 +120,8 @@ class Keeper:
             return
         finally:
             os.close(writer)
-        self.say(server=identity(self.server.pid))
+        self.pid = child.pid
+        self.say(server=identity(self.pid))
         tell(report, self.word)
         os.close(report)  # the launcher waits for that; a keeper without a server hangs up by its end
         self.watch(reader, woken)
@@ -122,19 +140,19 @@ class Keeper:
         poll = select.poll()
         poll.register(woken, select.POLLIN)
         poll.register(reader, select.POLLIN)
-        while not self.server_exited():
-            for descriptor, _ in poll.poll(self.escalate()):
+        while not self.server_exited() or self.goes_on():
+            for descriptor, _ in poll.poll(self.next_step()):
                 if descriptor == woken:
                     with contextlib.suppress(BlockingIOError):
                         os.read(woken, 4096)
                 elif not self.copy(reader):
                     poll.unregister(reader)
-        self.end_group()
+        code = self.end_group()
         os.set_blocking(reader, False)
         while self.copy(reader):
             pass
         shutil.rmtree(self.order["tmp_dir"], ignore_errors=True)
-        self.say(exit={"code": self.server.returncode, "asked": self.asked_at is not None, "at": time.time()})
+        self.say(exit={"code": code, "asked": self.asked_at is not None, "at": time.time()})
 
     def copy(self, reader: int) -> bool:
         """Move what the server said to the log; False once there is no more to come."""
@@ -143,7 +161,33 @@ class Keeper:
         except BlockingIOError:
             return False
         self.log.write(data)
+        if self.look_at is None:  # who is silent has no new engines
+            now = time.monotonic()
+            self.look_at = now + max(LOOK_SECONDS, (now - self.began) / 10)
         return bool(data)
+
+    def next_step(self) -> int | None:
+        """Do what is due by now; milliseconds until the next step, None if none is due."""
+        steps = [step for step in (self.escalate(), self.note_engines()) if step is not None]
+        return min(steps, default=None)
+
+    def note_engines(self) -> int | None:
+        """Write down who below us hides its launch, as engines do: their only proof once we are gone."""
+        if self.look_at is None:
+            return None
+        left = self.look_at - time.monotonic()
+        if left > 0:
+            return 1 + int(left * 1000)
+        self.look_at = None
+        mark = f"={self.order['launch']}".encode()
+        hidden = []
+        for pid in below(os.getpid(), parents()):
+            with contextlib.suppress(OSError):
+                if not any(word.endswith(mark) for word in words_of(pid, "environ")):
+                    hidden.append(identity(pid))
+        if hidden[:MOST_ENGINES] != self.word.get("engines", []):
+            self.say(engines=hidden[:MOST_ENGINES])
+        return None
 
     def on_term(self, *_: object) -> None:
         """SIGTERM: stop the server, kindly at first."""
@@ -167,36 +211,74 @@ class Keeper:
         if elapsed >= self.terms * TERM_AGAIN_SECONDS:
             self.terms += 1
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.server.pid, signal.SIGTERM)
+                os.kill(self.api_server(), signal.SIGTERM)
         return 100
 
+    def api_server(self) -> int:
+        """Whom to ask for an orderly end: the last in a row of programs whose command lines hold `mark`.
+
+        Our child may be a script that does not `exec` vLLM: a shell dies of SIGTERM and leaves the API server
+        to be killed. Nor is the group asked: vLLM's workers break off what they do, and the engine calls that
+        a failure. They are told by their names without the words, a fork by words equal to its parent's.
+        """
+        found, table = self.pid, parents()
+        while True:
+            own = words_of(found, "cmdline")
+            held = {pid: words_of(pid, "cmdline") for pid in below(found, table)}
+            last = next((pid for pid, words in held.items() if words != own and self.has_mark(words)), None)
+            if last is None:
+                return found
+            found = last
+
+    def has_mark(self, words: list[bytes]) -> bool:
+        """Whether a command line is the API server's, or of something that passes it on."""
+        mark = [word.encode() for word in self.order["mark"]]
+        starts = range(len(words) - len(mark) + 1)
+        return bool(mark) and any(words[at : at + len(mark)] == mark for at in starts)
+
     def server_exited(self) -> bool:
-        """Whether the API server has ended; it is not reaped yet, so that its group number stays ours."""
-        return os.waitid(os.P_PID, self.server.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        """Whether our child has ended; it is not reaped yet, so that its group number stays ours."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def goes_on(self) -> bool:
+        """Whether the API server lives on though our child has ended: then that is our child from now on.
+
+        `setsid` forks where it is asked to lead, and a wrapper may be killed alone.
+        """
+        for pid in children_of(os.getpid()):
+            if pid != self.pid and self.has_mark(words_of(pid, "cmdline")):
+                os.waitpid(self.pid, 0)
+                self.pid = pid
+                self.say(server=identity(pid))
+                return True
+        return False
 
     def signal_group(self, number: int) -> None:
-        """Signal the server's process group, which is ours while its leader is not reaped."""
+        """Signal the server's process group, which is ours while our child, one of it, is not reaped."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.server.pid, number)
+            group = os.getpgid(self.pid)
+            if group != os.getpgrp():
+                os.killpg(group, number)
 
-    def end_group(self) -> None:
-        """End every descendant: the group, and what left it for a session of its own."""
+    def end_group(self) -> int:
+        """End every descendant, also what left for a session of its own; our child's exit code."""
         deadline = time.monotonic() + (TRACKER_SECONDS if self.asked_at is not None and not self.kill else 0)
         while time.monotonic() < deadline and self.descendants_left():
             time.sleep(0.02)
         self.signal_group(signal.SIGKILL)
-        self.server.wait()
+        _, status = os.waitpid(self.pid, 0)
         while children := self.descendants_left():
             for pid in children:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
+        return os.waitstatus_to_exitcode(status)
 
     def descendants_left(self) -> list[int]:
         """Our children besides the server, after reaping the dead: as subreaper we inherit all orphans."""
         left = []
         for pid in children_of(os.getpid()):
-            if pid == self.server.pid:
+            if pid == self.pid:
                 continue
             with contextlib.suppress(ChildProcessError):
                 if os.waitpid(pid, os.WNOHANG) == (0, 0):
@@ -210,21 +292,53 @@ def tell(report: int, word: dict[str, Any]) -> None:
         os.write(report, json.dumps(word).encode())
 
 
-def identity(pid: int) -> dict[str, int]:
-    """A process by pid and start time in clock ticks since boot, which no later process shares."""
+def identity(pid: int) -> dict[str, Any]:
+    """A process by pid, start time in clock ticks since boot, and boot, which no later process shares."""
     with open(f"/proc/{pid}/stat", "rb") as file:
-        return {"pid": pid, "start": int(file.read().rpartition(b")")[2].split()[19])}
+        known: dict[str, Any] = {"pid": pid, "start": int(file.read().rpartition(b")")[2].split()[19])}
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        known["boot"] = file.read(8).decode("ascii", "replace")
+    return known
+
+
+def parents() -> dict[int, int]:
+    """The parent of every process."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError, IndexError), open(f"/proc/{entry}/stat", "rb") as file:
+                found[int(entry)] = int(file.read().rpartition(b")")[2].split()[1])
+    return found
 
 
 def children_of(parent: int) -> list[int]:
     """The pids whose parent is `parent`."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError, IndexError), open(f"/proc/{entry}/stat", "rb") as file:
-                if int(file.read().rpartition(b")")[2].split()[1]) == parent:
-                    found.append(int(entry))
-    return found
+    return [pid for pid, above in parents().items() if above == parent]
+
+
+def below(top: int, table: dict[int, int]) -> list[int]:
+    """The pids below `top`, parents first."""
+    found = [top]
+    for pid in found:
+        found += [child for child, above in table.items() if above == pid]
+    return found[1:]
+
+
+def words_of(pid: int, what: str) -> list[bytes]:
+    """A process's `cmdline` or `environ`, word by word; empty if it is gone or hides it."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/{what}", "rb") as file:
+        return file.read().split(b"\0")
+    return []
+
+
+def open_regular(path: str, flags: int) -> int:
+    """Open or make a file of ours; raises OSError for a pipe, a folder or a link in its place."""
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o600)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return descriptor
 
 
 def prctl(option: int, value: int) -> None:
@@ -241,7 +355,7 @@ def prepare_child() -> None:
 
 def take_lock(path: str) -> int:
     """The keeper's file, locked for life; raises BlockingIOError while another keeper lives."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
     for attempt in range(50):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,15 +18,18 @@ from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLE
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet import keeper
+from vllm_sleep_tui.regular import NotAFileError, open_regular, read_regular
 from vllm_sleep_tui.telemetry.processes import (
     ProcessId,
+    ProcessTable,
     environment_has,
     is_alive,
     signal_process,
-    start_ticks,
 )
 
 LOG_BYTES = 20 * 2**20
+MAX_WORD = 64 * 1024
+"""Bytes; a keeper writes a page."""
 KEEPER_SECONDS = 30.0
 """For a keeper to tell that its server runs."""
 
@@ -45,6 +48,8 @@ class Word(msgspec.Struct, frozen=True):
     launch: str | None = None
     keeper: ProcessId | None = None
     server: ProcessId | None = None
+    engines: tuple[ProcessId, ...] = ()
+    """Processes below it that hide their launch, as seen while it lived."""
     asked: bool = False
     """Whether the server was asked to stop."""
     exit: Exit | None = None
@@ -63,25 +68,35 @@ class Order:
     log: str
     lock: str
     tmp_dir: str
+    mark: tuple[str, ...] = ()
+    """Words that the command line of the API server itself holds in a row: its port. Below wrappers it is
+    found by them."""
     grace: float = 10.0
     """Seconds between the first SIGTERM and SIGKILL to the group."""
     log_bytes: int = LOG_BYTES
 
 
 def read_word(path: Path) -> Word:
-    """The last word in the keeper's file; an empty one if there is none."""
+    """The last word in the keeper's file; an empty one if there is none, or none that could be a keeper's.
+
+    Raises OperationError if the file cannot be read.
+    """
     try:
-        return msgspec.json.decode(path.read_bytes().strip() or b"{}", type=Word)
-    except (FileNotFoundError, *NOT_JSON):
+        return msgspec.json.decode(read_regular(path, MAX_WORD).strip() or b"{}", type=Word)
+    except (FileNotFoundError, NotAFileError, *NOT_JSON):
         return Word()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def is_kept(path: Path) -> bool:
-    """Whether a living keeper holds `path`."""
+    """Whether a living keeper holds `path`; raises OperationError if that cannot be looked at."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_regular(path)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise unreadable(path, error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -89,6 +104,14 @@ def is_kept(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def unreadable(path: Path, error: OSError) -> OperationError:
+    """What to tell of a keeper's file that is another thing, or closed to us."""
+    cure = "Correct that; its server, if it runs, runs on."
+    if isinstance(error, NotAFileError):
+        cure = f"Remove {path}, then start the model again."
+    return OperationError(f"The keeper's file {path} cannot be read: {error.strerror}.", cure)
 
 
 async def launch(order: Order) -> Word:
@@ -138,39 +161,27 @@ def ask_to_stop(word: Word, *, at_once: bool) -> bool:
     return signal_process(word.keeper, signal.SIGINT if at_once else signal.SIGTERM)
 
 
-def members(launch: str, server: ProcessId | None) -> tuple[ProcessId, ...]:
-    """The living processes of a launch, keeper included: by its id, else by its server's session.
+def members(launch: str, *recorded: ProcessId | None) -> tuple[ProcessId, ...]:
+    """The living processes of a launch, keeper included.
 
-    The id alone would miss engines: a process that renames itself wipes its environment in /proc.
+    Each is proven: it carries the launch's id in its environment, or it is one of those that were `recorded`
+    while they lived (a process that renames itself, as an engine does, hides its environment), or it is below
+    one of these. A number alone, be it of a process, a group or a session, is somebody else's by now.
     """
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            process = ProcessId(pid=int(entry), start=start_ticks(int(entry)) or 0)
-            named = environment_has(process.pid, LAUNCH_VARIABLE, launch)
-            if is_alive(process) and (named or (server is not None and is_of_session(process, server))):
-                found.append(process)
-    return tuple(found)
+    table = ProcessTable.read()
+    proven = {process for process in recorded if process is not None and is_alive(process)}
+    for pid in table.parents:
+        if environment_has(pid, LAUNCH_VARIABLE, launch) and (process := table.id_of(pid)) is not None:
+            proven.add(process)
+    below = {pid for process in proven for pid in table.descendants(process.pid)}
+    found = proven | {process for pid in below if (process := table.id_of(pid)) is not None}
+    return tuple(process for process in found if is_alive(process))
 
 
-def is_of_session(process: ProcessId, leader: ProcessId) -> bool:
-    """Whether a process of this user belongs to the session that `leader` began, even if it ended since.
-
-    The kernel gives a session's number to nobody else while one of its processes lives; if the number is
-    another process's now, the session is over.
-    """
-    if start_ticks(leader.pid) not in (None, leader.start) or process.start < leader.start:
-        return False
-    try:
-        return os.getsid(process.pid) == leader.pid and os.stat(f"/proc/{process.pid}").st_uid == os.getuid()
-    except OSError:
-        return False
-
-
-async def end_members(launch: str, server: ProcessId | None, limit: float = 20.0) -> bool:
-    """SIGKILL whatever is left of a launch; True once nothing is, within `limit` seconds."""
+async def end_members(launch: str, *recorded: ProcessId | None, limit: float = 20.0) -> bool:
+    """SIGKILL whatever is left of a launch, see `members`; True once nothing is, within `limit` seconds."""
     deadline = asyncio.get_running_loop().time() + limit
-    while left := await asyncio.to_thread(members, launch, server):
+    while left := await asyncio.to_thread(members, launch, *recorded):
         if asyncio.get_running_loop().time() > deadline:
             return False
         for process in left:

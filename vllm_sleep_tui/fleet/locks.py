@@ -34,6 +34,8 @@ WATCH_SECONDS = 1.0
 """Between two looks at whether a lock that is held still has its name."""
 log = logging.getLogger(__name__)
 
+SIMULATED = "-SIM-"
+"""In the names of locks of simulated GPUs, by their uuid."""
 MAX_WORD = 64
 A_DAY = 86400.0
 
@@ -183,7 +185,11 @@ async def hold(
         yield
     finally:
         watching.cancel()
-        for _, descriptor in reversed(held):
+        for path, descriptor in reversed(held):
+            # Nobody has a simulated GPU for long: without that its lock would lie in /run/lock for ever.
+            if SIMULATED in path.name and has_name(descriptor, path):
+                with contextlib.suppress(OSError):
+                    path.unlink()
             os.close(descriptor)
 
 

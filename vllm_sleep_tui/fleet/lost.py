@@ -96,7 +96,7 @@ def identify(core: Core, record: Record, word: Word) -> Record:
         secret=environment[SECRET_VARIABLE],
         gpus=tuple(int(gpu) for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu),
         tmp_dir=environment.get("TMPDIR"),
-        log=log_of(word.keeper) or str(core.log_path(record.name)),
+        log=log_of(word.keeper) or str(core.records.log_path(record.name)),
         digest=core.digest(record.name),
     )
 

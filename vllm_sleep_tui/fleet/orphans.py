@@ -13,13 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.fleet.discovery import launch_of
-from vllm_sleep_tui.fleet.keeping import is_of_session, read_word
-from vllm_sleep_tui.fleet.records import Record, decode
+from vllm_sleep_tui.fleet.keeping import Word, read_word
+from vllm_sleep_tui.fleet.records import Record, read_record
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.telemetry.processes import (
     ProcessId,
@@ -129,8 +128,8 @@ def fault_of(pid: int, launch: str) -> str | None:
     if file.name.endswith(" (deleted)"):
         return "its state folder was removed"
     try:
-        record = decode(file.with_suffix(".json").read_bytes())
-    except (OSError, ValueError, msgspec.DecodeError):
+        record = read_record(file.with_suffix(".json"))
+    except (OSError, ValueError, *NOT_JSON):
         return "it has no record"
     if record.launch != launch or record.state in (State.STOPPED, State.FAILED):
         return "its record tells of another server, or of none"
@@ -147,37 +146,45 @@ def fault_of_config(record: Record) -> str | None:
     except OSError:
         return None
     try:
-        named = record.name in load(path).config.models
+        model = load(path).config.models.get(record.name)
     except UsageError:
         return None
-    return None if named else f"{path} no longer names {record.name}"
+    if model is None:
+        return f"{path} no longer names {record.name}"
+    return None if model.url is None else f"{path} gives {record.name} by `url:` now"
 
 
 def recorded(folders: Iterable[Path], table: ProcessTable, mine: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """The living processes that records and keepers' words speak of, each with its launch.
+    """The living processes that records and keepers' words speak of, each with its launch, and those below.
 
-    An engine may have wiped its environment; its session, which its server began, stays.
+    An engine may have wiped its environment: then it was written down while it lived. Nobody is
+    believed for the number of his session, which is given anew once its processes are gone.
     """
+    alive = {table.id_of(pid) for pid in mine}
     for folder in folders:
-        for launch, server, engines in spoken_of(folder):
-            for pid in mine:
-                process = table.id_of(pid)
-                if process and (process in engines or (server and is_of_session(process, server))):
-                    yield pid, launch
+        for launch, processes in spoken_of(folder):
+            for process in processes:
+                if process in alive and is_alive(process):
+                    yield from ((pid, launch) for pid in (process.pid, *table.descendants(process.pid)))
 
 
-def spoken_of(folder: Path) -> Iterator[tuple[str, ProcessId | None, tuple[ProcessId, ...]]]:
-    """The launches of a records folder that have not ended: id, server, engines."""
+def spoken_of(folder: Path) -> Iterator[tuple[str, tuple[ProcessId, ...]]]:
+    """The launches of a records folder that have not ended: id, its processes."""
     for path in folder.glob("*.json"):
-        with contextlib.suppress(OSError, ValueError, msgspec.DecodeError):
-            record = decode(path.read_bytes())
+        with contextlib.suppress(OSError, ValueError, *NOT_JSON):
+            record = read_record(path)
             if record.launch is not None and record.state not in (State.STOPPED, State.FAILED):
-                yield record.launch, record.server, record.engines
+                yield record.launch, processes_of(record)
     for path in folder.glob("*.keeper"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OperationError):
             word = read_word(path)
             if word.launch is not None and word.exit is None:
-                yield word.launch, word.server, ()
+                yield word.launch, processes_of(word)
+
+
+def processes_of(told: Record | Word) -> tuple[ProcessId, ...]:
+    """Server and engines, as a record or a keeper tells of them."""
+    return (*([told.server] if told.server else []), *told.engines)
 
 
 def summary(found: Sequence[Orphan]) -> tuple[str, ...]:

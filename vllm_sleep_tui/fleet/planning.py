@@ -102,7 +102,7 @@ def share_of(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> float | 
     own = budget.fixed_utilization(model)
     if own is not None or not model.gpus:
         return own
-    records = [core.records.read(key) for key in core.config.models]
+    records = core.readable()
     asleep = {}
     for record in records:
         left = core.footprint(record.name).asleep
@@ -147,8 +147,8 @@ def neighbours(
     """The awake models that share a GPU with `name`."""
     found = []
     mine = set(core.model(name).gpus)
-    for key in core.config.models:
-        record = core.records.read(key)
+    for record in core.readable():
+        key = record.name
         if key == name or record.state is not State.AWAKE or not mine & set(record.gpus):
             continue
         footprint = core.footprint(key)
@@ -201,7 +201,7 @@ def refuse_without_room(core: Core, name: str, room: Room) -> None:
 def who_else(core: Core, gpu: int) -> str | None:
     """Names the processes that hold memory on a GPU and are none of ours."""
     _, by_pid = core.reader.memory(gpu)
-    ours = {engine.pid for name in core.config.models for engine in core.records.read(name).engines}
+    ours = {engine.pid for record in core.readable() for engine in record.engines}
     strangers = sorted(
         ((size or 0, pid) for pid, size in (by_pid or {}).items() if pid not in ours), reverse=True
     )

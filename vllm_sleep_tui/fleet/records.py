@@ -8,21 +8,27 @@ reads again. It carries the launch's secret, hence mode 0600.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 import time
 import zlib
 from pathlib import Path
 
 import msgspec
 
+from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError
-from vllm_sleep_tui.fleet.snapshot import SwitchTimes
+from vllm_sleep_tui.fleet.snapshot import LastFailure, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.paths import private_dir
+from vllm_sleep_tui.regular import NotAFileError, read_regular
 from vllm_sleep_tui.telemetry.processes import ProcessId
 
 PAGE = 4096
+MAX_RECORD = 2**20
+"""Bytes; a record is a page, or few if its names are long."""
 """A write within one page is not cut in two, even by SIGKILL."""
 READ_ATTEMPTS = 5
 READ_PAUSE = 0.001
@@ -89,6 +95,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     fell: State | None = None
     """While failed: the state from which the server died by itself, if it did; ASLEEP of one that was
     restarted and is not back asleep yet."""
+    last_failure: LastFailure | None = None
+    """Of the launch before this one, if that died by itself and nobody has seen why."""
     restarts: tuple[float, ...] = ()
     """UTC seconds of the latest restarts by the leader."""
     hang: Hang | None = None
@@ -114,19 +122,21 @@ class RecordStore:
         return self.folder / f"{name}-{self._suffix}.{kind}"
 
     def read(self, name: str) -> Record:
-        """The model's record, or a stopped one if there is none; a broken file is set aside.
+        """The model's record, or a stopped one if there is none; what is broken or no file is set aside.
 
         Raises OperationError if the file cannot be read.
         """
         path = self.path(name)
         for attempt in range(READ_ATTEMPTS):
             try:
-                record = decode(path.read_bytes())
+                record = read_record(path)
                 self._versions[name] = record.vllm_version
                 return record
             except FileNotFoundError:
                 return Record(config=self.config, name=name)
-            except (ValueError, msgspec.DecodeError):
+            except NotAFileError:
+                break
+            except (ValueError, *NOT_JSON):
                 time.sleep(READ_PAUSE * (attempt > 0))
             except OSError as error:
                 raise OperationError(
@@ -147,12 +157,15 @@ class RecordStore:
         content = encode(record)
         self._versions[record.name] = record.vllm_version
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            write_atomically(path, content)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
+                raise
+            write_atomically(path, content)  # there is none, or a link or pipe in its place
             return
         try:
-            in_place = os.fstat(descriptor).st_size == len(content) == PAGE
+            now = os.fstat(descriptor)
+            in_place = stat.S_ISREG(now.st_mode) and now.st_size == len(content) == PAGE
             if in_place:
                 os.pwrite(descriptor, content, 0)
         finally:
@@ -179,6 +192,13 @@ class RecordStore:
             write_atomically(path, encode(record))
         return record
 
+    def log_path(self, name: str) -> Path:
+        """Where the model's log is to be: NAME.log, unless that is a model's of another config which is there
+        still; then the name ends like the record's."""
+        own = self.folder.parent / "logs" / f"{name}.log"
+        taken = any(other.log == str(own) and os.path.lexists(other.config) for other in self.others())
+        return own.with_name(self.path(name, "log").name) if taken else own
+
     def others(self) -> list[Record]:
         """Records of other configs in this state folder; unreadable ones are left out."""
         found = []
@@ -186,8 +206,8 @@ class RecordStore:
             if path.stem.endswith(f"-{self._suffix}"):
                 continue
             try:
-                found.append(decode(path.read_bytes()))
-            except (OSError, ValueError, msgspec.DecodeError):
+                found.append(read_record(path))
+            except (OSError, ValueError, *NOT_JSON):
                 continue
         return found
 
@@ -204,6 +224,11 @@ def decode(content: bytes) -> Record:
     if zlib.crc32(line) != int(checksum, 16):
         raise ValueError("the checksum does not fit")
     return msgspec.json.decode(line, type=Record)
+
+
+def read_record(path: Path) -> Record:
+    """The record in a file; raises OSError, ValueError or one of NOT_JSON if there is none."""
+    return decode(read_regular(path, MAX_RECORD))
 
 
 def write_atomically(path: Path, content: bytes) -> None:

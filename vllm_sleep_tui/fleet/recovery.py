@@ -10,15 +10,15 @@ from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.ending import (
     SERVER_GONE,
     cause_in_log,
-    end_server,
     fail,
     is_whole,
+    stop_server,
 )
 from vllm_sleep_tui.fleet.keeping import is_kept, read_word
 from vllm_sleep_tui.fleet.lost import is_lost, take_back
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.records import Record
-from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server
+from vllm_sleep_tui.fleet.server import Server
 from vllm_sleep_tui.fleet.states import Event, State
 from vllm_sleep_tui.telemetry.processes import is_alive
 
@@ -104,8 +104,7 @@ async def finish_stop(core: Core, record: Record) -> None:
     """Somebody was stopping it."""
     if record.state is not State.STOPPING:
         record = core.enter(record, Event.STOP)
-    await end_server(core, record, at_once=False)
-    core.enter(record, Event.EXITED, level=None, intent=None, keeper=None, server=None, engines=())
+    await stop_server(core, record, at_once=False)
 
 
 async def carry_on_start(core: Core, record: Record, operation: Operation) -> None:
@@ -153,7 +152,7 @@ async def after_sleep(server: Server, *, sleeping: bool) -> None:
 
 async def after_wake(server: Server, *, sleeping: bool) -> None:
     """A wake from level 2 is run through again, each step may be repeated; one from level 1 is proven."""
-    await server.client.set_gate(True, GATE_LIMIT)  # it may have been cut off after it was opened
+    await server.set_gate(closed=True)  # it may have been cut off after it was opened
     if sleeping or server.record.level == 2:
         await server.bring_back(server.record.level or 1)
     verdict = await server.prove()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 
-from vllm_sleep_tui.fleet import actions
+from vllm_sleep_tui.fleet import actions, died
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.operation import Operation
 from vllm_sleep_tui.fleet.records import Record
@@ -70,7 +70,7 @@ class Restarter:
                 self._not_before[name] = time.monotonic() + NO_ROOM_PAUSE
                 return
             log.info("%s: restart %d of %d: %s", name, len(tried) + 1, len(self._pauses), record.reason)
-            self._core.write(record, restarts=(*tried, time.time()))
+            self._core.write(record, restarts=(*tried, time.time()), last_failure=died.keep(record))
             fell = State.ASLEEP if record.fell is State.ASLEEP else None
             await actions.bring_up(self._core, name, operation, fell=fell)
             await recover(self._core, name, operation)

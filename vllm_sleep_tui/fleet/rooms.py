@@ -26,9 +26,11 @@ NO_ROOM_NEEDED = Room(sleeps=(), stops=(), free={}, missing={})
 
 
 def others_on(core: Core, name: str) -> set[str]:
-    """The other models of the config that share a GPU with `name`."""
+    """The other models of the config that share a GPU with `name` and whose files can be read."""
     mine = set(core.model(name).gpus)
-    return {key for key, model in core.config.models.items() if key != name and mine & set(model.gpus)}
+    models = core.config.models
+    near = {key for key, model in models.items() if key != name and mine & set(model.gpus)}
+    return near & {record.name for record in core.readable()} if near else near
 
 
 async def idle_of(core: Core, name: str) -> dict[str, tuple[float, bool]]:

@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
-from vllm_sleep_tui.engine.client import VllmClient, WakeReply
+from vllm_sleep_tui.engine.client import Gate, VllmClient, WakeReply
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout, EngineUnreachable
 from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet import proof
@@ -25,6 +25,7 @@ from vllm_sleep_tui.fleet.ending import fail_as
 from vllm_sleep_tui.fleet.figures import why_no_level2
 from vllm_sleep_tui.fleet.footprints import Footprint
 from vllm_sleep_tui.fleet.operation import Operation, actor
+from vllm_sleep_tui.fleet.patience import patiently
 from vllm_sleep_tui.fleet.planning import GpuMemory, has_gone, needed_to_wake, read_memory
 from vllm_sleep_tui.fleet.proof import Verdict
 from vllm_sleep_tui.fleet.ram import room_to_pin
@@ -161,18 +162,18 @@ class Server:
 
     async def drain(self, *, force: bool) -> None:
         """Close the gate and wait for answers under way, within the limit for it; forced: not at all."""
-        gate = await self.client.set_gate(True, GATE_LIMIT)
+        gate = await self.set_gate(closed=True)
         deadline = time.monotonic() + self.core.limits.drain
         while gate.in_flight and not force and time.monotonic() < deadline:
             self.operation.tell(self.name, "drain", f"{gate.in_flight} answers under way")
             await self.operation.pause(0.05)
-            gate = await self.client.gate(GATE_LIMIT)
+            gate = await self.patiently(lambda: self.client.gate(GATE_LIMIT))
 
     async def undo_sleep(self) -> None:
         """Open the gate again and be awake as before; if it does not open, the intent stays to be settled."""
         left = self.record.intent
         with contextlib.suppress(EngineError):
-            await self.client.set_gate(False, GATE_LIMIT)
+            await self.set_gate(closed=False)
             left = None
         self.record = self.core.enter(self.record, Event.SLEEP_UNDONE, intent=left)
 
@@ -357,7 +358,7 @@ class Server:
         with self.operation.timed("prove"):
             try:
                 if self.record.reference is None:
-                    if not await self.client.health():
+                    if not await self.client.health(self.core.limits.call):
                         await self.fail(Failure.PROOF_REFUSED, "its health is bad.")
                     return Verdict.UNPROVEN
                 if await self.is_itself() or await self.is_itself():
@@ -383,10 +384,18 @@ class Server:
         assert self.record.reference is not None
         return await proof.is_itself(self.client, self.name, self.record.reference, self.core.limits.call)
 
+    async def set_gate(self, *, closed: bool) -> Gate:
+        """Close or open the gate; raises EngineError if the server is silent or refuses."""
+        return await self.patiently(lambda: self.client.set_gate(closed, GATE_LIMIT))
+
+    async def patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """The answer of a server that may have much to do, see `patience`."""
+        return await patiently(self.core, self.record, ask)
+
     async def open_gate(self) -> None:
         """Let requests in."""
         try:
-            await self.client.set_gate(False, GATE_LIMIT)
+            await self.set_gate(closed=False)
         except EngineError as error:
             await self.fail(Failure.SILENT, error)
 

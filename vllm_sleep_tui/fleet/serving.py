@@ -30,6 +30,8 @@ ANSWER_LIMIT = 1.5
 """Seconds that one page may take; 0.01 to 0.1 s measured (vLLM 0.32)."""
 WINDOW = 300.0
 """Seconds over which percentiles and hits are taken."""
+OWED_PAGES = 3
+"""Looks within which our own question must have been counted."""
 MARK_EVERY = 10.0
 """Seconds between two pages that are kept for the window."""
 _TTFT = "vllm:time_to_first_token_seconds"
@@ -129,13 +131,19 @@ def cached_tokens(page: Page, before: float) -> int | None:
     return round(in_use)
 
 
-def work_between(last: Page, page: Page, ours: Work) -> Work:
-    """What others asked from one page of a launch to the next, `ours` left out."""
+def work_between(last: Page, page: Page, ours: Work) -> tuple[Work, Work]:
+    """What others asked from one page of a launch to the next, and what of `ours` the page has not counted yet.
+
+    vLLM counts an answer after it has been given, so that a page may come in between.
+    """
     grown = [
-        prometheus.increase(last.count(what) or 0.0, page.count(what) or 0.0)
+        round(prometheus.increase(last.count(what) or 0.0, page.count(what) or 0.0))
         for what in ("requests", "prompt", "generated")
     ]
-    return Work(*(max(0, round(more) - own) for more, own in zip(grown, ours, strict=True)))
+    pairs = list(zip(grown, ours, strict=True))
+    return Work(*(max(0, more - own) for more, own in pairs)), Work(
+        *(max(0, own - more) for more, own in pairs)
+    )
 
 
 class Watch:
@@ -146,6 +154,7 @@ class Watch:
         self._last: Page | None = None
         self._since: float | None = None
         self._before = 0.0
+        self._owed, self._owed_pages = NOTHING, 0
         self.work = NOTHING
         """Between the last two pages; what was before the first is not known."""
 
@@ -156,7 +165,12 @@ class Watch:
         """
         last, self._last = self._last, page
         entered = since != self._since
-        self.work = work_between(last, page, ours if entered else NOTHING) if last else NOTHING
+        if entered:
+            self._owed, self._owed_pages = (ours if last else NOTHING), OWED_PAGES
+        elif self._owed_pages == 0:
+            self._owed = NOTHING  # it was never counted, and must not hide what others ask
+        self._owed_pages = max(0, self._owed_pages - 1)
+        self.work, self._owed = work_between(last, page, self._owed) if last else (NOTHING, NOTHING)
         if entered:
             # A sleep empties the cache and counts nothing, so the last page before it tells what is gone.
             self._before = (last.fresh or 0.0) if last else 0.0

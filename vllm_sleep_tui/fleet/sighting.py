@@ -53,6 +53,8 @@ class Sighting:
     cure: str | None = None
     is_certain: bool = True
     """False if it answers and does not say whether it sleeps: it is busy."""
+    tells_sleep: bool = True
+    """False if neither endpoint nor gauge told whether it sleeps: it is taken for awake."""
     since: float | None = None
     """UTC seconds at which it was first seen so by this process."""
     unsure_since: float | None = None
@@ -65,7 +67,7 @@ def after(before: Sighting | None, now: Sighting) -> Sighting:
     if not now.is_certain:
         unsure_since = (before and before.unsure_since) or time.monotonic()
         if before is not None and before.state is not State.STOPPED:
-            now = before  # nothing else is new
+            now = replace(before, tells_sleep=False)  # nothing else is new
     since = before.since if before is not None and before.state is now.state else time.time()
     return replace(now, since=since, unsure_since=unsure_since)
 
@@ -139,9 +141,9 @@ class _Look(threading.Thread):
         try:
             status, body = self._get("/is_sleeping", FIRST_SHARE)
         except TimeoutError:
-            return self._if_healthy(Sighting(state=State.AWAKE, is_certain=False))
+            return self._if_healthy(Sighting(state=State.AWAKE, is_certain=False, tells_sleep=False))
         if status in CLOSED:
-            return self._if_healthy(self._by_gauge(Sighting(state=State.AWAKE)))
+            return self._if_healthy(self._by_gauge(Sighting(state=State.AWAKE, tells_sleep=False)))
         if status != HTTPStatus.OK:
             return _gone(f"{self.where} answers {status}: its engine may have died.")
         if msgspec.json.decode(body, type=_IsSleeping).is_sleeping:
@@ -173,6 +175,8 @@ class _Look(threading.Thread):
         except (OSError, http.client.HTTPException):
             return otherwise
         scrape = prometheus.parse(body.decode(errors="replace"), frozenset({SLEEP_STATE}))
+        if SLEEP_STATE in scrape:
+            otherwise = replace(otherwise, tells_sleep=True)
         for level, word in ((1, "weights_offloaded"), (2, "discard_all")):
             if prometheus.total(scrape, SLEEP_STATE, sleep_state=word):
                 return Sighting(state=State.ASLEEP, level=level)
@@ -209,6 +213,10 @@ def snapshot_of(record: Record, model: ModelConfig, seen: Sighting | None) -> Mo
     reason, cure = (None, None) if intent else (seen.reason, seen.cure)
     if state is State.AWAKE and reason is None:
         reason, cure = _hangs(record)
+    if owns_server(record) and record.server is not None:
+        left = f"A server that was started here before it had `url:` still runs, pid {record.server.pid}."
+        reason = left if reason is None else f"{reason} {left}"
+        cure = f"`stop {record.name}` ends that one."
     level = seen.level or record.level or 1
     return ModelSnapshot(
         name=record.name,
@@ -227,6 +235,12 @@ def snapshot_of(record: Record, model: ModelConfig, seen: Sighting | None) -> Mo
         source=model.url or "",
         is_attached=True,
     )
+
+
+def owns_server(record: Record) -> bool:
+    """Whether a server of ours belongs to the record of a model that is attached now."""
+    runs = record.state not in (State.STOPPED, State.FAILED)
+    return runs and record.server is not None and is_alive(record.server)
 
 
 def _hangs(record: Record) -> tuple[str | None, str | None]:

@@ -5,6 +5,8 @@ The first fields of each struct, in order, are the contract of ``status --json``
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 
 from vllm_sleep_tui.fleet.states import StartPhase, State
@@ -26,6 +28,22 @@ class SwitchTimes(msgspec.Struct, frozen=True, kw_only=True):
     phases: dict[str, float | None]
     """Keys: drain, sleep, settle, wake, weights, reload, kv_cache, reset, prove."""
     total: float
+
+
+class LastFailure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a server died that was started again unasked, told until a person has seen it: see `died`."""
+
+    reason: str
+    cure: str = ""
+    at: float
+    """UTC seconds at which it was seen."""
+    log: str | None = None
+    """The file that keeps what it said last."""
+
+    def told(self) -> str:
+        """One line for a person."""
+        at = time.strftime("%H:%M:%S", time.localtime(self.at))
+        return f"It died at {at} and was started again. {self.reason}".rstrip()
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +92,7 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     last_switch: SwitchTimes | None = None
 
     # Beyond the contract, for the panel.
+    last_failure: LastFailure | None = None
     progress: str | None = None
     """The detail of a long step, such as "weights 2 of 4"."""
     configured_level: str = "auto"

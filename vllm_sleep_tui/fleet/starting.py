@@ -27,10 +27,11 @@ from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, R
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.budget import level_for, pinned_estimate
 from vllm_sleep_tui.fleet.core import GIB, Core
-from vllm_sleep_tui.fleet.ending import TMP_PREFIX, cause_in_log, end_server, fail
+from vllm_sleep_tui.fleet.ending import TMP_PREFIX, cause_in_log, fail, stop_server
 from vllm_sleep_tui.fleet.footprints import Footprint, digest
 from vllm_sleep_tui.fleet.keeping import Order, is_kept, launch, read_word
 from vllm_sleep_tui.fleet.operation import Operation, actor
+from vllm_sleep_tui.fleet.patience import patiently
 from vllm_sleep_tui.fleet.planning import is_dummy, read_memory, share_of, weights_of
 from vllm_sleep_tui.fleet.ports import CURE, choose_port, port_is_free, taken
 from vllm_sleep_tui.fleet.records import Intent, Record
@@ -211,7 +212,7 @@ class Start:
             launch_id=secrets.token_hex(16),
             sleep_mode=self.model.level != "none",
         )
-        log = self.core.log_path(self.name)
+        log = self.core.records.log_path(self.name)
         self.record = self.core.write(
             self.record,
             launch=spec.launch_id,
@@ -242,6 +243,7 @@ class Start:
             log=str(log),
             lock=str(self.core.keeper_file(self.name)),
             tmp_dir=str(spec.tmp_dir),
+            mark=("--port", str(spec.port)),
         )
 
     def limit(self) -> float:
@@ -283,8 +285,10 @@ class Start:
             raise OperationError(taken(self.record.port, self.name), CURE)
         engines = [pid for pid in family if (command_of(pid) or "").startswith("VLLM::")]
         identities = tuple(found for pid in engines if (found := table.id_of(pid)))
-        version = await client.version()
-        self.record = self.core.write(self.record, engines=identities, vllm_version=version)
+        version = await patiently(self.core, self.record, client.version)
+        # What wraps it may have ended since: the keeper tells whose process it is now.
+        server = read_word(self.core.keeper_file(self.name)).server
+        self.record = self.core.write(self.record, server=server, engines=identities, vllm_version=version)
 
     def remember_log(self, phases: PhaseReader) -> None:
         """Keep what the log told of the weights."""
@@ -297,7 +301,9 @@ class Start:
     async def settle_in(self, client: VllmClient) -> Server:
         """From the first good health to awake: nothing of it is paid by the first real switch."""
         warm = StartPhase.WARMING not in self.operation.skip
-        await client.set_gate(True)  # a stranger's request must neither be cut by priming nor spoil figures
+        await patiently(
+            self.core, self.record, lambda: client.set_gate(True)
+        )  # a stranger's request must neither be cut by priming nor spoil figures
         if warm:
             await self.warm_up(client)
         self.operation.checkpoint()
@@ -368,11 +374,13 @@ class Start:
     async def abandon(self) -> None:
         """Cancelled: leave nothing half started."""
         record = self.core.enter(self.core.records.read(self.name), Event.STOP)
-        await end_server(self.core, record, at_once=False)
-        self.core.enter(record, Event.EXITED, intent=None, keeper=None, server=None, engines=())
+        await stop_server(self.core, record, at_once=False)
 
     async def give_up(self, error: PanelError) -> None:
         """The server ended or never was: stopped if that was asked for, else failed with the log's cause."""
+        now = self.core.records.read(self.name)
+        if now.state is State.FAILED and now.launch == self.record.launch:
+            return  # what failed has ended the server itself, which its keeper was asked for
         word = read_word(self.core.keeper_file(self.name))
         if self.is_asked_to_stop():
             await self.abandon()

@@ -47,12 +47,13 @@ class Viewer:
         for name in self._core.config.models:
             try:
                 record = self._core.records.read(name)
+                word = read_word(self._core.keeper_file(name))
             except OperationError:
                 continue  # the snapshot tells of it
-            if record.state not in (State.STOPPED, State.FAILED):
-                word = read_word(self._core.keeper_file(name))
-                if word.keeper is not None and word.launch == record.launch and word.exit is None:
-                    found[name] = word.keeper.pid
+            if record.state in (State.STOPPED, State.FAILED) or word.keeper is None:
+                continue
+            if word.launch == record.launch and word.exit is None:
+                found[name] = word.keeper.pid
         return found
 
     def snapshot(
@@ -79,11 +80,11 @@ class Viewer:
         model = self._core.config.models[name]
         try:
             record = self._core.records.read(name)
+            state, cause = self.observe(record)
         except OperationError as error:
             return unreadable(name, model, error)
         if model.url is not None:
             return snapshot_of(record, model, self._core.sightings.get(name))
-        state, cause = self.observe(record)
         settled = state in SETTLED
         intent = None if settled and state is not record.state else record.intent
         holds_nothing = state is State.STOPPED or record.state is State.FAILED
@@ -105,6 +106,7 @@ class Viewer:
             reason=cause.reason if cause else record.reason,
             cure=cause.cure if cause else record.cure,
             last_switch=record.last_switch,
+            last_failure=record.last_failure,
             progress=intent.detail if intent else None,
             configured_level=str(model.level),
             resolved_level=record.resolved_level,

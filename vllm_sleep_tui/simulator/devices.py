@@ -162,8 +162,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        # A pipe in its place must not be waited for: without a writer it reads as empty.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)) as file:
+            content = json.load(file)
+    except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
 

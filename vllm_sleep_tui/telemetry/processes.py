@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pwd
 import re
@@ -19,11 +20,26 @@ _INITIAL_PID_NAMESPACE = "pid:[4026531836]"
 """PROC_PID_INIT_INO in Linux's include/linux/proc_ns.h; any other number is a container's namespace."""
 
 
+@functools.cache
+def boot_id() -> str:
+    """Which run of the machine this is, by the kernel's random number for it; empty if it does not tell."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            return file.read(8).decode("ascii", "replace")
+    except OSError:
+        return ""
+
+
 class ProcessId(msgspec.Struct, frozen=True):
-    """A process that a reused pid cannot be taken for: its pid and its start in clock ticks since boot."""
+    """A process that a reused pid cannot be taken for: pid, start in clock ticks since boot, and boot.
+
+    Ticks begin anew with each boot, and the first services get nearly the same pids each time.
+    """
 
     pid: int
     start: int
+    boot: str = msgspec.field(default_factory=boot_id)
+    """Eight digits of the boot's number; an identity written without one is taken for this boot's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +81,30 @@ def start_ticks(pid: int) -> int | None:
 
 def is_alive(process: ProcessId) -> bool:
     """Whether this very process runs: not ended, not a zombie, not another one under its pid."""
+    if process.boot != boot_id():
+        return False
     stat = _stat(process.pid)
     return stat is not None and stat.start == process.start and stat.state not in "ZX"
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What a process has done so far."""
+
+    ticks: int
+    """Clock ticks of processor time."""
+    wants_to_run: bool
+    """It runs, or waits for a processor or a disk; not if it is stopped or waits for somebody to ask."""
+
+
+def effort(pid: int) -> Effort | None:
+    """What the process has done; None if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            fields = file.read(1024).rpartition(b")")[2].split()
+        return Effort(int(fields[11]) + int(fields[12]), fields[0] in (b"R", b"D"))
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def signal_process(process: ProcessId, signum: int) -> bool:

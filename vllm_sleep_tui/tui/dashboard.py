@@ -223,7 +223,11 @@ class Dashboard(OperatingScreen):
     def action_log(self) -> None:
         """The selected model's log."""
         if self.selected is not None:
-            self.app.push_screen(LogScreen(self.selected, self.fleet.log_path(self.selected)))
+            name = self.selected
+            died = self.fleet.snapshot().model(name).last_failure
+            self.app.push_screen(LogScreen(name, self.fleet.log_path(name), died))
+            if died is not None:
+                self.run_worker(self.fleet.seen(name))
 
     def action_gpus(self) -> None:
         """The screen of the GPUs."""

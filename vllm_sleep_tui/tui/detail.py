@@ -35,12 +35,23 @@ def _wrapped(text: str, width: int, paint: str) -> list[Line]:
 def failure_lines(model: ModelSnapshot, width: int) -> list[Line]:
     """The reason and the cure of a model that failed, or of which something else is wrong, in full."""
     if model.state is not State.FAILED and not model.reason:
-        return []
+        return death_lines(model, width)
     failed = model.state is State.FAILED
     title = f"why {model.name} failed" if failed else f"what is wrong with {model.name}"
     lines = [rule([(title, "bad bold")], width)]
     lines += _wrapped(model.reason or "No reason is known; the log (l) may tell.", width, "text")
-    return lines + (_wrapped(model.cure, width, "accent") if model.cure else [])
+    lines += _wrapped(model.cure, width, "accent") if model.cure else []
+    return lines + death_lines(model, width)
+
+
+def death_lines(model: ModelSnapshot, width: int) -> list[Line]:
+    """Why the server before this one died, until the person has looked at its log."""
+    died = model.last_failure
+    if died is None:
+        return []
+    lines = [rule([(f"{model.name} died and was started again", "bad bold")], width)]
+    lines += _wrapped(died.told(), width, "text")
+    return lines + _wrapped("Its last words: key l, which also lets this go.", width, "accent")
 
 
 def trouble_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:

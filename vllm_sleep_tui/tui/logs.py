@@ -18,6 +18,8 @@ from textual.timer import Timer
 from textual.widgets import RichLog, Static
 
 from vllm_sleep_tui.engine.logs import LogTail
+from vllm_sleep_tui.fleet.died import last_words
+from vllm_sleep_tui.fleet.snapshot import LastFailure
 from vllm_sleep_tui.tui.clean import clean
 
 if TYPE_CHECKING:
@@ -75,8 +77,10 @@ class LogScreen(Screen[None]):
         Binding("end,G", "end", "end", show=False),
     ]
 
-    def __init__(self, model: str, path: Path) -> None:
+    def __init__(self, model: str, path: Path, died: LastFailure | None = None) -> None:
+        """The log at `path`, below the last words of the server that died before, if one did."""
         super().__init__()
+        self._died = died
         self._model = model
         self._path = path
         self._tail = LogTail(path)
@@ -111,7 +115,7 @@ class LogScreen(Screen[None]):
     async def _step(self) -> None:
         log = self.query_one(WrappedLog)
         try:
-            lines = await asyncio.to_thread(self._tail.read_new)
+            lines = await asyncio.to_thread(self._first if self._is_empty else self._tail.read_new)
         except OSError as error:
             log.border_subtitle = f"cannot be read: {error.strerror}"
             return
@@ -122,6 +126,11 @@ class LogScreen(Screen[None]):
             elif (left_out := len(lines) - STEP_LINES) > 0:
                 lines = [f"… {left_out:,} lines are left out here; the file has them", *lines[left_out:]]
             log.write_lines(clean(line) for line in lines[-KEPT_LINES:])
+
+    def _first(self) -> list[str]:
+        """What is there when the screen opens: the end of a long log, not its beginning."""
+        lines = self._tail.last(KEPT_LINES)
+        return [*last_words(self._died, KEPT_LINES // 2), *lines] if lines else lines
 
     def action_end(self) -> None:
         """To the end, and follow again."""

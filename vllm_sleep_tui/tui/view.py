@@ -67,6 +67,10 @@ class PanelFleet(Protocol):
         """The model's log file, which need not exist yet."""
         ...
 
+    async def seen(self, name: str) -> None:
+        """The person has looked at why the model's last server died."""
+        ...
+
     async def start(self, names: Sequence[str], *, report: Report | None = None) -> object:
         """Start models."""
         ...
