@@ -30,6 +30,7 @@ from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
 from vllm_sleep_tui.fleet.orphans import find_orphans
 from vllm_sleep_tui.fleet.records import RecordStore
 from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.telemetry.gpus import fault_of
 from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import holder_of_port
 
@@ -88,7 +89,10 @@ def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:
     """GPUs, ports and folders that the models name."""
     known = {gpu.index for gpu in found.gpus}
     for name, model in loaded.config.models.items():
-        missing = [index for index in model.gpus if index not in known]
+        faults = [fault for index in model.gpus if (fault := fault_of(found.gpu_faults, index))]
+        missing = [index for index in model.gpus if index not in known and not faults]
+        if faults and not loaded.config.simulated_gpus and not model.url:
+            yield Check(f"{name}.gpus", Verdict.FAIL, faults[0].what, faults[0].cure)
         if missing and not loaded.config.simulated_gpus and not model.url:
             have = ", ".join(map(str, sorted(known))) or "none that NVML can see"
             cure = "Correct `gpus`; [] is vLLM on the CPU."
@@ -166,9 +170,11 @@ def check_machine(found: Surroundings, loaded: LoadedConfig | None) -> Iterator[
     elif found.gpus:
         names = ", ".join(f"{gpu.index} {gpu.name} {in_words(gpu.total_bytes)}" for gpu in found.gpus)
         yield Check("gpus", Verdict.OK, names)
-    else:
-        cure = "Without an NVIDIA driver, models run on the CPU alone: gpus: []"
+    elif not found.gpu_faults:
+        cure = "Without an NVIDIA GPU, models run on the CPU alone: `gpus: []`."
         yield Check("gpus", Verdict.WARN, found.gpu_note or "none", cure)
+    if not simulated:
+        yield from (Check("gpus", Verdict.WARN, fault.what, fault.cure) for fault in found.gpu_faults)
     yield _ram_check(simulated_folder(loaded, state_dir()) if loaded else None)
     yield _state_check()
     if not simulated:

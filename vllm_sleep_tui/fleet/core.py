@@ -16,14 +16,14 @@ import msgspec
 
 from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.config_file import LoadedConfig, parse_bytes
-from vllm_sleep_tui.errors import OperationError, UsageError
+from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.footprints import Footprint, FootprintStore, digest
 from vllm_sleep_tui.fleet.locks import gpu_lock_path
 from vllm_sleep_tui.fleet.records import Record, RecordStore
 from vllm_sleep_tui.fleet.sighting import Sighting, base_of
 from vllm_sleep_tui.fleet.states import RUNNING, Event, next_state
 from vllm_sleep_tui.simulator import devices
-from vllm_sleep_tui.telemetry.gpus import GpuReader, GpuReading, open_reader
+from vllm_sleep_tui.telemetry.gpus import GpuReader, GpuReading, fault_of, open_reader
 from vllm_sleep_tui.telemetry.processes import memory
 from vllm_sleep_tui.telemetry.simulated import memories
 
@@ -147,8 +147,16 @@ class Core:
         return self._gpus
 
     def check_gpus(self, name: str) -> None:
-        """Raises UsageError if the model names a GPU that this machine does not have."""
+        """Raises UsageError if the model names a GPU that this machine does not have.
+
+        Raises RefusedError if the GPU or the driver does not answer, or is not this user's.
+        """
+        if self.reader.faults:
+            self.reader.read()  # it may be well again
         known_gpus = self._known_gpus(self.model(name).gpus)
+        for gpu in self.model(name).gpus:
+            if fault := fault_of(self.reader.faults, gpu):
+                raise RefusedError(f"Cannot start {name}: {fault.what}", fault.cure)
         if not known_gpus:
             return  # without NVML nothing is known; vLLM will say
         for gpu in self.model(name).gpus:
