@@ -89,6 +89,7 @@ class NvmlReader:
         self._in_use = threading.RLock()
         self._memory_version: tuple[int, ...] = (nvml.nvmlMemory_v2,)
         self._complaints: dict[tuple[int, str], str] = {}
+        self._mismatch = getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError)
         self._driver_faults = {getattr(nvml, name): told for name, told in _DRIVER_FAULTS.items()}
         self._gpu_faults = {getattr(nvml, name): told for name, told in _GPU_FAULTS.items()}
         self._gone = frozenset(
@@ -204,9 +205,7 @@ class NvmlReader:
             if error.value in self._gone:
                 self._faults.setdefault(device.index, self._silent(device.index, error))
             return None
-        except (
-            self._nvml.NVMLLibraryMismatchError
-        ) as error:  # of a driver older than the binding; no NVMLError
+        except self._mismatch as error:  # the driver is older than the binding
             self._complaints[device.index, function] = str(error)
             return None
         self._complaints.pop((device.index, function), None)
