@@ -124,3 +124,25 @@ def test_a_gpu_whose_name_is_not_utf_8_is_shown_cleaned_by_every_verb(nvml: Path
     start = odd.run("start", "first")
     assert start.returncode == 1
     assert "Unexpected" not in start.stderr
+
+
+@pytest.mark.parametrize("visible", ["1", "", "-1,0", "GPU-1", "MIG-0a1b", "1,NoDevFiles,0"])
+def test_a_gpu_that_the_shell_was_not_given_is_refused_and_not_taken(
+    nvml: Path, tmp_path: Path, visible: str
+) -> None:
+    scheduled = panel(tmp_path, nvml, CUDA_VISIBLE_DEVICES=visible)
+    refused = scheduled.run("start", "first")
+    assert refused.returncode == 1
+    assert f"GPU 0 is not this shell's; CUDA_VISIBLE_DEVICES is '{visible}' here." in refused.stderr
+    assert "unset CUDA_VISIBLE_DEVICES" in refused.stderr
+    found = check(scheduled.run("doctor", "--json").stdout, "first.gpus")
+    assert (found["verdict"], f"'{visible}'" in found["what"]) == ("fail", True)
+
+
+@pytest.mark.parametrize("visible", ["0", " 1, 0", "GPU-0"])
+def test_a_gpu_that_the_shell_was_given_is_started_on(nvml: Path, tmp_path: Path, visible: str) -> None:
+    scheduled = panel(tmp_path, nvml, CUDA_VISIBLE_DEVICES=visible)
+    failed = scheduled.run("start", "first")  # its vllm is /bin/true
+    assert failed.returncode == 1
+    assert "CUDA_VISIBLE_DEVICES" not in failed.stderr
+    assert "first.gpus" not in scheduled.run("doctor", "--json").stdout

@@ -17,6 +17,7 @@ from vllm_sleep_tui.cli.common import in_words
 from vllm_sleep_tui.cli.init import Surroundings, best_environment
 from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.engine.chat import TEMPLATE_CURE
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.core import simulated_folder
 from vllm_sleep_tui.fleet.discovery import (
@@ -29,8 +30,9 @@ from vllm_sleep_tui.fleet.keeping import is_kept
 from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
 from vllm_sleep_tui.fleet.orphans import find_orphans
 from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.fleet.templates import lacks_template
 from vllm_sleep_tui.paths import state_dir
-from vllm_sleep_tui.telemetry.gpus import fault_of
+from vllm_sleep_tui.telemetry.gpus import VISIBLE, fault_of, is_hidden
 from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import holder_of_port
 
@@ -93,6 +95,7 @@ def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:
         missing = [index for index in model.gpus if index not in known and not faults]
         if faults and not loaded.config.simulated_gpus and not model.url:
             yield Check(f"{name}.gpus", Verdict.FAIL, faults[0].what, faults[0].cure)
+        yield from _visible_checks(loaded, name, model, found)
         if missing and not loaded.config.simulated_gpus and not model.url:
             have = ", ".join(map(str, sorted(known))) or "none that NVML can see"
             cure = "Correct `gpus`; [] is vLLM on the CPU."
@@ -107,10 +110,24 @@ def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:
                 f"{name}.model", Verdict.FAIL, f"{model.model} holds no config.json", "Correct the path."
             )
         yield from _level_checks(loaded, name, model)
+        if lacks_template(model, loaded.path.parent, os.environ):
+            yield Check(f"{name}.chat", Verdict.WARN, "no chat template: chats are refused", TEMPLATE_CURE)
         if model.api_key_file:
             yield _key_file_check(name, Path(model.api_key_file))
         if model.port:
             yield _port_check(loaded, name, model.port)
+
+
+def _visible_checks(
+    loaded: LoadedConfig, name: str, model: ModelConfig, found: Surroundings
+) -> Iterator[Check]:
+    """Whether the model's GPUs are among those that this shell was given."""
+    visible = os.environ.get(VISIBLE)
+    hidden = [str(gpu.index) for gpu in found.gpus if gpu.index in model.gpus and is_hidden(gpu, visible)]
+    if hidden and not loaded.config.simulated_gpus and not model.url:
+        what = f"GPU {', '.join(hidden)} is not this shell's: {VISIBLE} is {visible!r}"
+        cure = f"Correct `gpus`, or unset {VISIBLE} if the GPU is yours to use."
+        yield Check(f"{name}.gpus", Verdict.FAIL, what, cure)
 
 
 def _level_checks(loaded: LoadedConfig, name: str, model: ModelConfig) -> Iterator[Check]:

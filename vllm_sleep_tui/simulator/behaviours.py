@@ -31,6 +31,7 @@ class Fault(StrEnum):
     OFFLINE = "offline"
     DISK_FULL = "disk_full"
     TRUST_REMOTE_CODE = "trust_remote_code"
+    NO_CHAT_TEMPLATE = "no_chat_template"
     CUDA_OOM = "cuda_oom"
     KV_CACHE_TOO_SMALL = "kv_cache_too_small"
     START_HANGS = "start_hangs"
@@ -147,6 +148,11 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     _fault(Fault.OFFLINE, "the start fails: not downloaded and no network", "huggingface_hub's text"),
     _fault(Fault.DISK_FULL, "the start fails: no space left (errno 28)", "the kernel's text"),
     _fault(Fault.TRUST_REMOTE_CODE, "the start fails: the model brings its own code", "transformers' text"),
+    _fault(
+        Fault.NO_CHAT_TEMPLATE,
+        "a chat answers 400: the model has no template, and `chat-template` names none",
+        "vLLM's source, 0.24 to 0.32",
+    ),
     _fault(Fault.CUDA_OOM, "the start fails while loading: CUDA out of memory", "torch's text"),
     _fault(
         Fault.KV_CACHE_TOO_SMALL, "the start fails: no room for one request", "log-kv-cache-too-small.txt"

@@ -109,6 +109,25 @@ def fault_of(faults: Iterable[GpuFault], gpu: int) -> GpuFault | None:
     return next((fault for fault in faults if fault.gpu in (None, gpu) and not fault.usable), None)
 
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def is_hidden(gpu: GpuReading, visible: str | None) -> bool:
+    """Whether a shell whose CUDA_VISIBLE_DEVICES is `visible` keeps this GPU from CUDA.
+
+    Its numbers are read in PCI order. None hides nothing, an empty one everything, as does what follows a
+    name that no GPU has, such as -1; a MIG slice is no whole GPU.
+    """
+    if visible is None:
+        return False
+    for word in (word.strip() for word in visible.split(",")):
+        if word == str(gpu.index) or (word.startswith("GPU-") and gpu.uuid.startswith(word)):
+            return False
+        if not word.isdecimal() and not word.startswith(("GPU-", "MIG-")):
+            return True
+    return True
+
+
 def open_reader(
     simulated: Path | None, *, amd_driver: Path = AMD_DRIVER, nvidia_driver: Path = NVIDIA_DRIVER
 ) -> GpuReader:
