@@ -102,6 +102,20 @@ async def test_a_refused_wake_that_must_not_be_repeated_is_failed(
         await ended_as(fleet, Failure.WAKE_REFUSED)
 
 
+@covers(Failure.RELOAD_UNKNOWN)
+async def test_a_loader_that_cannot_reload_after_all_is_not_answered_with_start_it_again(
+    box: MakeBox,
+) -> None:
+    async with box(LEVEL_2).open() as fleet:
+        await fleet.start(["a"])
+        await fleet.sleep("a")
+        await inject(fleet, "a", "reload_unknown:1")
+        with pytest.raises(OperationError, match="cannot load its weights again") as caught:
+            await fleet.wake("a")
+        assert "level: 1" in caught.value.cure
+        await ended_as(fleet, Failure.RELOAD_UNKNOWN)
+
+
 @covers(Failure.WAKE_OUT_OF_MEMORY)
 @pytest.mark.parametrize("level", [1, 2])
 async def test_a_wake_out_of_memory_is_asked_once_more_when_the_others_sleep(
@@ -312,14 +326,14 @@ async def test_an_embedding_model_is_proven_by_its_embedding_and_garbage_is_seen
 # ── what level 2 cannot bring back ───────────────────────────────────────────────────────────────────────
 
 
-async def test_level_2_of_a_model_with_lora_is_warned_of_before_and_during_the_switch(box: MakeBox) -> None:
-    lora = {"model": "sim/1GiB", "level": 2, "args": {"enable-lora": True}}
-    machine = box({"a": lora, "b": {"model": "sim/1GiB"}})
+async def test_level_2_of_a_model_that_drafts_is_warned_of_before_and_during_the_switch(box: MakeBox) -> None:
+    drafts = {"model": "sim/1GiB", "level": 2, "args": {"speculative-config": {"method": "ngram"}}}
+    machine = box({"a": drafts, "b": {"model": "sim/1GiB"}})
     async with machine.open() as fleet:
         await fleet.start(["a", "b"])
         await until(lambda: "Level 2 of a: " in fleet.predict("b").sentence)
         await fleet.switch("b", report=machine.report)
-        warned = [step for step in machine.progress if "LoRA" in step.detail]
+        warned = [step for step in machine.progress if "draft model" in step.detail]
         assert [(step.model, step.phase) for step in warned] == [("a", "drain")]
         assert "Level 2" not in fleet.predict("a").sentence
 
@@ -344,18 +358,26 @@ async def test_dummy_weights_without_ram_for_level_1_are_stopped_in_place_of_lev
 
 
 @pytest.mark.parametrize(
-    ("arguments", "what"),
-    [({"enable-lora": True}, "LoRA"), ({"speculative-config": "{}"}, "draft"), ({}, None)],
+    ("arguments", "verdict", "what"),
+    [
+        ({"speculative-config": "{}"}, "warn", "draft"),
+        ({"load-format": "sharded_state"}, "fail", "`sharded_state` cannot load weights again"),
+        ({"load_format": "runai_streamer"}, None, ""),
+        ({"enable-lora": True}, None, ""),
+        ({}, None, ""),
+    ],
 )
-def test_doctor_warns_of_level_2(tmp_path: Path, arguments: dict[str, Any], what: str | None) -> None:
+def test_doctor_warns_of_level_2(
+    tmp_path: Path, arguments: dict[str, Any], verdict: str | None, what: str
+) -> None:
     model = {"model": "x/y", "gpus": [], "level": 2, "args": arguments}
     config = tmp_path / "fleet.yaml"
     config.write_text(json.dumps({"vllm_command": ["vllm"], "models": {"a": model}}))
     command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(config), "doctor", "--json"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
     found = [check for check in json.loads(done.stdout)["checks"] if check["name"] == "a.level"]
-    assert [check["verdict"] for check in found] == ([] if what is None else ["warn"])
-    assert what is None or what in found[0]["what"]
+    assert [check["verdict"] for check in found] == ([verdict] if verdict else [])
+    assert all(what in check["what"] for check in found)
 
 
 # ── the table itself ─────────────────────────────────────────────────────────────────────────────────────

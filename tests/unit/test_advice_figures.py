@@ -77,7 +77,8 @@ def test_nothing_is_made_up_for_a_model_that_is_not_here(made: Made) -> None:
     ("args", "word"),
     [
         ({"load-format": "dummy"}, "dummy"),
-        ({"enable-lora": True}, "LoRA"),
+        ({"load-format": "tensorizer"}, "`tensorizer`"),
+        ({"enable-lora": True}, ""),
         ({"speculative_config": {"method": "ngram"}}, "draft"),
         ({"max-model-len": 4096}, ""),
     ],

@@ -215,9 +215,9 @@ def test_a_driver_that_went_away_leaves_unknowns_and_is_found_again(nvml: FakeNv
     gone = reader.read()[0]
     assert (gone.uuid, gone.used_bytes, gone.total_bytes, gone.processes) == ("GPU-0", None, 80 * GIB, None)
     assert reader.read()[0].used_bytes is None
-    assert (
-        reader.note
-        == "The NVIDIA driver does not answer (Driver Not Loaded); VRAM is not known. Trying again."
+    assert reader.note == (
+        "The NVIDIA driver is installed and not loaded (Driver Not Loaded); VRAM is not known. "
+        "Load it: `sudo modprobe nvidia`; `dmesg` says why it is not."
     )
     nvml.withheld.clear()
     assert reader.read()[0].used_bytes == 61 * GIB
@@ -250,7 +250,10 @@ def test_a_lost_gpu_does_not_take_the_other_with_it(nvml: FakeNvml) -> None:
     good, lost = reader.read()
     assert good.used_bytes == 61 * GIB
     assert (lost.uuid, lost.used_bytes, lost.processes) == ("GPU-1", None, None)
-    assert reader.note == "GPU 1 does not answer (GPU is lost); its VRAM is not known. Trying again."
+    assert reader.note == (
+        "GPU 1 is lost: the driver cannot reach it any more (GPU is lost); its VRAM is not known. "
+        "`dmesg` has its Xid error; restart the machine."
+    )
     nvml.withheld.clear()
     assert reader.read()[1].used_bytes == 61 * GIB
     assert reader.note is None
@@ -281,7 +284,11 @@ def test_a_second_reader_takes_nothing_from_the_first_when_it_comes_and_goes(nvm
 @pytest.mark.parametrize(
     ("is_there", "note"),
     [
-        (False, "No NVML: libnvidia-ml.so.1 not found; VRAM is not known."),
+        (
+            False,
+            "No NVML: libnvidia-ml.so.1 not found; VRAM is not known. "
+            "Without an NVIDIA driver, models run on the CPU alone: `gpus: []`.",
+        ),
         (True, "There is an AMD GPU, which is not read yet, and no NVML; VRAM is not known."),
     ],
 )

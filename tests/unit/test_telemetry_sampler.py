@@ -14,7 +14,7 @@ import pytest
 
 from vllm_sleep_tui.simulator import devices
 from vllm_sleep_tui.telemetry.attribution import ModelMemory
-from vllm_sleep_tui.telemetry.gpus import GpuReading, NoGpus, open_reader
+from vllm_sleep_tui.telemetry.gpus import GpuFault, GpuReading, NoGpus, open_reader
 from vllm_sleep_tui.telemetry.sampler import Sample, Sampler
 
 GIB = 1 << 30
@@ -88,7 +88,7 @@ def test_without_a_root_the_holder_is_a_stranger_with_a_name(folder: Path) -> No
 
 
 def test_without_gpus_the_ram_of_real_processes_is_still_measured() -> None:
-    sampler = Sampler(NoGpus("No NVML."), None)
+    sampler = Sampler(NoGpus(GpuFault(usable=True, what="No NVML.", cure="")), None)
     sampler.set_roots({"cpu": os.getpid(), "gone": 1 << 30})
     sample = sampler.sample_once()
     model = sample.models["cpu"]
@@ -179,9 +179,9 @@ def test_closing_does_not_wait_for_a_driver_that_hangs() -> None:
 
 
 def test_closing_ends_the_thread_and_may_be_done_before_it_began() -> None:
-    sampler = Sampler(NoGpus("No NVML."), None, interval=3600.0)
+    sampler = Sampler(NoGpus(GpuFault(usable=True, what="No NVML.", cure="")), None, interval=3600.0)
     sampler.close()
-    sampler = Sampler(NoGpus("No NVML."), None, interval=3600.0)
+    sampler = Sampler(NoGpus(GpuFault(usable=True, what="No NVML.", cure="")), None, interval=3600.0)
     before = threading.active_count()
     sampler.start()
     assert threading.active_count() == before + 1

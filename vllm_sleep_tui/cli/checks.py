@@ -15,7 +15,9 @@ import msgspec
 
 from vllm_sleep_tui.cli.common import in_words
 from vllm_sleep_tui.cli.init import Surroundings, best_environment
+from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.engine.chat import TEMPLATE_CURE
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.core import simulated_folder
 from vllm_sleep_tui.fleet.discovery import (
@@ -24,11 +26,13 @@ from vllm_sleep_tui.fleet.discovery import (
     find_foreign_servers,
     hub_cache,
 )
-from vllm_sleep_tui.fleet.figures import why_no_level2
 from vllm_sleep_tui.fleet.keeping import is_kept
+from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
 from vllm_sleep_tui.fleet.orphans import find_orphans
 from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.fleet.templates import lacks_template
 from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.telemetry.gpus import VISIBLE, fault_of, is_hidden
 from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import holder_of_port
 
@@ -87,7 +91,11 @@ def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:
     """GPUs, ports and folders that the models name."""
     known = {gpu.index for gpu in found.gpus}
     for name, model in loaded.config.models.items():
-        missing = [index for index in model.gpus if index not in known]
+        faults = [fault for index in model.gpus if (fault := fault_of(found.gpu_faults, index))]
+        missing = [index for index in model.gpus if index not in known and not faults]
+        if faults and not loaded.config.simulated_gpus and not model.url:
+            yield Check(f"{name}.gpus", Verdict.FAIL, faults[0].what, faults[0].cure)
+        yield from _visible_checks(loaded, name, model, found)
         if missing and not loaded.config.simulated_gpus and not model.url:
             have = ", ".join(map(str, sorted(known))) or "none that NVML can see"
             cure = "Correct `gpus`; [] is vLLM on the CPU."
@@ -101,13 +109,40 @@ def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:
             yield Check(
                 f"{name}.model", Verdict.FAIL, f"{model.model} holds no config.json", "Correct the path."
             )
-        if model.level == 2 and (risk := why_no_level2(model)):
-            cure = "Set `level: 1` or `auto`."
-            yield Check(f"{name}.level", Verdict.WARN, f"level 2: {risk}", cure)
+        yield from _level_checks(loaded, name, model)
+        if lacks_template(model, loaded.path.parent, os.environ):
+            yield Check(f"{name}.chat", Verdict.WARN, "no chat template: chats are refused", TEMPLATE_CURE)
         if model.api_key_file:
             yield _key_file_check(name, Path(model.api_key_file))
         if model.port:
             yield _port_check(loaded, name, model.port)
+
+
+def _visible_checks(
+    loaded: LoadedConfig, name: str, model: ModelConfig, found: Surroundings
+) -> Iterator[Check]:
+    """Whether the model's GPUs are among those that this shell was given."""
+    visible = os.environ.get(VISIBLE)
+    hidden = [str(gpu.index) for gpu in found.gpus if gpu.index in model.gpus and is_hidden(gpu, visible)]
+    if hidden and not loaded.config.simulated_gpus and not model.url:
+        what = f"GPU {', '.join(hidden)} is not this shell's: {VISIBLE} is {visible!r}"
+        cure = f"Correct `gpus`, or unset {VISIBLE} if the GPU is yours to use."
+        yield Check(f"{name}.gpus", Verdict.FAIL, what, cure)
+
+
+def _level_checks(loaded: LoadedConfig, name: str, model: ModelConfig) -> Iterator[Check]:
+    """Whether the model comes back from level 2, where it is asked for or `auto` may choose it."""
+    if model.level not in (2, "auto") or model.url:
+        return
+    vllm = find_command(loaded.config.vllm_command, os.environ)
+    version, base = vllm.version if vllm else None, loaded.path.parent
+    never, risk = never_level2(model, version, base), why_no_level2(model, version, base)
+    if model.level == "auto":
+        if never:
+            yield Check(f"{name}.level", Verdict.OK, f"level 1, or none without RAM for it: {never}")
+    elif risk:
+        cure = "Set `level: 1` or `auto`."
+        yield Check(f"{name}.level", Verdict.FAIL if never else Verdict.WARN, f"level 2: {risk}", cure)
 
 
 def _key_file_check(name: str, path: Path) -> Check:
@@ -152,9 +187,11 @@ def check_machine(found: Surroundings, loaded: LoadedConfig | None) -> Iterator[
     elif found.gpus:
         names = ", ".join(f"{gpu.index} {gpu.name} {in_words(gpu.total_bytes)}" for gpu in found.gpus)
         yield Check("gpus", Verdict.OK, names)
-    else:
-        cure = "Without an NVIDIA driver, models run on the CPU alone: gpus: []"
+    elif not found.gpu_faults:
+        cure = "Without an NVIDIA GPU, models run on the CPU alone: `gpus: []`."
         yield Check("gpus", Verdict.WARN, found.gpu_note or "none", cure)
+    if not simulated:
+        yield from (Check("gpus", Verdict.WARN, fault.what, fault.cure) for fault in found.gpu_faults)
     yield _ram_check(simulated_folder(loaded, state_dir()) if loaded else None)
     yield _state_check()
     if not simulated:

@@ -23,7 +23,7 @@ from vllm_sleep_tui.fleet.discovery import (
     hub_cache,
 )
 from vllm_sleep_tui.paths import state_dir, trust
-from vllm_sleep_tui.telemetry.gpus import GpuReading, open_reader
+from vllm_sleep_tui.telemetry.gpus import GpuFault, GpuReading, open_reader
 
 MAX_MODELS = 8
 WEIGHTS_SHARE = 0.8
@@ -38,6 +38,7 @@ class Surroundings:
     environments: tuple[VllmEnvironment, ...]
     gpus: tuple[GpuReading, ...]
     gpu_note: str | None
+    gpu_faults: tuple[GpuFault, ...] = ()
     models: tuple[CachedModel, ...]
     token: bool
 
@@ -46,13 +47,14 @@ def look_around(here: Path) -> Surroundings:
     """Look for vLLM, GPUs and cached models; starts nothing."""
     reader = open_reader(None)
     try:
-        gpus, note = reader.read(), reader.note
+        gpus, note, faults = reader.read(), reader.note, reader.faults
     finally:
         reader.close()
     return Surroundings(
         environments=find_vllm(os.environ, here),
         gpus=gpus,
         gpu_note=note,
+        gpu_faults=faults,
         models=find_models(hub_cache(os.environ)),
         token=has_token(os.environ),
     )

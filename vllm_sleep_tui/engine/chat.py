@@ -8,9 +8,21 @@ from typing import Any
 
 import msgspec
 
-from vllm_sleep_tui.engine.failures import NOT_JSON, broken_off, refused, unreadable
+from vllm_sleep_tui.engine.failures import (
+    NOT_JSON,
+    EngineError,
+    EngineRefused,
+    broken_off,
+    refused,
+    unreadable,
+)
 
 REQUEST = "POST /v1/chat/completions"
+NO_TEMPLATE = "you must provide a chat template"
+NO_CHAT = "does not support Chat Completions"
+TEMPLATE_CURE = (
+    "Add `chat-template: FILE` (Jinja) to its `args:` and restart it, or take its instruct version."
+)
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 
 
@@ -59,6 +71,23 @@ def chat_body(messages: Sequence[Mapping[str, Any]], model: str, params: Mapping
     return msgspec.json.encode(
         {"model": model, "messages": messages, **params, "stream": True, "stream_options": usage}
     )
+
+
+def refusal(error: EngineError) -> EngineError:
+    """The failure of a chat in a person's words, where vLLM's own do not say what to do."""
+    if not isinstance(error, EngineRefused):
+        return error
+    if NO_TEMPLATE in error.message:
+        return EngineError(
+            "The model has no chat template, so vLLM cannot make a prompt of a chat.", TEMPLATE_CURE
+        )
+    # Its server has routes for its own task alone (vLLM 0.24 to 0.32, source).
+    if NO_CHAT in error.message or (error.status == 404 and error.message == "Not Found"):
+        return EngineError(
+            "This model does not chat: it embeds, ranks or classifies.",
+            "Ask it at POST /v1/embeddings, /rerank or /classify of its port.",
+        )
+    return error
 
 
 async def deltas(parts: AsyncGenerator[bytes, None], where: str) -> AsyncGenerator[ChatDelta, None]:

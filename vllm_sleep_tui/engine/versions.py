@@ -41,10 +41,16 @@ class Capabilities:
     """What a person should know about running this version, as a sentence."""
 
 
+def release_of(version: str) -> Release | None:
+    """The first two numbers of a version; None if it has none."""
+    known = _RELEASE.match(version.strip())
+    return (int(known[1]), int(known[2])) if known else None
+
+
 def capabilities(version: str, paths: frozenset[str] | None = None) -> Capabilities:
     """What vLLM `version` can do; `paths` are the server's routes if they were asked for."""
-    known = _RELEASE.match(version.strip())
-    release = (int(known[1]), int(known[2])) if known else NEWEST_KNOWN
+    known = release_of(version)
+    release = known or NEWEST_KNOWN
     why_not = _why_not(version, release, paths)
     return Capabilities(
         version=version,

@@ -15,10 +15,11 @@ from vllm_sleep_tui.fleet.cures import CURES, Failure
 from vllm_sleep_tui.fleet.ending import is_whole, stop_server
 from vllm_sleep_tui.fleet.fetching import fetch
 from vllm_sleep_tui.fleet.keeping import ask_to_stop, read_word
+from vllm_sleep_tui.fleet.levels import never_level2
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.patience import patiently
 from vllm_sleep_tui.fleet.plan import Room
-from vllm_sleep_tui.fleet.planning import cold_start, is_dummy, refuse_without_room
+from vllm_sleep_tui.fleet.planning import cold_start, refuse_without_room
 from vllm_sleep_tui.fleet.ports import choose_port
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.recovery import lives
@@ -265,10 +266,9 @@ def check_can_sleep(core: Core, record: Record, level: int) -> None:
             f"{record.name} was started without sleep mode (`level: none`).",
             "Set `level: auto` and restart it.",
         )
-    if level == 2 and is_dummy(core, record.name):
-        raise RefusedError(
-            f"{record.name} runs on dummy weights, which level 2 cannot load again.", "Sleep it at level 1."
-        )
+    never = never_level2(core.model(record.name), record.vllm_version, core.loaded.path.parent)
+    if level == 2 and never:
+        raise RefusedError(f"Level 2 could not bring {record.name} back: {never}.", "Sleep it at level 1.")
 
 
 # ── stop ─────────────────────────────────────────────────────────────────────────────────────────────────

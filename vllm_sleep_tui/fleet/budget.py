@@ -72,12 +72,17 @@ def ram_margin(total: int) -> int:
     return max(2 * GIB, total // 20)
 
 
-def level_for(model: ModelConfig, pinned: int | None, available: int | None, total: int | None) -> str:
-    """What `level: auto` becomes: 1 while the RAM for its pinned pool is there with a margin, else 2."""
+def level_for(
+    model: ModelConfig, pinned: int | None, available: int | None, total: int | None, *, reloads: bool = True
+) -> str:
+    """What `level: auto` becomes: 1 while the RAM for its pinned pool is there with a margin, else 2.
+
+    Level 2 needs a loader that `reloads`; without, it is 1, whatever was asked for.
+    """
+    if not reloads:
+        return "none" if model.level == "none" else "1"
     if model.level != "auto":
         return str(model.level)
     if not model.gpus or pinned is None or available is None or total is None:
         return "1"
-    if pinned + ram_margin(total) <= available:
-        return "1"
-    return "1" if argument(model, "load-format") == "dummy" else "2"
+    return "1" if pinned + ram_margin(total) <= available else "2"

@@ -6,6 +6,8 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vllm_sleep_tui.engine.chat import refusal
+from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet import attached
 from vllm_sleep_tui.fleet.core import Core
@@ -59,7 +61,8 @@ async def answer(
                 completion_tokens=delta.completion_tokens,
                 ttft=ttft,
             )
-    except PanelError as error:
+    except PanelError as failure:
+        error = refusal(failure) if isinstance(failure, EngineError) else failure
         yield ChatEvent(model=name, error=f"{error.what} {error.cure}".strip())
     finally:
         await stream.aclose()

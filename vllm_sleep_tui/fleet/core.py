@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import difflib
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ import msgspec
 
 from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.config_file import LoadedConfig, parse_bytes
-from vllm_sleep_tui.errors import OperationError, UsageError
+from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.footprints import Footprint, FootprintStore, digest
 from vllm_sleep_tui.fleet.keeping import is_kept
 from vllm_sleep_tui.fleet.locks import gpu_lock_path
@@ -25,7 +26,7 @@ from vllm_sleep_tui.fleet.records import Record, RecordStore
 from vllm_sleep_tui.fleet.sighting import Sighting, base_of
 from vllm_sleep_tui.fleet.states import Event, next_state
 from vllm_sleep_tui.simulator import devices
-from vllm_sleep_tui.telemetry.gpus import GpuReader, GpuReading, open_reader
+from vllm_sleep_tui.telemetry.gpus import VISIBLE, GpuReader, GpuReading, fault_of, is_hidden, open_reader
 from vllm_sleep_tui.telemetry.processes import memory
 from vllm_sleep_tui.telemetry.simulated import memories
 
@@ -149,8 +150,18 @@ class Core:
         return self._gpus
 
     def check_gpus(self, name: str) -> None:
-        """Raises UsageError if the model names a GPU that this machine does not have."""
+        """Raises UsageError if the model names a GPU that this machine does not have.
+
+        Raises RefusedError if the GPU or the driver does not answer, is not this user's or not this shell's.
+        """
+        if self.reader.faults:
+            self.reader.read()  # it may be well again
         known_gpus = self._known_gpus(self.model(name).gpus)
+        for gpu in self.model(name).gpus:
+            if fault := fault_of(self.reader.faults, gpu):
+                raise RefusedError(f"Cannot start {name}: {fault.what}", fault.cure)
+        for gpu in self.model(name).gpus:
+            self.check_visible(name, known_gpus.get(gpu))
         if not known_gpus:
             return  # without NVML nothing is known; vLLM will say
         for gpu in self.model(name).gpus:
@@ -160,6 +171,16 @@ class Core:
                     f"{self.loaded.path}: models.{name}.gpus: there is no GPU {gpu}.",
                     f"This machine has: {known}.",
                 )
+
+    def check_visible(self, name: str, gpu: GpuReading | None) -> None:
+        """Raises RefusedError if the shell was given other GPUs: by a scheduler, or by agreement."""
+        visible = os.environ.get(VISIBLE)
+        if gpu is None or gpu.simulated or not is_hidden(gpu, visible):
+            return
+        raise RefusedError(
+            f"Cannot start {name}: GPU {gpu.index} is not this shell's; {VISIBLE} is {visible!r} here.",
+            f"Give it one of those under `gpus:`, or unset {VISIBLE} if GPU {gpu.index} is yours.",
+        )
 
     def gpu_locks(self, gpus: set[int]) -> list[Path]:
         """The lock files of these GPUs, in PCI order."""

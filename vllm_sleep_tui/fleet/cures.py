@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vllm_sleep_tui.engine.failures import EngineRefused
+from vllm_sleep_tui.engine.loaders import CANNOT_RELOAD
 from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.states import State
@@ -25,6 +26,7 @@ class Failure(StrEnum):
     SLEEP_REFUSED = "/sleep answers 500"
     SLEEP_LATE = "/sleep does not answer in time, and works"
     WAKE_REFUSED = "/wake_up or the reload of level 2 answers 500"
+    RELOAD_UNKNOWN = "the reload of level 2 answers 500: its loader cannot load weights again"
     WAKE_OUT_OF_MEMORY = "/wake_up answers 500, out of memory"
     WAKE_LATE = "/wake_up or the reload does not answer in time, and works"
     SILENT = "/is_sleeping is blocked, or the server says nothing at all"
@@ -76,6 +78,13 @@ _ROWS = (
         state=State.FAILED,
         reason="vLLM could not wake it: {why}",
         advice=RESTART,
+    ),
+    Cure(
+        failure=Failure.RELOAD_UNKNOWN,
+        tried="nothing: loaders that are known for it are refused level 2 before they sleep at it",
+        state=State.FAILED,
+        reason="vLLM's loader cannot load its weights again: {why}",
+        advice="Set `level: 1` for it and start it again: level 2 fails every time.",
     ),
     Cure(
         failure=Failure.WAKE_OUT_OF_MEMORY,
@@ -144,6 +153,13 @@ _ROWS = (
 )
 CURES: dict[Failure, Cure] = {row.failure: row for row in _ROWS}
 """The table."""
+
+
+def wake_failure(record: Record, refusal: EngineRefused) -> Failure:
+    """Which row a wake that was refused like this belongs to."""
+    if CANNOT_RELOAD in refusal.message:
+        return Failure.RELOAD_UNKNOWN
+    return Failure.WAKE_OUT_OF_MEMORY if may_wake_again(record, refusal) else Failure.WAKE_REFUSED
 
 
 def may_wake_again(record: Record, refusal: EngineRefused) -> bool:

@@ -13,7 +13,8 @@ from vllm_sleep_tui.fleet import budget
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.discovery import find_command
 from vllm_sleep_tui.fleet.estimate import ACTIVATIONS, Estimate, Times, estimate, times
-from vllm_sleep_tui.fleet.footprints import AWAKE_OVERHEAD, GIB, Footprint, argument
+from vllm_sleep_tui.fleet.footprints import AWAKE_OVERHEAD, GIB, Footprint
+from vllm_sleep_tui.fleet.levels import why_no_level2
 from vllm_sleep_tui.fleet.planning import GpuMemory, held_here, read_memory, share_of
 from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.telemetry.host import host_memory
@@ -125,7 +126,7 @@ def _figures(
         wake1=seconds["wake1"],
         wake2=seconds["wake2"],
         estimated=frozenset({"memory", "pinned", *seconds} - measured),
-        no_level2=why_no_level2(model),
+        no_level2=why_no_level2(model, version, core.loaded.path.parent),
         per_day=per_day,
     )
 
@@ -179,14 +180,3 @@ def _awake(
         guess = expected.awake_per_gpu or budget.awake_estimate(share, total or 0)
         found[gpu] = guess if measured is None else measured
     return found
-
-
-def why_no_level2(model: ModelConfig) -> str | None:
-    """Why level 2 would lose something of this model, in words; None if it would not."""
-    if argument(model, "load-format") == "dummy":
-        return "dummy weights cannot be loaded again"
-    if argument(model, "enable-lora"):
-        return "vLLM does not reload LoRA adapters"
-    if argument(model, "speculative-config"):
-        return "vLLM does not reload the draft model of speculative decoding"
-    return None

@@ -20,6 +20,7 @@ from statistics import median
 import msgspec
 
 from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.engine import loaders
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.fleet.records import write_atomically
 
@@ -167,11 +168,7 @@ def digest(model: ModelConfig) -> str:
 
 def argument(model: ModelConfig, name: str) -> object:
     """A flag of the model's `args`, however it is spelled; None if it is not there."""
-    wanted = name.replace("_", "-")
-    for key, value in model.args.items():
-        if key.lstrip("-").replace("_", "-") == wanted:
-            return value
-    return None
+    return loaders.argument(model.args, name.replace("_", "-"))
 
 
 def asleep_guess(gpus: Iterable[int]) -> int:

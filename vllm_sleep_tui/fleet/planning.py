@@ -9,7 +9,7 @@ from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet import budget
 from vllm_sleep_tui.fleet.core import GIB, Core, gib
 from vllm_sleep_tui.fleet.estimate import estimated_weights
-from vllm_sleep_tui.fleet.footprints import argument
+from vllm_sleep_tui.fleet.levels import installed_version, never_level2
 from vllm_sleep_tui.fleet.plan import Neighbour, Room, make_room
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.states import State
@@ -238,15 +238,12 @@ def check_ram(core: Core, name: str) -> None:
         raise RefusedError(
             f"{name} would pin {gib(need)} of RAM at level 1 and {gib(margin)} must stay free; "
             f"{gib(host.available_bytes)} are available.",
-            "Sleep it at level 2, which needs no RAM.",
+            "Sleep it at level 2, which needs no RAM."
+            if never_level2(core.model(name), installed_version(core, name), core.loaded.path.parent) is None
+            else "Free RAM, or `stop` it instead: level 2 could not bring it back.",
         )
 
 
 def cold_start(core: Core, name: str) -> float | None:
     """Seconds a start of the model takes here, as measured; None before the first."""
     return core.footprint(name).typical("start")
-
-
-def is_dummy(core: Core, name: str) -> bool:
-    """Whether the model runs on dummy weights, which level 2 cannot bring back."""
-    return argument(core.model(name), "load-format") == "dummy"

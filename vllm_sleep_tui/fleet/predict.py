@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vllm_sleep_tui.fleet.core import Core, gib
-from vllm_sleep_tui.fleet.figures import why_no_level2
+from vllm_sleep_tui.fleet.levels import why_no_level2
 from vllm_sleep_tui.fleet.locks import Holder, read_holder
 from vllm_sleep_tui.fleet.plan import Room
 from vllm_sleep_tui.fleet.planning import GpuMemory, needed, plan_for
@@ -117,11 +117,14 @@ def sentence(name: str, action: str, seconds: float | None, room: Room, need: Ma
 
 def level_2_risks(core: Core, room: Room) -> str:
     """What level 2 may lose of the models that would sleep at it, in words."""
-    return "".join(
-        f" Level 2 of {name}: {risk}."
-        for name in room.sleeps
-        if core.records.read(name).resolved_level == "2" and (risk := why_no_level2(core.model(name)))
-    )
+    base, told = core.loaded.path.parent, []
+    for name in room.sleeps:
+        record = core.records.read(name)
+        if record.resolved_level == "2" and (
+            risk := why_no_level2(core.model(name), record.vllm_version, base)
+        ):
+            told.append(f" Level 2 of {name}: {risk}.")
+    return "".join(told)
 
 
 def cache_lost(room: Room, serving: Mapping[str, Serving]) -> str:

@@ -20,10 +20,10 @@ from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTim
 from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.core import GIB, Core, gib
-from vllm_sleep_tui.fleet.cures import CURES, Failure, may_wake_again
+from vllm_sleep_tui.fleet.cures import CURES, Failure, may_wake_again, wake_failure
 from vllm_sleep_tui.fleet.ending import fail_as
-from vllm_sleep_tui.fleet.figures import why_no_level2
 from vllm_sleep_tui.fleet.footprints import Footprint
+from vllm_sleep_tui.fleet.levels import why_no_level2
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.patience import patiently
 from vllm_sleep_tui.fleet.planning import GpuMemory, has_gone, needed_to_wake, read_memory
@@ -92,7 +92,7 @@ class Server:
         pool = self.core.pinned_now(self.record)
         async with self.room_to_pin(level, pool):
             self.intend("drain", level=level, event=Event.SLEEP)
-            if level == 2 and (risk := why_no_level2(self.core.model(self.name))):
+            if level == 2 and (risk := self.level_2_risk()):
                 self.operation.tell(self.name, "drain", f"level 2: {risk}; the wake is proven")
             before = asyncio.ensure_future(self.read_memory())
             try:
@@ -116,6 +116,11 @@ class Server:
                 cure=cure,
                 fell=None,
             )
+
+    def level_2_risk(self) -> str | None:
+        """What level 2 would lose of it, in words."""
+        base = self.core.loaded.path.parent
+        return why_no_level2(self.core.model(self.name), self.record.vllm_version, base)
 
     def room_to_pin(self, level: int, pool: int) -> AbstractAsyncContextManager[None]:
         """RAM for level 1, checked and held; a `pool` pinned before is used again."""
@@ -284,7 +289,7 @@ class Server:
             except EngineRefused as error:
                 again = may_wake_again(self.record, error)
                 if not again or attempt == 2:
-                    await self.fail(Failure.WAKE_OUT_OF_MEMORY if again else Failure.WAKE_REFUSED, error)
+                    await self.fail(wake_failure(self.record, error), error)
             except EngineError as error:
                 await self.fail(Failure.SILENT, error)
             self.operation.tell(self.name, "wake", "out of memory: others make room, then once more")

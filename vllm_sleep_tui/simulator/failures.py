@@ -46,7 +46,7 @@ def _check_hub(model: str, options: Options, settings: Settings, faults: Faults)
     if Path(model).is_dir():
         if not (Path(model) / "config.json").exists():
             raise StartFailed(_invalid(_NO_CONFIG.format(model=model)))
-    elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+    elif not re.fullmatch(r"(?:(?:s3|gs|az)://.+|\w[\w.-]*(/\w[\w.-]*)?)", model):
         raise StartFailed(
             "huggingface_hub.errors.HFValidationError: Repo id must use alphanumeric chars, '-', '_' or '.'. "
             f"The name cannot start or end with '-' or '.' and the maximum length is 96: '{model}'."
@@ -104,6 +104,23 @@ def _invalid(text: str) -> str:
         "input_type=ArgsKwargs]\n    For further information visit "
         "https://errors.pydantic.dev/2.14/v/value_error"
     )
+
+
+def why_no_reload(options: Options, minor: int) -> str | None:
+    """What `reload_weights` raises where the loader, or LoRA before 0.28, cannot do it; None if it can."""
+    loader = options.load_format.lower()
+    if options.quantization == "bitsandbytes" and minor < 28:
+        loader = "bitsandbytes"
+    elif loader == "auto" and options.model.lower().startswith(("s3://", "gs://", "az://")):
+        loader = "runai_streamer"
+    if loader not in RELOADING and not (loader == "runai_streamer" and minor >= 32):
+        return f"Model reloading with `{loader}` format"
+    if "enable_lora" in options.given and minor < 28:
+        return "'layers.0.self_attn.qkv_proj.weight'"  # a KeyError: LoRA's layers have other names
+    return None
+
+
+RELOADING = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt")
 
 
 def too_little_free(*, free: int, total: int, utilization: float) -> StartFailed:

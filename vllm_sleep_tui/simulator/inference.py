@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from vllm_sleep_tui.simulator import generation, http
+from vllm_sleep_tui.simulator.behaviours import Fault
 from vllm_sleep_tui.simulator.client import EngineDead, Generation
 from vllm_sleep_tui.simulator.http import Answer, HttpError, Request
 from vllm_sleep_tui.simulator.server_state import ServerState
@@ -22,6 +23,10 @@ from vllm_sleep_tui.simulator.wanted import (
     question,
 )
 
+NO_CHAT_TEMPLATE = (
+    "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "
+    "template if the tokenizer does not define one."
+)
 DONE = b"data: [DONE]\n\n"
 
 
@@ -133,6 +138,11 @@ class Inference:
         if not body["messages"]:
             message = "Cannot apply chat template to an empty conversation. Provide at least one message."
             raise HttpError(400, message)
+        if (
+            self._server.faults.has(Fault.NO_CHAT_TEMPLATE)
+            and "chat_template" not in self._server.options.given
+        ):
+            raise HttpError(400, NO_CHAT_TEMPLATE)
         messages = body["messages"]
         wanted = self._wanted(request, body, chat_tokens(messages), question(messages), chat=True)
         return await self._respond(request, body, wanted)

@@ -94,7 +94,12 @@ class _Start:
         """The engine of a start that has run."""
         frees = self._options.sleep_mode and bool(self._gpus)
         state = SleepState(
-            memory=self._memory, plan=self._plan, settings=self._settings, faults=self._faults, frees=frees
+            memory=self._memory,
+            plan=self._plan,
+            settings=self._settings,
+            faults=self._faults,
+            frees=frees,
+            why_no_reload=failures.why_no_reload(self._options, self._settings.minor),
         )
         return Engine(
             channel=self._channel,

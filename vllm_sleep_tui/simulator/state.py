@@ -31,7 +31,14 @@ class SleepState:
     """What is asleep, and whether what the model says can be trusted."""
 
     def __init__(
-        self, *, memory: Memory, plan: MemoryPlan, settings: Settings, faults: Faults, frees: bool
+        self,
+        *,
+        memory: Memory,
+        plan: MemoryPlan,
+        settings: Settings,
+        faults: Faults,
+        frees: bool,
+        why_no_reload: str | None,
     ) -> None:
         self.asleep: list[str] = []
         self.garbage = False
@@ -44,6 +51,7 @@ class SleepState:
         self._settings = settings
         self._faults = faults
         self.frees = frees
+        self._why_no_reload = why_no_reload
         self._durations = Durations(
             weights_gib=plan.weights / GIB, kv_gib=plan.kv_cache / GIB if frees else 0
         )
@@ -153,6 +161,10 @@ class SleepState:
         """`reload_weights`: cures garbage, but not what level 3 did; raises OperationFailed."""
         if self._faults.use(Fault.RELOAD_500):
             raise OperationFailed("simulated failure of reload_weights")
+        if self._faults.use(Fault.RELOAD_UNKNOWN):
+            raise OperationFailed("Model reloading with `auto` format")
+        if self._why_no_reload is not None:
+            raise OperationFailed(self._why_no_reload)
         if self.frees and "weights" in self.asleep:
             raise OperationFailed("CUDA error: an illegal memory access was encountered")
         self._log.info("gpu_model_runner.py:5433", "Reloading weights inplace...")

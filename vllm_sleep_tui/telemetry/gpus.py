@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -42,12 +42,31 @@ class GpuReading:
         return self.total_bytes - self.free_bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuFault:
+    """Why a GPU, or all of them, cannot be seen: a sentence each on what is wrong and what to do."""
+
+    gpu: int | None = None
+    """Its index; None: the driver, so no GPU is known at all."""
+    usable: bool = False
+    """A model may run there all the same: nothing is known, which is not to say that nothing is there."""
+    what: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.cure}".strip()
+
+
 class GpuReader(Protocol):
     """Reads all GPUs; may be called from several threads and never raises for what a driver does."""
 
     @property
     def note(self) -> str | None:
         """One line on what cannot be known now and why; None if all is well."""
+
+    @property
+    def faults(self) -> tuple[GpuFault, ...]:
+        """What does not answer now, the driver first; empty if all is well."""
 
     def read(self) -> tuple[GpuReading, ...]:
         """All GPUs now."""
@@ -65,8 +84,9 @@ class GpuReader(Protocol):
 class NoGpus:
     """The reader where there is nothing to read."""
 
-    def __init__(self, note: str) -> None:
-        self.note: str | None = note
+    def __init__(self, fault: GpuFault) -> None:
+        self.faults: tuple[GpuFault, ...] = (fault,)
+        self.note: str | None = str(fault)
 
     def read(self) -> tuple[GpuReading, ...]:
         """No GPU."""
@@ -81,9 +101,36 @@ class NoGpus:
 
 
 AMD_DRIVER = Path("/sys/module/amdgpu")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def open_reader(simulated: Path | None, *, amd_driver: Path = AMD_DRIVER) -> GpuReader:
+def fault_of(faults: Iterable[GpuFault], gpu: int) -> GpuFault | None:
+    """Why a model cannot run on that GPU now, as far as it is known; None if nothing speaks against it."""
+    return next((fault for fault in faults if fault.gpu in (None, gpu) and not fault.usable), None)
+
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def is_hidden(gpu: GpuReading, visible: str | None) -> bool:
+    """Whether a shell whose CUDA_VISIBLE_DEVICES is `visible` keeps this GPU from CUDA.
+
+    Its numbers are read in PCI order. None hides nothing, an empty one everything, as does what follows a
+    name that no GPU has, such as -1; a MIG slice is no whole GPU.
+    """
+    if visible is None:
+        return False
+    for word in (word.strip() for word in visible.split(",")):
+        if word == str(gpu.index) or (word.startswith("GPU-") and gpu.uuid.startswith(word)):
+            return False
+        if not word.isdecimal() and not word.startswith(("GPU-", "MIG-")):
+            return True
+    return True
+
+
+def open_reader(
+    simulated: Path | None, *, amd_driver: Path = AMD_DRIVER, nvidia_driver: Path = NVIDIA_DRIVER
+) -> GpuReader:
     """The reader for the simulated GPUs of that folder, or without one for NVIDIA's, if there is a driver."""
     if simulated is not None:
         from vllm_sleep_tui.telemetry.simulated import SimulatedReader
@@ -92,12 +139,25 @@ def open_reader(simulated: Path | None, *, amd_driver: Path = AMD_DRIVER) -> Gpu
     try:
         import pynvml
     except ImportError:
-        return NoGpus("No NVML: the Python package nvidia-ml-py is not installed; VRAM is not known.")
+        what = "No NVML: the Python package nvidia-ml-py is not installed; VRAM is not known."
+        return NoGpus(GpuFault(usable=True, what=what, cure="Install vllm-sleep-tui again."))
     from vllm_sleep_tui.telemetry.nvml import NvmlReader
 
     try:
         return NvmlReader(pynvml)
     except pynvml.NVMLError_LibraryNotFound:
-        if amd_driver.exists():
-            return NoGpus("There is an AMD GPU, which is not read yet, and no NVML; VRAM is not known.")
-        return NoGpus("No NVML: libnvidia-ml.so.1 not found; VRAM is not known.")
+        return NoGpus(_without_library(amd_driver.exists(), nvidia_driver.exists()))
+
+
+def _without_library(has_amd: bool, has_nvidia: bool) -> GpuFault:
+    if has_nvidia:
+        what = "The NVIDIA driver runs and its library libnvidia-ml.so.1 was not found; VRAM is not known."
+        cure = (
+            "Install the driver's user-space part of the same version; start a container with `--gpus all`."
+        )
+        return GpuFault(usable=True, what=what, cure=cure)
+    cure = "Without an NVIDIA driver, models run on the CPU alone: `gpus: []`."
+    if has_amd:
+        what = "There is an AMD GPU, which is not read yet, and no NVML; VRAM is not known."
+        return GpuFault(usable=True, what=what, cure="")
+    return GpuFault(usable=True, what="No NVML: libnvidia-ml.so.1 not found; VRAM is not known.", cure=cure)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from vllm_sleep_tui.telemetry.gpus import GpuReading
+from vllm_sleep_tui.telemetry.gpus import GpuFault, GpuReading
 
 RETRY_AFTER = 3.0
 """Seconds between two tries to reach a driver or GPU that went away."""
@@ -23,6 +23,38 @@ _THROTTLE = (
     (0x40, "heat (hardware)"),
     (0x80, "power brake"),
 )
+_LOOK = "`nvidia-smi` and `dmesg` say more."
+_DRIVER_FAULTS = {
+    "NVML_ERROR_DRIVER_NOT_LOADED": (
+        "The NVIDIA driver is installed and not loaded",
+        "Load it: `sudo modprobe nvidia`; `dmesg` says why it is not.",
+    ),
+    "NVML_ERROR_LIB_RM_VERSION_MISMATCH": (
+        "The NVIDIA driver was upgraded while the old one runs",
+        "Restart the machine, or end what uses the GPUs and load the driver again.",
+    ),
+    "NVML_ERROR_NO_PERMISSION": (
+        "The NVIDIA driver does not let this user in",
+        "Ask for access to /dev/nvidia*; start a container with `--gpus all`.",
+    ),
+}
+"""By the name of NVML's error."""
+_GPU_FAULTS = {
+    "NVML_ERROR_GPU_IS_LOST": (
+        "is lost: the driver cannot reach it any more",
+        "`dmesg` has its Xid error; restart the machine.",
+    ),
+    "NVML_ERROR_RESET_REQUIRED": (
+        "must be reset",
+        "End what uses it, then `sudo nvidia-smi --gpu-reset -i {index}`, or restart the machine.",
+    ),
+    "NVML_ERROR_NO_PERMISSION": (
+        "is not yours to use",
+        "Take it out of `gpus:`; a container, a cgroup or a scheduler gives it to somebody else.",
+    ),
+    "NVML_ERROR_INSUFFICIENT_POWER": ("has no power", "Look at its power cables, then restart the machine."),
+    "NVML_ERROR_IRQ_ISSUE": ("gets no interrupts", "Restart the machine; `dmesg` says more."),
+}
 _MEMORY = "nvmlDeviceGetMemoryInfo"
 _PROCESS_LISTS = ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
 
@@ -51,22 +83,31 @@ class NvmlReader:
         self._nvml = nvml
         self._retry_after = retry_after
         self._devices: tuple[_Device, ...] = ()
-        self._trouble: str | None = None
+        self._faults: dict[int | None, GpuFault] = {}
         self._next_try = 0.0
         self._started = False
         self._in_use = threading.RLock()
         self._memory_version: tuple[int, ...] = (nvml.nvmlMemory_v2,)
         self._complaints: dict[tuple[int, str], str] = {}
+        self._mismatch = getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError)
+        self._driver_faults = {getattr(nvml, name): told for name, told in _DRIVER_FAULTS.items()}
+        self._gpu_faults = {getattr(nvml, name): told for name, told in _GPU_FAULTS.items()}
         self._gone = frozenset(
-            {nvml.NVML_ERROR_UNINITIALIZED, nvml.NVML_ERROR_DRIVER_NOT_LOADED, nvml.NVML_ERROR_GPU_IS_LOST}
+            {
+                nvml.NVML_ERROR_UNINITIALIZED,
+                nvml.NVML_ERROR_DRIVER_NOT_LOADED,
+                nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
+                nvml.NVML_ERROR_GPU_IS_LOST,
+                nvml.NVML_ERROR_RESET_REQUIRED,
+            }
         )
         self._connect()
 
     @property
     def note(self) -> str | None:
         """One line on what cannot be known now and why; None if all is well."""
-        if self._trouble is not None:
-            return self._trouble
+        if faults := self.faults:
+            return " ".join(map(str, faults))
         if not self._devices:
             return "NVML lists no GPU; VRAM is not known."
         for device in self._devices:
@@ -75,6 +116,13 @@ class NvmlReader:
                     f"GPU {device.index} does not tell its memory ({why}); one that shares the RAM has none."
                 )
         return None
+
+    @property
+    def faults(self) -> tuple[GpuFault, ...]:
+        """What does not answer now, the driver first; it is tried again every `retry_after` seconds."""
+        if None in self._faults:
+            return (self._faults[None],)
+        return tuple(self._faults[gpu] for gpu in sorted(gpu for gpu in self._faults if gpu is not None))
 
     def read(self) -> tuple[GpuReading, ...]:
         """All GPUs now, in NVML's order; figures that cannot be had are None."""
@@ -98,7 +146,7 @@ class NvmlReader:
             self._shutdown()
 
     def _reachable(self) -> tuple[_Device, ...]:
-        if self._trouble is not None and time.monotonic() >= self._next_try:
+        if self._faults and time.monotonic() >= self._next_try:
             self._connect()
         return self._devices
 
@@ -109,12 +157,13 @@ class NvmlReader:
             self._shutdown()
             self._nvml.nvmlInit()
             self._started = True
-            self._trouble = None
+            self._faults.clear()
             self._find_devices(self._nvml.nvmlDeviceGetCount())
         except self._nvml.NVMLError_LibraryNotFound:
             raise
         except self._nvml.NVMLError as error:
-            self._trouble = f"The NVIDIA driver does not answer ({error}); VRAM is not known. Trying again."
+            told, cure = self._driver_faults.get(error.value, ("The NVIDIA driver does not answer", _LOOK))
+            self._faults[None] = GpuFault(what=f"{told} ({error}); VRAM is not known.", cure=cure)
 
     def _shutdown(self) -> None:
         """Undo our own start and no other: NVML counts them, and another reader here needs its own."""
@@ -135,12 +184,14 @@ class NvmlReader:
     def _find_device(self, index: int, known: _Device | None) -> _Device | None:
         try:
             handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
-            uuid, name = self._nvml.nvmlDeviceGetUUID(handle), self._nvml.nvmlDeviceGetName(handle)
+            uuid, name = (
+                _text(ask, handle) for ask in (self._nvml.nvmlDeviceGetUUID, self._nvml.nvmlDeviceGetName)
+            )
         except self._nvml.NVMLError as error:
-            self._trouble = _silent(index, error)
+            self._faults[index] = self._silent(index, error)
             return _Device(index, None, known.uuid, known.name, known.total_bytes) if known else None
         info = self._memory(_Device(index, handle, "", "", None))
-        return _Device(index, handle, _text(uuid), _text(name), None if info is None else int(info.total))
+        return _Device(index, handle, uuid, name, None if info is None else int(info.total))
 
     def _ask(self, device: _Device, function: str, *arguments: int) -> Any | None:
         """The one way to ask NVML about a device: None for whatever it does not tell."""
@@ -151,11 +202,22 @@ class NvmlReader:
             answer = ask(device.handle, *arguments)
         except self._nvml.NVMLError as error:
             self._complaints[device.index, function] = str(error)
-            if error.value in self._gone and self._trouble is None:
-                self._trouble = _silent(device.index, error)
+            if error.value in self._gone:
+                self._faults.setdefault(device.index, self._silent(device.index, error))
+            return None
+        except self._mismatch as error:  # the driver is older than the binding
+            self._complaints[device.index, function] = str(error)
             return None
         self._complaints.pop((device.index, function), None)
         return answer
+
+    def _silent(self, index: int, error: Any) -> GpuFault:
+        told, cure = self._gpu_faults.get(error.value, ("does not answer", _LOOK))
+        return GpuFault(
+            gpu=index,
+            what=f"GPU {index} {told} ({error}); its VRAM is not known.",
+            cure=cure.format(index=index),
+        )
 
     def _memory(self, device: _Device) -> Any | None:
         info = self._ask(device, _MEMORY, *self._memory_version)
@@ -198,14 +260,18 @@ class NvmlReader:
         )
 
 
-def _silent(index: int, error: Exception) -> str:
-    return f"GPU {index} does not answer ({error}); its VRAM is not known. Trying again."
-
-
 def _watts(milliwatts: int | None) -> float | None:
     return None if milliwatts is None else milliwatts / 1000
 
 
-def _text(value: str | bytes) -> str:
-    """Older bindings answer bytes."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+def _text(ask: Callable[[Any], str | bytes], handle: Any) -> str:
+    """A name as text that can be shown.
+
+    The binding fails on one that is not UTF-8, and older ones answer bytes.
+    """
+    try:
+        value = ask(handle)
+    except UnicodeDecodeError as error:
+        value = error.object
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm_sleep_tui.simulator import devices
-from vllm_sleep_tui.telemetry.gpus import GpuReading
+from vllm_sleep_tui.telemetry.gpus import GpuFault, GpuReading
 from vllm_sleep_tui.telemetry.processes import Memory
 
 
@@ -15,6 +15,11 @@ class SimulatedReader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+
+    @property
+    def faults(self) -> tuple[GpuFault, ...]:
+        """Simulated GPUs have none."""
+        return ()
 
     @property
     def note(self) -> str | None:

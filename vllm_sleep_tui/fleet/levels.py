@@ -1,0 +1,56 @@
+"""Whether a model comes back from sleep level 2, by its loader and the vLLM that runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.engine.loaders import RELOADS_SINCE, why_no_reload
+from vllm_sleep_tui.engine.versions import release_of
+from vllm_sleep_tui.errors import UsageError
+from vllm_sleep_tui.fleet.checkpoint import find_checkpoint, read_checkpoint
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.discovery import find_command
+from vllm_sleep_tui.fleet.footprints import argument
+from vllm_sleep_tui.fleet.states import RUNNING
+
+
+def installed_version(core: Core, name: str) -> str | None:
+    """The vLLM that runs the model, else the one that would; None if neither is known."""
+    record = core.records.read(name)
+    if record.state in RUNNING and record.vllm_version:
+        return record.vllm_version
+    vllm = find_command(core.config.vllm_command, os.environ)
+    return (vllm.version if vllm else None) or record.vllm_version
+
+
+def never_level2(model: ModelConfig, version: str | None, base: Path) -> str | None:
+    """Why level 2 could not bring this model back, in words; None if it can.
+
+    `base` is the config's folder; a `version` that is not known counts as the newest.
+    """
+    if model.model is None:
+        return None
+    return why_no_reload(model.model, model.args, version, _quantization(model, version, base))
+
+
+def why_no_level2(model: ModelConfig, version: str | None, base: Path) -> str | None:
+    """Why level 2 would lose something of this model, in words; None if it would not."""
+    if never := never_level2(model, version, base):
+        return never
+    if argument(model, "speculative-config"):
+        return "vLLM does not reload the draft model of speculative decoding"
+    return None
+
+
+def _quantization(model: ModelConfig, version: str | None, base: Path) -> str | None:
+    """What the checkpoint says it is quantised with, where an old vLLM chooses its loader by that."""
+    release = release_of(version or "")
+    if release is None or release >= RELOADS_SINCE["bitsandbytes"]:
+        return None
+    folder = find_checkpoint(model.model or "", base, {**os.environ, **model.env})
+    with contextlib.suppress(UsageError):
+        return read_checkpoint(folder).quantization if folder else None
+    return None

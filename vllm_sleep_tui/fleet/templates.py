@@ -1,0 +1,64 @@
+"""Whether a model's files bring a chat template, without which vLLM refuses every chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.engine.loaders import argument
+from vllm_sleep_tui.fleet.checkpoint import find_checkpoint
+from vllm_sleep_tui.fleet.discovery import GENERATES
+
+FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+OWN_FORMATS = ("tekken.json", "tokenizer.model.v3")
+"""Mistral's tokenizers, which lay a chat out themselves."""
+MAX_BYTES = 64 * 2**20
+
+
+def lacks_template(model: ModelConfig, base: Path, environ: Mapping[str, str]) -> bool:
+    """Whether the model answers chats by its kind and has no template for them; False if it is not here.
+
+    `base` is the config's folder.
+    """
+    given = (argument(model.args, name) for name in ("chat-template", "tokenizer-mode"))
+    if not model.model or any(given) or argument(model.args, "runner") == "pooling":
+        return False
+    environ = {**environ, **model.env}
+    folder = find_checkpoint(model.model, base, environ)
+    if folder is None or not _generates(folder):
+        return False
+    tokenizer = str(argument(model.args, "tokenizer") or model.model)
+    words = find_tokenizer(tokenizer, base, environ) if tokenizer != model.model else folder
+    return words is not None and not _has_template(words)
+
+
+def find_tokenizer(name: str, base: Path, environ: Mapping[str, str]) -> Path | None:
+    """The folder of a tokenizer that is not the model's; None if it is not here."""
+    local = base / Path(name).expanduser()
+    return local if (local / "tokenizer_config.json").is_file() else find_checkpoint(name, base, environ)
+
+
+def _generates(folder: Path) -> bool:
+    architectures = _read(folder / "config.json").get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    return any(isinstance(name, str) and name.endswith(GENERATES) for name in names)
+
+
+def _has_template(folder: Path) -> bool:
+    if any((folder / name).exists() for name in (*FILES, *OWN_FORMATS)):
+        return True
+    config = folder / "tokenizer_config.json"
+    # Without a tokenizer beside it nothing can be said.
+    return not config.is_file() or bool(_read(config).get("chat_template"))
+
+
+def _read(path: Path) -> Mapping[str, object]:
+    """A stranger's JSON object; empty if it is none."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
