@@ -132,7 +132,7 @@ def cached_tokens(page: Page, before: float) -> int | None:
 
 
 def work_between(last: Page, page: Page, ours: Work) -> tuple[Work, Work]:
-    """What others asked from one page of a launch to the next, and what of `ours` the page has not counted yet.
+    """What others asked from one page of a launch to the next, and what of `ours` is not counted there yet.
 
     vLLM counts an answer after it has been given, so that a page may come in between.
     """
