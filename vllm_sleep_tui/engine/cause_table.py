@@ -269,8 +269,8 @@ SIGNALLED: tuple[Cause, ...] = (
 VANISHED: tuple[Cause, ...] = (
     _cause(
         r"Engine core initialization failed|WorkerProc initialization failed",
-        "The engine's process ended while it loaded and said nothing: it was killed, most often by the kernel "
-        "because the machine's memory (RAM) ran out.",
+        "The engine's process ended while it loaded and said nothing: it was killed, most often by the "
+        "kernel because the machine's memory (RAM) ran out.",
         "Look for `Out of memory` in `dmesg`; free RAM, or lower what the model needs, then start it again.",
     ),
 )
