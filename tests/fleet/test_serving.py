@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.fleet.conftest import Box, seen, until
+from tests.fleet.conftest import Box, inject, seen, until
 from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.serving import NOTHING, PROOF, Page, ServingPoller, Watch, Work, cached_tokens
@@ -194,6 +194,20 @@ async def test_the_leader_keeps_what_was_served_and_it_outlives_the_panel(box: M
         kept = served(later, "a")
         assert (kept.requests, kept.generated_tokens) == (3, 24)
         assert served(later, "b") == NOTHING
+
+
+async def test_a_proof_that_is_counted_late_is_nobodys_request(box: MakeBox) -> None:
+    machine = box(speed="1000")
+    async with Fleet(load(machine.config), machine.state_dir, leads=True) as leader:
+        await leader.start(["a", "b"])
+        await until(lambda: seen(leader, "a").serving is not None)
+        await leader.switch("b")
+        await inject(leader, "a", "counts_late")
+        await leader.switch("a")
+        await until(lambda: seen(leader, "a").serving is not None)
+        await ask(leader, "a", 100)
+        await until(lambda: served(leader, "a").generated_tokens >= 8)
+        assert served(leader, "a")[::2] == (1, 8)
 
 
 def served(fleet: Fleet, name: str) -> Work:

@@ -140,10 +140,8 @@ def work_between(last: Page, page: Page, ours: Work) -> tuple[Work, Work]:
         round(prometheus.increase(last.count(what) or 0.0, page.count(what) or 0.0))
         for what in ("requests", "prompt", "generated")
     ]
-    pairs = list(zip(grown, ours, strict=True))
-    return Work(*(max(0, more - own) for more, own in pairs)), Work(
-        *(max(0, own - more) for more, own in pairs)
-    )
+    others = Work(*(max(0, more - own) for more, own in zip(grown, ours, strict=True)))
+    return others, Work(*(max(0, own - more) for more, own in zip(grown, ours, strict=True)))
 
 
 class Watch:

@@ -35,6 +35,9 @@ class Fault(StrEnum):
     CUDA_OOM = "cuda_oom"
     KV_CACHE_TOO_SMALL = "kv_cache_too_small"
     START_HANGS = "start_hangs"
+    KILLED_WHILE_LOADING = "killed_while_loading"
+    API_SERVER_BUSY = "api_server_busy"
+    COUNTS_LATE = "counts_late"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +161,9 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         Fault.KV_CACHE_TOO_SMALL, "the start fails: no room for one request", "log-kv-cache-too-small.txt"
     ),
     _fault(Fault.START_HANGS, "the start never ends"),
+    _fault(Fault.KILLED_WHILE_LOADING, "SIGKILL ends the engine while it loads", "vLLM's source"),
+    _fault(Fault.API_SERVER_BUSY, "after an answer the API server computes for 8 s and hears nobody"),
+    _fault(Fault.COUNTS_LATE, "an answer is in /metrics 3 s after it was given"),
 )
 
 

@@ -28,6 +28,9 @@ NO_CHAT_TEMPLATE = (
     "template if the tokenizer does not define one."
 )
 DONE = b"data: [DONE]\n\n"
+LATE_SECONDS = 3.0
+BUSY_DELAY, BUSY_SECONDS = 0.1, 8.0
+"""For the answer to leave, and of work after it, longer than a client waits for the guard."""
 
 
 class Inference:
@@ -194,6 +197,8 @@ class Inference:
     async def _respond(self, request: Request, body: Mapping[str, Any], wanted: Wanted) -> Answer:
         if not body.get("stream"):
             whole = await self._whole(request, wanted)
+            if self._server.faults.use(Fault.API_SERVER_BUSY):
+                asyncio.get_running_loop().call_later(BUSY_DELAY, compute, BUSY_SECONDS)
             return http.as_json(self._whole_body(wanted, whole))
         begun = self._begin(wanted)
         chunks = self._chunks(wanted, begun)
@@ -240,7 +245,14 @@ class Inference:
         return whole
 
     def _count(self, begun: Generation, message: Mapping[str, Any]) -> None:
-        if begun.made and begun.made == len(message["texts"]):
+        is_first = bool(begun.made) and begun.made == len(message["texts"])
+        if self._server.faults.has(Fault.COUNTS_LATE):
+            asyncio.get_running_loop().call_later(LATE_SECONDS, self._record, begun, message, is_first)
+        else:
+            self._record(begun, message, is_first)
+
+    def _record(self, begun: Generation, message: Mapping[str, Any], is_first: bool) -> None:
+        if is_first:
             self._server.metrics.record_prompt(len(begun.prompt))
         self._server.metrics.record_tokens(len(message["texts"]))
         if message["finish"]:
@@ -344,6 +356,13 @@ class Inference:
             content["usage"] = {**_usage(wanted, made), "completion_tokens_details": None}
         content |= extra
         return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def compute(seconds: float) -> None:
+    """Keep the processor busy, as a long prompt does before it is in the engine's hands."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
 
 
 class ClientLeft(Exception):  # noqa: N818 - nobody is there to answer

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import socket
 from collections.abc import Sequence
 
@@ -166,6 +168,8 @@ class _Start:
             "weight_utils.py:1108",
             f"Filesystem type for checkpoints: EXT4. Checkpoint size: {self._weights / GIB:.2f} GiB.",
         )
+        if self._faults.has(Fault.KILLED_WHILE_LOADING):
+            os.kill(os.getpid(), signal.SIGKILL)
         for shard in range(shards + 1):
             share = round(100 * shard / shards)
             done = f"{share:3d}% Completed | {shard}/{shards} [00:00<00:00, 1.00it/s]"
