@@ -1,4 +1,4 @@
-"""What cannot be asked is not taken for well, what is only busy not for silent, and nothing is out of reach."""
+"""What cannot be asked is not called well, what is only busy not silent, and nothing is out of reach."""
 
 from __future__ import annotations
 
