@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from vllm_sleep_tui.config import (
 from vllm_sleep_tui.config_checks import RESERVED_ARGS, check, check_names, fill_in, own_key
 from vllm_sleep_tui.config_yaml import Document, Key, parse, spell
 from vllm_sleep_tui.errors import UsageError
+from vllm_sleep_tui.files import digest_with, write_private
 
 __all__ = ["LoadedConfig", "load", "parse_bytes", "parse_duration", "schema", "write_schema"]
 
@@ -65,11 +68,24 @@ class LoadedConfig:
 
     config: Config
     path: Path
-    """Absolute."""
+    """Absolute, links followed: the file itself, by which its records are known."""
+    found: Path
+    """Absolute, as it was found, links not followed: the name that the person saw and agreed to."""
     digest: str
     """SHA-256 of the file's content, to know it again."""
     lines: Mapping[str, int] = field(repr=False)
     """The line of each key, such as models.qwen.gpus."""
+
+    def agreement(self) -> str:
+        """What a person agrees to who agrees to this file: a digest of it and of the scripts it names."""
+        return digest_with(self.digest, self._named())
+
+    def _named(self) -> Iterator[Path]:
+        """The paths among the words of the command, of `args` and of `env`; most are of no file."""
+        models = self.config.models.values()
+        values = [self.config.vllm_command, *([model.args, model.env] for model in models)]
+        for word in dict.fromkeys(_words(values)):
+            yield self.path.parent / os.path.expanduser(word)
 
     def model(self, name: str) -> ModelConfig:
         """The model called `name`; raises UsageError with a name that is like it."""
@@ -86,12 +102,26 @@ def load(path: Path) -> LoadedConfig:
     document = parse(path)
     config = _convert(document)
     check(document, config)
+    found = Path(os.path.abspath(path))
     return LoadedConfig(
-        config=_located(config, path.absolute().parent),
+        config=_located(config, found.parent),
         path=path.resolve(),
+        found=found,
         digest=document.digest,
         lines={spell(key): line for key, line in document.lines.items()},
     )
+
+
+def _words(value: Any) -> Iterator[str]:
+    """The parts of all texts in it that may be paths: `bash -c "exec ./run.sh"`, `--plugin=./x.py`."""
+    if isinstance(value, str):
+        yield from (word for word in re.split(r"[\s=:;,&|()<>'\"]+", value) if word)
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _words(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _words(item)
 
 
 def schema() -> dict[str, Any]:
@@ -107,8 +137,8 @@ def schema() -> dict[str, Any]:
 
 
 def write_schema(path: Path) -> None:
-    """Write the JSON schema to `path`."""
-    path.write_text(json.dumps(schema(), indent=2) + "\n", encoding="utf-8")
+    """Write the JSON schema to `path`; raises OperationError."""
+    write_private(path, (json.dumps(schema(), indent=2) + "\n").encode())
 
 
 def _convert(document: Document) -> Config:

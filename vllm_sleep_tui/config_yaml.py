@@ -51,12 +51,7 @@ class Document:
     def error(self, key: Key, wrong: str, cure: str) -> UsageError:
         """What is wrong with the value at `key`: file, line, key and the cure."""
         name = f" {spell(key)}:" if key else ""
-        return UsageError(f"{self.path}:{self.line(key)}:{_shown(name)} {_shown(wrong)}", _shown(cure))
-
-
-def _shown(text: str) -> str:
-    """Without what could move the cursor: a file that lies in the current folder may be anybody's."""
-    return "".join(char if char.isprintable() else "�" for char in text)
+        return UsageError(f"{self.path}:{self.line(key)}:{name} {wrong}", cure)
 
 
 def spell(key: Key) -> str:

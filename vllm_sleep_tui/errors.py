@@ -9,16 +9,22 @@ PanelError             one line on what is wrong, one on what to do; exit code 1
 
 from __future__ import annotations
 
+from vllm_sleep_tui.text import one_line
+
 
 class PanelError(Exception):
-    """An expected failure: ``what`` is wrong and ``cure`` says what to do; both are shown as they are."""
+    """An expected failure: ``what`` is wrong and ``cure`` says what to do; a line each, fit to be shown.
+
+    Both may name what others wrote, a folder or a server's answer, so they are cleaned here, once for all who
+    show them.
+    """
 
     exit_code = 1
 
     def __init__(self, what: str, cure: str = "") -> None:
-        super().__init__(what)
-        self.what = what
-        self.cure = cure
+        self.what = one_line(what)
+        self.cure = one_line(cure)
+        super().__init__(self.what)
 
 
 class UsageError(PanelError):

@@ -1,16 +1,16 @@
-"""Where files live, and which config files the person has agreed to run commands from."""
+"""Where files are found: the user's folders, and the config that a command is about."""
 
 from __future__ import annotations
 
 import os
-import tempfile
+import stat
 from pathlib import Path
 
-import msgspec
 import platformdirs
 
 from vllm_sleep_tui.config import CONFIG_NAME
-from vllm_sleep_tui.errors import OperationError, UsageError
+from vllm_sleep_tui.errors import UsageError
+from vllm_sleep_tui.files import private_dir
 
 APP = "vllm-sleep-tui"
 
@@ -25,30 +25,31 @@ def state_dir() -> Path:
     return private_dir(platformdirs.user_state_path(APP))
 
 
-def private_dir(folder: Path) -> Path:
-    """Make a folder that only this user can read; raises OperationError if that cannot be."""
+def here() -> Path:
+    """The current folder; one that was removed is `.`, in which nothing is found."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise OperationError(
-            f"The folder {folder} cannot be made: {error.strerror}.",
-            "Make it writable, or name another with XDG_STATE_HOME.",
+        return Path.cwd()
+    except OSError:
+        return Path()
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root, links not followed; raises UsageError if that needs a folder that is gone."""
+    try:
+        return Path(os.path.abspath(path))
+    except OSError:
+        raise UsageError(
+            f"{path}: the current folder is gone", "Change to another, or write the whole path."
         ) from None
-    return folder
 
 
 def find_config(explicit: Path | None) -> Path:
     """The given config file, else the current folder's, else the user's; raises UsageError if none."""
     if explicit is not None:
-        if explicit.is_file():
-            return explicit
-        if explicit.is_dir():
-            raise UsageError(f"{explicit}: a folder, not a file", f"Name the file: {explicit / CONFIG_NAME}")
-        raise UsageError(
-            f"{explicit}: no such file", f"Write one with: {APP} init, or look at the demo: {APP} demo"
-        )
+        _check_is_file(explicit)
+        return explicit
     for candidate in (Path(CONFIG_NAME), config_dir() / CONFIG_NAME):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
     raise UsageError(
         f"No {CONFIG_NAME} here nor in {config_dir()}.",
@@ -56,36 +57,17 @@ def find_config(explicit: Path | None) -> Path:
     )
 
 
-def trusted(path: Path, digest: str, state: Path) -> bool:
-    """Whether the person has agreed to run the commands of this file with this content."""
-    return _agreements(state).get(str(path)) == digest
-
-
-def trust(path: Path, digest: str, state: Path) -> None:
-    """Keep the person's agreement; a change of the file ends it."""
-    agreements = {**_agreements(state), str(path): digest}
-    write_private(state / "trusted.json", msgspec.json.format(msgspec.json.encode(agreements)))
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Replace a file as a whole, readable by this user alone; raises OperationError."""
+def _check_is_file(path: Path) -> None:
+    """Raises UsageError if the path is no regular file."""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OperationError(
-            f"{path} cannot be written: {error.strerror}.", "Free space or correct the folder's permissions."
-        ) from None
-
-
-def _agreements(state: Path) -> dict[str, str]:
-    try:
-        return msgspec.json.decode((state / "trusted.json").read_bytes(), type=dict[str, str])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return {}
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        cure = f"Write one with: {APP} init, or look at the demo: {APP} demo"
+        raise UsageError(f"{path}: no such file", cure) from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in it
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"{path}: cannot be read: {why}", "Give another file with --config.") from None
+    if stat.S_ISDIR(mode):
+        raise UsageError(f"{path}: a folder, not a file", f"Name the file: {path / CONFIG_NAME}")
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{path}: a pipe or a device, not a file", "Give another file with --config.")

@@ -25,9 +25,9 @@ import pytest
 from tests.fleet.by_hand import web_server
 from tests.fleet.conftest import SIMULATOR
 from vllm_sleep_tui.config_file import load
-from vllm_sleep_tui.engine.logs import strip_escapes
 from vllm_sleep_tui.fleet.keeping import is_kept
 from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.text import clean
 
 FreePort = Callable[[], int]
 FAST = {"VLLM_SIM_TIMES": "instant"}
@@ -236,7 +236,7 @@ def read_until(descriptor: int, panel: subprocess.Popen[bytes], done: Callable[[
     """What was written until it is enough."""
     deadline = time.monotonic() + 20
     written = b""
-    while not done(text := strip_escapes(written.decode(errors="replace"))):
+    while not done(text := clean(written.decode(errors="replace"))):
         assert time.monotonic() < deadline, text[-2000:]
         ready, _, _ = select.select([descriptor], [], [], 0.05)
         if ready:

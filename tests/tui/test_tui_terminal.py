@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vllm_sleep_tui.engine.logs import strip_escapes
+from vllm_sleep_tui.text import clean
 
 DEADLINE = 20.0
 
@@ -44,8 +44,8 @@ class Terminal:
     def wait_for(self, *texts: str) -> None:
         """Wait until these texts were written since the last wait."""
         deadline = time.monotonic() + DEADLINE
-        while not all(text in strip_escapes(self.written.decode(errors="replace")) for text in texts):
-            assert time.monotonic() < deadline, strip_escapes(self.written.decode(errors="replace"))[-4000:]
+        while not all(text in clean(self.written.decode(errors="replace")) for text in texts):
+            assert time.monotonic() < deadline, clean(self.written.decode(errors="replace"))[-4000:]
             self.read()
 
     def press(self, keys: str) -> None:

@@ -126,17 +126,19 @@ def test_a_reader_that_leaves_early_causes_no_complaint(home: Path) -> None:
 
 
 def test_an_unexpected_error_is_one_line_and_its_details_are_kept(home: Path) -> None:
-    with open("/dev/full", "w") as full:
-        command = [*COMMAND, "--config", str(written(home)), "status"]
-        done = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
-        )
+    broken = home / "broken"
+    broken.mkdir()
+    (broken / "httpx.py").write_text("raise RuntimeError('a library that \x1b[31mbroke')")
+    command = [*COMMAND, "--config", str(written(home)), "stop", "qwen"]
+    env = os.environ | {"PYTHONPATH": str(broken)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     what, where = done.stderr.splitlines()
-    assert "No space left on device" in what
+    assert what == "Unexpected: RuntimeError: a library that broke"
     (details,) = Path(os.environ["XDG_STATE_HOME"], "vllm-sleep-tui/crashes").iterdir()
     assert str(details) in where
     assert "Traceback" in details.read_text()
+    assert "\x1b" not in details.read_text()
     assert details.stat().st_mode & 0o777 == 0o600
 
 

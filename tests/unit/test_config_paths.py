@@ -9,7 +9,8 @@ import pytest
 
 from vllm_sleep_tui.config import CONFIG_NAME
 from vllm_sleep_tui.errors import OperationError, UsageError
-from vllm_sleep_tui.paths import config_dir, find_config, state_dir, trust, trusted, write_private
+from vllm_sleep_tui.files import trust, trusted, write_private
+from vllm_sleep_tui.paths import config_dir, find_config, state_dir
 
 
 def test_the_state_folder_is_made_for_this_user_alone() -> None:

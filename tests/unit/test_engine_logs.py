@@ -6,10 +6,8 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from vllm_sleep_tui.engine.logs import GIB, MAX_LINE, LogTail, Phase, PhaseReader, strip_escapes
+from vllm_sleep_tui.engine.logs import GIB, MAX_LINE, LogTail, Phase, PhaseReader
 
 DATA = Path(__file__).parent / "data"
 
@@ -91,19 +89,6 @@ def test_what_no_line_told_is_unknown_and_not_zero() -> None:
     assert facts.weights_bytes is None
     assert facts.sleep_freed_bytes is None
     assert facts.kv_cache_bytes == GIB
-
-
-def test_escapes_and_control_characters_go_and_text_stays() -> None:
-    text = "\x1b[1;31mred\x1b[0m \x1b]0;title\x07a\tb\nc \x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\ \x9b1mé\x00"
-
-    assert strip_escapes(text) == "red a\tb\nc link 1mé"
-
-
-@given(st.text())
-def test_nothing_that_a_terminal_obeys_is_left(text: str) -> None:
-    left = strip_escapes(text)
-
-    assert not {char for char in left if (ord(char) < 32 and char not in "\t\n") or 127 <= ord(char) < 160}
 
 
 def test_only_complete_lines_come_and_each_once(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.engine.causes import diagnose
-from vllm_sleep_tui.engine.logs import LogTail, PhaseReader, strip_escapes
+from vllm_sleep_tui.engine.logs import LogTail, PhaseReader
 from vllm_sleep_tui.fleet.footprints import FootprintStore
 from vllm_sleep_tui.fleet.keeping import Word, read_word
 from vllm_sleep_tui.fleet.locks import decode_holder
@@ -24,6 +24,7 @@ from vllm_sleep_tui.fleet.rooms import describe
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.view import read_once
 from vllm_sleep_tui.telemetry import prometheus
+from vllm_sleep_tui.text import clean
 
 WORKER = r"(\(\w{1,9} pid=\d{1,4}\) )?"
 FIGURE = r"[0-9.]{1,6}"
@@ -69,7 +70,7 @@ def test_any_log_has_phases_figures_and_a_diagnosis(log: str, code: int | None) 
     found = diagnose(log, exit_code=code)
     assert found.reason
     assert found.cure
-    assert strip_escapes(found.reason) == found.reason
+    assert clean(found.reason) == found.reason
 
 
 @settings(max_examples=200)

@@ -13,12 +13,14 @@ import pytest
 import vllm_sleep_tui
 
 PACKAGE = Path(vllm_sleep_tui.__file__).parent
-BASE = {"errors", "regular", "__init__"}
+BASE = {"text", "errors", "regular", "files", "__init__"}
 CONFIG = BASE | {"config", "config_file", "config_yaml", "config_checks", "paths"}
 CORE = CONFIG | {"fleet"}
 ALLOWED: dict[str, set[str]] = {
-    "errors": set(),
+    "text": set(),
+    "errors": {"text"},
     "regular": set(),
+    "files": {"text", "errors", "regular"},
     "config": BASE,
     "config_yaml": CONFIG,
     "config_checks": CONFIG,

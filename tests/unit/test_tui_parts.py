@@ -11,7 +11,6 @@ from textual.color import Color
 
 from vllm_sleep_tui.tui.bars import HATCHED, MARK, SOLID, Part, cells_of, stacked, waterfall
 from vllm_sleep_tui.tui.blocks import Blocks
-from vllm_sleep_tui.tui.clean import clean
 from vllm_sleep_tui.tui.keys import KEYS
 from vllm_sleep_tui.tui.paint import cut, line_width, spread, wrap
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, read_theme
@@ -113,10 +112,6 @@ def test_times_and_sizes_are_short() -> None:
     assert [clock(value) for value in (3.9, 252, 3900, 200_000)] == ["0:03", "4:12", "1:05 h", "2 d"]
     assert gib(None) == "?"
     assert gib(0) == "0.0"
-
-
-def test_clean_text_has_no_escapes_and_no_turned_directions() -> None:
-    assert clean("a\x1b[31mb\x1b[0m\x07\u202ec\td\n") == "abc   d\n".replace("abc   d", "abc d")
 
 
 def test_every_shipped_theme_is_sound_and_the_default_is_there() -> None:

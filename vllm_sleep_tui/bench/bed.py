@@ -18,9 +18,9 @@ from vllm_sleep_tui.config_checks import normal_arg
 from vllm_sleep_tui.config_file import LoadedConfig, load
 from vllm_sleep_tui.config_yaml import parse
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.files import write_private
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.operation import Report
-from vllm_sleep_tui.paths import write_private
 
 
 def changed_models(loaded: LoadedConfig, plan: Plan) -> dict[str, dict[str, Any]]:

@@ -12,8 +12,8 @@ import msgspec
 
 from vllm_sleep_tui.bench.plan import STEPS, Mode, PassKey, Plan
 from vllm_sleep_tui.errors import UsageError
+from vllm_sleep_tui.files import write_private
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.paths import write_private
 
 SCHEMA = 1
 KIND = "vllm-sleep-tui bench"

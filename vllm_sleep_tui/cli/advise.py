@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,10 +13,12 @@ import msgspec
 
 from vllm_sleep_tui.cli.common import (
     config_option,
+    confirm,
     given_config,
     in_words,
     json_option,
     load_config,
+    put,
     put_json,
     say,
 )
@@ -34,7 +35,7 @@ from vllm_sleep_tui.fleet.estimate import Estimate, checkpoint_of, estimate
 from vllm_sleep_tui.fleet.history import History
 from vllm_sleep_tui.fleet.predict import time_text
 from vllm_sleep_tui.fleet.sharing import GpuAdvice, listed
-from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.paths import here, state_dir
 from vllm_sleep_tui.telemetry.gpus import GpuReading, open_reader
 
 
@@ -68,7 +69,7 @@ def advise(
     if as_json:
         put_json(_as_json(advice, estimates))
     else:
-        click.echo("\n".join(_lines(advice, estimates)))
+        put("\n".join(_lines(advice, estimates)))
     if is_applied and loaded is not None:
         _apply(loaded, advice, is_agreed=is_agreed)
 
@@ -76,7 +77,7 @@ def advise(
 def _config(ctx: click.Context, *, is_needed: bool) -> LoadedConfig | None:
     """The config; None if there is none and nobody asked for one."""
     try:
-        return load_config(ctx)
+        return load_config(ctx, only_looks=True)
     except UsageError:
         if is_needed or given_config(ctx) is not None:
             raise
@@ -102,7 +103,7 @@ def _estimate(name: str, loaded: LoadedConfig | None) -> Estimate:
     """What a model would need that the config does not name; raises UsageError if it is not here."""
     model = ModelConfig(model=name)
     try:
-        checkpoint_of(model, Path.cwd())
+        checkpoint_of(model, here())
     except UsageError as error:
         known = f" In the config: {', '.join(loaded.config.models)}." if loaded else ""
         raise UsageError(error.what, error.cure + "." + known if known else error.cure) from None
@@ -110,7 +111,7 @@ def _estimate(name: str, loaded: LoadedConfig | None) -> Estimate:
     vllm = find_command(loaded.config.vllm_command, os.environ) if loaded else None
     return estimate(
         model,
-        Path.cwd(),
+        here(),
         total=gpu.total_bytes if gpu else None,
         gpu_name=gpu.name if gpu else "",
         utilization=HIGHEST_UTILIZATION,
@@ -216,7 +217,7 @@ def _apply(loaded: LoadedConfig, advice: Advice, *, is_agreed: bool) -> None:
     if not is_agreed:
         if not sys.stdin.isatty():
             raise RefusedError("Nothing was written: there is nobody to ask.", "Add --yes.")
-        if not click.confirm("Write this?", err=True):
+        if not confirm("Write this?"):
             raise CancelledByUser("Nothing was written.")
     apply_text(loaded, text, state_dir())
     say(f"Written. {AFTERWARDS}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -16,9 +16,19 @@ from typing import Any
 import click
 
 from vllm_sleep_tui import __version__
-from vllm_sleep_tui.cli.common import config_option, load_config, need_terminal, run_commands_of
+from vllm_sleep_tui.cli.common import (
+    ReaderGoneError,
+    config_option,
+    discard,
+    load_config,
+    need_terminal,
+    open_streams,
+    say,
+)
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.files import private_dir, write_private
 from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.text import clean, one_line
 
 VERBS: dict[str, str] = {
     "status": "status",
@@ -40,6 +50,8 @@ VERBS: dict[str, str] = {
 }
 """Verb → the module of this folder that holds it."""
 INTERRUPTED = 130
+UNWRITABLE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENOSPC, errno.EDQUOT)
+"""What a write to a pipe, a terminal or a file is answered when there is no place for it any more."""
 
 
 class Verbs(click.Group):
@@ -65,9 +77,8 @@ class Verbs(click.Group):
 def command(ctx: click.Context) -> None:
     """Switch between vLLM models that do not fit on the GPU together; without a verb: the panel."""
     if ctx.invoked_subcommand is None:
-        loaded = load_config(ctx)
         need_terminal()
-        run_commands_of(loaded)
+        loaded = load_config(ctx)
         from vllm_sleep_tui.tui.app import run_panel
 
         ctx.exit(run_panel(loaded, state_dir()))
@@ -75,9 +86,19 @@ def command(ctx: click.Context) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line; the exit code. Expected errors are two lines on stderr, never a traceback."""
+    open_streams()
+    code = _run(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            discard(stream)
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         code = command.main(list(arguments), prog_name="vllm-sleep-tui", standalone_mode=False)
-        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -89,11 +110,14 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort, asyncio.CancelledError):
         _complain("Interrupted.")
         return INTERRUPTED
-    except BrokenPipeError:
-        # As click does; what is still buffered must not raise again when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderGoneError as gone:
+        _complain(str(gone))
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is None:
+            discard(sys.stdout)  # click wrote its help there, or Textual its screen
+            _complain(f"The output cannot be written: {error.strerror}.")
+            return 1
         _complain(f"Unexpected: {type(error).__name__}: {_first_line(error)}", _keep_details())
         return 1
 
@@ -106,9 +130,8 @@ def _usage_error(error: click.ClickException) -> int:
 
 
 def _complain(what: str, cure: str = "") -> None:
-    with contextlib.suppress(BrokenPipeError):
-        for line in filter(None, (what, cure)):
-            print(" ".join(line.split()), file=sys.stderr, flush=True)  # noqa: T201 - the command line's voice
+    for line in filter(None, (what, cure)):
+        say(one_line(line))
 
 
 def _first_line(error: Exception) -> str:
@@ -118,11 +141,9 @@ def _first_line(error: Exception) -> str:
 def _keep_details() -> str:
     """Write the traceback to the state folder; says where it lies."""
     try:
-        folder = state_dir() / "crashes"
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder = private_dir(state_dir() / "crashes")
         path: Path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-        path.touch(mode=0o600)
-        path.write_text(traceback.format_exc(), encoding="utf-8")
-    except (OSError, PanelError):
+        write_private(path, clean(traceback.format_exc()).encode())
+    except PanelError:
         return "The details could not be written either; the state folder is not writable."
     return f"The details are in {path}; please report them."

@@ -15,13 +15,14 @@ from vllm_sleep_tui.cli.common import (
     given_config,
     json_option,
     load_config,
+    put,
     put_json,
-    run_commands_of,
     say,
 )
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.errors import CancelledByUser, PanelError, UsageError
-from vllm_sleep_tui.paths import private_dir, state_dir
+from vllm_sleep_tui.files import private_dir, write_private
+from vllm_sleep_tui.paths import absolute, state_dir
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.bench.plan import PassKey, Plan
@@ -74,8 +75,7 @@ def run_verb(
     else:
         _check_resumed(ctx, before, names)
         plan = before.plan
-    path = resume.absolute() if resume else _new_path(out, plan)
-    run_commands_of(loaded)
+    path = absolute(resume) if resume else _new_path(out, plan)
     again = _again(ctx, path)
 
     async def measure(fleet: Fleet) -> Run:
@@ -115,7 +115,7 @@ def report_verb(file: Path, html: Path | None, md: Path | None, switches_per_day
     if md is not None:
         _write(md, markdown.render(document))
     if html is None and md is None:
-        click.echo(markdown.render(document), nl=False)
+        put(markdown.render(document), nl=False)
 
 
 @bench.command("compare")
@@ -133,7 +133,7 @@ def compare_verb(first: Path, second: Path, as_json: bool) -> None:
     if as_json:
         put_json({"version": 1, "rows": msgspec.to_builtins(rows)})
     else:
-        click.echo(markdown.table(compare.table(rows, first.stem, second.stem)), nl=False)
+        put(markdown.table(compare.table(rows, first.stem, second.stem)), nl=False)
 
 
 def _plan(
@@ -175,7 +175,7 @@ def _check_resumed(ctx: click.Context, before: Run, names: tuple[str, ...]) -> N
 def _new_path(out: Path | None, plan: Plan) -> Path:
     """Where a new result goes; raises UsageError if it cannot go where the person wants it."""
     if out is not None:
-        path = out.absolute()
+        path = absolute(out)
         if path.exists():
             raise UsageError(f"{path} is there already.", "Name another --out, or go on with it: --resume.")
         if not path.parent.is_dir():
@@ -223,14 +223,11 @@ def _put_result(run: Run, path: Path, as_json: bool) -> None:
         shown = msgspec.to_builtins(figures.summary(run))
         put_json({"version": 1, "file": str(path), "finished": run.is_done, "summary": shown})
     else:
-        click.echo(markdown.table(report.switches_table(run)), nl=False)
-        click.echo(f"\n{path}")
+        put(markdown.table(report.switches_table(run)), nl=False)
+        put(f"\n{path}")
         say(f"Next: vllm-sleep-tui bench report {path}")
 
 
 def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}.", "Name another file.") from None
-    click.echo(path)
+    write_private(path, text.encode())
+    put(path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vllm_sleep_tui.cli.common import config_option, json_option, load_config, put_json, run_commands_of, say
+from vllm_sleep_tui.cli.common import config_option, json_option, load_config, put, put_json, say
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.errors import OperationError, UsageError
 
@@ -36,10 +36,9 @@ def chat(ctx: click.Context, name: str, prompt: str | None, as_json: bool) -> No
     loaded = load_config(ctx)
     loaded.model(name)
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
-    if prompt is not None and not prompt.strip():
-        raise UsageError("The prompt is empty.", f'Write one: vllm-sleep-tui chat {name} "Hello"')
-    run_commands_of(loaded)
+        prompt = _read_all()
+    if prompt is not None:
+        _check(prompt, name)
     if prompt is None:
         with_fleet(loaded, lambda fleet: _converse(fleet, name))
         return
@@ -49,14 +48,36 @@ def chat(ctx: click.Context, name: str, prompt: str | None, as_json: bool) -> No
         put_json({"version": 1, "model": name, **answer})
 
 
+def _read_all() -> str:
+    """What stands on stdin; raises UsageError if it cannot be read."""
+    try:
+        return sys.stdin.read()
+    except OSError as error:
+        raise UsageError(
+            f"The prompt cannot be read from stdin: {error.strerror}.", "Write it as an argument."
+        ) from None
+
+
+def _check(prompt: str, name: str) -> None:
+    """Raises UsageError if nothing is asked, or in bytes that are no text: no model is sent a guess."""
+    if not prompt.strip():
+        raise UsageError("The prompt is empty.", f'Write one: vllm-sleep-tui chat {name} "Hello"')
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            "The prompt is not UTF-8 text.", "Convert it first, as with: iconv -f latin1 -t utf-8"
+        ) from None
+
+
 async def _converse(fleet: Fleet, name: str) -> None:
     """Questions from the terminal, each with all that was said before, until Ctrl-D."""
     messages: list[dict[str, Any]] = []
     while True:
-        click.echo(f"{name}> ", nl=False, err=True)
+        say(f"{name}> ", nl=False)
         line = await _read_line()
         if not line:
-            click.echo(err=True)
+            say("")
             return
         if not line.strip():
             continue
@@ -74,13 +95,14 @@ async def _read_line() -> str:
     try:
         await readable.wait()
         return os.read(descriptor, _READ_BYTES).decode(errors="replace")
+    except OSError:  # the terminal is gone
+        return ""
     finally:
         loop.remove_reader(descriptor)
 
 
 async def _ask(fleet: Fleet, name: str, messages: list[dict[str, Any]], *, aloud: bool) -> dict[str, Any]:
     """Stream one answer; what it was and took, in seconds. Raises OperationError if it breaks off."""
-    from vllm_sleep_tui.engine.logs import strip_escapes
     from vllm_sleep_tui.fleet.states import State
 
     texts: list[str] = []
@@ -95,10 +117,10 @@ async def _ask(fleet: Fleet, name: str, messages: list[dict[str, Any]], *, aloud
         answer |= {field: value for field in MEASURED if (value := getattr(event, field)) is not None}
         texts.append(event.text)
         if aloud:
-            click.echo(strip_escapes(event.text), nl=False)
+            put(event.text, nl=False)
     answer |= {"text": "".join(texts), "seconds": time.monotonic() - began}
     if aloud:
-        click.echo()
+        put()
         say(_timings(answer, was_started=was_started))
     if answer["finish_reason"] == "abort":
         raise OperationError(f"{name} was stopped or put to sleep in the middle of its answer.", "Ask again.")

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 
+from vllm_sleep_tui.config import CONFIG_NAME
 from vllm_sleep_tui.config_file import LoadedConfig, load
-from vllm_sleep_tui.errors import CancelledByUser, RefusedError, UsageError
-from vllm_sleep_tui.paths import find_config, state_dir, trust, trusted
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError, UsageError
+from vllm_sleep_tui.files import trust, trusted
+from vllm_sleep_tui.paths import config_dir, find_config, state_dir
+from vllm_sleep_tui.text import OBEYED, clean, one_line
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _GIVEN = "vllm_sleep_tui.config"
@@ -43,34 +51,64 @@ def given_config(ctx: click.Context) -> Path | None:
     return path
 
 
-def load_config(ctx: click.Context) -> LoadedConfig:
-    """The config file of this command, read and checked; raises UsageError."""
-    return load(find_config(given_config(ctx)))
+# ── trust ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_commands_of(loaded: LoadedConfig) -> None:
-    """Ask once before commands of a file that lies in the current folder are run and its keys are sent.
+def load_config(ctx: click.Context, *, only_looks: bool = False) -> LoadedConfig:
+    """The config file of this command, read, checked and agreed to; raises PanelError.
 
-    Raises RefusedError if nobody can be asked.
+    Whoever left a file in the current folder would have its commands run by any verb that starts or wakes
+    something, and be sent by any that asks its `url:` servers what the person's variables and files hold as
+    keys. So this asks, once for each content of the file and of the scripts that it names. `only_looks`
+    is for verbs that run nothing: they ask only about keys.
     """
-    state = state_dir()
-    if loaded.path.parent != Path.cwd().resolve() or trusted(loaded.path, loaded.digest, state):
-        return
-    if given_config(click.get_current_context()) is not None:  # who names it has agreed to it
-        trust(loaded.path, loaded.digest, state)
-        return
+    given = given_config(ctx)
+    loaded = load(find_config(given))
+    sends_keys = any(model.api_key is not None for model in loaded.config.models.values())
+    if only_looks and not sends_keys:
+        return loaded
+    if given is None:
+        if not is_agreed(loaded):
+            _ask(loaded)
+    elif _is_here(loaded):  # who names it has agreed to it
+        trust(loaded.found, loaded.agreement(), state_dir())
+    return loaded
+
+
+def is_agreed(loaded: LoadedConfig) -> bool:
+    """Whether a file that was found, not named, is the person's own or was agreed to as it is."""
+    return not _is_here(loaded) or trusted(loaded.found, loaded.agreement(), state_dir())
+
+
+def _is_here(loaded: LoadedConfig) -> bool:
+    """Whether it is the file that is found in the current folder: by its name there, wherever a link leads.
+
+    In the user's config folder it is the file that is found from everywhere.
+    """
+    try:
+        return str(loaded.found) == os.path.abspath(CONFIG_NAME) and loaded.found.parent != config_dir()
+    except OSError:  # the current folder is gone, and nothing is found in it
+        return False
+
+
+def _ask(loaded: LoadedConfig) -> None:
+    """Show what would be run and who would be sent what; raises PanelError without a yes."""
     if not sys.stdin.isatty():
         raise RefusedError(
-            f"{loaded.path} was found here and names commands or keys that nobody has agreed to use.",
-            f"Look at it, then name it: --config {loaded.path.name}",
+            f"{loaded.found} was found here and names commands or keys that nobody has agreed to use.",
+            f"Look at it, then name it: --config {loaded.found.name}",
         )
-    say(f"{loaded.path} was found here. It would run: {' '.join(loaded.config.vllm_command)} serve …")
+    leads = f", a link to {loaded.path}," if loaded.path != loaded.found else ""
+    say(f"{loaded.found}{leads} was found here. It would run: {' '.join(loaded.config.vllm_command)} serve …")
     for model in loaded.config.models.values():
         if model.api_key is not None:
             say(f"It would send an API key to: {model.url}")
-    if not click.confirm("Do what it says? (asked again only if the file changes)", err=True):
-        raise CancelledByUser("Nothing was started.", f"Look at {loaded.path} first.")
-    trust(loaded.path, loaded.digest, state)
+    if not confirm("Do what it says? (asked again only if it or a script that it names changes)"):
+        raise CancelledByUser("Nothing was started.", f"Look at {loaded.found} first.")
+    trust(loaded.found, loaded.agreement(), state_dir())
+
+
+# ── the person ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def need_terminal() -> None:
@@ -82,16 +120,107 @@ def need_terminal() -> None:
         )
 
 
-def say(line: str) -> None:
-    """One line for the person, on stderr, so that stdout holds results only."""
-    click.echo(line, err=True)
+def confirm(question: str) -> bool:
+    """A yes or no from the terminal; raises click.Abort if none comes, as from a terminal that is gone."""
+    try:
+        return click.confirm(one_line(question), err=True)
+    except OSError:
+        raise click.Abort from None
 
 
-def put_json(value: Any) -> None:
-    """One JSON value on stdout."""
+def say(line: str, *, nl: bool = True) -> None:
+    """One line for the person, on stderr, so that stdout holds results only; lost if nobody can hear it."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(clean(line) + "\n" * nl)
+        sys.stderr.flush()
+
+
+# ── results ─────────────────────────────────────────────────────────────────────────────────────────────
+
+_LEFT = (errno.EPIPE, errno.ECONNRESET)
+"""How the kernel says that who read has had enough, as `head` has."""
+_LOST = (errno.EIO, errno.ENXIO, errno.EBADF)
+"""How it says that nobody can read any more: a terminal that hung up."""
+
+
+class ReaderGoneError(Exception):
+    """Nobody reads what stdout was to show; its words are empty where that is no reason to complain."""
+
+
+def open_streams() -> None:
+    """Give stdin, stdout and stderr a file where they were closed; no character fails on them."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # Python found its number closed, so the next file opened gets that
+            file = os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w")
+            setattr(sys, name, file)
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def put(text: object = "", *, nl: bool = True) -> None:
+    """A result on stdout, cleaned; raises ReaderGoneError, or OperationError if it cannot be written."""
+    draw(clean(str(text)) + "\n" * nl)
+
+
+def put_done(text: str) -> None:
+    """Tell on stdout what was done: it stays done, and a success, if nobody reads that."""
+    try:
+        put(text)
+    except ReaderGoneError as gone:
+        if str(gone):
+            say(str(gone))
+
+
+def draw(text: str) -> None:
+    """Write on stdout what is clean already and may hold escapes of our own; raises as `put` does."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        discard(sys.stdout)
+        if error.errno in _LEFT:
+            raise ReaderGoneError from None
+        if error.errno in _LOST:
+            raise ReaderGoneError(f"Nobody can read the output any more: {error.strerror}.") from None
+        raise OperationError(
+            f"The output cannot be written: {error.strerror}.",
+            "What was done stands; make room, or send the output elsewhere.",
+        ) from None
+
+
+def discard(stream: TextIO) -> None:
+    """Let what the stream still holds go nowhere: it must not raise again when Python exits."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def json_text(value: Any) -> str:
+    """A value as one line of JSON that is safe to show: what a terminal obeys is escaped in it, not lost."""
     import msgspec
 
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    encoded = msgspec.json.encode(_encodable(msgspec.to_builtins(value))).decode()
+    return OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", encoded)
+
+
+def put_json(value: Any, *, done: bool = False) -> None:
+    """One JSON value on stdout; with `done` as `put_done` does."""
+    import msgspec
+
+    (put_done if done else put)(msgspec.json.format(json_text(value), indent=2))
+
+
+def _encodable(value: Any) -> Any:
+    """Plain values with what is no UTF-8 made visible: JSON cannot hold it."""
+    if isinstance(value, str):
+        return value if value.isascii() else re.sub("[\ud800-\udfff]+", lambda match: clean(match[0]), value)
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encodable(item) for item in value]
+    return value
 
 
 def in_words(size: int | None) -> str:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
-from vllm_sleep_tui.cli.common import need_terminal, say
+from vllm_sleep_tui.cli.common import need_terminal, put_done, say
 from vllm_sleep_tui.config import CONFIG_NAME, SCHEMA_NAME
 from vllm_sleep_tui.config_file import load, write_schema
+from vllm_sleep_tui.config_yaml import MAX_BYTES
 from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
-from vllm_sleep_tui.paths import private_dir, state_dir, trust, write_private
+from vllm_sleep_tui.files import is_taken, is_text, private_dir, read_own, trust, write_private
+from vllm_sleep_tui.paths import state_dir
 
 PANEL_SPEED = 5.0
 """How many times faster than measured the panel's demo is, so that nobody waits a minute for a start."""
@@ -64,7 +66,7 @@ def demo(folder: Path | None, speed: float | None) -> None:
         raise UsageError(f"--speed {speed:g}: not from 0.01 to 1000.", "Name a number such as 10.")
     if folder is not None:
         path = write_demo(folder, 1.0 if speed is None else speed)
-        click.echo(path)
+        put_done(str(path))
         say(f"Next: vllm-sleep-tui --config {path} start --all")
         return
     need_terminal()
@@ -76,21 +78,34 @@ def demo(folder: Path | None, speed: float | None) -> None:
 
 
 def write_demo(folder: Path, speed: float) -> Path:
-    """Write the demo's config to `folder`; its path. Raises OperationError if it cannot be written."""
+    """Write the demo's config to `folder`; its path. Raises PanelError if it cannot be written."""
     path = folder / CONFIG_NAME
+    if is_taken(path) and not _is_demo(path):
+        raise RefusedError(f"{path} is there already and is no demo.", "Name another folder.")
     try:
-        there = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        if there.strip() and _MARK not in there:
-            raise RefusedError(f"{path} is there already and is no demo.", "Name another folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        text = _TEMPLATE.format(python=_quoted(sys.executable), schema=SCHEMA_NAME, mark=_MARK, speed=speed)
-        write_private(path, text.encode())
-        write_schema(folder / SCHEMA_NAME)
     except OSError as error:
         raise OperationError(f"{path} cannot be written: {error.strerror}.", "Name another folder.") from None
+    if not is_text(sys.executable):
+        raise OperationError(
+            f"{sys.executable}: a path that is not UTF-8 cannot stand in a config.",
+            "Install vllm-sleep-tui in another folder.",
+        )
+    text = _TEMPLATE.format(python=_quoted(sys.executable), schema=SCHEMA_NAME, mark=_MARK, speed=speed)
+    write_private(path, text.encode())
+    write_schema(folder / SCHEMA_NAME)
     loaded = load(path)
-    trust(loaded.path, loaded.digest, state_dir())
+    trust(loaded.found, loaded.agreement(), state_dir())
     return path
+
+
+def _is_demo(path: Path) -> bool:
+    """Whether this is an earlier demo, or what a full disk left of it; a link is neither."""
+    try:
+        there = read_own(path, MAX_BYTES).decode(errors="replace")
+    except OSError:
+        return False
+    return not there.strip() or _MARK in there
 
 
 def _quoted(text: str) -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from vllm_sleep_tui.cli.checks import Check, Verdict, check_config, check_machine, check_models
-from vllm_sleep_tui.cli.common import config_option, given_config, json_option, put_json
+from vllm_sleep_tui.cli.common import config_option, given_config, json_option, put, put_json
 from vllm_sleep_tui.cli.init import look_around
 from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.errors import PanelError
-from vllm_sleep_tui.paths import find_config
+from vllm_sleep_tui.paths import find_config, here
 
 
 @click.command()
@@ -29,15 +29,15 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         put_json({"version": 1, "ok": not failed, "checks": checks})
     else:
         for check in checks:
-            click.echo(f"{check.verdict:<4}  {check.name}: {check.what}")
+            put(f"{check.verdict:<4}  {check.name}: {check.what}")
             if check.cure:
-                click.echo(f"        {check.cure}")
+                put(f"        {check.cure}")
     ctx.exit(1 if failed else 0)
 
 
 def examine(given: Path | None) -> list[Check]:
     """All checks, as far as the config allows them."""
-    found = look_around(Path.cwd())
+    found = look_around(here())
     try:
         loaded = load(find_config(given))
     except PanelError as error:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import click
 
-from vllm_sleep_tui.cli.common import config_option, given_config, in_words, say
+from vllm_sleep_tui.cli.common import config_option, given_config, in_words, put_done, say
 from vllm_sleep_tui.config import CONFIG_NAME, SCHEMA_NAME
 from vllm_sleep_tui.config_file import load, write_schema
-from vllm_sleep_tui.errors import OperationError, RefusedError
+from vllm_sleep_tui.errors import RefusedError
+from vllm_sleep_tui.files import is_taken, is_text, trust, write_private
 from vllm_sleep_tui.fleet.discovery import (
     CachedModel,
     VllmEnvironment,
@@ -22,7 +23,7 @@ from vllm_sleep_tui.fleet.discovery import (
     has_token,
     hub_cache,
 )
-from vllm_sleep_tui.paths import state_dir, trust
+from vllm_sleep_tui.paths import here, state_dir
 from vllm_sleep_tui.telemetry.gpus import GpuFault, GpuReading, open_reader
 
 MAX_MODELS = 8
@@ -51,11 +52,11 @@ def look_around(here: Path) -> Surroundings:
     finally:
         reader.close()
     return Surroundings(
-        environments=find_vllm(os.environ, here),
+        environments=tuple(env for env in find_vllm(os.environ, here) if is_text(env.command)),
         gpus=gpus,
         gpu_note=note,
         gpu_faults=faults,
-        models=find_models(hub_cache(os.environ)),
+        models=tuple(model for model in find_models(hub_cache(os.environ)) if is_text(model.name)),
         token=has_token(os.environ),
     )
 
@@ -67,25 +68,19 @@ def look_around(here: Path) -> Surroundings:
 def init(ctx: click.Context, force: bool) -> None:
     """Write a commented config of what is found on this machine."""
     path = given_config(ctx) or Path(CONFIG_NAME)
-    if path.exists() and not force:
-        raise RefusedError(
-            f"{path} is there already.", "Replace it with --force, or write another with --config."
-        )
-    found = look_around(Path.cwd())
+    if is_taken(path) and not force:
+        what = f"{path} is there already{', a link' if path.is_symlink() else ''}."
+        raise RefusedError(what, "Replace it with --force, or write another with --config.")
+    found = look_around(here())
     for line in describe(found):
         say(line)
-    try:
-        path.write_text(config_text(found), encoding="utf-8")
-        write_schema(path.with_name(SCHEMA_NAME))
-    except OSError as error:
-        raise OperationError(
-            f"{path} cannot be written: {error.strerror}.", "Choose another place: --config."
-        ) from None
+    write_private(path, config_text(found).encode())
+    write_schema(path.with_name(SCHEMA_NAME))
     loaded = load(path)
-    trust(loaded.path, loaded.digest, state_dir())
-    click.echo(path)
-    here = path == Path(CONFIG_NAME)
-    say(f"Next: look at {path}, then: vllm-sleep-tui{'' if here else f' --config {path}'} doctor")
+    trust(loaded.found, loaded.agreement(), state_dir())
+    put_done(str(path))
+    named = "" if path == Path(CONFIG_NAME) else f" --config {path}"
+    say(f"Next: look at {path}, then: vllm-sleep-tui{named} doctor")
 
 
 def describe(found: Surroundings) -> list[str]:

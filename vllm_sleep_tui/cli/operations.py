@@ -12,8 +12,8 @@ from vllm_sleep_tui.cli.common import (
     in_words,
     json_option,
     load_config,
+    put_done,
     put_json,
-    run_commands_of,
 )
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.cli.status import model_json
@@ -40,7 +40,6 @@ def start(ctx: click.Context, names: tuple[str, ...], everything: bool, as_json:
     """Start models; with --all the file's first one is left awake."""
     loaded = load_config(ctx)
     chosen = _choose(loaded, names, everything=everything)
-    run_commands_of(loaded)
     _put_several(_operate(loaded, chosen, lambda fleet: fleet.start(chosen, report=Reporter())), as_json)
 
 
@@ -72,7 +71,6 @@ def restart(ctx: click.Context, names: tuple[str, ...], force: bool, as_json: bo
     if not names:
         raise UsageError("No model is named.", f"Name one or more of: {', '.join(loaded.config.models)}.")
     chosen = _choose(loaded, names, everything=False)
-    run_commands_of(loaded)
     _put_several(
         _operate(loaded, chosen, lambda fleet: fleet.restart(chosen, force=force, report=Reporter())), as_json
     )
@@ -119,7 +117,6 @@ def switch(ctx: click.Context, name: str, force: bool, as_json: bool) -> None:
     """Make a model answer; others sleep as far as needed."""
     loaded = load_config(ctx)
     loaded.model(name)
-    run_commands_of(loaded)
     _put_one(
         _operate(loaded, [name], lambda fleet: fleet.switch(name, force=force, report=Reporter())), as_json
     )
@@ -155,14 +152,14 @@ def _operate(
 
 def _put_one(models: list[ModelSnapshot], as_json: bool) -> None:
     if as_json:
-        put_json({"version": 1, **_result(models[0])})
+        put_json({"version": 1, **_result(models[0])}, done=True)
     else:
         _put_lines(models)
 
 
 def _put_several(models: list[ModelSnapshot], as_json: bool) -> None:
     if as_json:
-        put_json({"version": 1, "models": [_result(model) for model in models]})
+        put_json({"version": 1, "models": [_result(model) for model in models]}, done=True)
     else:
         _put_lines(models)
 
@@ -170,7 +167,7 @@ def _put_several(models: list[ModelSnapshot], as_json: bool) -> None:
 def _put_lines(models: list[ModelSnapshot]) -> None:
     for model in models:
         level = "" if model.level is None else f" L{model.level}"
-        click.echo(f"{model.name}  {model.state}{level}  VRAM {in_words(model.vram_bytes)}")
+        put_done(f"{model.name}  {model.state}{level}  VRAM {in_words(model.vram_bytes)}")
 
 
 def _result(model: ModelSnapshot) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import click
 
-from vllm_sleep_tui.cli.common import in_words, json_option, put_json, say
+from vllm_sleep_tui.cli.common import confirm, in_words, json_option, put, put_json, say
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.discovery import ForeignServer, find_foreign_servers
 from vllm_sleep_tui.fleet.orphans import Orphan, end_orphans, find_orphans
@@ -51,7 +51,7 @@ def ask(found: Sequence[Orphan]) -> None:
     for orphan in found:
         say(line_of(orphan, "orphan"))
     try:
-        agreed = click.confirm(f"End these {len(found)}, which loses what they hold?", err=True)
+        agreed = confirm(f"End these {len(found)}, which loses what they hold?")
     except click.Abort:
         agreed = False
     if not agreed:
@@ -87,14 +87,14 @@ def in_json(found: Sequence[Orphan], strangers: Sequence[ForeignServer]) -> dict
 def put_lines(found: Sequence[Orphan], strangers: Sequence[ForeignServer], *, ended: bool) -> None:
     """Both lists for a person."""
     for orphan in found:
-        click.echo(line_of(orphan, "ended" if ended else "orphan"))
+        put(line_of(orphan, "ended" if ended else "orphan"))
     if not found:
-        click.echo("No orphans.")
+        put("No orphans.")
     elif not ended:
-        click.echo("End them with: vllm-sleep-tui orphans --end")
+        put("End them with: vllm-sleep-tui orphans --end")
     for stranger in strangers:
         held = in_words(stranger.vram_bytes)
-        click.echo(
+        put(
             f"not ours, left alone  pid {stranger.process.pid}  user {stranger.user}  VRAM {held}  "
             f"{stranger.command}"
         )

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vllm_sleep_tui.cli.common import config_option, load_config, run_commands_of
+from vllm_sleep_tui.cli.common import config_option, given_config, is_agreed, load_config
 from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.config_file import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import RUNNING, State
 from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.text import clean
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.fleet import Fleet
@@ -38,26 +39,40 @@ def serve(ctx: click.Context, stop_on_exit: bool) -> None:
     again; SIGTERM ends it and leaves the servers running.
     """
     loaded = load_config(ctx)
-    run_commands_of(loaded)
     begin_log()
     if loaded.config.gateway is not None:
         log.info("gateway: it is not part of this version; the models answer on their own ports")
-    asyncio.run(Headless(loaded, stop_on_exit=stop_on_exit).run())
+    named = given_config(ctx) is not None
+    asyncio.run(Headless(loaded, is_named=named, stop_on_exit=stop_on_exit).run())
 
 
 def begin_log() -> None:
-    """Our own lines on stdout, each with its time; libraries say only what is wrong."""
-    logging.basicConfig(
-        stream=sys.stdout, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING
-    )
+    """Our own lines on stdout, each with its time; libraries say only what is wrong.
+
+    A line that cannot be written is lost, and nothing else with it.
+    """
+    logging.raiseExceptions = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(CleanFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("vllm_sleep_tui").setLevel(logging.INFO)
+
+
+class CleanFormatter(logging.Formatter):
+    """Lines fit for a terminal: reasons and errors hold what servers said."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's text, cleaned."""
+        return clean(super().format(record))
 
 
 class Headless:
     """One `serve`: its signals, its log, its fleet."""
 
-    def __init__(self, loaded: LoadedConfig, *, stop_on_exit: bool) -> None:
+    def __init__(self, loaded: LoadedConfig, *, is_named: bool, stop_on_exit: bool) -> None:
         self._loaded = loaded
+        self._is_named = is_named
+        """Whether the config was named, and so agreed to whatever it will say."""
         self._stop_on_exit = stop_on_exit
         self._ends = asyncio.Event()
         self._reloads = asyncio.Event()
@@ -136,9 +151,12 @@ class Headless:
     def _reload(self, fleet: Fleet) -> None:
         """Read the config again; what runs is left alone, and what that means is said."""
         try:
-            loaded = load(self._loaded.path)
+            loaded = load(self._loaded.found)
         except PanelError as error:
             log.error("reload: %s %s The old config holds.", error.what, error.cure)
+            return
+        if not self._is_named and not is_agreed(loaded):
+            log.error("reload: %s was found, not named, and has changed. The old config holds.", loaded.found)
             return
         before, after = self._loaded.config.models, loaded.config.models
         running = {model.name: model for model in fleet.snapshot().models if model.state in RUNNING}
@@ -175,5 +193,6 @@ def line_of(model: ModelSnapshot) -> str:
 def leave_at_once() -> None:
     """End this process without unwinding anything."""
     logging.shutdown()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(0)

@@ -14,14 +14,17 @@ import msgspec
 
 from vllm_sleep_tui.cli.common import (
     config_option,
+    draw,
     in_words,
     json_option,
+    json_text,
     load_config,
+    put,
     put_json,
-    run_commands_of,
 )
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
 from vllm_sleep_tui.paths import APP, state_dir
+from vllm_sleep_tui.text import clean
 
 MODEL_FIELDS = (
     "name",
@@ -44,7 +47,7 @@ MODEL_FIELDS = (
 GPU_FIELDS = ("index", "uuid", "name", "used_bytes", "total_bytes", "utilization", "simulated")
 SWITCH_PHASES = ("drain", "sleep", "settle", "wake", "weights", "reload", "kv_cache", "reset", "prove")
 WATCH_SECONDS = 1.0
-_HOME, _TO_END_OF_LINE, _TO_END_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
+_CLEAR, _HOME, _TO_END_OF_LINE, _TO_END_OF_SCREEN = "\x1b[2J", "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 @click.command()
@@ -59,43 +62,40 @@ def status(ctx: click.Context, watch: bool, prometheus: bool, as_json: bool) -> 
         raise click.UsageError("--prometheus goes with neither --watch nor --json.")
     from vllm_sleep_tui.fleet.view import looking
 
-    loaded = load_config(ctx)
-    if any(model.api_key is not None for model in loaded.config.models.values()):
-        run_commands_of(loaded)  # whoever left the file here would be sent what its variable holds
+    loaded = load_config(ctx, only_looks=True)
     with looking(loaded, state_dir()) as look:
         if watch:
             _watch(look, as_json=as_json)
         elif prometheus:
             from vllm_sleep_tui.cli.scrape import page
 
-            click.echo(page(look()), nl=False)
+            put(page(look()), nl=False)
         elif as_json:
             put_json(status_json(look()))
         else:
-            click.echo("\n".join(status_lines(look())))
+            put("\n".join(status_lines(look())))
 
 
 def _watch(look: Callable[[], FleetSnapshot], *, as_json: bool) -> None:
     """Show it again and again: in place on a terminal, one below the other elsewhere."""
     in_place = sys.stdout.isatty() and not as_json
     if in_place:
-        click.clear()
+        draw(_CLEAR)
     while True:
         began = time.monotonic()
         snapshot = look()
         if as_json:
-            click.echo(msgspec.json.encode(status_json(snapshot)).decode())
+            put(json_text(status_json(snapshot)))
         elif in_place:
-            click.echo(redrawn(status_lines(snapshot), shutil.get_terminal_size()), nl=False)
+            draw(redrawn(status_lines(snapshot), shutil.get_terminal_size()))
         else:
-            click.echo("\n".join([*status_lines(snapshot), ""]))
-        sys.stdout.flush()
+            put("\n".join([*status_lines(snapshot), ""]))
         time.sleep(max(0.0, began + WATCH_SECONDS - time.monotonic()))
 
 
 def redrawn(lines: Sequence[str], size: os.terminal_size) -> str:
     """What draws the lines over those before, without a flicker; what does not fit is left out."""
-    flat = [line for text in lines for line in text.split("\n")]
+    flat = [line for text in lines for line in clean(text).split("\n")]
     shown = (f"{line[: size.columns]}{_TO_END_OF_LINE}" for line in flat[: size.lines - 1])
     return "".join((_HOME, *(f"{line}\n" for line in shown), _TO_END_OF_SCREEN))
 

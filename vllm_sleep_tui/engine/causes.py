@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vllm_sleep_tui.engine.cause_table import CAUSES, KILLED, SIGNALLED, VANISHED, Cause
 from vllm_sleep_tui.engine.failures import ENGINE_DEAD
-from vllm_sleep_tui.engine.logs import strip_escapes
+from vllm_sleep_tui.text import clean
 
 MAX_REASON = 300
 
@@ -48,7 +48,7 @@ def diagnose(log: str, *, exit_code: int | None = None) -> Diagnosis:
     The last line of vLLM's log only points elsewhere: the cause is in the first block in which the
     engine reports its failure (vLLM 0.32, log-kv-cache-too-big.txt), or in the first exceptions.
     """
-    lines = [_parse(line) for line in strip_escapes(log).splitlines()]
+    lines = [_parse(line) for line in clean(log).splitlines()]
     engine = [text for text in _engine_exceptions(lines) if not _POINTERS.search(text)]
     others = [text for text in _exceptions(lines) if not _POINTERS.search(text)]
     everything = "\n".join(line.text for line in lines)
@@ -69,7 +69,7 @@ def diagnose_engine(log: str) -> Diagnosis | None:
 
     Other exceptions are left out: what a request met hours ago is no cause.
     """
-    lines = [_parse(line) for line in strip_escapes(log).splitlines()]
+    lines = [_parse(line) for line in clean(log).splitlines()]
     engine = [text for text in _engine_exceptions(lines) if not _POINTERS.search(text)]
     everything = "\n".join(line.text for line in lines)
     return _known(CAUSES, engine) or _unknown(engine) or _known(KILLED, [everything])

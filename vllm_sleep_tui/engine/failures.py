@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from vllm_sleep_tui.engine.logs import strip_escapes
 from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.text import clean
 
 MESSAGE_LENGTH = 600
 ENGINE_DEAD = "EngineCore encountered an issue"
@@ -95,4 +95,4 @@ def unreadable(request: str, body: bytes) -> EngineRefused:
 
 
 def _shown(message: object) -> str:
-    return strip_escapes(str(message)).strip()[:MESSAGE_LENGTH]
+    return clean(str(message)).strip()[:MESSAGE_LENGTH]

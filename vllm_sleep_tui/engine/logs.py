@@ -18,19 +18,6 @@ TAIL_STEP = 1024 * 1024
 
 PhaseName = Literal["loading", "compiling", "capturing", "warming"]
 
-_ESCAPES = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours, cursor
-    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)"  # titles, links and other strings
-    r"|\x1b[ -/]*[0-~]"
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]",
-    re.DOTALL,
-)
-
-
-def strip_escapes(text: str) -> str:
-    """`text` without terminal escapes and control characters; tabs and line ends stay."""
-    return _ESCAPES.sub("", text)
-
 
 @dataclass(frozen=True, slots=True)
 class Phase:

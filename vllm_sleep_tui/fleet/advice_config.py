@@ -8,9 +8,9 @@ from typing import Any
 from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.config_file import LoadedConfig, load
 from vllm_sleep_tui.config_yaml import Key
+from vllm_sleep_tui.files import trust, trusted
 from vllm_sleep_tui.fleet.advice import Advice, changes
 from vllm_sleep_tui.fleet.config_edit import edited, replace_text
-from vllm_sleep_tui.paths import trust, trusted
 
 AFTERWARDS = "It holds from each model's next start on; models with new arguments are measured anew."
 """What a person must know who has applied it."""
@@ -24,11 +24,11 @@ def proposed_text(loaded: LoadedConfig, advice: Advice) -> str | None:
 
 def apply_text(loaded: LoadedConfig, text: str, state_dir: Path) -> LoadedConfig:
     """Write the text to the config, trusted if it was before; raises PanelError."""
-    was_trusted = trusted(loaded.path, loaded.digest, state_dir)
+    was_trusted = trusted(loaded.found, loaded.agreement(), state_dir)
     replace_text(loaded.path, text)
-    changed = load(loaded.path)
+    changed = load(loaded.found)
     if was_trusted:
-        trust(loaded.path, changed.digest, state_dir)
+        trust(changed.found, changed.agreement(), state_dir)
     return changed
 
 

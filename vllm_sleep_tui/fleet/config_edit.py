@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
-import os
-import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,8 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.util import load_yaml_guess_indent
 
 from vllm_sleep_tui.config_yaml import Key, parse, spell
-from vllm_sleep_tui.errors import OperationError, RefusedError
+from vllm_sleep_tui.errors import RefusedError
+from vllm_sleep_tui.files import write_private
 
 WIDTH = 4096
 """So that no long line is folded."""
@@ -47,20 +47,7 @@ def difference(path: Path, text: str) -> str:
 
 def replace_text(path: Path, text: str) -> None:
     """Replace the file in one step, with the permissions it had; raises OperationError."""
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            shutil.copymode(path, temporary)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OperationError(
-            f"{path} cannot be written: {error.strerror}.", "Free space or correct the folder's permissions."
-        ) from None
+    write_private(path, text.encode(), mode=stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o600)
 
 
 def _set(tree: Any, key: Key, value: Any) -> None:

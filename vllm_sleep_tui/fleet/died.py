@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 
 import msgspec
 
 from vllm_sleep_tui.engine.logs import LogTail
 from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.files import as_text, path_of
 from vllm_sleep_tui.fleet.locks import LockBusyError, hold, holder
 from vllm_sleep_tui.fleet.records import Record, RecordStore
 from vllm_sleep_tui.fleet.snapshot import LastFailure
@@ -26,8 +26,10 @@ def keep(record: Record) -> LastFailure:
     log = record.log
     if log is not None:
         with contextlib.suppress(OSError):
-            os.replace(log, f"{log}.died")
-            log = f"{log}.died"
+            path = path_of(log)
+            aside = path.with_name(f"{path.name}.died")
+            os.replace(path, aside)
+            log = as_text(aside)
     return LastFailure(reason=record.reason or "", cure=record.cure or "", at=record.since, log=log)
 
 
@@ -38,7 +40,7 @@ def last_words(died: LastFailure | None, count: int) -> list[str]:
     lines: list[str] = []
     if died.log is not None:
         with contextlib.suppress(OSError):
-            lines = LogTail(Path(died.log)).last(count)
+            lines = LogTail(path_of(died.log)).last(count)
     return [*lines, f"── {died.told()} What follows is the log since then. ──"]
 
 

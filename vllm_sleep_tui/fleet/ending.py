@@ -12,6 +12,7 @@ from pathlib import Path
 from vllm_sleep_tui.engine.causes import Diagnosis, diagnose, diagnose_engine
 from vllm_sleep_tui.engine.failures import EngineRefused, EngineUnreachable
 from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.files import path_of
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.cures import CURES, Failure
 from vllm_sleep_tui.fleet.keeping import Word, ask_to_stop, end_members, is_kept, read_word
@@ -154,9 +155,9 @@ def cause_in_log(record: Record, word: Word) -> Diagnosis | None:
     if record.log is None or word.launch != record.launch:
         return None
     if word.exit is not None:
-        return diagnose(read_tail(Path(record.log)), exit_code=word.exit.code)
+        return diagnose(read_tail(path_of(record.log)), exit_code=word.exit.code)
     if not is_whole(record):
-        return diagnose_engine(read_tail(Path(record.log))) or ENGINE_DIED
+        return diagnose_engine(read_tail(path_of(record.log))) or ENGINE_DIED
     return None
 
 

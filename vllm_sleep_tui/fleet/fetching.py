@@ -23,11 +23,11 @@ from pathlib import Path
 from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.engine.causes import diagnose
 from vllm_sleep_tui.engine.loaders import argument
-from vllm_sleep_tui.engine.logs import strip_escapes
 from vllm_sleep_tui.fleet.core import GIB, Core
 from vllm_sleep_tui.fleet.discovery import hub_cache
 from vllm_sleep_tui.fleet.operation import Operation
 from vllm_sleep_tui.fleet.states import StartPhase
+from vllm_sleep_tui.text import clean
 
 TOOLS = ("hf", "huggingface-cli")
 POLL_SECONDS = 0.5
@@ -248,7 +248,7 @@ async def last_words(process: asyncio.subprocess.Process) -> str:
     said = b""
     while part := await process.stderr.read(4096):
         said = (said + part)[-SPOKEN_BYTES:]
-    return strip_escapes(said.decode(errors="replace"))
+    return clean(said.decode(errors="replace"))
 
 
 async def end(process: asyncio.subprocess.Process) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from vllm_sleep_tui.config_file import LoadedConfig
 from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.files import path_of
 from vllm_sleep_tui.fleet import actions, attached, died
 from vllm_sleep_tui.fleet.chatting import answer
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
@@ -142,7 +143,7 @@ class Fleet:
     def log_path(self, name: str) -> Path:
         """The model's log file, which need not exist yet."""
         record = self._core.records.read(name)
-        return Path(record.log) if record.log else self._core.records.log_path(name)
+        return path_of(record.log) if record.log else self._core.records.log_path(name)
 
     async def seen(self, name: str) -> None:
         """The person has looked at why the model's last server died; it is not told of any longer."""

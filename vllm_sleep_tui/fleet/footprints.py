@@ -22,7 +22,7 @@ import msgspec
 from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.engine import loaders
 from vllm_sleep_tui.engine.failures import NOT_JSON
-from vllm_sleep_tui.fleet.records import write_atomically
+from vllm_sleep_tui.files import write_atomically
 
 GIB = 2**30
 KEPT_SAMPLES = 50

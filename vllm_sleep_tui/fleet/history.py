@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_sleep_tui.files import as_text
 from vllm_sleep_tui.fleet.history_tables import ADD, BUCKET, DAY, drop_old, prepare
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
@@ -98,7 +99,7 @@ class History:
 
     def __init__(self, state_dir: Path, config: Path | str = "", *, drop_every: float = DAY) -> None:
         self._path = state_dir / "history.db"
-        self._config = str(config)
+        self._config = as_text(config)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="history")
         self._connection: sqlite3.Connection | None = None
         self._note: str | None = None

@@ -25,8 +25,8 @@ from pathlib import Path
 import msgspec
 
 from vllm_sleep_tui.engine.failures import NOT_JSON
-from vllm_sleep_tui.engine.logs import strip_escapes
 from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.text import one_line
 
 POLL_SECONDS = 0.02
 LIMIT_SECONDS = 1800.0
@@ -149,7 +149,7 @@ def decode_holder(content: bytes) -> Holder | None:
 
 
 def _word(text: str) -> str:
-    return " ".join(strip_escapes(text).split())[:MAX_WORD]
+    return one_line(text)[:MAX_WORD]
 
 
 class LockBusyError(Exception):

@@ -16,6 +16,7 @@ from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.guard import SECRET_VARIABLE
 from vllm_sleep_tui.errors import OperationError, PanelError
+from vllm_sleep_tui.files import as_text
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.discovery import launch_of
 from vllm_sleep_tui.fleet.ending import end_server
@@ -96,7 +97,7 @@ def identify(core: Core, record: Record, word: Word) -> Record:
         secret=environment[SECRET_VARIABLE],
         gpus=tuple(int(gpu) for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu),
         tmp_dir=environment.get("TMPDIR"),
-        log=log_of(word.keeper) or str(core.records.log_path(record.name)),
+        log=as_text(log_of(word.keeper) or core.records.log_path(record.name)),
         digest=core.digest(record.name),
     )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError, UsageError
+from vllm_sleep_tui.files import path_of
 from vllm_sleep_tui.fleet.discovery import launch_of
 from vllm_sleep_tui.fleet.keeping import Word, read_word
 from vllm_sleep_tui.fleet.records import Record, read_record
@@ -138,7 +139,7 @@ def fault_of(pid: int, launch: str) -> str | None:
 
 def fault_of_config(record: Record) -> str | None:
     """Whether the config of a record still names its model; a config that cannot be read may."""
-    path = Path(record.config)
+    path = path_of(record.config)
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

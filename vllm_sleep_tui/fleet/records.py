@@ -20,9 +20,9 @@ import msgspec
 
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.files import as_text, path_of, private_dir, write_atomically
 from vllm_sleep_tui.fleet.snapshot import LastFailure, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.paths import private_dir
 from vllm_sleep_tui.regular import NotAFileError, read_regular
 from vllm_sleep_tui.telemetry.processes import ProcessId
 
@@ -113,7 +113,7 @@ class RecordStore:
     def __init__(self, state_dir: Path, config_path: Path) -> None:
         self.folder = state_dir / "records"
         private_dir(self.folder)
-        self.config = str(config_path.resolve())
+        self.config = as_text(config_path.resolve())
         self._suffix = hashlib.sha256(self.config.encode()).hexdigest()[:8]
         self._versions: dict[str, str | None] = {}
 
@@ -196,7 +196,8 @@ class RecordStore:
         """Where the model's log is to be: NAME.log, unless that is a model's of another config which is there
         still; then the name ends like the record's."""
         own = self.folder.parent / "logs" / f"{name}.log"
-        taken = any(other.log == str(own) and os.path.lexists(other.config) for other in self.others())
+        users = (other for other in self.others() if other.log == as_text(own))
+        taken = any(os.path.lexists(path_of(user.config)) for user in users)
         return own.with_name(self.path(name, "log").name) if taken else own
 
     def others(self) -> list[Record]:
@@ -229,16 +230,3 @@ def decode(content: bytes) -> Record:
 def read_record(path: Path) -> Record:
     """The record in a file; raises OSError, ValueError or one of NOT_JSON if there is none."""
     return decode(read_regular(path, MAX_RECORD))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step, readable by this user alone."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{time.monotonic_ns()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

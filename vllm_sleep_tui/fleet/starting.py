@@ -24,6 +24,7 @@ from vllm_sleep_tui.engine.guard_files import copy_guard
 from vllm_sleep_tui.engine.logs import LogTail, PhaseReader
 from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError, UsageError
+from vllm_sleep_tui.files import as_text, path_of
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.budget import level_for, pinned_estimate
 from vllm_sleep_tui.fleet.core import GIB, Core
@@ -223,7 +224,7 @@ class Start:
             port=port,
             secret=spec.secret,
             gpus=self.model.gpus,
-            log=str(log),
+            log=as_text(log),
             tmp_dir=str(tmp_dir),
             digest=digest(self.model),
             engines=(),
@@ -259,7 +260,7 @@ class Start:
     async def wait_until_ready(self, client: VllmClient) -> None:
         """Follow the log until health is good and the listener is ours; raises OperationError if it ends."""
         assert self.record.log is not None
-        tail, phases = LogTail(Path(self.record.log)), PhaseReader()
+        tail, phases = LogTail(path_of(self.record.log)), PhaseReader()
         deadline = time.monotonic() + self.limit()
         self.enter_phase(StartPhase.LOADING)
         while True:

@@ -66,7 +66,7 @@ def create(folder: Path, gpus: Sequence[tuple[str, int]], *, ram_total_bytes: in
     """Make the folder for GPUs given as (name, bytes); does nothing to one that already describes them."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
-    prefix = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    prefix = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
     described = [
         {"index": index, "uuid": f"SIM-{prefix}-{index}", "name": name, "total_bytes": total}
         for index, (name, total) in enumerate(gpus)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from vllm_sleep_tui.text import one_line
+
 MAX_COMMAND = 200
 """Characters of a command line that are shown."""
 
@@ -253,7 +255,6 @@ _MASKS = (
     (re.compile(r"(://)[^/ @]+@"), r"\1***@"),
     (re.compile(r"\b(?:hf_|sk-)[\w-]{8,}"), "***"),
 )
-_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])")
 
 
 def command_of(pid: int) -> str | None:
@@ -271,8 +272,7 @@ def command_of(pid: int) -> str | None:
 
 
 def _safe(command: str) -> str:
-    text = _ESCAPE.sub("", command).replace("\0", " ")
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = one_line(command.replace("\0", " "))
     for pattern, replacement in _MASKS:
         text = pattern.sub(replacement, text)
     return text if len(text) <= MAX_COMMAND else text[: MAX_COMMAND - 1] + "…"

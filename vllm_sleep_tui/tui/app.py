@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +13,15 @@ from typing import TYPE_CHECKING
 import msgspec
 from rich.theme import Theme as RichTheme
 from textual.app import App, SystemCommand
+from textual.filter import LineFilter
 from textual.screen import Screen
 from textual.theme import Theme
 
-from vllm_sleep_tui import paths
+from vllm_sleep_tui import files, paths
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import RUNNING
+from vllm_sleep_tui.tui.cleaned import CLEANED
 from vllm_sleep_tui.tui.dashboard import Dashboard
 from vllm_sleep_tui.tui.gpus import GpuScreen
 from vllm_sleep_tui.tui.keys import KEYS
@@ -71,6 +75,10 @@ class PanelApp(App[None]):
         """Literal colours for our own names in the stylesheet, before a theme is chosen."""
         return {"line": "#444444", "quiet": "#888888"}
 
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """The last gate before the terminal: whatever a widget was given, it gets no order of others."""
+        return [*super().get_line_filters(), CLEANED]
+
     def on_mount(self) -> None:
         """Open the dashboard."""
         self.theme_changed_signal.subscribe(self, self._recolor)
@@ -106,7 +114,7 @@ class PanelApp(App[None]):
     def remember_theme(self, name: str) -> None:
         """Begin with this theme the next time."""
         try:
-            paths.write_private(self._memory, msgspec.json.encode(Remembered(theme=name)))
+            files.write_private(self._memory, msgspec.json.encode(Remembered(theme=name)))
         except PanelError as error:
             self.notify(f"The theme is not remembered. {error.what}", severity="warning", markup=False)
 
@@ -177,7 +185,9 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
             await app.operations.close()
         running = [model.name for model in fleet.snapshot().models if model.state in RUNNING]
         if running:
-            print(f"{', '.join(running)} run on; the panel takes them back when it is opened again.")  # noqa: T201
+            words = f"{', '.join(running)} run on; the panel takes them back when it is opened again."
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(words, file=sys.stderr)  # noqa: T201
         # Without a code it was ended by a stray cancellation, which is no success.
         return 1 if app.return_code is None else app.return_code
 

@@ -12,9 +12,9 @@ from vllm_sleep_tui.bench.plan import PassKey, Plan
 from vllm_sleep_tui.bench.progress import duration, left
 from vllm_sleep_tui.bench.results import Run, Step, read
 from vllm_sleep_tui.errors import PanelError, UsageError
+from vllm_sleep_tui.files import private_dir
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.snapshot import Progress
-from vllm_sleep_tui.paths import private_dir
 from vllm_sleep_tui.tui.operations import Operations, expected
 from vllm_sleep_tui.tui.view import PanelFleet
 

@@ -20,7 +20,7 @@ from textual.widgets import RichLog, Static
 from vllm_sleep_tui.engine.logs import LogTail
 from vllm_sleep_tui.fleet.died import last_words
 from vllm_sleep_tui.fleet.snapshot import LastFailure
-from vllm_sleep_tui.tui.clean import clean
+from vllm_sleep_tui.text import clean
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.tui.app import PanelApp
@@ -125,7 +125,7 @@ class LogScreen(Screen[None]):
                 log.border_subtitle = str(self._path).replace("[", r"\[")
             elif (left_out := len(lines) - STEP_LINES) > 0:
                 lines = [f"… {left_out:,} lines are left out here; the file has them", *lines[left_out:]]
-            log.write_lines(clean(line) for line in lines[-KEPT_LINES:])
+            log.write_lines(clean(line).expandtabs(4) for line in lines[-KEPT_LINES:])
 
     def _first(self) -> list[str]:
         """What is there when the screen opens: the end of a long log, not its beginning."""

@@ -7,6 +7,7 @@ from textual.geometry import Size
 from vllm_sleep_tui.fleet.budget import ram_margin
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.bars import (
     FREE,
     HATCHED,
@@ -19,7 +20,6 @@ from vllm_sleep_tui.tui.bars import (
     legend,
     stacked,
 )
-from vllm_sleep_tui.tui.clean import clean
 from vllm_sleep_tui.tui.paint import Line, Painted, Span, cut, left, line_width, right, spread
 from vllm_sleep_tui.tui.processes import short
 from vllm_sleep_tui.tui.view import View

@@ -10,7 +10,7 @@ from rich.text import Text
 from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.processes import HeldProcess
-from vllm_sleep_tui.tui.clean import clean
+from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.paint import Line, Painted, cut, left, right
 from vllm_sleep_tui.tui.words import NONE, UNKNOWN, gib_short
 

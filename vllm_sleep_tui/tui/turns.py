@@ -15,8 +15,8 @@ from textual.color import Color
 from textual.containers import Vertical, VerticalScroll
 from textual.widgets import Static
 
+from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.blocks import Blocks
-from vllm_sleep_tui.tui.clean import clean
 
 
 class _Code(CodeBlock):
@@ -46,7 +46,7 @@ class _Block:
 
     def __init__(self, source: str) -> None:
         # Links stay text: an address that is hidden behind other words is not for a model to choose.
-        self._markdown = _Markdown(clean(source), hyperlinks=False)
+        self._markdown = _Markdown(_shown(source), hyperlinks=False)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self._markdown, options.reset_height(), pad=False)
@@ -57,6 +57,10 @@ class _Block:
         for line in lines:
             yield from line
             yield Segment.line()
+
+
+def _shown(text: str) -> str:
+    return clean(text).expandtabs(4)
 
 
 def _is_blank(line: list[Segment]) -> bool:
@@ -89,7 +93,7 @@ class Question(Turn):
     def compose(self) -> ComposeResult:
         """The name and the words as they were typed."""
         yield from super().compose()
-        yield Static(Text(clean(self._text)))
+        yield Static(Text(_shown(self._text)))
 
 
 class Answer(Turn):
@@ -125,13 +129,13 @@ class Answer(Turn):
         if self._reasoning != self._shown_reasoning:
             self._shown_reasoning = self._reasoning
             self._thought.display = True
-            self._thought.update(Text(clean(self._reasoning).strip()))
+            self._thought.update(Text(_shown(self._reasoning).strip()))
         if not self._unshown:
             return
         finished = self._blocks.feed(self._unshown)
         self._unshown = ""
         self._mount_blocks(finished)
-        self._tail.update(Text(clean(self._blocks.tail).strip("\n")))
+        self._tail.update(Text(_shown(self._blocks.tail).strip("\n")))
 
     def finish(self, note: Text) -> None:
         """Lay out the rest, and say how it went."""

@@ -1,0 +1,100 @@
+"""A terminal (a pty) with a program in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from vllm_sleep_tui.text import clean
+
+DEADLINE = 60.0
+
+
+class Terminal:
+    """A program on a pty, and all it wrote; with `controlling` it is its session's."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        width: int,
+        height: int,
+        *,
+        controlling: bool = False,
+    ) -> None:
+        self._main, side = pty.openpty()
+        fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+
+        def own() -> None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        self.process = subprocess.Popen(
+            command,
+            stdin=side,
+            stdout=side,
+            stderr=side,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=own if controlling else None,
+        )
+        os.close(side)
+        self.written = b""
+
+    @property
+    def text(self) -> str:
+        """What was written since the last key, without escapes."""
+        return clean(self.written.decode(errors="replace"))
+
+    def read(self) -> None:
+        """Take what there is, waiting for it a little."""
+        ready, _, _ = select.select([self._main], [], [], 0.05)
+        if ready:
+            try:
+                self.written += os.read(self._main, 65536)
+            except OSError:  # the other side is closed: the program has ended
+                time.sleep(0.02)
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Read until a condition holds."""
+        deadline = time.monotonic() + DEADLINE
+        while not condition():
+            assert time.monotonic() < deadline, self.text[-4000:]
+            self.read()
+
+    def wait_for(self, *texts: str) -> None:
+        """Wait until these texts were written since the last key."""
+        self.wait_until(lambda: all(text in self.text for text in texts))
+
+    def press(self, keys: str) -> None:
+        """Type."""
+        self.written = b""
+        os.write(self._main, keys.encode())
+
+    def end(self, limit: float = DEADLINE) -> int:
+        """The exit code, once the program has ended by itself."""
+        deadline = time.monotonic() + limit
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, "the panel did not end"
+            self.read()
+        self.read()
+        return self.process.returncode
+
+    def vanish(self) -> None:
+        """Close the terminal under the program."""
+        os.close(self._main)
+        self._main = -1
+
+    def close(self) -> None:
+        """End the program if it has not ended."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if self._main >= 0:
+            self.vanish()

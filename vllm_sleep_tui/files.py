@@ -1,0 +1,173 @@
+"""Files of this user alone: folders kept private, files replaced whole, and what was agreed to."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+import msgspec
+
+from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.regular import open_regular
+from vllm_sleep_tui.text import one_line
+
+MAX_AGREEMENTS = 4 * 2**20
+MAX_HASHED = 16 * 2**20
+"""Of a larger file that a config names, size and time stand for its content."""
+_AS_BYTES = "bytes:"
+log = logging.getLogger(__name__)
+
+
+def private_dir(folder: Path) -> Path:
+    """Make a folder, and the missing ones around it, for this user alone; raises OperationError.
+
+    One that others could enter is closed to them, and that is said: what lies in it may be theirs.
+    """
+    try:
+        missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+        for path in reversed(missing):
+            path.mkdir(mode=0o700, exist_ok=True)
+        _check_owner(folder)
+        found = os.stat(folder)
+        if found.st_mode & 0o077:
+            os.chmod(folder, 0o700)
+            if os.stat(folder).st_mode & 0o077:
+                raise PermissionError(errno.EPERM, "its file system keeps no permissions")
+            log.warning(
+                "%s was open to other users (mode %04o); it is yours alone now (0700).",
+                one_line(str(folder)),
+                stat.S_IMODE(found.st_mode),
+            )
+    except OSError as error:
+        raise OperationError(
+            f"The folder {folder} cannot be made private: {error.strerror}.",
+            "Make it writable for you, or name another with XDG_STATE_HOME.",
+        ) from None
+    return folder
+
+
+def _check_owner(folder: Path) -> None:
+    """Raises OperationError if the folder, or the link that stands for it, is another user's."""
+    link, found = os.lstat(folder), os.stat(folder)
+    allowed = (os.geteuid(), 0) if stat.S_ISLNK(link.st_mode) else (os.geteuid(),)
+    if link.st_uid not in allowed or found.st_uid != os.geteuid():
+        owner = found.st_uid if found.st_uid != os.geteuid() else link.st_uid
+        raise OperationError(
+            f"The folder {folder} belongs to another user (uid {owner}), who could change what is in it.",
+            "Name a folder of your own with XDG_STATE_HOME.",
+        )
+
+
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+    """Replace what has the name `path`, in one step; raises OSError.
+
+    A link of that name is replaced, never followed.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".vst-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            if mode != 0o600:
+                os.fchmod(file.fileno(), mode)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_private(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+    """The same with the error in words; raises OperationError."""
+    try:
+        write_atomically(path, content, mode=mode)
+    except OSError as error:
+        raise OperationError(
+            f"{path} cannot be written: {error.strerror}.", "Free space or correct the folder's permissions."
+        ) from None
+
+
+def is_taken(path: Path) -> bool:
+    """Whether anything has this name, a link that leads nowhere included."""
+    return os.path.lexists(path)
+
+
+def read_own(path: Path, limit: int) -> bytes:
+    """A regular file that only this user may write; raises OSError if it is anything else, or larger."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        found = os.fstat(file.fileno())
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022 or found.st_size > limit:
+            raise PermissionError(errno.EPERM, "not a file that only you may write")
+        return file.read(limit)
+
+
+# ── names ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def as_text(path: Path | str) -> str:
+    """The path as text that any file can hold, also if its bytes are not UTF-8; `path_of` reads it."""
+    return str(path) if is_text(path) else _AS_BYTES + quote_from_bytes(os.fsencode(path))
+
+
+def is_text(path: Path | str) -> bool:
+    """Whether the path's bytes are UTF-8, as a config demands of what it names."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def path_of(text: str) -> Path:
+    """The path that `as_text` wrote."""
+    if text.startswith(_AS_BYTES):
+        return Path(os.fsdecode(unquote_to_bytes(text.removeprefix(_AS_BYTES))))
+    return Path(text)
+
+
+# ── trust ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def trusted(path: Path, digest: str, state: Path) -> bool:
+    """Whether the person has agreed to do what the file of this name says, with this content."""
+    return _agreements(state).get(as_text(path)) == digest
+
+
+def trust(path: Path, digest: str, state: Path) -> None:
+    """Keep the person's agreement; a change of what it was about ends it."""
+    agreements = {**_agreements(state), as_text(path): digest}
+    write_private(state / "trusted.json", msgspec.json.format(msgspec.json.encode(agreements)))
+
+
+def digest_with(digest: str, files: Iterable[Path]) -> str:
+    """`digest` together with the content of these files; unchanged if none of them is there."""
+    whole = [f"{as_text(path)}\0{found}" for path in files if (found := _digest_of(path))]
+    return hashlib.sha256("\0".join([digest, *whole]).encode()).hexdigest() if whole else digest
+
+
+def _digest_of(path: Path) -> str | None:
+    """What a regular file holds; None of anything else."""
+    try:
+        if not path.is_file():  # to open a device can do something
+            return None
+        with os.fdopen(open_regular(path, follow=True), "rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_size > MAX_HASHED:
+                return f"{found.st_size} {found.st_mtime_ns}"
+            return hashlib.sha256(file.read(MAX_HASHED)).hexdigest()
+    except (OSError, ValueError):
+        return None
+
+
+def _agreements(state: Path) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(read_own(state / "trusted.json", MAX_AGREEMENTS), type=dict[str, str])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
