@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_sleep_tui.errors import RefusedError
@@ -98,10 +98,15 @@ def awake_bytes(core: Core, name: str, gpu: int) -> int:
 
 def share_of(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> float | None:
     """The model's `gpu-memory-utilization`: its own, else planned over all models of its GPUs."""
-    model = core.model(name)
-    own = budget.fixed_utilization(model)
-    if own is not None or not model.gpus:
-        return own
+    return shares_of(core, [name], memory)[name]
+
+
+def shares_of(core: Core, names: Sequence[str], memory: Mapping[int, GpuMemory]) -> dict[str, float | None]:
+    """`share_of` each of these models; the records of all are read once."""
+    found = {name: budget.fixed_utilization(core.model(name)) for name in names}
+    planned = [name for name in names if found[name] is None and core.model(name).gpus]
+    if not planned:
+        return found
     records = core.readable()
     asleep = {}
     for record in records:
@@ -112,8 +117,10 @@ def share_of(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> float | 
     for gpu, now in memory.items():
         ours = [held_here(core, record, now, gpu) for record in records]
         others[gpu] = max(0, (now.used or 0) - sum(ours))
-    totals = {gpu: total for gpu in model.gpus if (total := core.total(gpu)) is not None}
-    return budget.utilization(name, core.config, totals, others, asleep)
+    for name in planned:
+        totals = {gpu: total for gpu in core.model(name).gpus if (total := core.total(gpu)) is not None}
+        found[name] = budget.utilization(name, core.config, totals, others, asleep)
+    return found
 
 
 def plan_for(
