@@ -152,17 +152,39 @@ async def wake(core: Core, name: str, operation: Operation) -> None:
 
 
 async def start_all(core: Core, names: Sequence[str], operation: Operation) -> None:
-    """Start models, those that share a GPU one after another, others side by side; the first ends awake."""
-    for name in names:
-        attached.refuse_control(core, name)
-        check_startable(core, name)
+    """Start models, those that share a GPU one after another, others side by side; the first ends awake.
+
+    Whoever cannot be started is left out, and named in what is raised once the others have.
+    """
+    chosen, errors = startable(core, names)
     if len(names) == 1:
         await start(core, names[0], operation)
         return
+    for name in names:
+        if name not in chosen:
+            operation.tell(name, "left out", "it cannot be started as the config has it")
     results = await asyncio.gather(
-        *(start_group(core, group, operation) for group in groups(core, names)), return_exceptions=True
+        *(start_group(core, group, operation) for group in groups(core, chosen)), return_exceptions=True
     )
-    raise_worst([error for found in results for error in (found if isinstance(found, list) else [found])])
+    failed = [error for found in results for error in (found if isinstance(found, list) else [found])]
+    raise_worst([*errors, *failed])
+
+
+def startable(core: Core, names: Sequence[str]) -> tuple[list[str], list[PanelError]]:
+    """The models that the config lets start, and why the others cannot; raises that if none can."""
+    chosen, errors = [], []
+    for name in names:
+        try:
+            attached.refuse_control(core, name)
+            check_startable(core, name)
+        except PanelError as error:
+            errors.append(error)
+        else:
+            chosen.append(name)
+    if errors and not chosen:
+        error = errors[0]
+        raise type(error)(with_others(errors), error.cure)
+    return chosen, errors
 
 
 def groups(core: Core, names: Sequence[str]) -> list[list[str]]:
@@ -204,9 +226,14 @@ def raise_worst(errors: Sequence[BaseException | None]) -> None:
         if not isinstance(error, PanelError) or isinstance(error, CancelledByUser):
             raise error
     if real:
-        first, *rest = [error for error in real if isinstance(error, PanelError)]
-        more = "".join(f" Also: {error.what}" for error in rest)
-        raise OperationError(f"{first.what}{more}", first.cure)
+        errors = [error for error in real if isinstance(error, PanelError)]
+        raise OperationError(with_others(errors), errors[0].cure)
+
+
+def with_others(errors: Sequence[PanelError]) -> str:
+    """What is wrong first, and after it, each once, what else is."""
+    first, *rest = dict.fromkeys(error.what for error in errors)
+    return f"{first}{''.join(f' Also: {what}' for what in rest)}"
 
 
 async def start(core: Core, name: str, operation: Operation) -> None:
