@@ -215,3 +215,25 @@ def test_broken_neighbours_are_named_and_the_others_get_their_advice(tmp_path: P
         if kind != "config with no layers":  # of which the weights are as they should be
             assert (found["verdict"], found["level"]) == ("broken files", None), kind
             assert names in found["why"], kind
+
+
+@pytest.mark.parametrize("kind", ["config a pipe", "config a device", "config nested deep", "weights a pipe"])
+def test_other_verbs_that_look_into_it_end_too(tmp_path: Path, kind: str) -> None:
+    BROKEN[kind][1](write_model(tmp_path / "m", QWEN))
+    cached = tmp_path / "hub/models--org--name"
+    BROKEN[kind][1](write_model(cached / "snapshots/abc", QWEN))
+    (cached / "refs").mkdir()
+    os.mkfifo(cached / "refs/main")
+    described = {
+        "vllm_command": [sys.executable],
+        "simulated_gpus": [{"name": "Test", "memory": "80GiB"}],
+        "models": {
+            "m": {"model": "./m"},
+            "hub": {"model": "org/name"},
+            "nobody": {"model": "~nobody-here/x"},
+        },
+    }
+    (tmp_path / "vllm-sleep-tui.yaml").write_text(json.dumps(described))
+    assert run(tmp_path, "doctor").returncode in (0, 1)
+    assert run(tmp_path, "advise").returncode == 0
+    assert run(tmp_path, "init", "--force").returncode == 0

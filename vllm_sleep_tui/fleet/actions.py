@@ -172,7 +172,8 @@ async def start_all(core: Core, names: Sequence[str], operation: Operation) -> N
 
 def startable(core: Core, names: Sequence[str]) -> tuple[list[str], list[PanelError]]:
     """The models that the config lets start, and why the others cannot; raises that if none can."""
-    chosen, errors = [], []
+    chosen: list[str] = []
+    errors: list[PanelError] = []
     for name in names:
         try:
             attached.refuse_control(core, name)
@@ -182,8 +183,8 @@ def startable(core: Core, names: Sequence[str]) -> tuple[list[str], list[PanelEr
         else:
             chosen.append(name)
     if errors and not chosen:
-        error = errors[0]
-        raise type(error)(with_others(errors), error.cure)
+        first = errors[0]
+        raise type(first)(with_others(errors), first.cure)
     return chosen, errors
 
 
@@ -226,8 +227,8 @@ def raise_worst(errors: Sequence[BaseException | None]) -> None:
         if not isinstance(error, PanelError) or isinstance(error, CancelledByUser):
             raise error
     if real:
-        errors = [error for error in real if isinstance(error, PanelError)]
-        raise OperationError(with_others(errors), errors[0].cure)
+        known = [error for error in real if isinstance(error, PanelError)]
+        raise OperationError(with_others(known), known[0].cure)
 
 
 def with_others(errors: Sequence[PanelError]) -> str:

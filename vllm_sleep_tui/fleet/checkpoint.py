@@ -23,11 +23,13 @@ from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.discovery import GENERATES, hub_cache
 from vllm_sleep_tui.fleet.model_files import (
     AGAIN,
+    is_weights_name,
     main_snapshot,
     open_regular,
     read_config,
     read_whole,
     shown,
+    with_home,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -155,18 +157,11 @@ class Checkpoint:
 
 def find_checkpoint(model: str, base: Path, environ: Mapping[str, str]) -> Path | None:
     """The folder of a model: a local one, seen from `base`, or `main` of the Hugging Face cache."""
-    local = base / _with_home(model)
+    local = base / with_home(model)
     if _is_there(local / "config.json"):  # whatever it is: who reads it says so
         return local
     snapshot = main_snapshot(hub_cache(environ) / f"models--{model.replace('/', '--')}")
     return snapshot if snapshot is not None and os.path.isfile(snapshot / "config.json") else None
-
-
-def _with_home(model: str) -> Path:
-    try:
-        return Path(model).expanduser()
-    except RuntimeError:  # a user that this machine does not have
-        return Path(model)
 
 
 def _is_there(path: Path) -> bool:
@@ -300,7 +295,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not names:
         raise UsageError(f"{INDEX} names no weights.", AGAIN)
     for name in names:
-        if os.path.isabs(name) or ".." in name.split("/") or not name.endswith(".safetensors"):
+        if not is_weights_name(name):
             raise UsageError(f"{INDEX} names {shown(name)!r}, which is no file of weights beside it.", AGAIN)
         if not _is_there(folder / name):
             raise UsageError(f"{shown(name)} is missing: the model is not fetched completely.", AGAIN)

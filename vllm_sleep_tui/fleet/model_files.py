@@ -48,9 +48,9 @@ def read_whole(path: Path, limit: int) -> bytes:
     return content
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
     """A model's config.json as transformers reads it, Infinity and NaN included; raises UsageError."""
-    content = read_whole(path, CONFIG_LIMIT)
+    content = read_whole(path, limit)
     try:
         config = json.loads(content)
     except (ValueError, RecursionError):  # the last for brackets that are nested without an end
@@ -67,6 +67,20 @@ def main_snapshot(cached: Path) -> Path | None:
     except (UsageError, UnicodeDecodeError):
         return None
     return cached / "snapshots" / revision if revision.isalnum() else None
+
+
+def is_weights_name(name: str) -> bool:
+    """Whether an index may name this file: one beside or below it, no option of a program that fetches."""
+    is_below = not os.path.isabs(name) and ".." not in name.split("/") and not name.startswith("-")
+    return is_below and name.endswith(".safetensors") and name.isprintable()
+
+
+def with_home(name: str) -> Path:
+    """A path as a config gives it; `~` stays for a user that this machine does not have."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def shown(name: object) -> str:

@@ -174,8 +174,8 @@ class BenchScreen(Screen[None]):
     async def _ask_stop(self) -> None:
         """Stop the run at its next safe point, or leave it running, after a question."""
         text = (
-            f"{self._runner.words()}.\nStopped, it ends at its next safe point, and the models are put back as "
-            "they were found; what it measured is kept and can be gone on with."
+            f"{self._runner.words()}.\nStopped, it ends at its next safe point, and the models are put back "
+            "as they were found; what it measured is kept and can be gone on with."
         )
         choices = [Choice("y", "Stop it", "stop"), Choice("l", "Leave it running", "leave")]
         answer = await self.app.push_screen_wait(Question("Stop the benchmark?", text, choices))
