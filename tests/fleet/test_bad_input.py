@@ -169,6 +169,15 @@ def test_a_restart_ends_nothing_that_could_not_start_again(shell: Shell) -> None
     assert shell.runs("b")
 
 
+def test_somebody_elses_server_keeps_nobody_from_starting_or_stopping(shell: Shell) -> None:
+    shell.write({"far": {"url": "http://127.0.0.1:9"}, "a": MODEL})
+    for verb, runs in (("start", True), ("restart", True), ("stop", False)):
+        done = shell.run(verb, "far", "a")
+        assert done.returncode == 1
+        assert "not ours to start or stop" in done.stderr
+        assert shell.runs("a") is runs
+
+
 LARGE = MODEL | {"model": "sim/17GiB"}
 
 

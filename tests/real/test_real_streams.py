@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +21,11 @@ STALL_SECONDS = 4.0
 """Of a stream; vLLM's comments come every second (0.32)."""
 
 
-@pytest.fixture
-def kept_alive(tmp_path: Path) -> Iterator[CommandLine]:
+@pytest.fixture(scope="module")
+def kept_alive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     """tiny, awake, on a server that sends comments while it has nothing else to send."""
     args = CHEAP | SAME_ANSWER | {"sse-keep-alive-interval": 1}
-    panel = command_line(tmp_path, {"tiny": model_config("tiny", args=args)})
+    panel = command_line(tmp_path_factory.mktemp("alive"), {"tiny": model_config("tiny", args=args)})
     panel("switch", "tiny")
     yield panel
     panel.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.versions import capabilities
@@ -172,12 +172,21 @@ async def start_all(core: Core, names: Sequence[str], operation: Operation) -> N
 
 def startable(core: Core, names: Sequence[str]) -> tuple[list[str], list[PanelError]]:
     """The models that the config lets start, and why the others cannot; raises that if none can."""
+
+    def check(name: str) -> None:
+        attached.refuse_control(core, name)
+        check_startable(core, name)
+
+    return sifted(names, check)
+
+
+def sifted(names: Sequence[str], check: Callable[[str], None]) -> tuple[list[str], list[PanelError]]:
+    """The names that pass `check`, and what it raised for the others; raises that if none passes."""
     chosen: list[str] = []
     errors: list[PanelError] = []
     for name in names:
         try:
-            attached.refuse_control(core, name)
-            check_startable(core, name)
+            check(name)
         except PanelError as error:
             errors.append(error)
         else:
@@ -303,14 +312,20 @@ def check_can_sleep(core: Core, record: Record, level: int) -> None:
 
 
 async def stop_all(core: Core, names: Sequence[str], operation: Operation, force: bool) -> None:
-    """Stop models; a start under way, anybody's of this user, is broken off."""
-    for name in names:
+    """Stop models; a start under way, anybody's of this user, is broken off.
+
+    One that is not ours to stop is left out, and named in what is raised once the others have stopped.
+    """
+
+    def check(name: str) -> None:
         if not attached.has_own_server(core, name):
             attached.refuse_control(core, name)
+
+    chosen, errors = sifted(names, check)
     results = await asyncio.gather(
-        *(stop(core, name, operation, force=force) for name in names), return_exceptions=True
+        *(stop(core, name, operation, force=force) for name in chosen), return_exceptions=True
     )
-    raise_worst(results)
+    raise_worst([*errors, *results])
 
 
 async def stop(core: Core, name: str, operation: Operation, *, force: bool) -> None:

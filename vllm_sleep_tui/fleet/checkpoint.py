@@ -35,8 +35,9 @@ from vllm_sleep_tui.fleet.model_files import (
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000
 """Bytes of a header; the format allows no more, and all headers of a model together have far less."""
-TENSOR_LIMIT = 1_000_000
-"""Tensors of a model; one with 384 experts in each of 60 layers has 140,000, packed ones thrice that."""
+INDEX_LIMIT = 64 * 2**20
+TENSOR_LIMIT = 400_000
+"""Tensors of a model; one with 384 experts in each of 60 layers has 70,000, and packed 210,000."""
 LARGEST = 2**40
 """A dimension, a length or a count beyond it is no model's."""
 EMBEDS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "EmbeddingModel")
@@ -288,7 +289,7 @@ def _weight_files(folder: Path) -> list[Path]:
         # Mistral's folders hold the same weights twice.
         return [path for path in files if not path.name.startswith("consolidated")] or files
     try:
-        index = _index_decoder.decode(read_whole(folder / INDEX, HEADER_LIMIT))
+        index = _index_decoder.decode(read_whole(folder / INDEX, INDEX_LIMIT))
     except NOT_JSON as error:
         raise UsageError(f"{INDEX} is no index of weights: {_malformed(error)}.", AGAIN) from None
     names = sorted(set(index.weight_map.values()))

@@ -20,6 +20,7 @@ from vllm_sleep_tui.fleet import budget
 from vllm_sleep_tui.fleet.checkpoint import Checkpoint, Task, find_checkpoint, read_checkpoint
 from vllm_sleep_tui.fleet.discovery import version_numbers
 from vllm_sleep_tui.fleet.footprints import AWAKE_OVERHEAD, GIB, argument
+from vllm_sleep_tui.fleet.model_files import shown
 from vllm_sleep_tui.fleet.pinning import Layout, Spread, spread
 
 SECOND_RUNNER = frozenset(
@@ -153,6 +154,8 @@ def checkpoint_of(model: ModelConfig, base: Path) -> Checkpoint:
     if model.model is None:
         raise UsageError("A server that others started has no files here.", "Ask who runs it.")
     folder = find_checkpoint(model.model, base, {**os.environ, **model.env})
+    if folder is None and model.model.startswith(("/", ".", "~")):
+        raise UsageError(f"{shown(model.model)}: holds no config.json.", "Name the folder of a model.")
     if folder is None:
         raise UsageError(
             f"{model.model}: not on this machine, neither a folder nor in the Hugging Face cache.",
