@@ -142,6 +142,69 @@ def test_a_path_to_a_model_where_nothing_is(shell: Shell, path: str) -> None:
     assert not (shell.state_home / "vllm-sleep-tui" / "logs").exists()  # nothing was launched
 
 
+@pytest.mark.parametrize("words", [("--all",), ("bad", "a", "c")])
+def test_one_bad_model_is_named_and_the_others_start(shell: Shell, words: tuple[str, ...]) -> None:
+    shell.write({"a": MODEL, "bad": MODEL | {"model": "/nowhere/at/all"}, "c": MODEL})
+    done = shell.run("start", *words)
+    assert done.returncode == 1
+    assert "models.bad.model: there is no /nowhere/at/all." in done.stderr
+    assert (shell.runs("a"), shell.runs("bad"), shell.runs("c")) == (True, False, True)
+
+
+def test_if_all_are_bad_nothing_is_tried_and_each_is_named(shell: Shell) -> None:
+    shell.write({name: MODEL | {"model": f"/nowhere/{name}"} for name in ("b", "c")})
+    what, _ = shell.refused("start", "--all", code=2)
+    assert "/nowhere/b" in what
+    assert "/nowhere/c" in what
+
+
+def test_a_restart_ends_nothing_that_could_not_start_again(shell: Shell) -> None:
+    shell.write({"a": MODEL, "b": MODEL})
+    assert shell.run("start", "--all").returncode == 0
+    shell.write({"a": MODEL | {"model": "/nowhere/at/all"}, "b": MODEL})
+    done = shell.run("restart", "a", "b")
+    assert done.returncode == 1
+    assert "there is no /nowhere/at/all." in done.stderr
+    assert shell.runs("a")
+    assert shell.runs("b")
+
+
+def test_somebody_elses_server_keeps_nobody_from_starting_or_stopping(shell: Shell) -> None:
+    shell.write({"far": {"url": "http://127.0.0.1:9"}, "a": MODEL})
+    for verb, runs in (("start", True), ("restart", True), ("stop", False)):
+        done = shell.run(verb, "far", "a")
+        assert done.returncode == 1
+        assert "not ours to start or stop" in done.stderr
+        assert shell.runs("a") is runs
+
+
+LARGE = MODEL | {"model": "sim/17GiB"}
+
+
+@pytest.mark.parametrize(
+    ("large", "says"),
+    [
+        (LARGE, "no GPU memory is left for the KV cache"),
+        (MODEL | {"model": "sim/14GiB", "args": {"max-model-len": 200_000}}, "needs 58.67 GiB of KV cache"),
+    ],
+)
+def test_a_cure_names_no_setting_that_is_planned(shell: Shell, large: dict[str, Any], says: str) -> None:
+    shell.write({"a": large, "b": MODEL, "c": MODEL, "d": MODEL})
+    what, cure = shell.refused("start", "a", code=1)
+    assert says in what
+    assert "gpu-memory-utilization" not in cure
+    assert "take a model of its GPU out of the config" in cure
+    status = json.loads(shell.run("status", "--json").stdout)
+    assert status["models"][0]["cure"] == cure
+
+
+def test_a_cure_names_the_share_that_the_config_sets(shell: Shell) -> None:
+    args = LARGE["args"] | {"gpu-memory-utilization": 0.5}
+    shell.write({"a": LARGE | {"args": args}})
+    _, cure = shell.refused("start", "a", code=1)
+    assert cure.startswith("Raise `gpu-memory-utilization`")
+
+
 def test_a_folder_that_is_no_model(shell: Shell) -> None:
     (shell.folder / "weights").mkdir()
     shell.write({"a": MODEL | {"model": "./weights"}})

@@ -246,3 +246,22 @@ async def test_offline_nothing_is_fetched(
         await fleet.start(["m"])  # vLLM's own business
         await fleet.stop(["m"], force=True)
     assert not (tmp_path / "calls").exists()
+
+
+async def test_names_in_an_index_are_files_and_never_options_or_places_elsewhere(
+    loaded: LoadedConfig, hub: Callable[[dict[str, str]], None], tmp_path: Path
+) -> None:
+    names = [
+        "--local-dir=x.safetensors",
+        "../../x.safetensors",
+        "/tmp/x.safetensors",
+        "model-1-of-2.safetensors",
+    ]
+    weight_map = {str(number): name for number, name in enumerate(names)}
+    hub({"model.safetensors.index.json": json.dumps({"weight_map": weight_map}), **SHARDS})
+    async with Fleet(loaded, tmp_path / "state") as fleet:
+        await fleet.start(["m"])
+        await fleet.stop(["m"], force=True)
+    calls = (tmp_path / "calls").read_text()
+    assert "model-1-of-2.safetensors" in calls
+    assert "x.safetensors" not in calls

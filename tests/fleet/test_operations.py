@@ -204,6 +204,22 @@ async def test_a_start_that_fails_names_the_cause_from_the_log(box: MakeBox) -> 
         assert failed.vram_bytes == 0
 
 
+async def test_after_a_start_that_failed_over_its_plan_the_forecast_does_not_promise_it_again(
+    box: MakeBox,
+) -> None:
+    small = {name: {"model": "sim/1GiB"} for name in ("b", "c", "d")}
+    long = {"model": "sim/14GiB", "args": {"max-model-len": 200_000}}
+    async with box({"large": {"model": "sim/17GiB"}, "long": long, **small}).open() as fleet:
+        assert fleet.predict("large").action == "start"
+        for name in ("large", "long"):
+            with pytest.raises(OperationError):
+                await fleet.start([name])
+        large = fleet.predict("large")
+        assert large.action == "refused"
+        assert large.sentence.startswith("Does not fit: its weights take 17.0 GiB of GPU 0")
+        assert "Its last start failed with the same settings." in fleet.predict("long").sentence
+
+
 async def test_a_model_that_cannot_fit_is_refused_with_the_numbers(box: MakeBox) -> None:
     models = {"a": {"model": "sim/1GiB", "args": {"gpu-memory-utilization": 1.0}}}
     async with box(models).open() as fleet:

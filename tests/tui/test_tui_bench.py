@@ -55,7 +55,7 @@ async def test_a_run_shows_a_bar_as_each_switch_ends_and_is_listed_afterwards(
         await until_seen(pilot, "enter → qwen")
 
 
-async def test_escape_stops_a_run_at_a_safe_point_and_another_leaves_the_screen(
+async def test_escape_asks_stops_a_run_at_a_safe_point_and_another_leaves_the_screen(
     demo: LoadedConfig, tmp_path: Path
 ) -> None:
     async with real_panel(demo, tmp_path / "state") as (pilot, _):
@@ -64,6 +64,11 @@ async def test_escape_stops_a_run_at_a_safe_point_and_another_leaves_the_screen(
         await pilot.press("y")
         await until_seen(pilot, "bench begins")
         await pilot.press("escape")
+        await until_seen(pilot, "Stop the benchmark?", "what it measured is kept")
+        await pilot.press("escape")
+        await until(pilot, lambda: "Stop the benchmark?" not in text_of(pilot.app), "the question gone")
+        assert "bench stops" not in text_of(pilot.app)
+        await pilot.press("escape", "y")
         await until(pilot, lambda: "The benchmark was stopped" in text_of(pilot.app), "its end", limit=60)
         await until_seen(pilot, "What to measure", "qwen ⇄ phi  unfinished")
         await pilot.press("escape")
@@ -77,7 +82,7 @@ async def test_an_unfinished_result_can_be_gone_on_with(demo: LoadedConfig, tmp_
         await until_seen(pilot, "Run the benchmark?")
         await pilot.press("y")
         await until(pilot, lambda: "1  – → qwen" in text_of(pilot.app), "a switch", limit=60)
-        await pilot.press("escape")
+        await pilot.press("escape", "y")
         await until(pilot, lambda: "The benchmark was stopped" in text_of(pilot.app), "its end", limit=60)
         await until_seen(pilot, "unfinished")
         await pilot.press("tab", "down", "enter", "r")
@@ -85,6 +90,16 @@ async def test_an_unfinished_result_can_be_gone_on_with(demo: LoadedConfig, tmp_
         await pilot.press("g")
         await until(pilot, lambda: "The benchmark is done." in text_of(pilot.app), "its end", limit=120)
         await until(pilot, lambda: "unfinished" not in text_of(pilot.app), "the list")
+
+
+async def test_a_run_goes_on_when_escape_only_leaves_the_screen(demo: LoadedConfig, tmp_path: Path) -> None:
+    async with real_panel(demo, tmp_path / "state") as (pilot, _):
+        await pilot.press("b", "r")
+        await until_seen(pilot, "Run the benchmark?")
+        await pilot.press("y")
+        await until_seen(pilot, "bench begins")
+        await pilot.press("escape", "l")
+        await until_seen(pilot, "enter → qwen", "vllm-sleep-tui   bench ")
 
 
 async def test_quitting_tells_that_a_benchmark_runs(demo: LoadedConfig, tmp_path: Path) -> None:

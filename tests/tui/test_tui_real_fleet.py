@@ -99,3 +99,16 @@ async def test_escape_during_a_start_leaves_the_model_stopped(demo: LoadedConfig
         await pilot.press("escape")
         await until(pilot, lambda: "○ stopped" in row_of(pilot, "qwen"), "qwen stopped")
         assert "did not work" not in text_of(pilot.app)
+
+
+async def test_a_refusal_is_over_when_somebody_has_done_what_it_asked_for(
+    demo: LoadedConfig, tmp_path: Path
+) -> None:
+    async with real_panel(demo, tmp_path / "state") as (pilot, _):
+        await pilot.press("w")
+        await until_seen(pilot, "waking qwen did not work", "Start it (key u, or `start qwen`).")
+        async with Fleet(demo, tmp_path / "state") as other:
+            await other.start(["qwen"])
+        await until(pilot, lambda: "● awake" in row_of(pilot, "qwen"), "qwen awake")
+        await until(pilot, lambda: "waking qwen did not work" not in text_of(pilot.app), "its end")
+        assert "!" not in row_of(pilot, "qwen")

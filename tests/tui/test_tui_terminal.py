@@ -98,3 +98,17 @@ def test_a_signal_ends_the_panel_cleanly(terminal: Terminal, number: signal.Sign
     terminal.process.send_signal(number)
     assert terminal.end() == 0
     assert b"\x1b[?1049l" in terminal.written
+
+
+def test_escape_asks_before_it_ends_a_benchmark(terminal: Terminal) -> None:
+    terminal.wait_for("SIMULATED", "qwen", "phi", "GPU 1")
+    terminal.press("b")
+    terminal.wait_for("What to measure")
+    terminal.press("r")
+    terminal.wait_for("Run the benchmark?")
+    terminal.press("y")
+    terminal.wait_for("bench")
+    terminal.press("\x1b")
+    terminal.wait_for("Stop the benchmark?")
+    terminal.press("y")
+    terminal.wait_for("The benchmark was stopped")

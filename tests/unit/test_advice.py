@@ -13,7 +13,7 @@ from vllm_sleep_tui.fleet.budget import MARGIN
 from vllm_sleep_tui.fleet.estimate import ACTIVATIONS
 from vllm_sleep_tui.fleet.figures import Figures, Machine
 from vllm_sleep_tui.fleet.footprints import AWAKE_OVERHEAD, GIB
-from vllm_sleep_tui.fleet.sharing import largest_set, share_out
+from vllm_sleep_tui.fleet.sharing import asleep_on, largest_set, share_out
 
 
 def gib(size: float) -> int:
@@ -202,7 +202,7 @@ def test_a_cache_that_is_advised_fits_and_passes_vllms_check(
     found: list[tuple[int, int, int, int]],
 ) -> None:
     there = generated(found)
-    sharing = share_out(H100, there, there[:2])
+    sharing = share_out(H100, asleep_on(H100, there), there[:2])
     if sharing is None:
         return
     total = H100.totals[0]

@@ -482,6 +482,27 @@ async def test_an_answer_that_stalls_is_given_up_by_its_own_limit(server: Server
         await collect(client, stall_timeout=0.1)
 
 
+@pytest.mark.parametrize("begun", [b"", b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'])
+@pytest.mark.parametrize("comment", [b": keep-alive\n\n", b":", b"event: ping\nid: 1\n", b"dat"])
+async def test_what_is_no_event_keeps_no_answer_alive(
+    server: Server, client: VllmClient, begun: bytes, comment: bytes
+) -> None:
+    async def keep_alive(writer: asyncio.StreamWriter) -> None:
+        head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+        writer.write(head + (b"%x\r\n%b\r\n" % (len(begun), begun) if begun else b""))
+        while True:  # until the client hangs up
+            writer.write(b"%x\r\n%b\r\n" % (len(comment), comment))
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    server.replies["POST /v1/chat/completions"] = keep_alive
+
+    async with asyncio.timeout(20):
+        with pytest.raises(EngineTimeout, match=r"within 0\.2 s"):
+            await collect(client, first_timeout=5 if begun else 0.2, stall_timeout=0.2)
+        await server.hung_up.wait()
+
+
 async def test_closing_the_stream_hangs_up_so_that_vllm_stops(server: Server, client: VllmClient) -> None:
     server.stream(
         "POST /v1/chat/completions", b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n', then_hang=True

@@ -106,7 +106,7 @@ def _estimate(name: str, loaded: LoadedConfig | None) -> Estimate:
         checkpoint_of(model, here())
     except UsageError as error:
         known = f" In the config: {', '.join(loaded.config.models)}." if loaded else ""
-        raise UsageError(error.what, error.cure + "." + known if known else error.cure) from None
+        raise UsageError(error.what, f"{error.cure.rstrip('.')}.{known}" if known else error.cure) from None
     gpu = _first_gpu(loaded)
     vllm = find_command(loaded.config.vllm_command, os.environ) if loaded else None
     return estimate(

@@ -18,10 +18,12 @@ class Cause:
     pattern: re.Pattern[str]
     reason: str
     cure: str
+    planned: str = ""
+    """The cure where `gpu-memory-utilization` is planned by the panel instead of set; empty: the same."""
 
 
-def _cause(pattern: str, reason: str, cure: str) -> Cause:
-    return Cause(re.compile(pattern), reason, cure)
+def _cause(pattern: str, reason: str, cure: str, planned: str = "") -> Cause:
+    return Cause(re.compile(pattern), reason, cure, planned)
 
 
 _COMMAND_LINE = (
@@ -177,11 +179,13 @@ _MEMORY = (
         r"than desired GPU memory utilization \((?P<share>[\d.]+), (?P<wanted>[\d.]+) GiB\)",
         "Not enough free GPU memory to start: {free} of {total} GiB are free, {wanted} GiB are asked for.",
         "Put other models to sleep, end other programs on the GPU, or lower `gpu-memory-utilization`.",
+        "Put other models to sleep or end other programs on the GPU; its share of it is planned anew then.",
     ),
     _cause(
         r"Free memory on device",
         "Not enough free GPU memory to start.",
         "Put other models to sleep, end other programs on the GPU, or lower `gpu-memory-utilization`.",
+        "Put other models to sleep or end other programs on the GPU; its share of it is planned anew then.",
     ),
     _cause(
         r"max seq len \((?P<length>\d+)\)[^\n]*?\((?P<need>[\d.]+) GiB KV cache is needed[^\n]*?"
@@ -189,16 +193,22 @@ _MEMORY = (
         r"(?:[^\n]*?estimated maximum model length is (?P<most>\d+))?",
         "`max-model-len` {length} needs {need} GiB of KV cache and {room} GiB are there.",
         "Set `max-model-len` to at most {most}, or raise `gpu-memory-utilization`.",
+        "Set `max-model-len` to at most {most}, or take a model of its GPU out of the config: its share is "
+        "planned so that the others fit beside it asleep.",
     ),
     _cause(
         r"larger than the available KV cache memory",
         "The KV cache has no room for one request of `max-model-len` tokens.",
         "Lower `max-model-len`, or raise `gpu-memory-utilization`.",
+        "Lower `max-model-len`, or take a model of its GPU out of the config: its share is planned so that "
+        "the others fit beside it asleep.",
     ),
     _cause(
         r"No available memory for the cache blocks",
         "After loading the weights no GPU memory is left for the KV cache.",
         "Raise `gpu-memory-utilization`, or use a smaller or quantised model.",
+        "Use a smaller or quantised model, give it more GPUs, or take a model of its GPU out of the config: "
+        "its share is planned so that the others fit beside it asleep.",
     ),
     _cause(
         r"Available memory on node \d+ \((?P<free>[\d.]+)/[\d.]+ GiB\).*requested memory for kv "
@@ -225,6 +235,7 @@ _MEMORY = (
         r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|CUDA_ERROR_OUT_OF_MEMORY",
         "The GPU ran out of memory.",
         "Lower `gpu-memory-utilization` or `max-model-len`, or put other models to sleep first.",
+        "Lower `max-model-len` or `max-num-seqs`, or put other models to sleep first.",
     ),
     _cause(
         r"DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|^MemoryError",

@@ -33,6 +33,12 @@ class Diagnosis:
 
     reason: str
     cure: str
+    planned: str = ""
+    """What to do where the panel plans `gpu-memory-utilization`; empty: the same."""
+
+    def for_planned(self) -> Diagnosis:
+        """The same for a model whose share of the GPU is planned: it does not name that setting."""
+        return Diagnosis(self.reason, self.planned or self.cure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,8 @@ def _known(causes: tuple[Cause, ...], texts: list[str]) -> Diagnosis | None:
         for text in texts:
             if found := cause.pattern.search(text):
                 groups = {name: value or "?" for name, value in found.groupdict().items()}
-                return Diagnosis(cause.reason.format(**groups), cause.cure.format(**groups))
+                sentences = (cause.reason, cause.cure, cause.planned)
+                return Diagnosis(*(sentence.format(**groups) for sentence in sentences))
     return None
 
 

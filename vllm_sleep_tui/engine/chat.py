@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -14,6 +15,7 @@ from vllm_sleep_tui.engine.failures import (
     EngineRefused,
     broken_off,
     refused,
+    timed_out,
     unreadable,
 )
 
@@ -90,14 +92,20 @@ def refusal(error: EngineError) -> EngineError:
     return error
 
 
-async def deltas(parts: AsyncGenerator[bytes, None], where: str) -> AsyncGenerator[ChatDelta, None]:
+async def deltas(
+    parts: AsyncGenerator[bytes, None], where: str, *, first_timeout: float, stall_timeout: float
+) -> AsyncGenerator[ChatDelta, None]:
     """The deltas of a stream of server-sent events; one that ends early raises EngineUnreachable.
 
+    EngineTimeout is raised if no event comes for `first_timeout` seconds, or `stall_timeout` after the first.
     An error in the middle is a last delta with `error` set: its status was 200 long before.
     """
     pending = b""
+    loop = asyncio.get_running_loop()
+    limit = first_timeout
+    deadline = loop.time() + limit
     async with aclosing(parts):
-        async for part in parts:
+        while (part := await _before(deadline, parts, where, limit)) is not None:
             *lines, pending = (pending + part).split(b"\n")
             if len(pending) > MAX_EVENT_BYTES:
                 raise unreadable(REQUEST, pending)
@@ -108,7 +116,21 @@ async def deltas(parts: AsyncGenerator[bytes, None], where: str) -> AsyncGenerat
                 yield delta
                 if delta.error is not None:
                     return
+                # Only an event moves the limit: vLLM sends comments while its engine stands still, too.
+                limit = stall_timeout
+                deadline = loop.time() + limit
     raise broken_off(where, REQUEST)
+
+
+async def _before(
+    deadline: float, parts: AsyncGenerator[bytes, None], where: str, limit: float
+) -> bytes | None:
+    """The next part; None at the end. Raises EngineTimeout, which names `limit`, at the loop's `deadline`."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await anext(parts, None)
+    except TimeoutError:
+        raise timed_out(where, REQUEST, limit) from None
 
 
 def _payloads(lines: Sequence[bytes]) -> Iterator[bytes]:

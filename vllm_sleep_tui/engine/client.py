@@ -225,6 +225,8 @@ class VllmClient:
     ) -> AsyncGenerator[ChatDelta, None]:
         """Stream an answer; close the generator to stop it.
 
+        `first_timeout` covers everything up to the first event: a sleeping vLLM sends status 200 and headers
+        at once, then nothing, or with `sse-keep-alive-interval` comments without an end.
         It goes without the secret: it counts as in flight and a closed gate answers 503.
         """
         body = chat_body(messages, model, params or {})
@@ -232,10 +234,8 @@ class VllmClient:
             "/v1/chat/completions",
             headers=self._plain | JSON,
             body=body,
-            first_timeout=first_timeout,
-            stall_timeout=stall_timeout,
         )
-        return deltas(parts, self._wire.where)
+        return deltas(parts, self._wire.where, first_timeout=first_timeout, stall_timeout=stall_timeout)
 
     async def _get(self, path: str, kind: type[Decoded], timeout: float) -> Decoded:
         return _decode(f"GET {path}", await self._call("GET", path, timeout=timeout), kind)

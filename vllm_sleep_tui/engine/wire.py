@@ -106,41 +106,22 @@ class Wire:
         return answer
 
     async def stream(
-        self,
-        target: str,
-        *,
-        headers: Mapping[str, str],
-        body: bytes,
-        first_timeout: float,
-        stall_timeout: float,
+        self, target: str, *, headers: Mapping[str, str], body: bytes
     ) -> AsyncGenerator[bytes, None]:
         """POST `body` and yield the answer as it comes; an error answer raises EngineRefused.
 
-        `first_timeout` covers everything up to the first bytes of the answer: a sleeping vLLM sends
-        status 200 and headers at once, then nothing. Closing the generator closes the connection,
-        which makes vLLM abort the request.
+        It has no limit of its own: only who reads the parts knows which of them are progress. Closing the
+        generator closes the connection, which makes vLLM abort the request.
         """
         request = self._request("POST", target, headers, body)
         name = _name(request)
-        waited = first_timeout
-        deadline = asyncio.get_running_loop().time() + first_timeout
         response: httpx.Response | None = None
         try:
-            async with asyncio.timeout_at(deadline):
-                response = await self._single.handle_async_request(request)
-                if response.status_code != 200:
-                    raise refused(response.status_code, await _read(response))
-            parts = aiter(_stream_of(response))
-            while True:
-                async with asyncio.timeout_at(deadline):
-                    part = await anext(parts, None)
-                if part is None:
-                    return
+            response = await self._single.handle_async_request(request)
+            if response.status_code != 200:
+                raise refused(response.status_code, await _read(response))
+            async for part in _stream_of(response):
                 yield part
-                waited = stall_timeout
-                deadline = asyncio.get_running_loop().time() + stall_timeout
-        except TimeoutError:
-            raise timed_out(self.where, name, waited) from None
         except httpx.ConnectError:
             raise unreachable(self.where, name) from None
         except httpx.TransportError:

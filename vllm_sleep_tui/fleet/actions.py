@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.versions import capabilities
@@ -152,17 +152,49 @@ async def wake(core: Core, name: str, operation: Operation) -> None:
 
 
 async def start_all(core: Core, names: Sequence[str], operation: Operation) -> None:
-    """Start models, those that share a GPU one after another, others side by side; the first ends awake."""
-    for name in names:
-        attached.refuse_control(core, name)
-        check_startable(core, name)
+    """Start models, those that share a GPU one after another, others side by side; the first ends awake.
+
+    Whoever cannot be started is left out, and named in what is raised once the others have.
+    """
+    chosen, errors = startable(core, names)
     if len(names) == 1:
         await start(core, names[0], operation)
         return
+    for name in names:
+        if name not in chosen:
+            operation.tell(name, "left out", "it cannot be started as the config has it")
     results = await asyncio.gather(
-        *(start_group(core, group, operation) for group in groups(core, names)), return_exceptions=True
+        *(start_group(core, group, operation) for group in groups(core, chosen)), return_exceptions=True
     )
-    raise_worst([error for found in results for error in (found if isinstance(found, list) else [found])])
+    failed = [error for found in results for error in (found if isinstance(found, list) else [found])]
+    raise_worst([*errors, *failed])
+
+
+def startable(core: Core, names: Sequence[str]) -> tuple[list[str], list[PanelError]]:
+    """The models that the config lets start, and why the others cannot; raises that if none can."""
+
+    def check(name: str) -> None:
+        attached.refuse_control(core, name)
+        check_startable(core, name)
+
+    return sifted(names, check)
+
+
+def sifted(names: Sequence[str], check: Callable[[str], None]) -> tuple[list[str], list[PanelError]]:
+    """The names that pass `check`, and what it raised for the others; raises that if none passes."""
+    chosen: list[str] = []
+    errors: list[PanelError] = []
+    for name in names:
+        try:
+            check(name)
+        except PanelError as error:
+            errors.append(error)
+        else:
+            chosen.append(name)
+    if errors and not chosen:
+        first = errors[0]
+        raise type(first)(with_others(errors), first.cure)
+    return chosen, errors
 
 
 def groups(core: Core, names: Sequence[str]) -> list[list[str]]:
@@ -204,9 +236,14 @@ def raise_worst(errors: Sequence[BaseException | None]) -> None:
         if not isinstance(error, PanelError) or isinstance(error, CancelledByUser):
             raise error
     if real:
-        first, *rest = [error for error in real if isinstance(error, PanelError)]
-        more = "".join(f" Also: {error.what}" for error in rest)
-        raise OperationError(f"{first.what}{more}", first.cure)
+        known = [error for error in real if isinstance(error, PanelError)]
+        raise OperationError(with_others(known), known[0].cure)
+
+
+def with_others(errors: Sequence[PanelError]) -> str:
+    """What is wrong first, and after it, each once, what else is."""
+    first, *rest = dict.fromkeys(error.what for error in errors)
+    return f"{first}{''.join(f' Also: {what}' for what in rest)}"
 
 
 async def start(core: Core, name: str, operation: Operation) -> None:
@@ -275,14 +312,20 @@ def check_can_sleep(core: Core, record: Record, level: int) -> None:
 
 
 async def stop_all(core: Core, names: Sequence[str], operation: Operation, force: bool) -> None:
-    """Stop models; a start under way, anybody's of this user, is broken off."""
-    for name in names:
+    """Stop models; a start under way, anybody's of this user, is broken off.
+
+    One that is not ours to stop is left out, and named in what is raised once the others have stopped.
+    """
+
+    def check(name: str) -> None:
         if not attached.has_own_server(core, name):
             attached.refuse_control(core, name)
+
+    chosen, errors = sifted(names, check)
     results = await asyncio.gather(
-        *(stop(core, name, operation, force=force) for name in names), return_exceptions=True
+        *(stop(core, name, operation, force=force) for name in chosen), return_exceptions=True
     )
-    raise_worst(results)
+    raise_worst([*errors, *results])
 
 
 async def stop(core: Core, name: str, operation: Operation, *, force: bool) -> None:

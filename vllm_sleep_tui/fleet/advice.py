@@ -16,7 +16,7 @@ from vllm_sleep_tui.fleet.core import Core, gib
 from vllm_sleep_tui.fleet.figures import Figures, Machine, read_figures, read_machine
 from vllm_sleep_tui.fleet.footprints import AWAKE_OVERHEAD, GIB
 from vllm_sleep_tui.fleet.predict import time_text
-from vllm_sleep_tui.fleet.sharing import GpuAdvice, listed, on_gpu, share_out
+from vllm_sleep_tui.fleet.sharing import GpuAdvice, asleep_on, listed, on_gpu, share_out
 
 RARELY = 1.0
 """Switches a day below which a sleeper's memory is not worth its time."""
@@ -32,6 +32,7 @@ class Verdict(StrEnum):
     ALONE = "run alone"
     TOO_LARGE = "does not fit"
     UNKNOWN = "start it once"
+    UNREADABLE = "broken files"
     ATTACHED = "not ours"
 
 
@@ -69,8 +70,9 @@ def advise_fleet(core: Core, per_day: Mapping[str, float] | None = None) -> Advi
 
 def advise(machine: Machine, models: Sequence[Figures]) -> Advice:
     """Say what to do with each model and each GPU."""
-    gpus = tuple(on_gpu(machine, models, gpu) for gpu in sorted(machine.totals))
-    early = {figures.name: _without_ram(machine, models, gpus, figures) for figures in models}
+    residues = asleep_on(machine, models)
+    gpus = tuple(on_gpu(machine, residues, models, gpu) for gpu in sorted(machine.totals))
+    early = {figures.name: _without_ram(machine, residues, models, gpus, figures) for figures in models}
     sleepers = [figures for figures in models if early[figures.name] is None]
     levels = _levels(machine, models, gpus, sleepers)
     return Advice(models=tuple(early[f.name] or levels[f.name] for f in models), gpus=gpus)
@@ -80,7 +82,11 @@ def advise(machine: Machine, models: Sequence[Figures]) -> Advice:
 
 
 def _without_ram(
-    machine: Machine, models: Sequence[Figures], gpus: Sequence[GpuAdvice], figures: Figures
+    machine: Machine,
+    residues: Mapping[int, int],
+    models: Sequence[Figures],
+    gpus: Sequence[GpuAdvice],
+    figures: Figures,
 ) -> ModelAdvice | None:
     """The advice where it does not hang on RAM; None: it sleeps at some level."""
     if figures.is_attached:
@@ -90,6 +96,8 @@ def _without_ram(
     if not figures.awake or not set(figures.gpus) <= set(machine.totals):
         why = "Its GPUs' memory is not known, and it has not run here."
         return _advice(figures, Verdict.UNKNOWN, why, None)
+    if figures.unreadable is not None:
+        return _advice(figures, Verdict.UNREADABLE, f"Its files tell nothing: {figures.unreadable}", None)
     neighbours = _neighbours(models, figures)
     if (large := _too_large(machine, figures)) is not None:
         return _advice(figures, Verdict.TOO_LARGE, large, None)
@@ -97,7 +105,7 @@ def _without_ram(
         why = f"It is the only model of {_gpus(figures.gpus)}: a sleep would make room for nobody."
         return _advice(figures, Verdict.ALONE, why)
     return (
-        _company(machine, models, gpus, figures, neighbours)
+        _company(machine, residues, gpus, figures, neighbours)
         or _crowded_out(machine, figures, neighbours)
         or _hardly_used(figures)
         or _unmeasured(figures)
@@ -120,7 +128,7 @@ def _too_large(machine: Machine, figures: Figures) -> str | None:
 
 def _company(
     machine: Machine,
-    models: Sequence[Figures],
+    residues: Mapping[int, int],
     gpus: Sequence[GpuAdvice],
     figures: Figures,
     neighbours: Sequence[Figures],
@@ -128,11 +136,10 @@ def _company(
     """It can stay awake beside all its neighbours, as it is or with smaller caches."""
     own = [gpu for gpu in gpus if gpu.index in figures.gpus]
     names = tuple(neighbour.name for neighbour in neighbours)
-    if all({figures.name, *names} <= set(gpu.together) for gpu in own):
+    if all(set(gpu.together).issuperset((figures.name, *names)) for gpu in own):
         why = f"It fits awake beside {listed(names)} on {_gpus(figures.gpus)}: nobody has to make room."
         return _advice(figures, Verdict.TOGETHER, why, beside=names)
-    chosen = [each for each in models if each is figures or each in neighbours]
-    sharing = share_out(machine, models, chosen)
+    sharing = share_out(machine, residues, [figures, *neighbours])
     if sharing is None or not sharing.is_comfortable:
         return None
     cache = gib(sharing.kv_cache_memory_bytes[figures.name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLE
+from vllm_sleep_tui.errors import UsageError
+from vllm_sleep_tui.fleet.model_files import main_snapshot, read_config
 from vllm_sleep_tui.telemetry.gpus import GpuReading
 from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_of, user_of
 
@@ -173,24 +174,23 @@ def find_models(cache: Path) -> tuple[CachedModel, ...]:
 def _snapshot(folder: Path) -> Path | None:
     """The snapshot of `main`, else any, that has a config.json."""
     snapshots = _folders(folder / "snapshots")
-    try:
-        main = folder / "snapshots" / (folder / "refs/main").read_text(encoding="utf-8").strip()
+    if (main := main_snapshot(folder)) is not None:  # there may be a snapshot of a revision alone
         snapshots.insert(0, main)
-    except OSError:
-        pass  # a snapshot of a revision alone
-    return next((path for path in snapshots if (path / "config.json").is_file()), None)
+    return next((path for path in snapshots if os.path.isfile(path / "config.json")), None)
 
 
 def _model(name: str, snapshot: Path) -> CachedModel:
-    size = sum(
-        path.stat().st_size for path in snapshot.iterdir() if path.suffix in WEIGHTS and path.is_file()
-    )
     try:
-        config = json.loads((snapshot / "config.json").read_bytes())
-        architectures = config.get("architectures") or []
-    except (OSError, ValueError, AttributeError):
-        architectures = []
-    generates = any(str(architecture).endswith(GENERATES) for architecture in architectures)
+        weights = [path for path in snapshot.iterdir() if path.suffix in WEIGHTS and os.path.isfile(path)]
+        size = sum(map(os.path.getsize, weights))
+    except OSError:
+        size = 0  # it may not be looked into, or it changes
+    try:
+        architectures = read_config(snapshot / "config.json").get("architectures")
+    except UsageError:
+        architectures = None
+    named = architectures if isinstance(architectures, list) else []
+    generates = any(isinstance(one, str) and one.endswith(GENERATES) for one in named)
     return CachedModel(name=name, bytes=size, generates=generates)
 
 

@@ -13,6 +13,7 @@ from vllm_sleep_tui.engine.causes import Diagnosis, diagnose, diagnose_engine
 from vllm_sleep_tui.engine.failures import EngineRefused, EngineUnreachable
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.files import path_of
+from vllm_sleep_tui.fleet.budget import fixed_utilization
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.cures import CURES, Failure
 from vllm_sleep_tui.fleet.keeping import Word, ask_to_stop, end_members, is_kept, read_word
@@ -128,7 +129,7 @@ async def fail_as(core: Core, record: Record, failure: Failure, why: object = ""
     """The record after a failure in an operation: its row's reason, or the log's if the server died."""
     dead = await is_dead(record, why)
     reason, cure = CURES[Failure.ENGINE_DEAD].told() if dead else CURES[failure].told(why)
-    found = cause_in_log(record, read_word(core.keeper_file(record.name)))
+    found = cause_in_log(core, record, read_word(core.keeper_file(record.name)))
     if found is not None:
         reason, cure = found.reason if dead else f"{reason} {found.reason}", found.cure
     return await fail(core, record, reason, cure)
@@ -150,8 +151,15 @@ def is_whole(record: Record) -> bool:
     return all(is_alive(engine) for engine in record.engines)
 
 
-def cause_in_log(record: Record, word: Word) -> Diagnosis | None:
+def cause_in_log(core: Core, record: Record, word: Word) -> Diagnosis | None:
     """Why the server or its engine ended, as far as the log tells; None if both live or are not known."""
+    found = _told_by_log(record, word)
+    model = core.config.models.get(record.name)
+    is_planned = model is not None and bool(model.gpus) and fixed_utilization(model) is None
+    return found.for_planned() if found is not None and is_planned else found
+
+
+def _told_by_log(record: Record, word: Word) -> Diagnosis | None:
     if record.log is None or word.launch != record.launch:
         return None
     if word.exit is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from vllm_sleep_tui.fleet import budget
 from vllm_sleep_tui.fleet.checkpoint import Checkpoint, Task, find_checkpoint, read_checkpoint
 from vllm_sleep_tui.fleet.discovery import version_numbers
 from vllm_sleep_tui.fleet.footprints import AWAKE_OVERHEAD, GIB, argument
-from vllm_sleep_tui.fleet.pinning import Layout, pinned, ranks, weights_by_stage
+from vllm_sleep_tui.fleet.model_files import shown
+from vllm_sleep_tui.fleet.pinning import Layout, Spread, spread
 
 SECOND_RUNNER = frozenset(
     {
@@ -59,6 +61,10 @@ PARALLEL_START = 1.6
 """Starts on two GPUs took 106 to 182 s."""
 PIN_SECONDS_PER_GIB = 0.5
 """The first level 1 sleep, which allocates the pinned memory: 1.4 s for 3.0 GiB, 5.2 s for 10.1 measured."""
+MOST_RANKS = 1024
+"""Of tensor and of pipeline parallelism; what asks for more will not start."""
+LARGEST_NUMBER = 2**50
+"""Of a flag; no length and no size is larger."""
 KV_SECONDS_PER_GIB = 0.003
 """Mapping the KV cache, a third of a wake."""
 
@@ -119,9 +125,10 @@ def estimate(
     """
     checkpoint = checkpoint_of(model, base)
     layout = layout_of(model, checkpoint, total=total, gpu_name=gpu_name, version=version)
+    spread_out = _spread(checkpoint.folder, _stamp(checkpoint.folder), layout)
     width = 1 if str(argument(model, "kv-cache-dtype") or "").startswith("fp8") else 2
     length = whole_number(argument(model, "max-model-len")) or checkpoint.max_length
-    per_gpu = _weights_per_gpu(checkpoint, layout)
+    per_gpu = _weights_per_gpu(checkpoint, layout, spread_out)
     context = checkpoint.kv_bytes(length, width=width, ranks=layout.tensor_ranks) if length else None
     found = Estimate(
         architecture=checkpoint.architecture,
@@ -130,29 +137,31 @@ def estimate(
         parameters=checkpoint.parameters,
         max_length=length,
         checkpoint_bytes=checkpoint.weights_bytes,
-        weights_bytes=_weights(checkpoint, layout),
+        weights_bytes=checkpoint.weights_bytes if spread_out is None else spread_out.weights,
         weights_per_gpu=per_gpu,
         kv_bytes_per_token=checkpoint.kv_bytes(1, width=width, ranks=layout.tensor_ranks),
         context_bytes=_per_stage(context, layout),
         floor_per_gpu=_floor(per_gpu, _per_stage(context, layout)),
         asleep_per_gpu=_residue(model, checkpoint, layout),
-        pinned_bytes=pinned(checkpoint, layout) if checkpoint.tensors else None,
+        pinned_bytes=None if spread_out is None else spread_out.pinned,
         unknown=dict(checkpoint.unknown),
     )
     return _with_vram(found, model, layout, total, utilization)
 
 
 def checkpoint_of(model: ModelConfig, base: Path) -> Checkpoint:
-    """The model's files; raises UsageError if they are not on this machine."""
+    """What the model's files tell, without the tensors; raises UsageError if there are none to be read."""
     if model.model is None:
         raise UsageError("A server that others started has no files here.", "Ask who runs it.")
     folder = find_checkpoint(model.model, base, {**os.environ, **model.env})
+    if folder is None and model.model.startswith(("/", ".", "~")):
+        raise UsageError(f"{shown(model.model)}: holds no config.json.", "Name the folder of a model.")
     if folder is None:
         raise UsageError(
             f"{model.model}: not on this machine, neither a folder nor in the Hugging Face cache.",
             f"Fetch it first: hf download {model.model}",
         )
-    return _read(folder, _stamp(folder))
+    return _facts(folder, _stamp(folder))
 
 
 def estimated_weights(model: ModelConfig, base: Path) -> int | None:
@@ -161,7 +170,8 @@ def estimated_weights(model: ModelConfig, base: Path) -> int | None:
         checkpoint = checkpoint_of(model, base)
     except UsageError:
         return None
-    return _weights_in(checkpoint.folder, _stamp(checkpoint.folder), layout_of(model, checkpoint))
+    spread_out = _spread(checkpoint.folder, _stamp(checkpoint.folder), layout_of(model, checkpoint))
+    return checkpoint.weights_bytes if spread_out is None else spread_out.weights
 
 
 def layout_of(
@@ -186,12 +196,13 @@ def layout_of(
 def whole_number(value: object) -> int | None:
     """A number of a flag as vLLM reads it: 8192, 8k (thousands) or 8K (1,024s); None if it is none."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return value if value > 0 else None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)", str(value))
+        return value if 0 < value <= LARGEST_NUMBER else None
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)([kKmMgGtT]?)", str(value), re.ASCII)
     if match is None:
         return None
     unit = 1024 if match[2].isupper() else 1000
-    return int(float(match[1]) * unit ** (" kmgt".index(match[2].lower()) if match[2] else 0)) or None
+    number = int(float(match[1]) * unit ** (" kmgt".index(match[2].lower()) if match[2] else 0))
+    return number if 0 < number <= LARGEST_NUMBER else None
 
 
 def times(weights: int, *, checkpoint_bytes: int, kv: int, pinned_bytes: int, gpus: int) -> Times:
@@ -234,16 +245,10 @@ def _with_vram(
     return msgspec.structs.replace(found, awake_per_gpu=awake, times=expected)
 
 
-def _weights(checkpoint: Checkpoint, layout: Layout) -> int | None:
-    if not checkpoint.tensors:
-        return checkpoint.weights_bytes
-    return layout.tensor_ranks * sum(weights_by_stage(checkpoint, layout))
-
-
-def _weights_per_gpu(checkpoint: Checkpoint, layout: Layout) -> int | None:
-    if not checkpoint.tensors:
-        return None if checkpoint.weights_bytes is None else checkpoint.weights_bytes // layout.gpus
-    return max(sum(stage) for stage in ranks(checkpoint, layout))
+def _weights_per_gpu(checkpoint: Checkpoint, layout: Layout, spread_out: Spread | None) -> int | None:
+    if spread_out is not None:
+        return spread_out.fullest
+    return None if checkpoint.weights_bytes is None else checkpoint.weights_bytes // layout.gpus
 
 
 def _per_stage(size: int | None, layout: Layout) -> int | None:
@@ -265,7 +270,8 @@ def _residue(model: ModelConfig, checkpoint: Checkpoint, layout: Layout) -> int:
 
 
 def _ranks(model: ModelConfig, *names: str) -> int:
-    return next((count for name in names if (count := whole_number(argument(model, name)))), 1)
+    asked = next((count for name in names if (count := whole_number(argument(model, name)))), 1)
+    return min(asked, MOST_RANKS)
 
 
 def _second_runner(model: ModelConfig, checkpoint: Checkpoint, version: str | None) -> bool:
@@ -292,12 +298,22 @@ def _stamp(folder: Path) -> tuple[int, ...]:
         return ()
 
 
-@lru_cache(maxsize=64)
+# An operation and a panel ask often, and some models have a hundred thousand tensors: what is reckoned from
+# them is kept for all models of a large config, the tensors themselves only until the next model is read.
+
+
+@lru_cache(maxsize=1024)
+def _facts(folder: Path, stamp: tuple[int, ...]) -> Checkpoint:
+    return replace(_read(folder, stamp), tensors=())
+
+
+@lru_cache(maxsize=1024)
+def _spread(folder: Path, stamp: tuple[int, ...], layout: Layout) -> Spread | None:
+    """How the model is spread; None if it has no headers."""
+    checkpoint = _read(folder, stamp)
+    return spread(checkpoint, layout) if checkpoint.tensors else None
+
+
+@lru_cache(maxsize=2)
 def _read(folder: Path, _: tuple[int, ...]) -> Checkpoint:
     return read_checkpoint(folder)
-
-
-@lru_cache(maxsize=64)
-def _weights_in(folder: Path, stamp: tuple[int, ...], layout: Layout) -> int | None:
-    """As `_weights`, once: an operation asks often, and some models have 20,000 tensors."""
-    return _weights(_read(folder, stamp), layout)

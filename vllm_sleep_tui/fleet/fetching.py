@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -23,8 +22,10 @@ from pathlib import Path
 from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.engine.causes import diagnose
 from vllm_sleep_tui.engine.loaders import argument
+from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.core import GIB, Core
 from vllm_sleep_tui.fleet.discovery import hub_cache
+from vllm_sleep_tui.fleet.model_files import REF_LIMIT, is_weights_name, read_config, read_whole
 from vllm_sleep_tui.fleet.operation import Operation
 from vllm_sleep_tui.fleet.states import StartPhase
 from vllm_sleep_tui.text import clean
@@ -76,8 +77,8 @@ class Wanted:
         commit = self.revision or "main"
         if not _COMMIT.fullmatch(commit):
             try:
-                commit = (self.folder / "refs" / commit).read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError, ValueError):
+                commit = read_whole(self.folder / "refs" / commit, REF_LIMIT).decode().strip()
+            except (UsageError, UnicodeDecodeError):
                 return None
         return self.folder / "snapshots" / commit
 
@@ -96,10 +97,9 @@ class Wanted:
         if root is None:
             return None
         try:
-            with (root / INDEX).open("rb") as file:
-                found = json.loads(file.read(INDEX_BYTES))["weight_map"].values()
-            return sorted({name for name in found if isinstance(name, str)}) or None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            found = read_config(root / INDEX, INDEX_BYTES)["weight_map"].values()
+            return sorted({name for name in found if isinstance(name, str) and is_weights_name(name)}) or None
+        except (UsageError, KeyError, TypeError, AttributeError):
             return None
 
     def is_here(self) -> bool:

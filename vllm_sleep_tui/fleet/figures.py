@@ -10,12 +10,13 @@ from pathlib import Path
 from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet import budget
+from vllm_sleep_tui.fleet.checkpoint import find_checkpoint
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.discovery import find_command
 from vllm_sleep_tui.fleet.estimate import ACTIVATIONS, Estimate, Times, estimate, times
 from vllm_sleep_tui.fleet.footprints import AWAKE_OVERHEAD, GIB, Footprint
 from vllm_sleep_tui.fleet.levels import why_no_level2
-from vllm_sleep_tui.fleet.planning import GpuMemory, held_here, read_memory, share_of
+from vllm_sleep_tui.fleet.planning import held_here, read_memory, shares_of
 from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.telemetry.host import host_memory
 
@@ -50,6 +51,8 @@ class Figures:
     """Why level 2 would lose something, in words."""
     per_day: float | None = None
     """Switches to it a day, once a week of them is known."""
+    unreadable: str | None = None
+    """Why its files are no checkpoint, in a sentence, of a model that has not run here."""
 
     @property
     def fixed(self) -> int | None:
@@ -97,15 +100,18 @@ def read_figures(core: Core, per_day: Mapping[str, float] | None = None) -> list
     memory = read_memory(core, {gpu for model in core.config.models.values() for gpu in model.gpus})
     vllm = find_command(core.config.vllm_command, os.environ)
     version = vllm.version if vllm else None
-    return [_figures(core, name, memory, version, (per_day or {}).get(name)) for name in core.config.models]
+    shares = shares_of(core, [key for key, model in core.config.models.items() if model.model], memory)
+    return [
+        _figures(core, name, shares.get(name), version, (per_day or {}).get(name))
+        for name in core.config.models
+    ]
 
 
 def _figures(
-    core: Core, name: str, memory: Mapping[int, GpuMemory], version: str | None, per_day: float | None
+    core: Core, name: str, share: float | None, version: str | None, per_day: float | None
 ) -> Figures:
     model, known = core.model(name), core.footprint(name)
-    share = share_of(core, name, {gpu: memory[gpu] for gpu in model.gpus}) if model.model else None
-    expected = _estimate(core, model, share, version)
+    expected, unreadable = _estimate(core, model, share, version)
     seconds = _times(known, expected.times or _times_of(known, model))
     pinned = known.pinned or expected.pinned_bytes or budget.pinned_estimate(known, expected.weights_bytes)
     awake = _awake(core, model, known, expected, share)
@@ -128,17 +134,22 @@ def _figures(
         estimated=frozenset({"memory", "pinned", *seconds} - measured),
         no_level2=why_no_level2(model, version, core.loaded.path.parent),
         per_day=per_day,
+        unreadable=None if known.weights or known.pinned else unreadable,
     )
 
 
-def _estimate(core: Core, model: ModelConfig, share: float | None, version: str | None) -> Estimate:
-    """The estimate; an empty one if the files are not here."""
+def _estimate(
+    core: Core, model: ModelConfig, share: float | None, version: str | None
+) -> tuple[Estimate, str | None]:
+    """The estimate, an empty one without files; and why the files that are here are no checkpoint."""
     total = min((size for gpu in model.gpus if (size := core.total(gpu))), default=None)
     base: Path = core.loaded.path.parent
     try:
-        return estimate(model, base, total=total, utilization=share, version=version)
-    except UsageError:
-        return Estimate()
+        found = estimate(model, base, total=total, utilization=share, version=version)
+    except UsageError as error:
+        is_here = model.model is not None and find_checkpoint(model.model, base, os.environ | model.env)
+        return Estimate(), error.what if is_here else None
+    return found, found.unknown.get("weights")
 
 
 def _times(known: Footprint, expected: Times | None) -> dict[str, float | None]:

@@ -175,8 +175,9 @@ class Fleet:
     async def restart(
         self, names: Sequence[str], *, force: bool = False, report: Report | None = None
     ) -> None:
-        """Stop, then start."""
-        await self.stop(names, force=force, report=report)
+        """Stop, then start; one that could not be started again is left as it is, and named in the end."""
+        chosen, _ = await asyncio.to_thread(actions.startable, self._core, names)
+        await self.stop(chosen, force=force, report=report)
         await self.start(names, report=report)
 
     async def sleep(

@@ -10,9 +10,9 @@ from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.engine.loaders import RELOADS_SINCE, why_no_reload
 from vllm_sleep_tui.engine.versions import release_of
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.fleet.checkpoint import find_checkpoint, read_checkpoint
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.discovery import find_command
+from vllm_sleep_tui.fleet.estimate import checkpoint_of
 from vllm_sleep_tui.fleet.footprints import argument
 from vllm_sleep_tui.fleet.states import RUNNING
 
@@ -50,7 +50,6 @@ def _quantization(model: ModelConfig, version: str | None, base: Path) -> str | 
     release = release_of(version or "")
     if release is None or release >= RELOADS_SINCE["bitsandbytes"]:
         return None
-    folder = find_checkpoint(model.model or "", base, {**os.environ, **model.env})
     with contextlib.suppress(UsageError):
-        return read_checkpoint(folder).quantization if folder else None
+        return checkpoint_of(model, base).quantization
     return None

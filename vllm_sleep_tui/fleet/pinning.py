@@ -18,6 +18,7 @@ import re
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vllm_sleep_tui.fleet.checkpoint import Checkpoint, Tensor
 
@@ -49,6 +50,8 @@ ENDS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "lm_head.
 _EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(.*)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _OTHER_MEDIA = ("vision", "visual", "audio")
+_NAMES = 16_384
+"""Names of tensors that are taken apart once: most models call them the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +73,28 @@ class Layout:
         return self.tensor_ranks * self.pipeline_ranks
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """What a model takes as it is spread, in bytes."""
+
+    weights: int
+    """Over all GPUs, as vLLM logs them ("Model loading took")."""
+    fullest: int
+    """Of what sleeps on the fullest GPU, the sampler's tables included."""
+    pinned: int
+    """RAM that level 1 pins, over all ranks."""
+
+
+def spread(checkpoint: Checkpoint, layout: Layout) -> Spread:
+    """Lay a checkpoint out (60,000 tensors take half a second)."""
+    stages = ranks(checkpoint, layout)
+    return Spread(
+        weights=layout.tensor_ranks * (sum(map(sum, stages)) - sum(_tables(checkpoint, layout))),
+        fullest=max(map(sum, stages)),
+        pinned=layout.tensor_ranks * sum(pinned_of(segments(stage)) for stage in stages),
+    )
+
+
 def ranks(checkpoint: Checkpoint, layout: Layout) -> list[list[int]]:
     """Bytes of each allocation on a rank, in order, for one rank of each pipeline stage."""
     count = layout.pipeline_ranks
@@ -81,26 +106,8 @@ def ranks(checkpoint: Checkpoint, layout: Layout) -> list[list[int]]:
         for stage in _stages(tensor.name, checkpoint, count):
             stages[stage][name] = stages[stage].get(name, 0) + _size(tensor, checkpoint, layout)
     found = [list(_with_table(stage, checkpoint)) for stage in stages]
-    if layout.sequences is not None and checkpoint.vocabulary is not None:
-        found[-1] += sampler_tables(layout.sequences, checkpoint.vocabulary)
+    found[-1] += _tables(checkpoint, layout)
     return found
-
-
-def weights_by_stage(checkpoint: Checkpoint, layout: Layout) -> list[int]:
-    """Bytes of weights on a GPU of each pipeline stage, as vLLM logs them ("Model loading took")."""
-    without = Layout(
-        tensor_ranks=layout.tensor_ranks,
-        pipeline_ranks=layout.pipeline_ranks,
-        quantised=layout.quantised,
-        full_width=layout.full_width,
-    )
-    return [sum(stage) for stage in ranks(checkpoint, without)]
-
-
-def pinned(checkpoint: Checkpoint, layout: Layout) -> int:
-    """Bytes of RAM that level 1 pins, over all ranks."""
-    stages = (pinned_of(segments(stage)) for stage in ranks(checkpoint, layout))
-    return layout.tensor_ranks * sum(stages)
 
 
 def pinned_of(sizes: Iterable[int]) -> int:
@@ -128,6 +135,13 @@ def segments(allocations: Iterable[int]) -> list[int]:
     return found
 
 
+def _tables(checkpoint: Checkpoint, layout: Layout) -> list[int]:
+    """The sampler's tables, which the second model runner keeps beside the weights of the last stage."""
+    if layout.sequences is None or checkpoint.vocabulary is None:
+        return []
+    return sampler_tables(layout.sequences, checkpoint.vocabulary)
+
+
 def sampler_tables(sequences: int, vocabulary: int) -> list[int]:
     """What vLLM's second model runner allocates for sampling beside the weights, in bytes (source, 0.32)."""
     biases = [sequences * 1024 * 4] * 3 + [sequences * 128 * 4]
@@ -150,6 +164,7 @@ def _order(tensor: Tensor) -> tuple[int, int, str]:
     return (0 if tensor.name.endswith(ENDS[:-1]) else 2), 0, tensor.name
 
 
+@lru_cache(maxsize=_NAMES)
 def _layer(name: str) -> int | None:
     if any(part in name for part in _OTHER_MEDIA):
         return None
@@ -172,6 +187,7 @@ def _stages(name: str, checkpoint: Checkpoint, count: int) -> Iterator[int]:
         yield count - 1
 
 
+@lru_cache(maxsize=_NAMES)
 def _name_in_vllm(name: str) -> str:
     """The tensor that this one becomes a part of."""
     if expert := _EXPERT.fullmatch(name):

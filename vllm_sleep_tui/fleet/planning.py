@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_sleep_tui.errors import RefusedError
@@ -98,10 +98,15 @@ def awake_bytes(core: Core, name: str, gpu: int) -> int:
 
 def share_of(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> float | None:
     """The model's `gpu-memory-utilization`: its own, else planned over all models of its GPUs."""
-    model = core.model(name)
-    own = budget.fixed_utilization(model)
-    if own is not None or not model.gpus:
-        return own
+    return shares_of(core, [name], memory)[name]
+
+
+def shares_of(core: Core, names: Sequence[str], memory: Mapping[int, GpuMemory]) -> dict[str, float | None]:
+    """`share_of` each of these models; the records of all are read once."""
+    found = {name: budget.fixed_utilization(core.model(name)) for name in names}
+    planned = [name for name in names if found[name] is None and core.model(name).gpus]
+    if not planned:
+        return found
     records = core.readable()
     asleep = {}
     for record in records:
@@ -112,8 +117,10 @@ def share_of(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> float | 
     for gpu, now in memory.items():
         ours = [held_here(core, record, now, gpu) for record in records]
         others[gpu] = max(0, (now.used or 0) - sum(ours))
-    totals = {gpu: total for gpu in model.gpus if (total := core.total(gpu)) is not None}
-    return budget.utilization(name, core.config, totals, others, asleep)
+    for name in planned:
+        totals = {gpu: total for gpu in core.model(name).gpus if (total := core.total(gpu)) is not None}
+        found[name] = budget.utilization(name, core.config, totals, others, asleep)
+    return found
 
 
 def plan_for(
@@ -195,7 +202,35 @@ def refuse_without_room(core: Core, name: str, room: Room) -> None:
         f"{name} needs {gib(free + missing - budget.MARGIN)} on GPU {gpu} and {gib(budget.MARGIN)} to spare; "
         f"{gib(free)} are free{asleep}."
     )
-    raise RefusedError(what, who_else(core, gpu) or "Give it less: lower its gpu-memory-utilization.")
+    raise RefusedError(what, who_else(core, gpu) or give_it_less(core, name, gpu))
+
+
+def give_it_less(core: Core, name: str, gpu: int) -> str:
+    """What a person can do about a model that is too large for a GPU."""
+    if budget.fixed_utilization(core.model(name)) is not None:
+        return "Give it less: lower its gpu-memory-utilization."
+    return f"Stop a model on GPU {gpu}, or give this one another GPU."  # its share is planned, not set
+
+
+def too_large(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> str | None:
+    """Why a start of the model will fail, in a sentence; None if it may succeed.
+
+    vLLM keeps its weights within its share of the GPU. What they take it told in an earlier launch, which may
+    have failed over just that. It is no reason to refuse a start: the files may have changed since.
+    """
+    model, weights = core.model(name), core.footprint(name).weights
+    share = share_of(core, name, memory)
+    if weights is None or share is None or not model.gpus:
+        return None
+    each = weights // len(model.gpus)
+    for gpu in model.gpus:
+        total = core.total(gpu)
+        if total is not None and each >= share * total:
+            given = "are planned for it" if budget.fixed_utilization(model) is None else "are its share"
+            return (
+                f"Does not fit: its weights take {gib(each)} of GPU {gpu} and {gib(share * total)} {given}."
+            )
+    return None
 
 
 def who_else(core: Core, gpu: int) -> str | None:

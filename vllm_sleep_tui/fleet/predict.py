@@ -8,7 +8,7 @@ from vllm_sleep_tui.fleet.core import Core, gib
 from vllm_sleep_tui.fleet.levels import why_no_level2
 from vllm_sleep_tui.fleet.locks import Holder, read_holder
 from vllm_sleep_tui.fleet.plan import Room
-from vllm_sleep_tui.fleet.planning import GpuMemory, needed, plan_for
+from vllm_sleep_tui.fleet.planning import GpuMemory, needed, plan_for, too_large
 from vllm_sleep_tui.fleet.snapshot import Prediction, Serving
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.telemetry.gpus import GpuReading
@@ -40,6 +40,8 @@ def predict(
         return Prediction(target=name, action="nothing", sentence=f"{name} is awake.")
     if state in BUSY:
         return Prediction(target=name, action="nothing", sentence=f"{name} is {state}.")
+    if state is not State.ASLEEP and (large := too_large(core, name, memory)) is not None:
+        return Prediction(target=name, action="refused", sentence=large)
     room = plan_for(core, name, memory=memory)
     need = needed(core, name, memory)
     action = action_of(state, room)
@@ -55,7 +57,8 @@ def predict(
         used_after=used_after(memory, room, need),
         sentence=sentence(name, action, seconds, room, need)
         + cache_lost(room, serving)
-        + level_2_risks(core, room),
+        + level_2_risks(core, room)
+        + failed_so(core, name, state),
     )
 
 
@@ -113,6 +116,14 @@ def sentence(name: str, action: str, seconds: float | None, room: Room, need: Ma
         return f"Does not fit{figures}."
     about = "time not measured yet; " if seconds is None else f"≈ {time_text(seconds)}; "
     return f"{about}{', '.join(steps)}{figures}."
+
+
+def failed_so(core: Core, name: str, state: State) -> str:
+    """Says of a model whose last start failed that its settings are the same still."""
+    record = core.records.read(name)
+    never_ran = record.reference is None and record.fell is None and record.reason is not None
+    same = never_ran and record.digest == core.digest(name)
+    return " Its last start failed with the same settings." if state is State.FAILED and same else ""
 
 
 def level_2_risks(core: Core, room: Room) -> str:

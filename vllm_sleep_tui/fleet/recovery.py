@@ -91,7 +91,7 @@ async def bury(core: Core, record: Record) -> None:
     if word.launch == record.launch and word.exit is not None and word.exit.asked:
         await finish_stop(core, record)
         return
-    found = cause_in_log(record, word) or SERVER_GONE
+    found = cause_in_log(core, record, word) or SERVER_GONE
     await fail(core, record, found.reason, found.cure, fell=fell_from(record))
 
 

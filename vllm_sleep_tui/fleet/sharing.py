@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import msgspec
@@ -58,16 +58,26 @@ def largest_set(machine: Machine, models: Iterable[Figures], gpu: int) -> tuple[
     return tuple(figures.name for figures in there if figures.name in chosen)
 
 
-def share_out(machine: Machine, models: Sequence[Figures], chosen: Sequence[Figures]) -> Sharing | None:
-    """KV caches with which `chosen`, all on the same GPUs, fit awake together; None if there are none."""
+def asleep_on(machine: Machine, models: Iterable[Figures]) -> dict[int, int]:
+    """VRAM by GPU that all models hold together while all of them sleep."""
+    return {gpu: sum(figures.asleep.get(gpu, 0) for figures in models) for gpu in machine.totals}
+
+
+def share_out(machine: Machine, residues: Mapping[int, int], chosen: Sequence[Figures]) -> Sharing | None:
+    """KV caches with which `chosen`, all on the same GPUs, fit awake together; None if there are none.
+
+    `residues` are `asleep_on` of all models, `chosen` among them.
+    """
     gpus = chosen[0].gpus
     fixed = [figures.fixed for figures in chosen]
     if any(figures.gpus != gpus for figures in chosen) or not set(gpus) <= set(machine.totals):
         return None
-    others = [figures for figures in models if figures not in chosen]
-    spare = min(machine.room(g) - sum(o.asleep.get(g, 0) for o in others) for g in gpus)
-    spare -= sum(size or 0 for size in fixed)
-    if None in fixed or spare <= 0:
+    if None in fixed:
+        return None
+    spare = min(_room_awake(machine, residues, chosen, gpu) for gpu in gpus) - sum(
+        size or 0 for size in fixed
+    )
+    if spare <= 0:
         return None
     is_known = all(figures.context for figures in chosen)
     needs = [(figures.context or 0) if is_known else 1 for figures in chosen]
@@ -82,22 +92,28 @@ def share_out(machine: Machine, models: Sequence[Figures], chosen: Sequence[Figu
     )
 
 
-def on_gpu(machine: Machine, models: Sequence[Figures], gpu: int) -> GpuAdvice:
-    """What fits on one GPU."""
+def _room_awake(machine: Machine, residues: Mapping[int, int], chosen: Sequence[Figures], gpu: int) -> int:
+    """VRAM of a GPU for `chosen` while all others sleep."""
+    return machine.room(gpu) - residues[gpu] + sum(figures.asleep.get(gpu, 0) for figures in chosen)
+
+
+def on_gpu(machine: Machine, residues: Mapping[int, int], models: Sequence[Figures], gpu: int) -> GpuAdvice:
+    """What fits on one GPU; `residues` as for `share_out`."""
     there = [figures for figures in models if gpu in figures.awake]
     together = largest_set(machine, models, gpu)
-    sharing = None if len(together) == len(there) else _best_pair(machine, models, there, together)
+    sharing = None if len(together) == len(there) else _best_pair(machine, residues, there, together)
     return GpuAdvice(
         index=gpu, together=together, sharing=sharing, sentence=_gpu_sentence(machine, gpu, there, together)
     )
 
 
 def _best_pair(
-    machine: Machine, models: Sequence[Figures], there: Sequence[Figures], together: Sequence[str]
+    machine: Machine, residues: Mapping[int, int], there: Sequence[Figures], together: Sequence[str]
 ) -> Sharing | None:
     """The two that keep the most cache, among those that cannot be awake together as they are."""
-    pairs = (pair for pair in combinations(there, 2) if not {each.name for each in pair} <= set(together))
-    shared = (share_out(machine, models, pair) for pair in pairs)
+    fitting = set(together)
+    pairs = (pair for pair in combinations(there, 2) if not fitting.issuperset(each.name for each in pair))
+    shared = (share_out(machine, residues, pair) for pair in pairs)
     return max(filter(None, shared), key=_least_kept, default=None)
 
 

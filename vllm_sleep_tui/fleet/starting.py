@@ -268,6 +268,7 @@ class Start:
                 if (seen := phases.feed(line)) is not None:
                     self.enter_phase(seen.name, seen.detail, seen.fraction)
             if self.is_asked_to_stop() or not is_kept(self.core.keeper_file(self.name)):
+                self.remember_log(phases)  # who fails for want of memory has told what it takes
                 raise OperationError(f"{self.name} ended while it started.", "Look at its log.")
             if await client.health(timeout=1.0):
                 break
@@ -398,7 +399,7 @@ class Start:
         if self.is_asked_to_stop():
             await self.abandon()
             raise CancelledByUser(f"The start of {self.name} was stopped.") from error
-        found = cause_in_log(self.record, word)
+        found = cause_in_log(self.core, self.record, word)
         if found is not None and self.record.port is not None and not port_is_free(self.record.port):
             found = Diagnosis(taken(self.record.port, self.name), CURE)  # vLLM does not say by whom
         await fail(

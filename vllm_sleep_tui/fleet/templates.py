@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.engine.loaders import argument
+from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.checkpoint import find_checkpoint
 from vllm_sleep_tui.fleet.discovery import GENERATES
+from vllm_sleep_tui.fleet.model_files import read_config, with_home
 
 FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 OWN_FORMATS = ("tekken.json", "tokenizer.model.v3")
@@ -36,8 +38,9 @@ def lacks_template(model: ModelConfig, base: Path, environ: Mapping[str, str]) -
 
 def find_tokenizer(name: str, base: Path, environ: Mapping[str, str]) -> Path | None:
     """The folder of a tokenizer that is not the model's; None if it is not here."""
-    local = base / Path(name).expanduser()
-    return local if (local / "tokenizer_config.json").is_file() else find_checkpoint(name, base, environ)
+    local = base / with_home(name)
+    is_here = os.path.isfile(local / "tokenizer_config.json")
+    return local if is_here else find_checkpoint(name, base, environ)
 
 
 def _generates(folder: Path) -> bool:
@@ -47,18 +50,16 @@ def _generates(folder: Path) -> bool:
 
 
 def _has_template(folder: Path) -> bool:
-    if any((folder / name).exists() for name in (*FILES, *OWN_FORMATS)):
+    if any(os.path.exists(folder / name) for name in (*FILES, *OWN_FORMATS)):
         return True
     config = folder / "tokenizer_config.json"
     # Without a tokenizer beside it nothing can be said.
-    return not config.is_file() or bool(_read(config).get("chat_template"))
+    return not os.path.isfile(config) or bool(_read(config).get("chat_template"))
 
 
 def _read(path: Path) -> Mapping[str, object]:
     """A stranger's JSON object; empty if it is none."""
     try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
+        return read_config(path, MAX_BYTES)
+    except UsageError:
         return {}
-    return found if isinstance(found, dict) else {}

@@ -137,7 +137,7 @@ class Viewer:
         word = read_word(self._core.keeper_file(record.name))
         key = (record.launch, word.exit is not None)
         if key not in self._causes:
-            self._causes[key] = cause_in_log(record, word) or SERVER_GONE
+            self._causes[key] = cause_in_log(self._core, record, word) or SERVER_GONE
         return self._causes[key]
 
     def _gpu(self, sample: Sample, position: int) -> GpuSnapshot:

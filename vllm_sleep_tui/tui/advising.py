@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 _KEYS = "esc back   ⏎ or A write it to the config (asks)   ↑ ↓ scroll"
 _DIFF_LINES = 24
 """So many lines of what changes fit into a question."""
-_VERDICT_PAINT = {"level 1": "good", "level 2": "accent", "does not fit": "bad", "start it once": "warning"}
+_VERDICT_PAINT = {
+    "level 1": "good",
+    "level 2": "accent",
+    "does not fit": "bad",
+    "broken files": "bad",
+    "start it once": "warning",
+}
 
 
 def model_card(advice: ModelAdvice, color: str, configured: str, width: int) -> list[Line]:

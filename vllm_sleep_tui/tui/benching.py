@@ -30,7 +30,7 @@ from vllm_sleep_tui.tui.paint import Painted
 from vllm_sleep_tui.tui.view import PanelFleet, View
 
 STEP_SECONDS = 0.5
-_KEYS = "esc stop, back   r run   + − repeats   space choose   tab results   ⏎ show one"
+_KEYS = "esc back, stop   r run   + − repeats   space choose   tab results   ⏎ show one"
 NARROW_WIDTH = 80
 
 
@@ -161,13 +161,29 @@ class BenchScreen(Screen[None]):
             self._step()
 
     def action_back(self) -> None:
-        """Stop the run at its next safe point; else, where both do not fit, close a result; else leave."""
-        if not self._runner.cancel():
-            if self._looked_at is None or not self.has_class("-narrow"):
-                self.dismiss()
-                return
+        """Ask what becomes of a run; else, where both do not fit, close a result; else leave."""
+        if self._runner.is_running and not self._runner.is_cancelled:
+            self._ask_stop()
+        elif self._looked_at is None or not self.has_class("-narrow"):
+            self.dismiss()
+        else:
             self._looked_at = None
-        self._step()
+            self._step()
+
+    @work(exclusive=True, group="stop")
+    async def _ask_stop(self) -> None:
+        """Stop the run at its next safe point, or leave it running, after a question."""
+        text = (
+            f"{self._runner.words()}.\nStopped, it ends at its next safe point, and the models are put back "
+            "as they were found; what it measured is kept and can be gone on with."
+        )
+        choices = [Choice("y", "Stop it", "stop"), Choice("l", "Leave it running", "leave")]
+        answer = await self.app.push_screen_wait(Question("Stop the benchmark?", text, choices))
+        if answer == "stop":
+            self._runner.cancel()
+            self._step()
+        elif answer == "leave":
+            self.dismiss()
 
     def on_resize(self, event: Resize) -> None:
         """Where both do not fit beside each other, the run takes the place of the form."""

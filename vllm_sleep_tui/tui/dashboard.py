@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual import work
@@ -12,7 +13,7 @@ from textual.events import DescendantBlur, DescendantFocus, Resize
 from textual.timer import Timer
 from textual.widgets import Static
 
-from vllm_sleep_tui.fleet.snapshot import Prediction
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Prediction
 from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.advising import AdviceScreen
 from vllm_sleep_tui.tui.bands import BottomBand, TopBand
@@ -30,7 +31,7 @@ from vllm_sleep_tui.tui.paint import Painted
 from vllm_sleep_tui.tui.past import PastReader
 from vllm_sleep_tui.tui.readings import Readings
 from vllm_sleep_tui.tui.timeline import Timeline
-from vllm_sleep_tui.tui.view import PanelFleet, View
+from vllm_sleep_tui.tui.view import PanelFleet, Trouble, View
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.tui.app import PanelApp
@@ -125,8 +126,17 @@ class Dashboard(OperatingScreen):
             past=self._past.latest,
             bench="" if self._bench is None else self._bench.words(),
             running=dict(self.operations.running),
-            troubles=dict(self.operations.troubles),
+            troubles=self._troubles(snapshot),
         )
+
+    def _troubles(self, snapshot: FleetSnapshot) -> dict[str, Trouble]:
+        """What went wrong here and is not over."""
+        now, models = time.time(), {model.name: model for model in snapshot.models}
+        return {
+            name: trouble
+            for name, trouble in self.operations.troubles.items()
+            if name in models and trouble.stands(models[name], now)
+        }
 
     def _prediction(self) -> Prediction | None:
         return None if self.selected is None else self.fleet.predict(self.selected)

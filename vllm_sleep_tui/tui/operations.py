@@ -109,5 +109,7 @@ class Operations:
         del self._tasks[model]
         running = self.running.pop(model)
         if error is not None:
-            self.troubles[model] = Trouble(verb=running.verb, what=error.what, cure=error.cure)
+            self.troubles[model] = Trouble(
+                verb=running.verb, what=error.what, cure=error.cure, at=time.time()
+            )
         ended(running, error)

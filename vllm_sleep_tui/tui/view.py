@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.advice import Advice
 
 Report = Callable[[Progress], None]
+TROUBLE_SECONDS = 30.0
+"""So long a refusal stands on the screen; after it, it tells of a past that may be another one by now."""
 
 
 class PanelFleet(Protocol):
@@ -128,11 +130,21 @@ class Running:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trouble:
-    """A refusal or a failure of an operation of this panel; it stays until the next one on that model."""
+    """A refusal or a failure of an operation of this panel; it stays until the next one on that model.
+
+    It is over before that once the model has moved on, whoever moved it, or after TROUBLE_SECONDS: a failure
+    of the model itself is in its record.
+    """
 
     verb: str
     what: str
     cure: str
+    at: float
+    """UTC seconds of its end."""
+
+    def stands(self, model: ModelSnapshot, now: float) -> bool:
+        """Whether it still tells how things are; `now` in UTC seconds."""
+        return now < self.at + TROUBLE_SECONDS and (model.since is None or model.since <= self.at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
