@@ -138,11 +138,10 @@ class Storm:
         record = self.core.records.read(name)
         if record.state is State.AWAKE:
             with suppress(httpx.HTTPError):
-                async with httpx.AsyncClient() as client:
+                transport = httpx.AsyncHTTPTransport(uds=record.socket)
+                async with httpx.AsyncClient(transport=transport) as client:
                     await client.post(
-                        f"http://127.0.0.1:{record.port}/simulator/faults",
-                        json={"faults": ["sleep_slow:1"]},
-                        headers={"X-Panel-Secret": record.secret or ""},
+                        "http://127.0.0.1/simulator/faults", json={"faults": ["sleep_slow:1"]}
                     )
             self.spans["sleep"] = max(self.spans["sleep"], 2.0)
 
