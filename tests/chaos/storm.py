@@ -140,9 +140,7 @@ class Storm:
             with suppress(httpx.HTTPError):
                 transport = httpx.AsyncHTTPTransport(uds=record.socket)
                 async with httpx.AsyncClient(transport=transport) as client:
-                    await client.post(
-                        "http://127.0.0.1/simulator/faults", json={"faults": ["sleep_slow:1"]}
-                    )
+                    await client.post("http://127.0.0.1/simulator/faults", json={"faults": ["sleep_slow:1"]})
             self.spans["sleep"] = max(self.spans["sleep"], 2.0)
 
     def see(self) -> None:

@@ -216,9 +216,7 @@ class _Door:
     async def close(self) -> None:
         """Let answers under way end, for ENDING_SECONDS, and stop."""
         self._server.should_exit = True
-        if self._server.server_state.tasks:
-            await asyncio.wait({self._serving}, timeout=ENDING_SECONDS + 1)
-        self._serving.cancel()
+        await asyncio.wait({self._serving}, timeout=ENDING_SECONDS + 1)
 
 
 def _spelling(scope: Scope) -> str:
