@@ -57,8 +57,9 @@ def main() -> int:
         for number in range(arguments.starts):
             with squatter(name, seconds=0.3 if number % 2 else 0.0) as other:
                 done = verb(config, "start", name)
-                stopped = verb(config, "stop", name, "--force")
-                assert stopped.returncode == 0, stopped.stderr
+                if done.returncode == 0:
+                    stopped = verb(config, "stop", name, "--force")
+                    assert stopped.returncode == 0, stopped.stderr
                 heard = other.end()
             counts["starts"] += 1
             counts["squatted"] += len(other.ports)

@@ -41,12 +41,13 @@ class Squatter:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            event = json.loads(line)
-            if "port" in event:
-                self.ports.append(event["port"])
-            if "heard" in event:
-                self.heard.append(event["heard"])
+        with self.process.stdout as lines:
+            for line in lines:
+                event = json.loads(line)
+                if "port" in event:
+                    self.ports.append(event["port"])
+                if "heard" in event:
+                    self.heard.append(event["heard"])
 
     def wait_for_port(self, count: int = 1) -> int:
         """Until it listens on its `count`-th port; that port."""
