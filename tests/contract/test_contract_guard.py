@@ -74,7 +74,8 @@ def test_the_port_serves_clients_and_the_socket_the_panel(guarded: Guarded) -> N
     # An answer under way on the socket is counted, and a stop is not held by who listens to it.
     streamed = {**QUESTION, "model": NAME, "stream": True, "max_tokens": 2000, "ignore_eos": True}
     with panel.stream("POST", CHAT, json=streamed, headers={"X-Panel-Client": "1"}) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         wait_for(lambda: panel.get("/panel/gate").json()["in_flight"] == 1)
         server.process.send_signal(signal.SIGTERM)
         assert server.wait_exit() == 0

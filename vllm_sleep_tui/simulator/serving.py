@@ -101,7 +101,7 @@ class _Serving:
         try:
             await self._server.serve(sockets=[self._listener])
         except OSError:
-            # uvloop swallows the error of listen(): the loser of the race says ready, and nobody can reach it.
+            # uvloop swallows the error of listen(): the race's loser says ready, and nobody can reach it.
             await self._stopped.wait()
             await self._server.lifespan.shutdown()
         self._kill_engine()
