@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import statistics
 import sys
@@ -42,16 +43,14 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-async def raw_switch(client: httpx.AsyncClient, records: RecordStore, leaving: str, coming: str) -> float:
+async def raw_switch(clients: dict[str, httpx.AsyncClient], leaving: str, coming: str) -> float:
     """Sleep one, wake the other, ask it for one token."""
-    went, came = records.read(leaving), records.read(coming)
-    secrets = [{"X-Panel-Secret": record.secret or ""} for record in (went, came)]
-    urls = [f"http://127.0.0.1:{record.port}" for record in (went, came)]
+    went, came = clients[leaving], clients[coming]
     question = {"model": coming, "prompt": [1, 2, 3, 4], "max_tokens": 1, "temperature": 0}
     began = time.perf_counter()
-    (await client.post(f"{urls[0]}/sleep?level=1", headers=secrets[0])).raise_for_status()
-    (await client.post(f"{urls[1]}/wake_up", headers=secrets[1])).raise_for_status()
-    (await client.post(f"{urls[1]}/v1/completions", json=question, headers=secrets[1])).raise_for_status()
+    (await went.post("/sleep?level=1")).raise_for_status()
+    (await came.post("/wake_up")).raise_for_status()
+    (await came.post("/v1/completions", json=question)).raise_for_status()
     return time.perf_counter() - began
 
 
@@ -59,14 +58,21 @@ async def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each switch, raw and ours in turn; the records follow the raw ones by hand."""
     loaded = load(write_config(folder))
     took: dict[str, list[float]] = {"raw": [], "ours": []}
-    async with Fleet(loaded, folder) as fleet, httpx.AsyncClient(trust_env=False) as client:
-        records = RecordStore(folder, loaded.path)
+    async with contextlib.AsyncExitStack() as stack:
+        fleet = await stack.enter_async_context(Fleet(loaded, folder))
         await fleet.start(["a", "b"])
+        clients = {}
+        for name in ("a", "b"):
+            uds = RecordStore(folder, loaded.path).read(name).socket
+            client = httpx.AsyncClient(
+                transport=httpx.AsyncHTTPTransport(uds=uds), base_url="http://127.0.0.1", trust_env=False
+            )
+            clients[name] = await stack.enter_async_context(client)
         try:
             for _ in range(rounds):
                 for pair in (("a", "b"), ("b", "a")):  # there and back, so that the records stay true
                     await asyncio.sleep(REST_SECONDS)
-                    took["raw"].append(1e3 * await raw_switch(client, records, *pair))
+                    took["raw"].append(1e3 * await raw_switch(clients, *pair))
                 for name in ("b", "a"):
                     await asyncio.sleep(REST_SECONDS)
                     began = time.perf_counter()

@@ -49,6 +49,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     api_key_file: Annotated[str, Meta(description="The file that holds the `url:` server's key.")] | None = (
         None
     )
+    url_user: Annotated[str, Meta(description="Whose `url:` server may get the key, too.")] | None = None
+    """A user of this machine besides this one and root; `*` is anybody."""
     gpus: Annotated[tuple[GpuIndex, ...], Meta(description="NVML indices; [] is vLLM on the CPU.")] = (0,)
     """NVML indices. Empty: vLLM on the CPU, where sleeping frees no memory."""
     level: Annotated[Level, Meta(description="Sleep level; none: stop and start instead.")] = "auto"

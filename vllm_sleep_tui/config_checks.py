@@ -115,6 +115,9 @@ def _check_source(document: Document, key: Key, model: ModelConfig) -> None:
             raise document.error(
                 (*key, name), wrong, "Remove it: the guard protects the servers of `model:`."
             )
+        if model.url_user is not None:
+            wrong = "only a server given by `url:` may be another user's"
+            raise document.error((*key, "url_user"), wrong, "Remove it.")
         if not model.model.strip() or model.model.startswith("-"):
             raise document.error(
                 (*key, "model"), "not a model", "Write a hub name such as Qwen/Qwen3-0.6B or a folder."

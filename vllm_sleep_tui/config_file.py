@@ -36,6 +36,7 @@ _EXPECTED = {
     "url": "text, such as http://127.0.0.1:8000",
     "api_key": "the name of a variable, such as ${BIG_KEY}",
     "api_key_file": "text, such as ~/.config/big.key",
+    "url_user": "the name of a user of this machine, or * for anybody",
     "gpus": "a list of GPU numbers from 0, such as [0]",
     "level": "auto, 1, 2 or none",
     "args": "a mapping of flags to values, such as {max-model-len: 8192}",

@@ -138,12 +138,9 @@ class Storm:
         record = self.core.records.read(name)
         if record.state is State.AWAKE:
             with suppress(httpx.HTTPError):
-                async with httpx.AsyncClient() as client:
-                    await client.post(
-                        f"http://127.0.0.1:{record.port}/simulator/faults",
-                        json={"faults": ["sleep_slow:1"]},
-                        headers={"X-Panel-Secret": record.secret or ""},
-                    )
+                transport = httpx.AsyncHTTPTransport(uds=record.socket)
+                async with httpx.AsyncClient(transport=transport) as client:
+                    await client.post("http://127.0.0.1/simulator/faults", json={"faults": ["sleep_slow:1"]})
             self.spans["sleep"] = max(self.spans["sleep"], 2.0)
 
     def see(self) -> None:

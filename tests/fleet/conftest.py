@@ -109,10 +109,6 @@ async def inject(fleet: Fleet, name: str, *faults: str) -> None:
     """Switch faults of a running simulated server on."""
     core = fleet._core
     record = core.records.read(name)
-    async with httpx.AsyncClient() as client:
-        answer = await client.post(
-            f"http://127.0.0.1:{record.port}/simulator/faults",
-            json={"faults": list(faults)},
-            headers={"X-Panel-Secret": record.secret or ""},
-        )
+    async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=record.socket)) as client:
+        answer = await client.post("http://127.0.0.1/simulator/faults", json={"faults": list(faults)})
     assert answer.status_code == 200, answer.text

@@ -244,12 +244,9 @@ class RandomOperations:
         record = self.core.records.read(name)
         if record.state in (State.AWAKE, State.ASLEEP):
             with suppress(httpx.HTTPError):
-                async with httpx.AsyncClient() as client:
-                    answer = await client.post(
-                        f"http://127.0.0.1:{record.port}/simulator/faults",
-                        json={"faults": [fault]},
-                        headers={"X-Panel-Secret": record.secret or ""},
-                    )
+                transport = httpx.AsyncHTTPTransport(uds=record.socket)
+                async with httpx.AsyncClient(transport=transport) as client:
+                    answer = await client.post("http://127.0.0.1/simulator/faults", json={"faults": [fault]})
                 self.tally.faults[fault] += answer.status_code == 200
                 return f"{name}: {fault} {answer.status_code}"
         return f"{name}: {fault} not possible"

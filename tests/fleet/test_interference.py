@@ -433,7 +433,7 @@ def test_a_lock_folder_that_only_root_may_write_to_is_nobodys(tmp_path: Path) ->
     assert shared_folder(everybodys) == everybodys
 
 
-def test_an_order_shows_no_secret() -> None:
+def test_an_order_shows_no_value_of_its_environment() -> None:
     order = Order(argv=(), env={"S": "hush"}, cwd="", launch="", log="", lock="", tmp_dir="")
     assert "hush" not in repr(order)
 

@@ -142,11 +142,7 @@ def test_the_simulated_server_cannot_reload_where_vllm_cannot(
     awake("start", "m")
     config = load(awake.config)
     record = RecordStore(awake.state_home / "vllm-sleep-tui", config.path).read("m")
-    answer = httpx.post(
-        f"http://127.0.0.1:{record.port}/collective_rpc",
-        json={"method": "reload_weights"},
-        headers={"X-Panel-Secret": record.secret or ""},
-        timeout=30,
-    )
+    with httpx.Client(transport=httpx.HTTPTransport(uds=record.socket), timeout=30) as client:
+        answer = client.post("http://127.0.0.1/collective_rpc", json={"method": "reload_weights"})
     assert answer.status_code == 500
     assert said in answer.json()["error"]["message"]

@@ -260,7 +260,7 @@ async def test_a_server_whose_record_was_lost_is_taken_back_as_it_is(
         await until(lambda: seen(fleet, "a").state in (State.AWAKE, State.ASLEEP))
         after = fleet._core.records.read("a")
         assert (after.state, after.level, after.launch) == (before.state, before.level, before.launch)
-        assert (after.port, after.secret, after.gpus) == (before.port, before.secret, before.gpus)
+        assert (after.port, after.socket, after.gpus) == (before.port, before.socket, before.gpus)
         assert (after.log, after.engines) == (before.log, before.engines)
         assert bool(list(path.parent.glob("*.broken-*"))) is (how == "broken")
         await fleet.switch("a")

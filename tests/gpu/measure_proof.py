@@ -67,7 +67,7 @@ async def measure_running(record: Record, wakes: int) -> dict[str, Any]:
     """The distances of a model that is awake; it is so again at the end."""
     assert record.port is not None
     assert record.reference is not None, f"{record.name} has no reference"
-    async with VllmClient(record.port, secret=record.secret) as client:
+    async with VllmClient(record.port, uds=record.socket) as client:
         await restore(client)
         return await measure(client, record.name, record.reference.logprobs, wakes)
 

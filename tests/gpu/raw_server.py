@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -23,11 +24,13 @@ class RawServer:
     """One server, called by hand over one open connection."""
 
     def __init__(self, record: Record) -> None:
-        assert record.port is not None
+        assert record.socket is not None
         self.name = record.name
-        self.headers = {"X-Panel-Secret": record.secret or "", "Content-Type": "application/json"}
-        self.connection = http.client.HTTPConnection("127.0.0.1", record.port, timeout=CALL_SECONDS)
-        self.connection.connect()
+        self.headers = {"Content-Type": "application/json"}
+        self.connection = http.client.HTTPConnection("127.0.0.1", timeout=CALL_SECONDS)
+        self.connection.sock = socket.socket(socket.AF_UNIX)
+        self.connection.sock.settimeout(CALL_SECONDS)
+        self.connection.sock.connect(record.socket)
 
     def close(self) -> None:
         """End the connection."""

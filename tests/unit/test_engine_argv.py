@@ -20,7 +20,6 @@ from vllm_sleep_tui.engine.argv import (
 )
 from vllm_sleep_tui.engine.guard_files import copy_guard
 
-SECRET = "s3cr3t-of-this-launch"
 SPEC = ServeSpec(
     command=("vllm",),
     model="Qwen/Qwen3-0.6B",
@@ -32,7 +31,7 @@ SPEC = ServeSpec(
     utilization=0.73,
     guard_dir=Path("/run/guard"),
     tmp_dir=Path("/tmp/v1"),
-    secret=SECRET,
+    socket=Path("/tmp/v1/panel.sock"),
     launch_id="launch-1",
     sleep_mode=True,
 )
@@ -59,9 +58,14 @@ def test_the_server_is_on_loopback_under_its_name_behind_the_guard() -> None:
     assert "--enable-sleep-mode" in argv
 
 
-def test_the_secret_is_neither_in_the_command_line_nor_in_the_repr() -> None:
-    assert SECRET not in " ".join(serve_argv(SPEC))
-    assert SECRET not in repr(SPEC)
+def test_what_names_a_launch_is_not_copied_to_rays_workers() -> None:
+    environment = serve_environment(SPEC, {})
+    ours = {name for name, value in environment.items() if value in ("/tmp/v1/panel.sock", "launch-1")}
+
+    assert ours == {"SLEEP_TUI_SOCKET", "SLEEP_TUI_LAUNCH"}
+    # vLLM 0.32, ray/ray_env.py: DEFAULT_ENV_VAR_PREFIXES.
+    copied = ("VLLM_", "FLASH_ATTENTION_", "LMCACHE_", "NCCL_", "UCX_", "HF_", "HUGGING_FACE_")
+    assert not any(name.startswith(copied) for name in ours)
 
 
 def test_vllm_on_the_cpu_gets_neither_sleep_mode_nor_a_share_of_gpu_memory() -> None:
@@ -128,8 +132,8 @@ def test_the_environment_holds_what_the_panel_relies_on() -> None:
     assert environment["CUDA_VISIBLE_DEVICES"] == "1,3"
     assert environment["VLLM_HOST_IP"] == "127.0.0.1"
     assert environment["TMPDIR"] == "/tmp/v1"
-    assert environment["VLLM_SLEEP_TUI_LAUNCH"] == "launch-1"
-    assert environment["VLLM_SLEEP_TUI_SECRET"] == SECRET
+    assert environment["SLEEP_TUI_LAUNCH"] == "launch-1"
+    assert environment["SLEEP_TUI_SOCKET"] == "/tmp/v1/panel.sock"
     assert environment["HF_TOKEN"] == "t"
 
 

@@ -245,7 +245,7 @@ async def test_an_answer_that_is_not_vllms_is_refused(
 
 
 async def test_nobody_listening_is_told_from_an_answer_that_broke_off(free_port: Callable[[], int]) -> None:
-    async with VllmClient(free_port(), secret=None) as client:
+    async with VllmClient(free_port()) as client:
         with pytest.raises(EngineUnreachable, match="Nothing answers") as failure:
             await client.sleep(1, timeout=5)
         assert failure.value.sent is False
@@ -373,7 +373,7 @@ async def test_a_proxy_in_the_environment_is_not_used(
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     server.answer("GET /version", {"version": "0.32.0"})
 
-    async with VllmClient(server.port, secret=None) as client:
+    async with VllmClient(server.port) as client:
         assert await client.version() == "0.32.0"
 
 
@@ -381,7 +381,7 @@ async def test_an_attached_server_gets_its_key_and_no_secret(server: Server) -> 
     server.answer("GET /base/version", {"version": "0.32.0"})
     url = f"http://127.0.0.1:{server.port}/base/"
 
-    async with VllmClient(0, secret=None, base_url=url, api_key="k") as client:
+    async with VllmClient(0, base_url=url, api_key="k") as client:
         await client.version()
 
     assert server.requests[0].headers["authorization"] == "Bearer k"

@@ -1,13 +1,18 @@
-"""The guard as vLLM runs it: copied alone, imported by name, in front of an app in a real uvicorn."""
+"""The guard as vLLM runs it: copied alone, imported by name, in front of an app in a real uvicorn.
+
+Clients come over TCP, the panel over the guard's unix socket."""
 
 from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import importlib.util
 import json
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -18,8 +23,6 @@ import uvicorn
 
 from vllm_sleep_tui.engine.guard_files import copy_guard
 
-SECRET = "the-secret-of-this-launch"
-TRUSTED = {"X-Panel-Secret": SECRET}
 CHAT = "/v1/chat/completions"
 
 
@@ -28,6 +31,7 @@ class App:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        self.bodies: list[bytes] = []
         self.lifespan = False
         self.release = asyncio.Event()
         self.release.set()
@@ -41,7 +45,12 @@ class App:
             await send({"type": "lifespan.shutdown.complete"})
             return
         self.seen.append(scope["path"])
-        await receive()
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        self.bodies.append(body)
         gone = asyncio.ensure_future(receive())
         released = asyncio.ensure_future(self.release.wait())
         await asyncio.wait({gone, released}, return_when=asyncio.FIRST_COMPLETED)
@@ -65,35 +74,54 @@ class Answer:
 
 
 class Guarded:
-    def __init__(self, port: int, app: App) -> None:
+    def __init__(self, port: int, panel: Path, app: App) -> None:
         self.port = port
+        self.panel = panel
         self.app = app
 
     async def open(
-        self, method: str, target: str, headers: dict[str, str] | None = None, body: bytes = b""
+        self,
+        method: str,
+        target: str,
+        headers: dict[str, str] | None = None,
+        body: bytes = b"",
+        *,
+        trusted: bool = False,
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        if trusted:
+            reader, writer = await asyncio.open_unix_connection(self.panel)
+        else:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         lines = {"Host": f"127.0.0.1:{self.port}", "Connection": "close", **(headers or {})}
         head = "".join(f"{key}: {value}\r\n" for key, value in lines.items() if value != "absent")
-        length = f"Content-Length: {len(body)}\r\n" if body else ""
+        length = f"Content-Length: {len(body)}\r\n" if body and "Content-Length" not in lines else ""
         writer.write(f"{method} {target} HTTP/1.1\r\n{head}{length}\r\n".encode("latin-1") + body)
         return reader, writer
 
     async def ask(
-        self, method: str, target: str, headers: dict[str, str] | None = None, body: bytes = b""
+        self,
+        method: str,
+        target: str,
+        headers: dict[str, str] | None = None,
+        body: bytes = b"",
+        *,
+        trusted: bool = False,
     ) -> Answer:
-        reader, writer = await self.open(method, target, headers, body)
+        reader, writer = await self.open(method, target, headers, body, trusted=trusted)
+        return await self.answer(reader, writer)
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Answer:
         async with asyncio.timeout(5):
             raw = await reader.read()
         writer.close()
         return Answer(raw)
 
     async def gate(self) -> Any:
-        return (await self.ask("GET", "/panel/gate", TRUSTED)).json()
+        return (await self.ask("GET", "/panel/gate", trusted=True)).json()
 
     async def set_gate(self, closed: bool) -> Any:
         body = json.dumps({"closed": closed}).encode()
-        return (await self.ask("POST", "/panel/gate", TRUSTED, body)).json()
+        return (await self.ask("POST", "/panel/gate", body=body, trusted=True)).json()
 
     async def until_in_flight(self, number: int) -> Any:
         async with asyncio.timeout(5):
@@ -108,27 +136,36 @@ class Guarded:
 
 
 @pytest.fixture
-def guard_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("VLLM_SLEEP_TUI_SECRET", SECRET)
+def panel_socket(monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = Path(tempfile.mkdtemp()) / "panel.sock"  # short: a socket's path has 107 characters
+    monkeypatch.setenv("SLEEP_TUI_SOCKET", str(path))
+    return path
+
+
+@pytest.fixture
+def guard_module(tmp_path: Path, panel_socket: Path) -> Any:
     copy_guard(tmp_path / "guard")
     spec = importlib.util.spec_from_file_location("panel_guard", tmp_path / "guard" / "panel_guard.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.PanelGuard
+    return module
 
 
 @pytest.fixture
-async def guarded(guard_class: Any, free_port: Callable[[], int]) -> AsyncIterator[Guarded]:
+async def guarded(
+    guard_module: Any, panel_socket: Path, free_port: Callable[[], int]
+) -> AsyncIterator[Guarded]:
     app, port = App(), free_port()
-    config = uvicorn.Config(guard_class(app), host="127.0.0.1", port=port, log_level="error", ws="none")
+    guard = guard_module.PanelGuard(app)
+    config = uvicorn.Config(guard, host="127.0.0.1", port=port, log_level="error", ws="none")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     async with asyncio.timeout(10):
         while not server.started:
             await asyncio.sleep(0.005)
-    yield Guarded(port, app)
+    yield Guarded(port, panel_socket, app)
     app.release.set()
     server.should_exit = True
     await serving
@@ -157,7 +194,7 @@ OPEN_PATHS = (
 )
 
 
-async def test_what_anyone_may_use_passes_without_the_secret(guarded: Guarded) -> None:
+async def test_what_anyone_may_use_passes_by_the_port(guarded: Guarded) -> None:
     statuses = {path: (await guarded.ask("POST", path)).status for path in OPEN_PATHS}
 
     assert statuses == dict.fromkeys(OPEN_PATHS, 200)
@@ -184,9 +221,9 @@ PANEL_PATHS = (
 )
 
 
-async def test_everything_else_needs_the_secret(guarded: Guarded) -> None:
+async def test_everything_else_is_refused_by_the_port_whatever_is_said(guarded: Guarded) -> None:
     for path in PANEL_PATHS:
-        for given in ({}, {"X-Panel-Secret": SECRET[:-1]}, {"X-Panel-Secret": ""}):
+        for given in ({}, {"X-Panel-Secret": ""}, {"X-Panel-Client": "0"}, {"panel_guard.inside": "True"}):
             refused = await guarded.ask("POST", path, given)
             assert (path, refused.status) == (path, 403)
             assert refused.json()["error"]["code"] == 403
@@ -194,11 +231,28 @@ async def test_everything_else_needs_the_secret(guarded: Guarded) -> None:
     assert guarded.app.seen == []
 
 
-async def test_the_secret_opens_everything(guarded: Guarded) -> None:
-    statuses = {path: (await guarded.ask("POST", path, TRUSTED)).status for path in PANEL_PATHS}
+async def test_the_panels_socket_opens_everything(guarded: Guarded) -> None:
+    statuses = {path: (await guarded.ask("POST", path, trusted=True)).status for path in PANEL_PATHS}
 
     # The gate is the guard's own and wants a body.
     assert statuses == dict.fromkeys(PANEL_PATHS, 200) | {"/panel/gate": 400}
+
+
+async def test_the_panels_socket_is_this_users_alone(guarded: Guarded) -> None:
+    assert stat.S_IMODE(guarded.panel.stat().st_mode) == 0o600
+
+
+async def test_a_clients_request_on_the_panels_socket_is_a_clients(guarded: Guarded) -> None:
+    client = {"X-Panel-Client": "1"}
+    await guarded.set_gate(True)
+    assert (await guarded.ask("POST", CHAT, client, trusted=True)).status == 503
+    assert (await guarded.ask("POST", "/sleep", client, trusted=True)).status == 403
+    await guarded.set_gate(False)
+    guarded.app.release.clear()
+    asked = asyncio.create_task(guarded.ask("POST", CHAT, client, trusted=True))
+    await guarded.until_in_flight(1)
+    guarded.app.release.set()
+    assert (await asked).status == 200
 
 
 ODD_SPELLINGS = (
@@ -251,7 +305,7 @@ def spellings(path: str) -> list[str]:
     ]
 
 
-async def test_no_spelling_of_an_admin_path_gets_by_without_the_secret(guarded: Guarded) -> None:
+async def test_no_spelling_of_an_admin_path_gets_by(guarded: Guarded) -> None:
     for path in PANEL_PATHS:
         for spelled in spellings(path):
             for method in ("GET", "POST", "OPTIONS", "HEAD"):
@@ -274,9 +328,9 @@ FOREIGN_HOSTS = (
 )
 
 
-async def test_a_host_that_is_not_loopback_is_refused_even_with_the_secret(guarded: Guarded) -> None:
+async def test_a_host_that_is_not_loopback_is_refused(guarded: Guarded) -> None:
     for host in FOREIGN_HOSTS:
-        answer = await guarded.ask("GET", "/health", {**TRUSTED, "Host": host})
+        answer = await guarded.ask("GET", "/health", {"Host": host})
         assert (host, answer.status) in ((host, 403), ("absent", 400))  # uvicorn refuses a missing one
     assert guarded.app.seen == []
 
@@ -337,7 +391,7 @@ async def test_a_client_that_hangs_up_is_no_longer_in_flight(guarded: Guarded) -
 async def test_looking_and_the_panels_own_requests_count_for_nothing(guarded: Guarded) -> None:
     guarded.app.release.clear()
     waiting = [
-        asyncio.create_task(guarded.ask("POST", CHAT, TRUSTED)),
+        asyncio.create_task(guarded.ask("POST", CHAT, trusted=True)),
         asyncio.create_task(guarded.ask("GET", "/metrics")),
     ]
     await guarded.until_seen(2)
@@ -357,7 +411,7 @@ async def test_a_closed_gate_answers_inference_at_once_and_lets_the_rest_pass(gu
     error = answer.json()["error"]
     assert (error["type"], error["param"], error["code"]) == ("ServiceUnavailable", None, 503)
     assert (await guarded.ask("GET", "/health")).status == 200
-    assert (await guarded.ask("POST", CHAT, TRUSTED)).status == 200
+    assert (await guarded.ask("POST", CHAT, trusted=True)).status == 200
     assert (await guarded.set_gate(False))["closed"] is False
     assert (await guarded.ask("POST", CHAT)).status == 200
 
@@ -378,8 +432,9 @@ NONSENSE = (b"", b"{", b"[]", b'{"closed": 1}', b"{}", b" " * 5000)
 
 async def test_nonsense_at_the_gate_changes_nothing(guarded: Guarded) -> None:
     for body in NONSENSE:
-        assert (body, (await guarded.ask("POST", "/panel/gate", TRUSTED, body)).status) == (body, 400)
-    assert (await guarded.ask("DELETE", "/panel/gate", TRUSTED)).status == 405
+        answer = await guarded.ask("POST", "/panel/gate", body=body, trusted=True)
+        assert (body, answer.status) == (body, 400)
+    assert (await guarded.ask("DELETE", "/panel/gate", trusted=True)).status == 405
     assert (await guarded.gate())["closed"] is False
 
 
@@ -387,7 +442,7 @@ async def test_the_apps_start_and_end_pass_through(guarded: Guarded) -> None:
     assert guarded.app.lifespan
 
 
-async def test_a_websocket_without_the_secret_is_closed(guard_class: Any) -> None:
+async def test_a_websocket_by_the_port_is_closed(guard_module: Any) -> None:
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -400,9 +455,9 @@ async def test_a_websocket_without_the_secret_is_closed(guard_class: Any) -> Non
         sent.append("reached")
 
     scope = {"type": "websocket", "raw_path": b"/v1/realtime", "headers": [(b"host", b"localhost")]}
-    await guard_class(app)(scope, receive, send)
-    scope["headers"] = [(b"host", b"localhost"), (b"x-panel-secret", SECRET.encode())]
-    await guard_class(app)(scope, receive, send)
+    await guard_module.PanelGuard(app)(scope, receive, send)
+    scope[guard_module.INSIDE] = True
+    await guard_module.PanelGuard(app)(scope, receive, send)
 
     assert [message if message == "reached" else message["type"] for message in sent] == [
         "websocket.close",
@@ -410,27 +465,54 @@ async def test_a_websocket_without_the_secret_is_closed(guard_class: Any) -> Non
     ]
 
 
-async def test_a_guard_without_a_secret_trusts_nobody(
-    guard_class: Any, monkeypatch: pytest.MonkeyPatch
+async def test_a_server_whose_panel_could_not_reach_it_does_not_start(
+    guard_module: Any, panel_socket: Path, free_port: Callable[[], int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delenv("VLLM_SLEEP_TUI_SECRET")
-    sent: list[Any] = []
+    panel_socket.write_text("in the way")
+    guard = guard_module.PanelGuard(App())
+    config = uvicorn.Config(guard, host="127.0.0.1", port=free_port(), log_config=None, ws="none")
+    server = uvicorn.Server(config)
 
-    async def receive() -> Any:
-        return {"type": "http.request", "body": b""}
+    with contextlib.suppress(SystemExit):  # newer uvicorns leave like this, older ones return
+        await server.serve()
 
-    async def send(message: Any) -> None:
-        sent.append(message)
+    assert not server.started
+    assert "The panel's socket cannot be opened" in caplog.text
 
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "raw_path": b"/sleep",
-        "headers": [(b"host", b"localhost"), (b"x-panel-secret", b"")],
-    }
-    await guard_class(App())(scope, receive, send)
 
-    assert sent[0]["status"] == 403
+HALF = {"Content-Length": "40"}
+
+
+async def test_a_body_that_is_not_complete_is_not_in_flight_and_finds_the_gate_closed(
+    guarded: Guarded,
+) -> None:
+    reader, writer = await guarded.open("POST", CHAT, HALF, b'{"messages":')
+    other = await guarded.ask("POST", CHAT)  # by now the guard has the half of the first
+
+    assert other.status == 200
+    assert (await guarded.set_gate(True))["in_flight"] == 0
+    writer.write(b" [] " + b" " * 23 + b"}")
+    assert (await guarded.answer(reader, writer)).status == 503
+    assert guarded.app.seen == [CHAT]
+
+
+async def test_a_body_in_pieces_reaches_the_model_whole(guarded: Guarded) -> None:
+    reader, writer = await guarded.open("POST", CHAT, {"Content-Length": "300000"}, b"x" * 100_000)
+    await guarded.ask("GET", "/health")
+    writer.write(b"y" * 200_000)
+
+    assert (await guarded.answer(reader, writer)).status == 200
+    assert guarded.app.bodies[-1] == b"x" * 100_000 + b"y" * 200_000
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(guard_module: Any, guarded: Guarded) -> None:
+    guard_module.BODY_SECONDS = 0.1
+    reader, writer = await guarded.open("POST", CHAT, HALF, b"{")
+
+    answer = await guarded.answer(reader, writer)
+
+    assert (answer.status, answer.json()["error"]["code"]) == (408, 408)
+    assert guarded.app.seen == []
 
 
 def test_the_copy_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:

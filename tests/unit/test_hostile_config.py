@@ -98,7 +98,7 @@ def use(loaded: LoadedConfig) -> None:
             utilization=fixed_utilization(model),
             guard_dir=Path("/tmp/guard"),
             tmp_dir=Path("/tmp"),
-            secret="s",
+            socket=Path("/tmp/panel.sock"),
             launch_id="l",
             sleep_mode=model.level != "none",
         )

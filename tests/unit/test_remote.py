@@ -28,7 +28,7 @@ def spec(**model: Any) -> ServeSpec:
         utilization=None,
         guard_dir=Path("/tmp/guard"),
         tmp_dir=Path("/tmp"),
-        secret="s",
+        socket=Path("/tmp/panel.sock"),
         launch_id="l",
         sleep_mode=True,
     )

@@ -6,19 +6,22 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from vllm_sleep_tui.config_checks import spans_machines
-from vllm_sleep_tui.engine.guard import SECRET_VARIABLE
+from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
 
 READY_SECONDS = 600
 """vLLM's own limit for a start, `VLLM_ENGINE_READY_TIMEOUT_S` (vLLM 0.33, read in source)."""
 QUIET_PATHS = "/health,/metrics,/is_sleeping,/panel/gate"
-LAUNCH_VARIABLE = "VLLM_SLEEP_TUI_LAUNCH"
+LAUNCH_VARIABLE = "SLEEP_TUI_LAUNCH"
+"""vLLM copies what starts with VLLM_, HF_ and the like to Ray's workers (0.32); what names a launch stays."""
+LAUNCH_VARIABLES = (LAUNCH_VARIABLE, "VLLM_SLEEP_TUI_LAUNCH")
+"""The second is that of servers which the version before started."""
 
 RESERVED_ARGS: dict[str, str] = {
     "host": "The panel keeps every server on 127.0.0.1; leave it out.",
@@ -65,7 +68,8 @@ class ServeSpec:
     """Share of each GPU's memory, 0 to 1; None leaves it to vLLM."""
     guard_dir: Path
     tmp_dir: Path
-    secret: str = field(repr=False)
+    socket: Path
+    """Where the guard lets the panel in, and nobody else."""
     launch_id: str
     sleep_mode: bool
 
@@ -151,7 +155,7 @@ def _fixed(spec: ServeSpec) -> dict[str, str]:
         # Or vLLM's engine and workers wipe their environment in /proc as they rename themselves.
         "SPT_NOENV": "1",
         LAUNCH_VARIABLE: spec.launch_id,
-        SECRET_VARIABLE: spec.secret,
+        SOCKET_VARIABLE: str(spec.socket),
     }
 
 

@@ -9,7 +9,8 @@ import msgspec
 
 from vllm_sleep_tui.engine.chat import ChatDelta, chat_body, deltas
 from vllm_sleep_tui.engine.failures import NOT_JSON, EngineError, refused, unreadable
-from vllm_sleep_tui.engine.wire import Wire
+from vllm_sleep_tui.engine.guard import CLIENT_HEADER
+from vllm_sleep_tui.engine.wire import Check, Wire
 
 JSON = {"content-type": "application/json"}
 Decoded = TypeVar("Decoded")
@@ -98,18 +99,27 @@ class _Embeddings(msgspec.Struct):
 
 
 class VllmClient:
-    """One server's HTTP; every call may raise EngineUnreachable, EngineTimeout or EngineRefused.
+    """One server's HTTP; every call may raise one of the EngineErrors.
 
-    All calls but `chat` carry the launch's `secret`, so the guard lets them through a closed gate.
-    Timeouts are seconds for the whole call.
+    A server of ours is driven by its guard's `uds`, where all calls but `chat` pass a closed gate; one that
+    the version before started, by its port with the launch's `secret`. `check` looks at each connection
+    before anything is sent over it. Timeouts are seconds for the whole call.
     """
 
     def __init__(
-        self, port: int, *, secret: str | None, base_url: str | None = None, api_key: str | None = None
+        self,
+        port: int,
+        *,
+        uds: str | None = None,
+        secret: str | None = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        check: Check | None = None,
     ) -> None:
-        self._wire = Wire(base_url or f"http://127.0.0.1:{port}")
-        self._plain = {"accept": "*/*"} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
-        self._trusted = self._plain | ({"x-panel-secret": secret} if secret else {})
+        self._wire = Wire(base_url or f"http://127.0.0.1:{port}", uds=uds, check=check)
+        plain = {"accept": "*/*"} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
+        self._client = plain | JSON | ({CLIENT_HEADER.decode(): "1"} if uds else {})
+        self._trusted = plain | ({"x-panel-secret": secret} if secret and not uds else {})
         self._trusted_json = self._trusted | JSON
 
     async def __aenter__(self) -> Self:
@@ -227,12 +237,12 @@ class VllmClient:
 
         `first_timeout` covers everything up to the first event: a sleeping vLLM sends status 200 and headers
         at once, then nothing, or with `sse-keep-alive-interval` comments without an end.
-        It goes without the secret: it counts as in flight and a closed gate answers 503.
+        It goes as a client's request: it counts as in flight and a closed gate answers 503.
         """
         body = chat_body(messages, model, params or {})
         parts = self._wire.stream(
             "/v1/chat/completions",
-            headers=self._plain | JSON,
+            headers=self._client,
             body=body,
         )
         return deltas(parts, self._wire.where, first_timeout=first_timeout, stall_timeout=stall_timeout)

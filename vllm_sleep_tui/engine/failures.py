@@ -29,6 +29,10 @@ class EngineTimeout(EngineError):  # noqa: N818 - it says what happened
     """No answer in time; the server may still do what was asked (vLLM 0.32, 06-frozen-engine.txt)."""
 
 
+class EngineStranger(EngineError):  # noqa: N818 - it says what happened
+    """Somebody else listens where the server should; nothing was sent to them."""
+
+
 class EngineRefused(EngineError):  # noqa: N818 - it says what happened
     """The server answered with an error: its HTTP `status`, its own `message` and its `kind` of error."""
 

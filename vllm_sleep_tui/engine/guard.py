@@ -1,28 +1,38 @@
 """The gate in front of one vLLM server: who may ask for what, and what is in flight.
 
 A copy of this file alone is put on the server's PYTHONPATH as ``panel_guard`` and named with
-``--middleware panel_guard.PanelGuard``. Hence only the standard library and Python 3.9.
+``--middleware panel_guard.PanelGuard``. Hence only the standard library and Python 3.9, and vLLM's uvicorn.
 vLLM's own ``--api-key`` does not cover ``/sleep``, ``/collective_rpc`` and the like (vLLM 0.11 to 0.33,
-recorded in transcripts/05-api-key.txt), so what is not listed here needs this launch's secret.
+recorded in transcripts/05-api-key.txt), so over TCP only what is listed here is answered. The panel comes in
+by a unix socket in the launch's private folder: whoever can open it is this user, and no secret is sent that
+another program, on the port before vLLM is, could hear.
 """
 
 from __future__ import annotations
 
-import hmac
+import asyncio
+import contextlib
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-SECRET_VARIABLE = "VLLM_SLEEP_TUI_SECRET"
-SECRET_HEADER = b"x-panel-secret"
+SOCKET_VARIABLE = "SLEEP_TUI_SOCKET"
+"""The path of the panel's socket. Ray's workers, maybe on other machines, get what starts with VLLM_."""
+CLIENT_HEADER = b"x-panel-client"
+"""On the panel's socket: the request is a client's; it counts as in flight, and a closed gate refuses it."""
 GATE_PATH = "/panel/gate"
+INSIDE = "panel_guard.inside"
+"""A key of a scope that no client can set: the request came by the panel's socket."""
 
 INFERENCE = frozenset(
     [
@@ -65,47 +75,81 @@ STORED_RESPONSE = re.compile(r"/v1/responses/[A-Za-z0-9_-]+\Z")
 STORED_RESPONSE_CANCEL = re.compile(r"/v1/responses/[A-Za-z0-9_-]+/cancel\Z")
 LOOPBACK = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?\Z", re.IGNORECASE)
 MAX_GATE_BODY = 1024
+BODY_SECONDS = 30.0
+"""For the body of a request to arrive, and a second more for each BODY_RATE bytes of it that did."""
+BODY_RATE = 16384
+ENDING_SECONDS = 1
+"""For answers under way on the panel's socket when the server ends."""
 
 
 class PanelGuard:
     """ASGI middleware: an allow-list, a gate for inference, and a count of what is in flight."""
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, app: App) -> None:
         self._app = app
-        self._secret = os.environ.get(SECRET_VARIABLE, "").encode()
         self._closed = False
         self._in_flight = 0
         self._last_request: float | None = None
+        self._door: _Door | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection event: pass it on, answer it, or refuse it."""
-        if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)  # lifespan
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
             return
-        trusted = self._has_secret(scope)
-        refusal = _foreign(scope) or self._unlisted(scope, trusted)
+        inside = scope.get(INSIDE) is True
+        trusted = inside and not _header(scope, CLIENT_HEADER)
+        refusal = _foreign(scope) or _unlisted(scope, trusted)
         if refusal:
             await _refuse(scope, send, refusal)
         elif _spelling(scope) == GATE_PATH:
             await self._answer_gate(scope, receive, send)
-        elif trusted or not _is_inference(_spelling(scope)):
+        elif trusted:
             await self._app(scope, receive, send)
+        else:
+            await self._serve_client(scope, receive, send)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The server's life: the panel's socket opens with its start and closes with its end."""
+
+        async def watched_receive() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown" and self._door is not None:
+                await self._door.close()
+            return message
+
+        async def watched_send(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                try:
+                    self._door = _Door(scope.get("app", self))
+                except (OSError, KeyError) as error:
+                    # Without it nobody can drive this server; uvicorn ends it with these words in the log.
+                    why = f"The panel's socket cannot be opened: {error!r}"
+                    message = {"type": "lifespan.startup.failed", "message": why}
+            await send(message)
+
+        await self._app(scope, watched_receive, watched_send)
+
+    async def _serve_client(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a listed request of a client, once its body is there and if the gate is open then."""
+        gated = _is_inference(_spelling(scope))
+        if gated and self._closed:
+            await _reply_closed(send)
+            return
+        # Until its body is complete it is no work of the model's: no drain waits for it.
+        taken = await _take_body(receive)
+        if taken is None:
+            message = f"The request's body did not arrive in time: {BODY_SECONDS:.0f} s are for a short one."
+            payload = _error(408, "RequestTimeout", message)
+            await _reply(send, 408, payload, (b"connection", b"close"))
+        elif not taken:
+            return
+        elif not gated:
+            await self._app(scope, _replay(taken, receive), send)
         elif self._closed:
             await _reply_closed(send)
         else:
-            await self._count(scope, receive, send)
-
-    def _has_secret(self, scope: Scope) -> bool:
-        given = _header(scope, SECRET_HEADER)
-        # Without a secret of its own the guard trusts nobody.
-        return bool(self._secret) and len(given) == 1 and hmac.compare_digest(given[0], self._secret)
-
-    def _unlisted(self, scope: Scope, trusted: bool) -> str:
-        path = _spelling(scope)
-        listed = scope["type"] == "http" and (_is_inference(path) or _is_read_only(path))
-        if trusted or listed:
-            return ""
-        return "This address is for the panel only: it needs the X-Panel-Secret of this launch."
+            await self._count(scope, _replay(taken, receive), send)
 
     async def _count(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._in_flight += 1
@@ -132,12 +176,63 @@ class PanelGuard:
         await _reply(send, 200, state)
 
 
+class _Door:
+    """The panel's way in: the whole application once more, on a unix socket of this user alone."""
+
+    def __init__(self, app: App) -> None:
+        """Open it; raises OSError or KeyError if that fails."""
+        import uvicorn  # there is no vLLM without it
+
+        path = os.environ[SOCKET_VARIABLE]
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(path)
+            os.chmod(path, 0o600)
+            listener.listen(128)
+        except OSError:
+            listener.close()
+            raise
+
+        async def inside(scope: Scope, receive: Receive, send: Send) -> None:
+            scope[INSIDE] = True
+            await app(scope, receive, send)
+
+        # log_config and access_log as they are: both belong to the whole process, and vLLM has set them.
+        config = uvicorn.Config(
+            inside,
+            interface="asgi3",
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            proxy_headers=False,
+            timeout_graceful_shutdown=ENDING_SECONDS,
+        )
+        self._server = uvicorn.Server(config)
+        # Signals are the outer server's: older uvicorns set handlers by the one, newer by the other.
+        self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+        self._serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
+
+    async def close(self) -> None:
+        """Let answers under way end, for ENDING_SECONDS, and stop."""
+        self._server.should_exit = True
+        await asyncio.wait({self._serving}, timeout=ENDING_SECONDS + 1)
+
+
 def _spelling(scope: Scope) -> str:
     """The path as it came over the wire, so that no %-encoding can stand for a listed path."""
     raw = scope.get("raw_path")
     if raw is None:
         return str(scope.get("path", ""))
     return bytes(raw).split(b"?", 1)[0].decode("latin-1")
+
+
+def _unlisted(scope: Scope, trusted: bool) -> str:
+    """Why a request is not for everybody, or an empty string."""
+    path = _spelling(scope)
+    if trusted or (scope["type"] == "http" and (_is_inference(path) or _is_read_only(path))):
+        return ""
+    return "This address is for the panel only, which has a way in of its own."
 
 
 def _is_inference(path: str) -> bool:
@@ -166,6 +261,34 @@ def _foreign(scope: Scope) -> str:
     if b"cross-site" in [value.lower() for value in _header(scope, b"sec-fetch-site")]:
         return "A web page of another site may not use this server."
     return ""
+
+
+async def _take_body(receive: Receive) -> list[Message] | None:
+    """The messages of a whole body: none if the client left before its end, None if it comes too slowly."""
+    taken: list[Message] = []
+    deadline = time.monotonic() + BODY_SECONDS
+    while True:
+        try:
+            message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            return None
+        if message["type"] != "http.request":
+            return []
+        taken.append(message)
+        if not message.get("more_body", False):
+            return taken
+        deadline += len(message.get("body", b"")) / BODY_RATE
+
+
+def _replay(taken: list[Message], receive: Receive) -> Receive:
+    """What was `taken`, then what comes."""
+    left = iter(taken)
+
+    async def again() -> Message:
+        message = next(left, None)
+        return await receive() if message is None else message
+
+    return again
 
 
 async def _body(receive: Receive) -> bytes:

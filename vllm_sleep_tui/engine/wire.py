@@ -1,15 +1,18 @@
-"""HTTP to one server, with as little between the call and the socket as httpx allows.
+"""HTTP to one server, with as little between the call and the socket as possible, and to nobody else.
 
-httpx's transport is used without its client: redirects, cookies and events of the client would cost
-0.3 ms a call (measured), and a switch makes six calls within 5 ms.
+httpx's core is used without its client: redirects, cookies and events of the client would cost 0.3 ms a call
+(measured), and a switch makes six calls within 5 ms. The core also lets us look at each new connection before
+a byte goes over it: whoever has the port of a server that is down would hear the key or the prompt.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+import socket
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import httpcore
 import httpx
 
 from vllm_sleep_tui.engine.failures import EngineRefused, broken_off, refused, timed_out, unreachable
@@ -23,7 +26,10 @@ LATE_SECONDS = 0.3
 REUSED_BODY_BYTES = 512
 REUSED_REQUESTS = 64
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
-BROKEN = (httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError)
+BROKEN = (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError)
+FAILED = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
+Check = Callable[[socket.socket], None]
+"""Looks who is at the other end of a fresh connection; raises EngineStranger if nothing may be sent there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +41,28 @@ class Answer:
 
 
 class Wire:
-    """Connections to one server."""
+    """Connections to one server: to its address, or over `uds`, a unix socket; all of them pass `check`."""
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, *, uds: str | None = None, check: Check | None = None) -> None:
         base = httpx.URL(base_url)
-        # Certificates take 20 ms to read; loopback needs none.
-        verify = base.scheme == "https"
-        pooled = httpx.Limits(max_keepalive_connections=8, keepalive_expiry=KEEP_ALIVE_SECONDS)
         self.where = f"{base.host}:{base.port}" if base.port else base.host
         self._base = str(base).rstrip("/")
-        self._requests: dict[tuple[str, str, bytes | None, int], tuple[object, httpx.Request]] = {}
-        # A proxy variable must not carry loopback traffic away: transports read no environment.
-        self._pool = httpx.AsyncHTTPTransport(verify=verify, trust_env=False, limits=pooled)
-        single = httpx.Limits(max_keepalive_connections=0)
-        self._single = httpx.AsyncHTTPTransport(verify=verify, trust_env=False, limits=single)
+        self._requests: dict[tuple[str, str, bytes | None, int], tuple[object, httpcore.Request]] = {}
+        # Certificates take 20 ms to read; loopback needs none.
+        tls = httpx.create_ssl_context(trust_env=False) if base.scheme == "https" else None
+
+        def pool(kept: int) -> httpcore.AsyncConnectionPool:
+            # A proxy variable must not carry loopback traffic away: the core reads no environment.
+            return httpcore.AsyncConnectionPool(
+                ssl_context=tls,
+                max_connections=100,
+                max_keepalive_connections=kept,
+                keepalive_expiry=KEEP_ALIVE_SECONDS,
+                uds=uds,
+                network_backend=_Network(check),
+            )
+
+        self._pool, self._single = pool(8), pool(0)
         self._fresh_until = 0.0
 
     async def call(
@@ -83,12 +97,12 @@ class Wire:
                 return await self._attempt(request, repeatable)
         except TimeoutError:
             raise timed_out(self.where, name, timeout) from None
-        except httpx.ConnectError:
+        except httpcore.ConnectError:
             raise unreachable(self.where, name) from None
-        except httpx.TransportError:
+        except FAILED:
             raise broken_off(self.where, name) from None
 
-    async def _attempt(self, request: httpx.Request, repeatable: bool) -> Answer:
+    async def _attempt(self, request: httpcore.Request, repeatable: bool) -> Answer:
         if repeatable or asyncio.get_running_loop().time() < self._fresh_until:
             try:
                 return await self._on_kept(request)
@@ -98,7 +112,7 @@ class Wire:
                 # The kept connection had been closed; once more on a new one.
         return await _exchange(self._single, request)
 
-    async def _on_kept(self, request: httpx.Request) -> Answer:
+    async def _on_kept(self, request: httpcore.Request) -> Answer:
         self._fresh_until = 0.0
         answer = await _exchange(self._pool, request)
         if answer.status == 200:
@@ -115,16 +129,16 @@ class Wire:
         """
         request = self._request("POST", target, headers, body)
         name = _name(request)
-        response: httpx.Response | None = None
+        response: httpcore.Response | None = None
         try:
             response = await self._single.handle_async_request(request)
-            if response.status_code != 200:
-                raise refused(response.status_code, await _read(response))
+            if response.status != 200:
+                raise refused(response.status, await _read(response))
             async for part in _stream_of(response):
                 yield part
-        except httpx.ConnectError:
+        except httpcore.ConnectError:
             raise unreachable(self.where, name) from None
-        except httpx.TransportError:
+        except FAILED:
             raise broken_off(self.where, name) from None
         finally:
             if response is not None:
@@ -132,17 +146,29 @@ class Wire:
 
     def _request(
         self, method: str, target: str, headers: Mapping[str, str], body: bytes | None
-    ) -> httpx.Request:
+    ) -> httpcore.Request:
         if body is not None and len(body) > REUSED_BODY_BYTES:
-            return httpx.Request(method, self._base + target, headers=headers, content=body)
+            return self._new_request(method, target, headers, body)
         # The same few calls come again and again; to make one anew costs 0.1 ms.
         key = (method, target, body, id(headers))
         known = self._requests.get(key)
         if known is None or known[0] is not headers:
-            known = (headers, httpx.Request(method, self._base + target, headers=headers, content=body))
+            known = (headers, self._new_request(method, target, headers, body))
             if len(self._requests) < REUSED_REQUESTS:
                 self._requests[key] = known
         return known[1]
+
+    def _new_request(
+        self, method: str, target: str, headers: Mapping[str, str], body: bytes | None
+    ) -> httpcore.Request:
+        made = httpx.Request(method, self._base + target, headers=headers, content=body)
+        url = httpcore.URL(
+            scheme=made.url.raw_scheme,
+            host=made.url.raw_host,
+            port=made.url.port,
+            target=made.url.raw_path,
+        )
+        return httpcore.Request(method, url, headers=made.headers.raw, content=body)
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -150,28 +176,70 @@ class Wire:
         await self._single.aclose()
 
 
-def _name(request: httpx.Request) -> str:
-    return f"{request.method} {request.url.path}"
+class _Network(httpcore.AsyncNetworkBackend):
+    """Opens connections as httpx's core does, and has each looked at before anything is sent over it."""
+
+    def __init__(self, check: Check | None) -> None:
+        self._inner = httpcore.AnyIOBackend()
+        self._check = check
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """A connection to the host."""
+        stream = await self._inner.connect_tcp(host, port, timeout, local_address, socket_options)
+        return await self._checked(stream)
+
+    async def connect_unix_socket(
+        self,
+        path: str,
+        timeout: float | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """A connection to the socket."""
+        return await self._checked(await self._inner.connect_unix_socket(path, timeout, socket_options))
+
+    async def sleep(self, seconds: float) -> None:
+        """Between attempts, of which there are none."""
+        await self._inner.sleep(seconds)
+
+    async def _checked(self, stream: httpcore.AsyncNetworkStream) -> httpcore.AsyncNetworkStream:
+        if self._check is not None:
+            try:
+                self._check(stream.get_extra_info("socket"))
+            except BaseException:
+                await stream.aclose()
+                raise
+        return stream
 
 
-def _stream_of(response: httpx.Response) -> httpx.AsyncByteStream:
-    assert isinstance(response.stream, httpx.AsyncByteStream)
-    return response.stream
+def _name(request: httpcore.Request) -> str:
+    return f"{request.method.decode()} {request.url.target.decode().partition('?')[0]}"
 
 
-async def _exchange(transport: httpx.AsyncHTTPTransport, request: httpx.Request) -> Answer:
-    response = await transport.handle_async_request(request)
+def _stream_of(response: httpcore.Response) -> AsyncIterator[bytes]:
+    assert isinstance(response.stream, AsyncIterable)
+    return aiter(response.stream)
+
+
+async def _exchange(pool: httpcore.AsyncConnectionPool, request: httpcore.Request) -> Answer:
+    response = await pool.handle_async_request(request)
     try:
-        return Answer(response.status_code, await _read(response))
+        return Answer(response.status, await _read(response))
     finally:
         await response.aclose()
 
 
-async def _read(response: httpx.Response) -> bytes:
+async def _read(response: httpcore.Response) -> bytes:
     body = bytearray()
     async for part in _stream_of(response):
         body += part
         if len(body) > MAX_ANSWER_BYTES:
             limit = MAX_ANSWER_BYTES >> 20
-            raise EngineRefused(response.status_code, f"the answer is longer than {limit} MiB")
+            raise EngineRefused(response.status, f"the answer is longer than {limit} MiB")
     return bytes(body)

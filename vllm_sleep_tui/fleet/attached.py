@@ -114,8 +114,7 @@ def refuse_control(core: Core, name: str) -> None:
 
 def client_of(core: Core, name: str) -> VllmClient:
     """The client of the attached server."""
-    model = core.model(name)
-    return core.client_at(model.url or "", model.api_key)
+    return core.client_at(core.model(name))
 
 
 async def served_name(core: Core, name: str) -> str:

@@ -25,7 +25,7 @@ from vllm_sleep_tui.fleet.model_files import (
     AGAIN,
     is_weights_name,
     main_snapshot,
-    open_regular,
+    open_file,
     read_config,
     read_whole,
     shown,
@@ -322,7 +322,7 @@ def read_header(path: Path) -> tuple[list[Tensor], int]:
     What the format demands is checked as far as figures hang on it: no tensor lies beyond the end of the file
     or has more numbers than it has room for, and together they are not larger than the file.
     """
-    with open_regular(path) as file:
+    with open_file(path) as file:
         try:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(length) if 0 < length <= HEADER_LIMIT else b""

@@ -22,6 +22,7 @@ from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.footprints import Footprint, FootprintStore, digest
 from vllm_sleep_tui.fleet.keeping import is_kept
 from vllm_sleep_tui.fleet.locks import gpu_lock_path
+from vllm_sleep_tui.fleet.other_ends import check_for_key, check_own
 from vllm_sleep_tui.fleet.records import Record, RecordStore
 from vllm_sleep_tui.fleet.sighting import Sighting, base_of
 from vllm_sleep_tui.fleet.states import Event, next_state
@@ -91,7 +92,7 @@ class Core:
         self._happened: list[Callable[[History], None]] = []
         self._flushing = threading.Lock()
         self._digests: dict[str, str] = {}
-        self._clients: dict[tuple[str, str | None], VllmClient] = {}
+        self._clients: dict[tuple[str | None, ...], VllmClient] = {}
         self._launched: dict[str, tuple[str, VllmClient]] = {}
         self._retired: list[VllmClient] = []
         self.sightings: dict[str, Sighting] = {}
@@ -259,18 +260,20 @@ class Core:
         if client is None or launch != record.launch:
             if client is not None:
                 self._retired.append(client)
-            client = VllmClient(record.port, secret=record.secret)
+            client = VllmClient(record.port, uds=record.socket, secret=record.secret, check=check_own)
             self._launched[record.name] = (record.launch, client)
         return client
 
-    def client_at(self, url: str, api_key: str | None) -> VllmClient:
+    def client_at(self, model: ModelConfig) -> VllmClient:
         """The client of an attached server."""
         from vllm_sleep_tui.engine.client import VllmClient  # as above
 
-        if (url, api_key) not in self._clients:
-            client = VllmClient(0, secret=None, base_url=base_of(url), api_key=api_key)
-            self._clients[url, api_key] = client
-        return self._clients[url, api_key]
+        key = (model.url, model.api_key, model.url_user)
+        if key not in self._clients:
+            base = base_of(model.url or "")
+            check = check_for_key(model)
+            self._clients[key] = VllmClient(0, base_url=base, api_key=model.api_key, check=check)
+        return self._clients[key]
 
     async def close_retired(self) -> None:
         """Close the connections to launches that are over."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLE
+from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLES
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.model_files import main_snapshot, read_config
 from vllm_sleep_tui.telemetry.gpus import GpuReading
@@ -231,7 +231,6 @@ def launch_of(pid: int) -> str | None:
             words = file.read(_MAX_ENVIRON).split(b"\0")
     except OSError:
         return None
-    prefix = f"{LAUNCH_VARIABLE}=".encode()
-    return next(
-        (word[len(prefix) :].decode(errors="replace") for word in words if word.startswith(prefix)), None
-    )
+    names = {key.encode() for key in LAUNCH_VARIABLES}
+    pairs = (word.partition(b"=") for word in words)
+    return next((value.decode(errors="replace") for name, _, value in pairs if name in names), None)

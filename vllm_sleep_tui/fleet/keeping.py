@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLE
+from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLE, LAUNCH_VARIABLES
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet import keeper
@@ -62,7 +62,7 @@ class Order:
 
     argv: tuple[str, ...]
     env: dict[str, str] = field(repr=False)
-    """It holds the launch's secret, and the user's tokens."""
+    """It holds the user's tokens."""
     cwd: str
     launch: str
     log: str
@@ -171,7 +171,8 @@ def members(launch: str, *recorded: ProcessId | None) -> tuple[ProcessId, ...]:
     table = ProcessTable.read()
     proven = {process for process in recorded if process is not None and is_alive(process)}
     for pid in table.parents:
-        if environment_has(pid, LAUNCH_VARIABLE, launch) and (process := table.id_of(pid)) is not None:
+        named = any(environment_has(pid, key, launch) for key in LAUNCH_VARIABLES)
+        if named and (process := table.id_of(pid)) is not None:
             proven.add(process)
     below = {pid for process in proven for pid in table.descendants(process.pid)}
     found = proven | {process for pid in below if (process := table.id_of(pid)) is not None}

@@ -1,6 +1,6 @@
 """A server whose record was lost: its keeper lives, and the server knows the rest itself.
 
-Its environment and command line, which only this user can read, tell secret, GPUs and port; whether it
+Its environment and command line, which only this user can read, tell its socket, GPUs and port; whether it
 sleeps, it is asked. What cannot be taken back is ended, because nobody could drive it.
 """
 
@@ -14,7 +14,7 @@ import msgspec
 
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
-from vllm_sleep_tui.engine.guard import SECRET_VARIABLE
+from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
 from vllm_sleep_tui.errors import OperationError, PanelError
 from vllm_sleep_tui.files import as_text
 from vllm_sleep_tui.fleet.core import Core
@@ -30,6 +30,8 @@ from vllm_sleep_tui.telemetry import prometheus
 from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, is_alive
 
 ASK_LIMIT = 60.0
+OLD_SECRET_VARIABLE = "VLLM_SLEEP_TUI_SECRET"
+"""Of a server that the version before started."""
 SLEEP_STATE = "vllm:engine_sleep_state"
 
 
@@ -89,12 +91,14 @@ def identify(core: Core, record: Record, word: Word) -> Record:
         if "=" in line
     )
     argv = (folder / "cmdline").read_text(errors="replace").split("\0")
-    if SECRET_VARIABLE not in environment or "--port" not in argv:
-        raise ValueError("its process does not tell its port and secret")
+    socket, secret = environment.get(SOCKET_VARIABLE), environment.get(OLD_SECRET_VARIABLE)
+    if (socket or secret) is None or "--port" not in argv:
+        raise ValueError("its process does not tell how to reach it")
     return msgspec.structs.replace(
         record,
         port=int(argv[argv.index("--port") + 1]),
-        secret=environment[SECRET_VARIABLE],
+        socket=socket,
+        secret=None if socket else secret,
         gpus=tuple(int(gpu) for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu),
         tmp_dir=environment.get("TMPDIR"),
         log=as_text(log_of(word.keeper) or core.records.log_path(record.name)),

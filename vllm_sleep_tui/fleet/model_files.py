@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from vllm_sleep_tui.errors import UsageError
+from vllm_sleep_tui.regular import NotAFileError, open_regular
 from vllm_sleep_tui.text import one_line
 
 CONFIG_LIMIT = 16 * 2**20
@@ -19,26 +19,23 @@ SHOWN_LENGTH = 120
 AGAIN = "Fetch the model again, or name another."
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BinaryIO:
     """Open a file to read it; raises UsageError for anything else, which could be read without an end.
 
     Links are followed: the files of a hub cache are links.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # a pipe would be waited for
     try:
-        descriptor = os.open(path, flags)
+        return os.fdopen(open_regular(path, follow=True), "rb")
+    except NotAFileError:
+        raise UsageError(f"{shown(path)}: not a file.", AGAIN) from None
     except (OSError, ValueError) as error:  # ValueError for a name that holds a NUL
         why = getattr(error, "strerror", None) or "it has no possible name"
         raise UsageError(f"{shown(path)}: cannot be read: {why}.", AGAIN) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UsageError(f"{shown(path)}: not a file.", AGAIN)
-    return open(descriptor, "rb")
 
 
 def read_whole(path: Path, limit: int) -> bytes:
     """A file's content; raises UsageError if it cannot be read or has more than `limit` bytes."""
-    with open_regular(path) as file:
+    with open_file(path) as file:
         try:
             content = file.read(limit + 1)
         except OSError as error:

@@ -2,7 +2,7 @@
 
 A record is one page with a checksum, written in place by one call, and only by who holds the model's lock:
 replacing a file by renaming costs a disk write on ext4, 5 ms of a switch. A reader that sees half of a write
-reads again. It carries the launch's secret, hence mode 0600.
+reads again. It may carry the secret of a launch of the version before, hence mode 0600.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     engines: tuple[ProcessId, ...] = ()
     """The processes that hold the model's memory, known once the server is ready."""
     port: int | None = None
+    socket: str | None = None
+    """Where the server's guard lets the panel in."""
     secret: str | None = None
+    """Of a server that the version before started: it has no socket, and takes this by its port."""
     gpus: tuple[int, ...] = ()
     log: str | None = None
     tmp_dir: str | None = None

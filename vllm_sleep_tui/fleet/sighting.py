@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from vllm_sleep_tui.config import ModelConfig
-from vllm_sleep_tui.engine.failures import NOT_JSON
+from vllm_sleep_tui.engine.failures import NOT_JSON, EngineStranger
+from vllm_sleep_tui.fleet.other_ends import check_for_key
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, OperationSnapshot
 from vllm_sleep_tui.fleet.states import State
@@ -113,6 +114,7 @@ class _Look(threading.Thread):
         self._wants_key = wants_key(model)
         key = {"authorization": f"Bearer {model.api_key}"} if model.api_key else {}
         self._headers = {"accept": "*/*", **key}
+        self._check = check_for_key(model)
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
         self._connection: http.client.HTTPConnection | None = None
@@ -123,6 +125,8 @@ class _Look(threading.Thread):
             self.sighting = self._with_key(self._look())
         except TimeoutError:
             self.sighting = _silent(self.where, self._seconds)
+        except EngineStranger as error:
+            self.sighting = _gone(error.what, error.cure)
         except (OSError, http.client.HTTPException, *NOT_JSON, ValueError) as error:
             if isinstance(error, ConnectionRefusedError | socket.gaierror):
                 what = f"Nothing answers at {self.where}."
@@ -183,13 +187,16 @@ class _Look(threading.Thread):
         return otherwise
 
     def _get(self, path: str, share: float = 1.0) -> tuple[int, bytes]:
-        """Status and body; raises TimeoutError, OSError, HTTPException or ValueError."""
+        """Status and body; raises TimeoutError, OSError, HTTPException, ValueError or EngineStranger."""
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
         kind = http.client.HTTPSConnection if self._is_https else http.client.HTTPConnection
         self._connection = connection = kind(self.where, timeout=left * share)
         try:
+            connection.connect()
+            if self._check is not None:
+                self._check(connection.sock)
             connection.request("GET", self._prefix + path, headers=self._headers)
             response = connection.getresponse()
             return response.status, response.read(MAX_BYTES)

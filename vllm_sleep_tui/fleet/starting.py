@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Coroutine
+from http import HTTPStatus
 from pathlib import Path
 
 from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv, serve_environment
@@ -40,12 +41,19 @@ from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.server import Server
 from vllm_sleep_tui.fleet.states import Event, StartPhase, State
 from vllm_sleep_tui.telemetry.host import host_memory
-from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, listens
+from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, has_listener, listens
 
 READY_LIMIT = 900.0
 """Seconds for a start, on top of READY_PER_GIB for each GiB of weights."""
 READY_PER_GIB = 20.0
 READY_POLL = 0.1
+LISTEN_LIMIT = 10.0
+"""Seconds between the guard's first answer and a listener on the port: milliseconds, if all is well."""
+GUARD_POLL = 1.0
+GUARD_LIMIT = 10.0
+NO_GUARD_CURE = (
+    "Look in its log what became of `--middleware`; name a vLLM 0.24 or newer itself in `vllm_command`."
+)
 WARM_UP_LIMIT = 300.0
 """The first request of a fresh server took 26 s on a CPU (vLLM 0.32)."""
 
@@ -213,7 +221,7 @@ class Start:
             utilization=share_of(self.core, self.name, memory),
             guard_dir=tmp_dir / "guard",
             tmp_dir=tmp_dir,
-            secret=secrets.token_urlsafe(32),
+            socket=tmp_dir / "panel.sock",
             launch_id=secrets.token_hex(16),
             sleep_mode=self.model.level != "none",
         )
@@ -222,7 +230,8 @@ class Start:
             self.record,
             launch=spec.launch_id,
             port=port,
-            secret=spec.secret,
+            socket=str(spec.socket),
+            secret=None,
             gpus=self.model.gpus,
             log=as_text(log),
             tmp_dir=str(tmp_dir),
@@ -262,6 +271,7 @@ class Start:
         assert self.record.log is not None
         tail, phases = LogTail(path_of(self.record.log)), PhaseReader()
         deadline = time.monotonic() + self.limit()
+        next_look = 0.0
         self.enter_phase(StartPhase.LOADING)
         while True:
             for line in tail.read_new():
@@ -272,6 +282,9 @@ class Start:
                 raise OperationError(f"{self.name} ended while it started.", "Look at its log.")
             if await client.health(timeout=1.0):
                 break
+            if time.monotonic() > next_look:
+                await self.check_guard_came()
+                next_look = time.monotonic() + GUARD_POLL
             if time.monotonic() > deadline:
                 raise OperationError(
                     f"{self.name} was not ready after {self.limit():.0f} s.",
@@ -282,19 +295,50 @@ class Start:
         self.remember_log(phases)
 
     async def check_listener(self, client: VllmClient) -> None:
-        """Raises OperationError if the port is answered by anybody but this launch."""
+        """Raises OperationError if the port is answered by anybody but this launch, or without its guard."""
         assert self.record.port is not None
         assert self.record.keeper is not None
         table = await asyncio.to_thread(ProcessTable.read)
         family = table.descendants(self.record.keeper.pid)
-        if not listens(self.record.port, family):
-            raise OperationError(taken(self.record.port, self.name), CURE)
+        deadline = time.monotonic() + LISTEN_LIMIT
+        # The guard lets us in a moment before vLLM listens.
+        while not listens(self.record.port, family):
+            if has_listener(self.record.port) and not listens(self.record.port, family):
+                raise OperationError(taken(self.record.port, self.name), CURE)
+            if time.monotonic() > deadline:
+                raise OperationError(f"{self.name} is ready, and nobody listens on its port.", NO_GUARD_CURE)
+            await self.operation.pause(READY_POLL)
+        await self.check_guard()
         engines = [pid for pid in family if (command_of(pid) or "").startswith("VLLM::")]
         identities = tuple(found for pid in engines if (found := table.id_of(pid)))
         version = await patiently(self.core, self.record, client.version)
         # What wraps it may have ended since: the keeper tells whose process it is now.
         server = read_word(self.core.keeper_file(self.name)).server
         self.record = self.core.write(self.record, server=server, engines=identities, vllm_version=version)
+
+    async def check_guard_came(self) -> None:
+        """Raises OperationError if the server takes requests and its guard opened no socket for the panel."""
+        assert self.record.keeper is not None
+        port, socket = self.record.port, self.record.socket
+        if port is None or socket is None or not has_listener(port):
+            return
+        table = await asyncio.to_thread(ProcessTable.read)
+        # In this order: the guard's socket is there before vLLM listens.
+        if listens(port, table.descendants(self.record.keeper.pid)) and not os.path.exists(socket):
+            raise OperationError(f"{self.name} runs without its guard: vLLM did not load it.", NO_GUARD_CURE)
+
+    async def check_guard(self) -> None:
+        """Raises OperationError unless what is the panel's alone is closed to everybody on the port."""
+        assert self.record.port is not None
+        status = HTTPStatus.OK.value
+        async with VllmClient(self.record.port) as anybody:
+            try:
+                await anybody.is_sleeping(GUARD_LIMIT)
+            except EngineRefused as error:
+                status = error.status
+        if status != HTTPStatus.FORBIDDEN:
+            what = f"The guard of {self.name} does not stand: /is_sleeping answers {status} to everybody."
+            raise OperationError(what, NO_GUARD_CURE)
 
     def remember_log(self, phases: PhaseReader) -> None:
         """Keep what the log told of the weights."""

@@ -47,6 +47,9 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; raises what no handler of vLLM's takes."""
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
         request = Request(scope, receive)
         answer = await self._answer(request)
         if answer is None:
@@ -148,10 +151,8 @@ class ErrorMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on; also plays the lifespan protocol, in which nothing happens."""
-        if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
-            return
+        """Pass on; as Starlette, it tells every layer which application it belongs to."""
+        scope["app"] = self
         try:
             await self._app(scope, receive, send)
         except http.Unhandled as error:
@@ -160,6 +161,7 @@ class ErrorMiddleware:
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:
+    """The lifespan protocol, in which nothing happens; the middlewares see it pass."""
     while True:
         message = await receive()
         await send({"type": f"{message['type']}.complete"})

@@ -26,7 +26,6 @@ from vllm_sleep_tui.simulator.settings import Settings
 WATCHDOG_SECONDS = 1.5
 """From the engine's death to the end of the API server; 1 to 2.5 s on the real one."""
 KEEP_ALIVE_SECONDS = 5
-BACKLOG = 2048
 
 
 class _Server(uvicorn.Server):
@@ -100,25 +99,15 @@ class _Serving:
         carrying = asyncio.create_task(self._state.engine.run())
         watching = asyncio.create_task(self._watch())
         try:
-            self._listener.listen(BACKLOG)
-        except OSError:
-            await self._be_deaf()
-        else:
             await self._server.serve(sockets=[self._listener])
+        except OSError:
+            # uvloop swallows the error of listen(): the race's loser says ready, and nobody can reach it.
+            await self._stopped.wait()
+            await self._server.lifespan.shutdown()
         self._kill_engine()
         for task in (carrying, watching):
             task.cancel()
         await asyncio.wait({carrying, watching})
-
-    async def _be_deaf(self) -> None:
-        # uvloop swallows the error of listen(), so the loser of the race never says that nobody can reach it.
-        for line in (
-            "Started server process",
-            "Waiting for application startup.",
-            "Application startup complete.",
-        ):
-            logging.getLogger("uvicorn.error").info(line)
-        await self._stopped.wait()
 
     async def _watch(self) -> None:
         await self._state.engine.dead.wait()

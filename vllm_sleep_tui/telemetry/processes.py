@@ -235,11 +235,12 @@ def user_of(pid: int) -> str | None:
     with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
         for line in file:
             if line.startswith(b"Uid:"):
-                return _user_name(int(line.split()[1]))
+                return user_name(int(line.split()[1]))
     return None
 
 
-def _user_name(uid: int) -> str:
+def user_name(uid: int) -> str:
+    """The user's name, without one the number."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -357,6 +358,11 @@ def listens(port: int, pids: Iterable[int]) -> bool:
     return bool(listeners.users) and any(listeners.held_by(pid) for pid in pids)
 
 
+def has_listener(port: int) -> bool:
+    """Whether anybody listens on the port on loopback or on every address."""
+    return bool(_Listeners.of(port).users)
+
+
 def listener(port: int) -> ProcessId | None:
     """The process that listens on the port; None if nobody does or it belongs to another user."""
     return _first_holder(_Listeners.of(port))
@@ -380,5 +386,5 @@ def holder_of_port(port: int) -> PortHolder | None:
         return None
     process = _first_holder(listeners)
     if process is None:
-        return PortHolder(None, _user_name(next(iter(listeners.users.values()))), None)
+        return PortHolder(None, user_name(next(iter(listeners.users.values()))), None)
     return PortHolder(process, user_of(process.pid) or "unknown", command_of(process.pid))
