@@ -14,8 +14,9 @@ from msgspec import Meta
 CONFIG_NAME = "vllm-sleep-tui.yaml"
 SCHEMA_NAME = "vllm-sleep-tui.schema.json"
 
-MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""A model's name is also the name of its log and record, so it can be no path."""
+MODEL_NAME = r"^[^\s\x00-\x1f\x7f-]([^\x00-\x1f\x7f]{0,253}[^\s\x00-\x1f\x7f])?$"
+"""A model's name is what clients call it by: a hub name, a tag such as qwen3:8b; a dash first is an option's.
+Files are called after it by `paths.file_name`."""
 
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -44,19 +45,23 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What `vllm serve` is given: a hub name or a folder."""
     url: Annotated[str, Meta(description="A server that somebody else started.")] | None = None
     """A server that somebody else started; attached, never started or ended."""
-    api_key: Annotated[str, Meta(description="Of the `url:` server: ${VAR}, never the key.")] | None = None
+    vllm_command: Annotated[tuple[str, ...], Meta(min_length=1)] | None = None
+    """The vllm of this model, where it is another than the file's."""
+    aliases: Annotated[tuple[str, ...], Meta(description="Other names that its server answers to.")] = ()
+    """Names beside its own that requests may call the model by."""
+    api_key: Annotated[str, Meta(description="The key of its server: ${VAR}, never the key.")] | None = None
     """The key itself, once it was read from its variable or from `api_key_file`."""
-    api_key_file: Annotated[str, Meta(description="The file that holds the `url:` server's key.")] | None = (
-        None
-    )
+    api_key_file: Annotated[str, Meta(description="The file that holds the server's key.")] | None = None
     url_user: Annotated[str, Meta(description="Whose `url:` server may get the key, too.")] | None = None
     """A user of this machine besides this one and root; `*` is anybody."""
     gpus: Annotated[tuple[GpuIndex, ...], Meta(description="NVML indices; [] is vLLM on the CPU.")] = (0,)
     """NVML indices. Empty: vLLM on the CPU, where sleeping frees no memory."""
     level: Annotated[Level, Meta(description="Sleep level; none: stop and start instead.")] = "auto"
     args: Annotated[dict[str, Any], Meta(description="Flags of `vllm serve` without the dashes.")] = {}
-    """Flags of `vllm serve` without the dashes."""
+    """Flags of `vllm serve` by their long names without dashes, each with its text, or texts, as written."""
     env: Annotated[dict[str, str], Meta(description="Environment of this server; ${VAR} is filled in.")] = {}
+    """With what `env_file` adds."""
+    env_file: Annotated[tuple[str, ...], Meta(description="Files of lines NAME=value.")] = ()
     port: Annotated[Port, Meta(description="Chosen free if left out.")] | None = None
     autostart: Annotated[bool, Meta(description="Started by `serve`; the panel asks.")] = False
     idle: IdleConfig = IdleConfig()

@@ -1,8 +1,7 @@
-"""What the types of the config cannot say: reserved arguments, clashing ports and GPUs, hidden servers."""
+"""What the types of the config cannot say: clashing ports, names and GPUs, sizes, hidden servers."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
@@ -10,70 +9,40 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vllm_sleep_tui.config import MODEL_NAME, Config, ModelConfig, parse_bytes, parse_duration
-from vllm_sleep_tui.config_yaml import Document, Key
-
-RESERVED_ARGS: dict[str, str] = {
-    "model": "Write it as the model's own `model:`.",
-    "host": "Servers listen on 127.0.0.1 alone: remove it.",
-    "port": "Write it as the model's own `port:`.",
-    "uds": "Servers are reached through a port: remove it.",
-    "served-model-name": "The model's key in this file is its served name: remove it.",
-    "api-key": "Servers listen on 127.0.0.1 alone, behind a guard: remove it.",
-    "middleware": "The guard is the server's middleware: remove it.",
-    "api-server-count": "The guard counts requests in one API server: remove it.",
-    "enable-sleep-mode": "Write `level: auto`, 1 or 2 to have it, `level: none` to go without.",
-    "headless": "A headless server answers no requests: remove it.",
-    "ssl-keyfile": "Servers are reached over plain HTTP on 127.0.0.1: remove it.",
-    "ssl-certfile": "Servers are reached over plain HTTP on 127.0.0.1: remove it.",
-    "hf-token": 'It would show in the process list; write `env: {HF_TOKEN: "${HF_TOKEN}"}`.',
-}
-"""Arguments of `vllm serve` that are this program's own, and what to do instead."""
-RESERVED_ENV: dict[str, str] = {
-    "VLLM_API_KEY": "Servers listen on 127.0.0.1 alone, behind a guard: remove it.",
-    "CUDA_VISIBLE_DEVICES": "Write the model's GPUs as `gpus: [0]`.",
-    "VLLM_PORT": "It is a port inside vLLM and collides between servers; the one that answers is `port:`.",
-    "VLLM_USE_RUST_FRONTEND": "That front end would not load the guard: remove it.",
-    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "A server whose engine died must end to be restarted: remove it.",
-    "PYTHONHOME": "It would mix two Pythons; name the right one in `vllm_command`.",
-}
+from vllm_sleep_tui.config_values import fill_in
+from vllm_sleep_tui.config_yaml import Document, Key, Written, is_null
 
 MAX_PARALLEL = 1024
-_RESERVED = "reserved, vllm-sleep-tui sets it"
-_SHORT_ARGS = {"tp": "tensor-parallel-size", "pp": "pipeline-parallel-size", "asc": "api-server-count"}
 _WRAPPERS = {"docker", "podman", "nerdctl", "uvx", "ssh", "sudo", "sh", "bash", "srun"}
 _RUNNERS = {"conda", "mamba", "micromamba", "uv", "poetry", "pipx", "hatch", "pixi", "pdm"}
-_VARIABLE = re.compile(r"\$\{([^}]*)\}")
+_VARIABLE = re.compile(r"\$(\{[A-Za-z_]\w*\}|[A-Za-z_]\w*)", re.ASCII)
+_NAMES = "Use at most 255 printable characters, no dash first and no space first or last."
 _SENDABLE = re.compile(r"[!-~]+")
 """What a header can carry and a space cannot cut in two."""
 
 
-def normal_arg(name: str) -> str:
-    """One spelling for an argument: `--Served_Model_Name` is served-model-name; short ones become long."""
-    plain = name.strip().lstrip("-").replace("_", "-").lower().split("=")[0]
-    return _SHORT_ARGS.get(plain, plain)
-
-
 def spans_machines(args: Mapping[str, Any]) -> bool:
     """Whether the model may run on more machines than this one: through Ray, or as one of several nodes."""
-    given = {normal_arg(name): value for name, value in args.items()}
-    return given.get("distributed-executor-backend") == "ray" or given.get("nnodes", 1) != 1
+    return args.get("distributed-executor-backend") == "ray" or str(args.get("nnodes", 1)) != "1"
 
 
 def check_names(document: Document, models: Mapping[str, Any]) -> None:
-    """Complain about a model's name that could not be a file's name."""
+    """Complain about a model's name that no command line could say."""
     for name in models:
-        if not re.fullmatch(MODEL_NAME, name):
-            raise document.error(
-                ("models", name),
-                "not a name for a model",
-                "Use letters, digits, dot, dash and underscore, at most 64, a letter or digit first.",
-            )
+        if not is_model_name(name):
+            raise document.error(("models", name), "not a name for a model", _NAMES)
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a model may be called so."""
+    return re.fullmatch(MODEL_NAME, name) is not None and name.isprintable()
 
 
 def check(document: Document, config: Config) -> None:
     """Complain about the first value that cannot work; raises UsageError."""
     check_names(document, config.models)
-    _check_command(document, config.vllm_command)
+    _check_command(document, ("vllm_command",), config.vllm_command)
+    _check_aliases(document, config)
     for name, model in config.models.items():
         key: Key = ("models", name)
         _check_source(document, key, model)
@@ -86,8 +55,21 @@ def check(document: Document, config: Config) -> None:
     _check_ports(document, config)
 
 
-def _check_command(document: Document, command: tuple[str, ...]) -> None:
-    key: Key = ("vllm_command",)
+def _check_aliases(document: Document, config: Config) -> None:
+    """Every name means one model, for whoever looks for a model by the name that requests use."""
+    owners = {name: name for name in config.models}
+    for name, model in config.models.items():
+        for index, alias in enumerate(model.aliases):
+            key: Key = ("models", name, "aliases", index)
+            if not is_model_name(alias):
+                raise document.error(key, "not a name for a model", _NAMES)
+            if alias in owners:
+                wrong = f"{alias!r} is already a name of {owners[alias]}"
+                raise document.error(key, wrong, "Give each model names of its own.")
+            owners[alias] = name
+
+
+def _check_command(document: Document, key: Key, command: tuple[str, ...]) -> None:
     if not all(command):
         raise document.error(
             key, "an empty word", "Write the vllm binary, as in [vllm] or [/opt/venv/bin/vllm]."
@@ -109,15 +91,11 @@ def _check_source(document: Document, key: Key, model: ModelConfig) -> None:
         cure = "Write `model:` for a server that is started here, `url:` for one that somebody else started."
         raise document.error(key, wrong, cure)
     if model.model is not None:
-        if model.api_key is not None:
-            name = "api_key_file" if model.api_key_file else "api_key"
-            wrong = "only a server given by `url:` may want a key"
-            raise document.error(
-                (*key, name), wrong, "Remove it: the guard protects the servers of `model:`."
-            )
         if model.url_user is not None:
             wrong = "only a server given by `url:` may be another user's"
             raise document.error((*key, "url_user"), wrong, "Remove it.")
+        if model.vllm_command is not None:
+            _check_command(document, (*key, "vllm_command"), model.vllm_command)
         if not model.model.strip() or model.model.startswith("-"):
             raise document.error(
                 (*key, "model"), "not a model", "Write a hub name such as Qwen/Qwen3-0.6B or a folder."
@@ -132,7 +110,7 @@ def _check_source(document: Document, key: Key, model: ModelConfig) -> None:
     if model.idle.sleep_after is not None and model.level == "none":
         wrong = "a server given by `url:` with `level: none` does not sleep"
         raise document.error((*key, "idle", "sleep_after"), wrong, "Remove it, or write another `level:`.")
-    for field in ("args", "env", "port", "autostart"):
+    for field in ("args", "env", "env_file", "port", "autostart", "vllm_command", "aliases"):
         if getattr(model, field):
             wrong = "has no effect on a server that is not started here"
             raise document.error((*key, field), wrong, "Remove it.")
@@ -151,34 +129,17 @@ def _address(url: str | None) -> tuple[str, int] | None:
 
 
 def _check_args(document: Document, key: Key, model: ModelConfig) -> None:
-    seen: dict[str, str] = {}
-    for spelled in model.args:
-        name = normal_arg(spelled)
-        own = next((r for r in RESERVED_ARGS if name in (r, f"no-{r}") or name.startswith(f"{r}.")), None)
-        if own:
-            raise document.error((*key, "args", spelled), _RESERVED, RESERVED_ARGS[own])
-        if not re.match(r"^[a-z][a-z0-9.-]*$", name) or "=" in spelled:
-            raise document.error(
-                (*key, "args", spelled), "not a flag's name", "Write flags as max-model-len: 8192"
-            )
-        if name in seen:
-            raise document.error((*key, "args", spelled), f"the same as {seen[name]}", "Keep one of the two.")
-        seen[name] = spelled
-        if name == "gpu-memory-utilization" and not _is_share(model.args[spelled]):
-            raise document.error(
-                (*key, "args", spelled), "must be a number above 0 and up to 1", "Write it like 0.85."
-            )
-    for variable in model.env:
-        if variable in RESERVED_ENV:
-            raise document.error((*key, "env", variable), _RESERVED, RESERVED_ENV[variable])
-        if not re.match(r"^[A-Za-z_][A-Za-z0-9_]*$", variable):
-            raise document.error(
-                (*key, "env", variable), "not a variable's name", "Use letters, digits and underscores."
-            )
+    share = model.args.get("gpu-memory-utilization")
+    if share is not None and not _is_share(share):
+        wrong = "must be a number above 0 and up to 1"
+        raise document.error((*key, "args", "gpu-memory-utilization"), wrong, "Write it like 0.85.")
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+    try:
+        return not isinstance(value, tuple) and 0 < float(value) <= 1
+    except ValueError:
+        return False
 
 
 def _check_gpus(document: Document, key: Key, model: ModelConfig, *, simulated: int) -> None:
@@ -188,20 +149,28 @@ def _check_gpus(document: Document, key: Key, model: ModelConfig, *, simulated: 
         if simulated and index >= simulated:
             cure = f"Use 0 to {simulated - 1}, or add one to `simulated_gpus`."
             raise document.error((*key, "gpus"), f"there is no simulated GPU {index}", cure)
-    sizes = {normal_arg(name): value for name, value in model.args.items()}
     needed = 1
-    for name in ("tensor-parallel-size", "pipeline-parallel-size"):
-        size = sizes.get(name, 1)
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MAX_PARALLEL:
+    for name in ("tensor-parallel-size", "pipeline-parallel-size", replicas_flag(model.args)):
+        size = _whole(model.args.get(name, "1"))
+        if size is None or not 1 <= size <= MAX_PARALLEL:
             wrong = f"must be a whole number from 1 to {MAX_PARALLEL}"
             raise document.error((*key, "args", name), wrong, "Write it like 2.")
         needed *= size
     if model.gpus and len(model.gpus) < needed and not spans_machines(model.args):
         raise document.error(
             (*key, "gpus"),
-            f"{len(model.gpus)} GPU named, but tensor times pipeline parallel size is {needed}",
+            f"{len(model.gpus)} GPU named, but tensor times pipeline times data parallel size is {needed}",
             f"Name {needed} GPUs, as in gpus: {list(range(needed))}, or lower the sizes.",
         )
+
+
+def replicas_flag(args: Mapping[str, Any]) -> str:
+    """The flag that says how many data parallel replicas of the model are on this machine."""
+    return "data-parallel-size-local" if "data-parallel-size-local" in args else "data-parallel-size"
+
+
+def _whole(value: Any) -> int | None:
+    return int(value) if re.fullmatch(r"\+?[0-9]{1,9}", str(value)) else None
 
 
 def _check_unit(document: Document, key: Key, text: str | None, parser: Any) -> None:
@@ -232,40 +201,18 @@ def _ports(config: Config) -> Iterator[tuple[Key, int]]:
         yield ("gateway", "port"), config.gateway.port
 
 
-def fill_in(document: Document, key: Key, value: Any) -> Any:
-    """Put environment variables in place of ``${VAR}``; raises UsageError if unset; shows no value."""
-    if isinstance(value, dict):
-        return {name: fill_in(document, (*key, name), item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [fill_in(document, (*key, index), item) for index, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-
-    def look_up(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1])
-        if found is None:
-            wrong = f"the environment variable {match[1]} is not set"
-            raise document.error(key, wrong, f"Set it first: export {match[1]}=…")
-        if not found.isascii() and any("\ud800" <= char <= "\udfff" for char in found):
-            raise document.error(key, f"the environment variable {match[1]} is not UTF-8 text", "Correct it.")
-        return found
-
-    return _VARIABLE.sub(look_up, value)
-
-
 def own_key(document: Document, key: Key, values: Mapping[str, Any]) -> dict[str, str]:
-    """The fields of an attached server's key, read from its variable or file; UsageError shows no value."""
-    text, file = values.get("api_key"), values.get("api_key_file")
+    """The fields of a server's key, read from its variable or file; UsageError shows no value."""
+    text, file = (None if is_null(values.get(name)) else values[name] for name in ("api_key", "api_key_file"))
     if text is not None and file is not None:
         raise document.error((*key, "api_key_file"), "the key is given twice", "Keep one of the two.")
     fields = {}
     if file is not None:
         where: Key = (*key, "api_key_file")
         name = fill_in(document, where, file)
-        if not isinstance(name, str):
+        if not isinstance(name, Written) or name.kind != "text":
             raise document.error(where, "must be the name of a file", "Correct the value.")
-        home = Path.home() if name.startswith("~/") else document.path.absolute().parent
-        path = home / name.removeprefix("~/")
+        path = document.path.absolute().parent / name
         fields = {"api_key_file": str(path), "api_key": _key_in(document, where, path)}
     elif text is not None:
         where = (*key, "api_key")

@@ -22,8 +22,10 @@ from vllm_sleep_tui.config import (
     parse_bytes,
     parse_duration,
 )
-from vllm_sleep_tui.config_checks import RESERVED_ARGS, check, check_names, fill_in, own_key
-from vllm_sleep_tui.config_yaml import Document, Key, parse, spell
+from vllm_sleep_tui.config_checks import check, check_names, own_key, spans_machines
+from vllm_sleep_tui.config_flags import RESERVED
+from vllm_sleep_tui.config_values import fill_in, read_args, read_env
+from vllm_sleep_tui.config_yaml import Document, Key, is_null, parse, spell, typed
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.files import digest_with, write_private
 
@@ -39,8 +41,10 @@ _EXPECTED = {
     "url_user": "the name of a user of this machine, or * for anybody",
     "gpus": "a list of GPU numbers from 0, such as [0]",
     "level": "auto, 1, 2 or none",
-    "args": "a mapping of flags to values, such as {max-model-len: 8192}",
-    "env": "a mapping of names to text (numbers in quotes)",
+    "args": "a mapping of flags to values, such as {max-model-len: 8192}, or a list of words",
+    "env": "a mapping of names to text, or a list such as [NAME=value]",
+    "env_file": "the name of a file, or a list of them",
+    "aliases": "a list of names, such as [gpt-4o]",
     "port": "a whole number from 1 to 65535",
     "autostart": "true or false",
     "idle": "a mapping, such as {sleep_after: 10m, stop_after: 2h}",
@@ -53,6 +57,7 @@ _EXPECTED = {
     "memory": "an amount of memory, such as 24GiB",
 }
 
+_KEYS = ("api_key", "api_key_file")
 _KINDS: dict[type, str] = {
     str: "text",
     bool: "true or false",
@@ -73,7 +78,7 @@ class LoadedConfig:
     found: Path
     """Absolute, as it was found, links not followed: the name that the person saw and agreed to."""
     digest: str
-    """SHA-256 of the file's content, to know it again."""
+    """SHA-256 of the content of the file and of those that it includes, to know it again."""
     lines: Mapping[str, int] = field(repr=False)
     """The line of each key, such as models.qwen.gpus."""
 
@@ -108,7 +113,7 @@ def load(path: Path) -> LoadedConfig:
         config=_located(config, found.parent),
         path=path.resolve(),
         found=found,
-        digest=document.digest,
+        digest=document.whole_digest,
         lines={spell(key): line for key, line in document.lines.items()},
     )
 
@@ -130,8 +135,12 @@ def schema() -> dict[str, Any]:
     described = msgspec.json.schema(Config)
     model = described["$defs"]["ModelConfig"]
     model["oneOf"] = [{"required": ["model"]}, {"required": ["url"]}]
-    names = "|".join(name.replace("-", "[-_]") for name in RESERVED_ARGS)
-    model["properties"]["args"]["propertyNames"] = {"not": {"pattern": f"^-*(no[-_])?({names})$"}}
+    names = "|".join(name.replace("-", "[-_]") for name in RESERVED)
+    args = {"type": "object", "propertyNames": {"not": {"pattern": f"^-*(no[-_])?({names})$"}}}
+    words = {"type": "array", "items": {"type": ["string", "number", "boolean"]}}
+    for name, mapping in (("args", args), ("env", {"type": "object"}), ("env_file", {"type": "string"})):
+        described_as = model["properties"][name]["description"]
+        model["properties"][name] = {"description": described_as, "anyOf": [mapping, words]}
     model["properties"]["api_key"]["anyOf"][0]["pattern"] = r"^\$\{[^}]+\}$"
     described["$defs"]["Config"]["properties"]["models"]["minProperties"] = 1
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}
@@ -143,39 +152,42 @@ def write_schema(path: Path) -> None:
 
 
 def _convert(document: Document) -> Config:
-    values = document.values
-    if values is None:
+    written = document.values
+    if is_null(written):
         raise document.error((), "the file is empty", "Write one with: vllm-sleep-tui init")
-    values = _mapping(document, (), values)
-    _check_keys(document, (), values, Config)
-    models = _mapping(document, ("models",), values.get("models") or {})
+    written = _mapping(document, (), written)
+    _check_keys(document, (), written, Config)
+    models = _mapping(document, ("models",), {} if is_null(written.get("models")) else written["models"])
     if not models:
         cure = "Add one, as in models: {qwen: {model: Qwen/Qwen3-0.6B}}"
         raise document.error(("models",), "no model is named", cure)
     check_names(document, models)
+    rest = {key: value for key, value in written.items() if key != "models" and not is_null(value)}
+    values = typed(fill_in(document, (), rest))
     for index, gpu in enumerate(_items(document, ("simulated_gpus",), values.get("simulated_gpus"))):
         _struct(document, ("simulated_gpus", index), gpu, SimulatedGpuConfig)
-    if values.get("gateway") is not None:
+    if "gateway" in values:
         _struct(document, ("gateway",), values["gateway"], GatewayConfig)
     complete = {name: _model(document, name, model) for name, model in models.items()}
-    rest = {key: value for key, value in values.items() if value is not None}
-    config: Config = _built(document, (), {**rest, "models": {}}, Config)
+    config: Config = _built(document, (), {**values, "models": {}}, Config)
     return msgspec.structs.replace(config, models=complete)
 
 
 def _model(document: Document, name: str, value: Any) -> ModelConfig:
     key: Key = ("models", name)
-    values = dict(_mapping(document, key, value))
-    _check_keys(document, key, values, ModelConfig)
+    written = dict(_mapping(document, key, value))
+    _check_keys(document, key, written, ModelConfig)
+    keys = own_key(document, key, written)
+    filled = {
+        part: fill_in(document, (*key, part), item) for part, item in written.items() if part not in _KEYS
+    }
     for part in ("args", "env"):
-        if part in values:
-            filled = fill_in(document, (*key, part), _mapping(document, (*key, part), values[part]))
-            values[part] = filled
-    for variable, text in values.get("env", {}).items():
-        if not isinstance(text, str):
-            cure = f'Write it in quotes: {variable}: "…"'
-            raise document.error((*key, "env", variable), f"must be text, not {_kind(text)}", cure)
-    values |= own_key(document, key, values)
+        if part in filled and not isinstance(filled[part], list):
+            _mapping(document, (*key, part), filled[part])
+    args = read_args(document, (*key, "args"), filled.get("args", {}))
+    env = read_env(document, key, filled, spans_machines=spans_machines(args))
+    values = {part: typed(item) for part, item in filled.items() if part not in ("args", "env", "env_file")}
+    values |= {"args": args, "env": env, **keys}
     if "idle" in values:
         _struct(document, (*key, "idle"), values["idle"], IdleConfig)
     model: ModelConfig = _built(document, key, values, ModelConfig)
@@ -247,10 +259,11 @@ def _shown(value: Any) -> str:
 
 def _located(config: Config, folder: Path) -> Config:
     """Make relative paths absolute, from the config's folder: servers run in a folder of their own."""
-    command = (_absolute(config.vllm_command[0], folder, anywhere="/"), *config.vllm_command[1:])
+    command = _located_command(config.vllm_command, folder)
     models = {
         name: msgspec.structs.replace(
             model,
+            vllm_command=model.vllm_command and _located_command(model.vllm_command, folder),
             model=model.model and _absolute(model.model, folder, anywhere=None),
             gpus=() if model.url else model.gpus,  # an attached server's GPUs are none of this machine's
         )
@@ -259,10 +272,12 @@ def _located(config: Config, folder: Path) -> Config:
     return msgspec.structs.replace(config, vllm_command=command, models=models)
 
 
+def _located_command(command: tuple[str, ...], folder: Path) -> tuple[str, ...]:
+    return (_absolute(command[0], folder, anywhere="/"), *command[1:])
+
+
 def _absolute(text: str, folder: Path, *, anywhere: str | None) -> str:
-    """A path that starts with ~ or a dot, or holds `anywhere`, made absolute; a hub name stays what it is."""
-    if text.startswith("~/"):
-        return str(Path(text).expanduser())
+    """A path that starts with a dot, or holds `anywhere`, made absolute; a hub name stays what it is."""
     if text.startswith(("./", "../")) or (anywhere and anywhere in text and not text.startswith("/")):
         return str((folder / text).absolute())
     return text

@@ -1,18 +1,21 @@
-"""YAML with line numbers: plain values, and the line of each of them for complaints."""
+"""YAML with line numbers: scalars as they are written, and the line of each of them for complaints."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.reader import ReaderError
 
 from vllm_sleep_tui.errors import UsageError
@@ -32,6 +35,89 @@ _PROBLEMS = {
 }
 
 
+Kind = Literal["text", "int", "float", "bool", "null", "date"]
+
+
+class Written(str):
+    """A scalar as the file spells it: `1.10`, `0012345` and `12e4567` stay what they are."""
+
+    __slots__ = ("kind",)
+    kind: Kind
+    """What YAML takes it for; in quotes always text."""
+
+    def __new__(cls, text: str, kind: Kind = "text") -> Self:
+        """The text with its kind."""
+        self = super().__new__(cls, text)
+        self.kind = kind
+        return self
+
+
+class _Scalars(RoundTripConstructor):
+    """Keeps the text of every scalar, where ruamel would make numbers of them."""
+
+
+def _keeping(kind: Kind) -> Any:
+    def construct(_: _Scalars, node: ScalarNode) -> Written:
+        return Written(node.value, kind)
+
+    return construct
+
+
+for _tag, _kind in (
+    ("int", "int"),
+    ("float", "float"),
+    ("bool", "bool"),
+    ("null", "null"),
+    ("timestamp", "date"),
+):
+    _Scalars.add_constructor(f"tag:yaml.org,2002:{_tag}", _keeping(_kind))  # type: ignore[arg-type]
+
+
+def is_null(value: Any) -> bool:
+    """Whether nothing stands there: no key, no value, `~` or `null`."""
+    return value is None or (isinstance(value, Written) and value.kind == "null")
+
+
+def typed(value: Any) -> Any:
+    """A tree of scalars as YAML takes them: numbers, true, null; dates stay text."""
+    if isinstance(value, dict):
+        return {str(name): typed(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [typed(item) for item in value]
+    if not isinstance(value, Written):
+        return value
+    match value.kind:
+        case "null":
+            return None
+        case "bool":
+            return value.lower() == "true"
+        case "int":
+            return _whole(value)
+        case "float":
+            return float(value.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
+        case _:
+            return str(value)
+
+
+def _whole(text: str) -> int | str:
+    plain = text.replace("_", "")
+    try:
+        return int(plain, 10) if plain.lstrip("+-").isdigit() else int(plain, 0)
+    except ValueError:  # more digits than Python reads
+        return text
+
+
+def as_yaml(value: Any) -> str:
+    """A tree as one line of YAML, with each scalar as it was written."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(name)}: {as_yaml(item)}' for name, item in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    if isinstance(value, Written) and value.kind != "text":
+        return str(value) or "null"
+    return json.dumps(value, ensure_ascii=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """A file's values with the lines they stand on; it words the complaints about them."""
@@ -40,7 +126,22 @@ class Document:
     digest: str
     """SHA-256 of the file's content."""
     values: Any
+    """Mappings, lists and `Written` scalars."""
     lines: Mapping[Key, int]
+    included: list[str] = field(default_factory=list)
+    """The digests of the files whose content counts as this one's."""
+
+    def include(self, other: Document) -> Document:
+        """Count another file's content as part of this one; returns that file."""
+        self.included.extend([other.digest, *other.included])
+        return other
+
+    @property
+    def whole_digest(self) -> str:
+        """SHA-256 that changes with the file or any that it includes."""
+        if not self.included:
+            return self.digest
+        return hashlib.sha256(" ".join([self.digest, *self.included]).encode()).hexdigest()
 
     def line(self, key: Key) -> int:
         """The line of a key, or of the nearest thing around it (a key merged with ``<<`` has none)."""
@@ -60,10 +161,11 @@ def spell(key: Key) -> str:
 
 
 def parse(path: Path) -> Document:
-    """Read a YAML file into plain values; raises UsageError with file and line for what is not YAML."""
+    """Read a YAML file as it is written; raises UsageError with file and line for what is not YAML."""
     content = _read(path)
     text = _decoded(path, content)
     reader = YAML(typ="rt", pure=True)
+    reader.Constructor = _Scalars
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an anchor used twice is no mistake
@@ -117,7 +219,7 @@ def _one_line(text: str) -> str:
 
 
 def _plain(node: Any, key: Key, lines: dict[Key, int], document: Document) -> Any:
-    """Copy ruamel's tree into plain Python values and note the line of each."""
+    """Copy ruamel's tree into mappings, lists and scalars as written, and note the line of each."""
     if len(key) > _MAX_DEPTH:
         raise document.error(key[:2], "nested too deeply", "Remove the alias that contains itself.")
     if isinstance(node, CommentedMap):
@@ -128,19 +230,14 @@ def _plain(node: Any, key: Key, lines: dict[Key, int], document: Document) -> An
             if index in positions:
                 lines[*key, index] = positions[index][0] + 1
         return [_plain(item, (*key, index), lines, document) for index, item in enumerate(node)]
-    if node is None or isinstance(node, bool):
-        return node
+    if node is None:
+        return Written("", "null")
     if isinstance(node, str):
         if _UNUSABLE.search(node):
             wrong = "a control character or half of one, which no program takes as an argument"
             raise document.error(key, wrong, "Remove it.")
-        return str(node)
-    for kind in (int, float):
-        if isinstance(node, kind):
-            return kind(node)
-    if type(node).__name__ == "ScalarBoolean":
-        return bool(node)
-    raise document.error(key, "a tag, a date or another special value", "Write plain text, in quotes.")
+        return node if isinstance(node, Written) else Written(node)
+    raise document.error(key, "a tag or another special value", "Write plain text, in quotes.")
 
 
 def _plain_mapping(node: CommentedMap, key: Key, lines: dict[Key, int], document: Document) -> dict[str, Any]:
@@ -149,6 +246,6 @@ def _plain_mapping(node: CommentedMap, key: Key, lines: dict[Key, int], document
         if name in positions:
             lines[*key, str(name)] = positions[name][0] + 1
     for name in node:
-        if not isinstance(name, str):
+        if not isinstance(name, str) or (isinstance(name, Written) and name.kind != "text"):
             raise document.error((*key, str(name)), "a key must be text", f'Write it in quotes: "{name}":')
     return {str(name): _plain(value, (*key, str(name)), lines, document) for name, value in node.items()}

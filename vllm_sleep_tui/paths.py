@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
+from urllib.parse import quote
 
 import platformdirs
 
@@ -13,6 +15,8 @@ from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.files import private_dir
 
 APP = "vllm-sleep-tui"
+FILE_NAME_LENGTH = 120
+"""Of a model's name in a file's, which may have 255 with what stands around it."""
 
 
 def config_dir() -> Path:
@@ -23,6 +27,20 @@ def config_dir() -> Path:
 def state_dir() -> Path:
     """The user's state folder (XDG_STATE_HOME is honoured), private; raises OperationError."""
     return private_dir(platformdirs.user_state_path(APP))
+
+
+def file_name(name: str) -> str:
+    """A model's name as part of a file's name: itself where that is safe, else with what is not as %XX.
+
+    Two names never share one; a long one is cut and ends in its digest.
+    """
+    safe = quote(name, safe="")
+    if safe.startswith("."):
+        safe = f"%2E{safe[1:]}"
+    if len(safe) <= FILE_NAME_LENGTH:
+        return safe
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:16]
+    return f"{safe[: FILE_NAME_LENGTH - 17]}-{digest}"
 
 
 def here() -> Path:

@@ -25,7 +25,7 @@ from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.config_file import LoadedConfig, load
 from vllm_sleep_tui.fleet.checkpoint import INDEX
 from vllm_sleep_tui.fleet.estimate import Estimate, checkpoint_of, estimate
-from vllm_sleep_tui.fleet.footprints import Footprint, argument, digest
+from vllm_sleep_tui.fleet.footprints import Footprint, digest, is_on
 from vllm_sleep_tui.fleet.view import read_once
 
 GIB = 2**30
@@ -92,7 +92,7 @@ def compared(expected: Estimate, seen: Footprint, model: ModelConfig) -> Iterato
     """One row for each thing that is known of both."""
     times, starts = expected.times, seen.times.get("start", ())
     first = None if times is None else times.first_start
-    if argument(model, "enforce-eager") is True and times is not None:
+    if is_on(model, "enforce-eager") and times is not None:
         first = times.start  # nothing is compiled
     pairs: Mapping[str, tuple[float | None, float | None]] = {
         "weights": (expected.weights_bytes, seen.weights),

@@ -106,8 +106,8 @@ def test_applying_shows_the_change_keeps_the_rest_and_is_done_once(here: Path) -
         assert kept in text
     models = load(config).config.models
     assert {model.level for model in models.values()} == {"none"}
-    assert 0.1 < models["qwen"].args["gpu-memory-utilization"] < 0.8
-    assert models["qwen"].args["max-model-len"] == 4096
+    assert 0.1 < float(models["qwen"].args["gpu-memory-utilization"]) < 0.8
+    assert models["qwen"].args["max-model-len"] == "4096"
     assert stat.S_IMODE(config.stat().st_mode) == 0o640
     again = run("--apply", "--yes")
     assert "says so already" in again.stderr

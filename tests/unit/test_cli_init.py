@@ -127,7 +127,7 @@ def test_a_model_gets_as_many_gpus_as_its_weights_need(tmp_path: Path) -> None:
         "b-small": ("b/small", (0,)),
         "mid": ("c/Mid", (0, 1)),
     }
-    assert written["mid"].args == {"tensor-parallel-size": 2}
+    assert written["mid"].args == {"tensor-parallel-size": "2"}
 
 
 def test_an_environment_that_can_sleep_is_preferred(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_every_key_of_a_full_file_is_read(tmp_path: Path) -> None:
         True,
     )
     assert qwen.idle == IdleConfig(sleep_after="10m", stop_after="2h")
-    assert qwen.args == {"max-model-len": 8192, "tensor_parallel_size": 2}
+    assert qwen.args == {"max-model-len": "8192", "tensor-parallel-size": "2"}
     assert loaded.config.models["attached"].url == "http://127.0.0.1:8000"
     assert loaded.config.gateway is not None
     assert loaded.config.vllm_command == ("/opt/vllm/bin/vllm",)
@@ -105,12 +105,8 @@ MISTAKES = {
     ),
     "port zero": (ONE + "    port: 0\n", 4, "models.qwen.port: must be a whole number"),
     "autostart is text": (ONE + "    autostart: yes\n", 4, "models.qwen.autostart: must be true or false"),
-    "args is a list": (ONE + "    args: [--x]\n", 4, "models.qwen.args: must be a mapping of flags"),
-    "env value is a number": (
-        ONE + "    env:\n      A: 1\n",
-        5,
-        "models.qwen.env.A: must be text, not a number",
-    ),
+    "args is text": (ONE + "    args: --x\n", 4, "models.qwen.args: must be a mapping of flags"),
+    "env value is a list": (ONE + "    env:\n      A: [1]\n", 5, "models.qwen.env.A: must be text"),
     "idle is text": (ONE + "    idle: 10m\n", 4, "models.qwen.idle: must be a mapping"),
     "bad duration": (
         ONE + "    idle:\n      sleep_after: 10\n",
@@ -160,10 +156,10 @@ MISTAKES = {
         "models.a.url: not a server's address",
     ),
     "url with args": ("models: {a: {url: 'http://h:1', args: {x: 1}}}\n", 1, "models.a.args: has no effect"),
-    "name is a path": ("models: {../a: {model: x}}\n", 1, "models.../a: not a name for a model"),
-    "name is a dot": ("models: {.: {model: x}}\n", 1, "models..: not a name for a model"),
+    "name begins with a space": ("models: {' a': {model: x}}\n", 1, "models. a: not a name for a model"),
+    "name shows nothing": ('models: {"\\u200b": {model: x}}\n', 1, "not a name for a model"),
     "name is a flag": ("models: {-a: {model: x}}\n", 1, "models.-a: not a name for a model"),
-    "name too long": (f"models: {{{'a' * 65}: {{model: x}}}}\n", 1, "not a name for a model"),
+    "name too long": (f"models: {{{'a' * 256}: {{model: x}}}}\n", 1, "not a name for a model"),
     "name is a number": ("models: {8: {model: x}}\n", 1, "models.8: a key must be text"),
     "two ports": (
         "models:\n  a: {model: x, port: 8001}\n  b: {model: y, port: 8001}\n",
@@ -183,7 +179,7 @@ MISTAKES = {
     "too few GPUs": (
         ONE + "    args: {tensor-parallel-size: 2, --pipeline_parallel_size: 2}\n    gpus: [0, 1]\n",
         5,
-        "models.qwen.gpus: 2 GPU named, but tensor times pipeline parallel size is 4",
+        "models.qwen.gpus: 2 GPU named, but tensor times pipeline times data parallel size is 4",
     ),
     "too few GPUs, short flag": (ONE + "    args: {tp: 2}\n", 2, "models.qwen.gpus: 1 GPU named"),
     "parallel size is text": (ONE + "    args: {tp: two}\n", 4, "must be a whole number from 1"),
@@ -213,8 +209,7 @@ MISTAKES = {
     "only a comment": ("# nothing\n", 1, "the file is empty"),
     "a list": ("- a\n", 1, "must be a mapping"),
     "a word": ("hello\n", 1, "must be a mapping"),
-    "a date": ("models: {a: {model: 2024-01-01}}\n", 1, "models.a.model: a tag, a date"),
-    "a tag": ("models: {a: {model: !!python/name:os.system ''}}\n", 1, "models.a.model: a tag, a date"),
+    "a tag": ("models: {a: {model: !!python/name:os.system ''}}\n", 1, "models.a.model: a tag"),
     "a control character": ("models:\n  a: {model: x\x01}\n", 2, "a control character"),
     "an alias of itself": ("models: &a {x: *a}\n", 1, "models.x: must be a mapping"),
     "deep nesting": (f"models: {'[' * 40}{']' * 40}\n", 1, "models[0]: nested too deeply"),
@@ -278,10 +273,10 @@ def test_variables_are_filled_in_from_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CACHE", "/data")
-    text = ONE + '    env: {H: "${CACHE}/hf"}\n    args: {download-dir: "${CACHE}", names: ["${CACHE}"]}\n'
+    text = ONE + '    env: {H: "${CACHE}/hf"}\n    args: {download-dir: "${CACHE}", names: ["${CACHE}", b]}\n'
     qwen = load_text(tmp_path, text).config.models["qwen"]
     assert qwen.env == {"H": "/data/hf"}
-    assert qwen.args == {"download-dir": "/data", "names": ["/data"]}
+    assert qwen.args == {"download-dir": "/data", "names": ("/data", "b")}
 
 
 def test_an_unset_variable_is_named_where_it_stands(tmp_path: Path) -> None:
@@ -367,7 +362,8 @@ def test_the_schema_knows_every_key_and_what_is_reserved(tmp_path: Path) -> None
         "idle",
     }
     assert model["additionalProperties"] is False
-    assert "served[-_]model[-_]name" in model["properties"]["args"]["propertyNames"]["not"]["pattern"]
+    flags, _ = model["properties"]["args"]["anyOf"]
+    assert "served[-_]model[-_]name" in flags["propertyNames"]["not"]["pattern"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The key of an attached server: by the name of its variable or file, never written out, never shown."""
+"""The key of a server: by the name of its variable or file, never written out, never shown."""
 
 from __future__ import annotations
 
@@ -62,10 +62,9 @@ def test_a_key_that_cannot_be_used_is_refused_and_not_shown(
         assert secret not in caught.value.what + caught.value.cure
 
 
-def test_a_server_of_ours_takes_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_of_ours_may_have_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAR_KEY", "k")
-    with pytest.raises(UsageError, match=r"c.yaml:4: models.qwen.api_key: only a server given by `url:`"):
-        load_text(tmp_path, ONE + '    api_key: "${FAR_KEY}"\n')
+    assert load_text(tmp_path, ONE + '    api_key: "${FAR_KEY}"\n').config.models["qwen"].api_key == "k"
 
 
 def test_an_editor_is_told_that_a_key_is_the_name_of_a_variable() -> None:

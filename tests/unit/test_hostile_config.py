@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_sleep_tui.config import Config, GatewayConfig, IdleConfig, ModelConfig, SimulatedGpuConfig
-from vllm_sleep_tui.config_checks import RESERVED_ARGS
 from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.config_flags import RESERVED
 from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv, serve_environment
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.budget import fixed_utilization, level_for, utilization
@@ -34,7 +34,7 @@ SCALARS = st.one_of(
     TEXTS,
     st.text(max_size=8),
 )
-NAMES = st.one_of(st.sampled_from([*KEYS, *FLAGS, *RESERVED_ARGS]), st.text(max_size=8))
+NAMES = st.one_of(st.sampled_from([*KEYS, *FLAGS, *RESERVED]), st.text(max_size=8))
 ANYTHING = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_sleep_tui.bench.plan import Override, Plan
-from vllm_sleep_tui.config_checks import normal_arg
 from vllm_sleep_tui.config_file import LoadedConfig, load
-from vllm_sleep_tui.config_yaml import parse
-from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.config_flags import AmbiguousError, spelled
+from vllm_sleep_tui.config_yaml import as_yaml, parse, typed
+from vllm_sleep_tui.errors import PanelError, UsageError
 from vllm_sleep_tui.files import write_private
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.operation import Report
@@ -28,7 +27,7 @@ def changed_models(loaded: LoadedConfig, plan: Plan) -> dict[str, dict[str, Any]
     written = parse(loaded.path).values["models"]
     found: dict[str, dict[str, Any]] = {}
     for name in plan.pair:
-        entry = json.loads(json.dumps(written[name]))
+        entry = dict(written[name])
         for override in plan.overrides:
             if override.model in (name, "*"):
                 _change(entry, override)
@@ -41,9 +40,11 @@ def recorded_models(loaded: LoadedConfig, plan: Plan) -> dict[str, dict[str, Any
 
     Those may be tokens. The digests tell a run that is resumed whether a value has changed.
     """
-    models = changed_models(loaded, plan)
+    models: dict[str, dict[str, Any]] = typed(changed_models(loaded, plan))
     for entry in models.values():
         if values := entry.get("env"):
+            if isinstance(values, list):
+                values = dict(item.split("=", 1) if "=" in item else (item, "") for item in values)
             entry["env"] = {key: _digest(str(value)) for key, value in values.items()}
     return models
 
@@ -56,11 +57,25 @@ def _change(entry: dict[str, Any], override: Override) -> None:
     if override.argument is None:
         entry["level"] = override.value
         return
-    same = normal_arg(override.argument)
-    arguments = {key: value for key, value in (entry.get("args") or {}).items() if normal_arg(key) != same}
+    given = entry.get("args")
+    if isinstance(given, list):
+        raise UsageError(
+            f"--set {override.model}.args.{override.argument}: its `args:` are a list of words.",
+            "Write them as flags and values, as in {max-model-len: 8192}.",
+        )
+    same = _name(override.argument)
+    arguments = {key: value for key, value in (given or {}).items() if _name(key) != same}
     if override.value is not None:
         arguments[override.argument] = override.value
     entry["args"] = arguments
+
+
+def _name(flag: str) -> str:
+    """One spelling of a flag."""
+    try:
+        return spelled(flag).name
+    except AmbiguousError:
+        return flag
 
 
 def check_changes(loaded: LoadedConfig, plan: Plan) -> None:
@@ -77,7 +92,7 @@ def write_config(loaded: LoadedConfig, plan: Plan) -> Path:
     """Write the config of the changed pair; the same changes always have the same file."""
     written = parse(loaded.path).values
     kept = {key: written[key] for key in ("vllm_command", "simulated_gpus") if written.get(key)}
-    content = json.dumps({**kept, "models": changed_models(loaded, plan)}, indent=1).encode()
+    content = as_yaml({**kept, "models": changed_models(loaded, plan)}).encode()
     name = f".{loaded.path.stem}.bench-{hashlib.sha256(content).hexdigest()[:8]}.yaml"
     path = loaded.path.with_name(name)
     write_private(path, content)

@@ -6,13 +6,22 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from vllm_sleep_tui.config_checks import spans_machines
+from vllm_sleep_tui.config_flags import (
+    SWITCH,
+    WORDS,
+    Flag,
+    FlagTable,
+    shipped_table,
+    shipped_tables,
+    wrong_value,
+)
 from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
 
 READY_SECONDS = 600
@@ -23,33 +32,14 @@ LAUNCH_VARIABLE = "SLEEP_TUI_LAUNCH"
 LAUNCH_VARIABLES = (LAUNCH_VARIABLE, "VLLM_SLEEP_TUI_LAUNCH")
 """The second is that of servers which the version before started."""
 
-RESERVED_ARGS: dict[str, str] = {
-    "host": "The panel keeps every server on 127.0.0.1; leave it out.",
-    "port": "Set `port:` of the model, beside `args:`.",
-    "uds": "The panel talks to its servers by port; leave it out.",
-    "served-model-name": "The model is served under its name in this file; rename it there.",
-    "api-key": "A key would lock the panel out and does not cover the sleep endpoints; the guard does.",
-    "middleware": "The panel's guard takes this place; leave it out.",
-    "api-server-count": "Each server has one API process, which the guard counts in; leave it out.",
-    "enable-sleep-mode": "The panel sets it; `level: none` turns sleeping off.",
-    "headless": "A server without HTTP can neither sleep nor answer; leave it out.",
-    "config": "A file of flags could set the ones the panel needs; write them under `args:`.",
-    "model": "Set `model:`, beside `args:`.",
-    "ssl-keyfile": "The panel speaks plain HTTP on loopback; put a proxy in front for TLS.",
-    "ssl-certfile": "The panel speaks plain HTTP on loopback; put a proxy in front for TLS.",
-    "root-path": "The panel and its guard know vLLM's paths as they are; put a proxy in front.",
-    "disable-access-log-for-endpoints": "The panel sets it for what it polls; leave it out.",
-}
-"""Flags that `args:` may not set, and what to do instead."""
-
-RESERVED_ENV: dict[str, str] = {
-    "VLLM_API_KEY": "A key would lock the panel out; the guard protects the server.",
-    "VLLM_PORT": "It is not the API port but vLLM's internal one, and collides between servers.",
-    "VLLM_USE_RUST_FRONTEND": "That front end would not load the guard.",
-    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "A server whose engine is dead must end, so that it can be restarted.",
-    "PYTHONHOME": "It would mix two Pythons; name the right one in `vllm_command:`.",
-}
-"""Variables that no server gets, from nowhere, and why."""
+NEVER_INHERITED = (
+    "VLLM_API_KEY",  # a key would lock the panel out, unless it is the model's own
+    "VLLM_PORT",  # not the API port but vLLM's internal one, which collides between servers
+    "VLLM_USE_RUST_FRONTEND",  # it would not load the guard
+    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH",  # a server whose engine is dead must end, so that it can be restarted
+    "PYTHONHOME",  # it would mix two Pythons
+)
+"""Variables of the person's shell that no server gets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,48 +62,84 @@ class ServeSpec:
     """Where the guard lets the panel in, and nobody else."""
     launch_id: str
     sleep_mode: bool
-
-
-def flag_name(key: str) -> str:
-    """The name of a flag as vLLM writes it: no dashes in front, dashes for underscores inside."""
-    head, dot, rest = key.lstrip("-").partition(".")
-    return head.replace("_", "-") + dot + rest
+    aliases: tuple[str, ...] = ()
+    api_key: str | None = field(default=None, repr=False)
+    flags: FlagTable = field(default_factory=shipped_table, repr=False)
+    """What the vLLM that will read the command line knows."""
 
 
 def serve_argv(spec: ServeSpec) -> list[str]:
-    """The argument vector; it holds no secret."""
-    argv = [*spec.command, "serve", spec.model, "--served-model-name", spec.served_name]
+    """The argument vector; it holds no secret. `args` have passed `check_args` against the same flags."""
+    argv = [*spec.command, "serve", spec.model, "--served-model-name", spec.served_name, *spec.aliases]
     argv += ["--host", "127.0.0.1", "--port", str(spec.port), "--api-server-count", "1"]
     argv += ["--middleware", "panel_guard.PanelGuard", "--disable-access-log-for-endpoints", QUIET_PATHS]
     # vLLM on the CPU refuses to start with this flag (0.32, log-enable-sleep-mode-refused.txt).
     if spec.sleep_mode and spec.gpus:
         argv.append("--enable-sleep-mode")
-    given = {flag_name(key) for key in spec.args}
-    if spec.gpus and spec.utilization is not None and "gpu-memory-utilization" not in given:
+    if spec.gpus and spec.utilization is not None and "gpu-memory-utilization" not in spec.args:
         argv += ["--gpu-memory-utilization", f"{spec.utilization:.4f}"]
-    for key, value in spec.args.items():
-        argv += _flag(key, value)
+    for name, value in spec.args.items():
+        argv += _words(spec.flags.find(name), name, value)
     return argv
 
 
-def _flag(key: str, value: Any) -> Iterator[str]:
-    # A short alias such as -tp has one dash, and vLLM knows no --tp.
-    flag = key if key.startswith("-") and not key.startswith("--") else f"--{flag_name(key)}"
-    match value:
-        case None | [] | ():
-            return
-        case True:
-            yield flag
-        case False:
-            yield f"--no-{flag_name(key)}"
-        case list() | tuple():
-            yield flag
-            yield from map(_text, value)
-        case _ if _text(value).startswith("-"):
-            yield f"{flag}={_text(value)}"  # or argparse takes it for another flag
-        case _:
-            yield flag
-            yield _text(value)
+def check_args(args: Mapping[str, Any], flags: FlagTable) -> Iterator[tuple[str, str, str]]:
+    """What this vLLM would refuse of the arguments: the flag, what is wrong with it, what to do."""
+    for name, value in args.items():
+        head, _, tail = name.partition(".")
+        flag = flags.find(name)
+        if flag is None:
+            near = flags.nearest(name)
+            others = [table.version for table in shipped_tables() if table.find(name)]
+            known = f" (vLLM {', '.join(others)} does)" if others else ""
+            cure = f"The nearest that it knows is {near}." if near else "Remove it."
+            yield name, f"vLLM {flags.version} knows no --{head}{known}", cure
+        elif tail and flag.type == SWITCH:
+            yield name, f"--{head} takes no value, so nothing of it can be set", "Write true or false."
+        elif not tail and (wrong := wrong_value(flag, _texts(value))):
+            yield name, f"--{head}: {wrong}", "Correct the value."
+        elif flag.type == SWITCH and _texts(value) == "false" and not flag.off and flag.default:
+            yield name, f"vLLM {flags.version} cannot turn --{head} off", "Remove it."
+
+
+def _texts(value: Any) -> str | tuple[str, ...]:
+    return tuple(map(_text, value)) if isinstance(value, list | tuple) else _text(value)
+
+
+def _words(flag: Flag | None, name: str, value: Any) -> Iterator[str]:
+    """The words of one flag."""
+    given = _texts(value)
+    is_whole = "." not in name
+    if value is None or (given == () and is_whole):
+        return
+    if is_whole and (flag is None or flag.type == SWITCH) and given in WORDS:
+        spelling = _switched(flag, name, WORDS[given])
+        if spelling is not None:
+            yield spelling
+    elif is_whole and flag is not None and flag.nargs == "?" and given in WORDS:
+        # It may stand alone: true is that, false is not to be there.
+        if WORDS[given]:
+            yield f"--{name}"
+    elif isinstance(given, tuple) and flag is not None and flag.repeats:
+        for item in given:
+            yield f"--{name}={item}"
+    elif isinstance(given, tuple):
+        yield f"--{name}"
+        yield from given
+    elif given.startswith("-"):
+        yield f"--{name}={given}"  # or argparse takes it for another flag
+    else:
+        yield f"--{name}"
+        yield given
+
+
+def _switched(flag: Flag | None, name: str, on: bool) -> str | None:
+    """The spelling that turns the flag on or off; None where leaving it out does."""
+    if flag is None:
+        return f"--{name}" if on else f"--no-{name}"
+    if on:
+        return f"--{flag.name}"
+    return next((spelling for spelling in flag.off if spelling.startswith("--no-")), None)
 
 
 def _text(value: Any) -> str:
@@ -135,8 +161,10 @@ def serve_environment(
     if ready_seconds is not None:
         environment["VLLM_ENGINE_READY_TIMEOUT_S"] = str(max(READY_SECONDS, math.ceil(ready_seconds)))
     environment |= spec.env
-    for name in RESERVED_ENV:
+    for name in NEVER_INHERITED:
         environment.pop(name, None)
+    if spec.api_key is not None:
+        environment["VLLM_API_KEY"] = spec.api_key
     environment["PATH"] = _path(spec.command[0], environment.get("PATH", os.defpath))
     return environment | _fixed(spec)
 

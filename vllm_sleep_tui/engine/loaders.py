@@ -66,6 +66,6 @@ def why_no_reload(
     if release < since:
         from_ = "" if since == NEVER else f" before {since[0]}.{since[1]}"
         return f"vLLM's loader `{name}` cannot load weights again{from_}"
-    if release < LORA_SINCE and argument(args, "enable-lora"):
+    if release < LORA_SINCE and argument(args, "enable-lora") in ("true", True):
         return "vLLM cannot load the weights of a model with LoRA again before 0.28"
     return None

@@ -10,6 +10,7 @@ from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError, UsageError
 from vllm_sleep_tui.fleet import attached
+from vllm_sleep_tui.fleet.arguments import check_arguments, learn_flags
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.cures import CURES, Failure
 from vllm_sleep_tui.fleet.ending import is_whole, stop_server
@@ -38,6 +39,7 @@ async def switch(core: Core, name: str, operation: Operation, *, force: bool = F
         return await attached.switch(core, name, operation)
     if core.records.read(name).state in (State.STOPPED, State.FAILED):
         check_startable(core, name)
+        check_arguments(core, name, await learn_flags(core, name, operation))
         await fetch(core, name, operation)
     async with locked(core, name, operation, make_room=True, seconds=cold_start(core, name)) as room:
         record = core.records.read(name)

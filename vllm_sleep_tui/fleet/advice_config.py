@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.config_flags import spelled
 from vllm_sleep_tui.config_yaml import Key
 from vllm_sleep_tui.files import trust, trusted
 from vllm_sleep_tui.fleet.advice import Advice, changes
@@ -39,12 +39,12 @@ def _values(loaded: LoadedConfig, advice: Advice) -> dict[Key, Any]:
         if level is not None:
             found["models", name, "level"] = level if level == "none" else int(level)
         if utilization is not None:
-            found["models", name, "args", _spelled(loaded.config.models[name])] = utilization
+            found["models", name, "args", _spelled(loaded, name)] = utilization
     return found
 
 
-def _spelled(model: ModelConfig) -> str:
+def _spelled(loaded: LoadedConfig, name: str) -> str:
     """The flag as the config spells it."""
-    wanted = "gpu-memory-utilization"
-    same = (key for key in model.args if key.lstrip("-").replace("_", "-") == wanted)
-    return next(same, wanted)
+    wanted, prefix = "gpu-memory-utilization", f"models.{name}.args."
+    inside = (key.removeprefix(prefix) for key in loaded.lines if key.startswith(prefix))
+    return next((key for key in inside if spelled(key).name == wanted), wanted)

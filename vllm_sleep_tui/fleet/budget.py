@@ -25,7 +25,7 @@ PINNED_PER_WEIGHTS = 2.0
 def fixed_utilization(model: ModelConfig) -> float | None:
     """The model's own `gpu-memory-utilization`, None if it is left to us."""
     value = argument(model, "gpu-memory-utilization")
-    return float(value) if isinstance(value, int | float) else None
+    return None if value is None else float(value)
 
 
 def utilization(

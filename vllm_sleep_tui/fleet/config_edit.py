@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.util import load_yaml_guess_indent
 
-from vllm_sleep_tui.config_yaml import Key, parse, spell
+from vllm_sleep_tui.config_yaml import Key, parse, spell, typed
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.files import write_private
 
@@ -67,13 +67,13 @@ def _mapping_indent(text: str) -> int:
 
 def _check(path: Path, text: str, values: Mapping[Key, Any]) -> None:
     """Raises RefusedError if the new text says anything but the old one and these values."""
-    wanted = parse(path).values
+    wanted = typed(parse(path).values)
     for key, value in values.items():
         _set(wanted, key, value)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
         copy.write_text(text, encoding="utf-8")
-        found = parse(copy).values
+        found = typed(parse(copy).values)
     if found != wanted:
         names = ", ".join(spell(key) for key in values)
         raise RefusedError(

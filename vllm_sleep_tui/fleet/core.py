@@ -114,6 +114,10 @@ class Core:
             cure = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(self.config.models)}."
             raise UsageError(f"{self.loaded.path}: no model is called {name!r}.", cure) from None
 
+    def vllm_command(self, name: str) -> tuple[str, ...]:
+        """The vllm of the model."""
+        return self.model(name).vllm_command or self.config.vllm_command
+
     def footprint(self, name: str) -> Footprint:
         """What was measured of the model with its present arguments."""
         return self.footprints.get(self.digest(name), self.records.vllm_version(name))
@@ -260,7 +264,10 @@ class Core:
         if client is None or launch != record.launch:
             if client is not None:
                 self._retired.append(client)
-            client = VllmClient(record.port, uds=record.socket, secret=record.secret, check=check_own)
+            key = self.config.models[record.name].api_key if record.name in self.config.models else None
+            client = VllmClient(
+                record.port, uds=record.socket, secret=record.secret, check=check_own, api_key=key
+            )
             self._launched[record.name] = (record.launch, client)
         return client
 

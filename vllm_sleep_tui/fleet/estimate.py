@@ -19,7 +19,7 @@ from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet import budget
 from vllm_sleep_tui.fleet.checkpoint import Checkpoint, Task, find_checkpoint, read_checkpoint
 from vllm_sleep_tui.fleet.discovery import version_numbers
-from vllm_sleep_tui.fleet.footprints import AWAKE_OVERHEAD, GIB, argument
+from vllm_sleep_tui.fleet.footprints import AWAKE_OVERHEAD, GIB, argument, is_on
 from vllm_sleep_tui.fleet.model_files import shown
 from vllm_sleep_tui.fleet.pinning import Layout, Spread, spread
 
@@ -185,8 +185,8 @@ def layout_of(
     """How vLLM will spread and store the model with these arguments."""
     asked = str(argument(model, "quantization") or "")
     return Layout(
-        tensor_ranks=_ranks(model, "tensor-parallel-size", "tp"),
-        pipeline_ranks=_ranks(model, "pipeline-parallel-size", "pp"),
+        tensor_ranks=_ranks(model, "tensor-parallel-size"),
+        pipeline_ranks=_ranks(model, "pipeline-parallel-size"),
         quantised=asked.startswith("fp8") and checkpoint.quantization is None,
         full_width=argument(model, "dtype") in ("float32", "float"),
         sequences=_sequences(model, total, gpu_name) if _second_runner(model, checkpoint, version) else None,
@@ -265,13 +265,12 @@ def _residue(model: ModelConfig, checkpoint: Checkpoint, layout: Layout) -> int:
     """What a sleeper leaves on each GPU."""
     if layout.gpus > 1:
         return RESIDUE_PARALLEL
-    graphs = 0 if argument(model, "enforce-eager") is True else RESIDUE_GRAPHS
+    graphs = 0 if is_on(model, "enforce-eager") else RESIDUE_GRAPHS
     return RESIDUE + RESIDUE_PER_HIDDEN * (checkpoint.hidden or 0) + graphs
 
 
-def _ranks(model: ModelConfig, *names: str) -> int:
-    asked = next((count for name in names if (count := whole_number(argument(model, name)))), 1)
-    return min(asked, MOST_RANKS)
+def _ranks(model: ModelConfig, name: str) -> int:
+    return min(whole_number(argument(model, name)) or 1, MOST_RANKS)
 
 
 def _second_runner(model: ModelConfig, checkpoint: Checkpoint, version: str | None) -> bool:

@@ -124,7 +124,7 @@ async def fetch(core: Core, name: str, operation: Operation) -> None:
     model = core.model(name)
     environ = {**os.environ, **model.env}
     base = core.loaded.path.resolve().parent
-    tool, wanted = downloader(core, environ), wanted_of(model, base, environ)
+    tool, wanted = downloader(core, name, environ), wanted_of(model, base, environ)
     if tool is None or wanted is None or await asyncio.to_thread(wanted.is_here):
         return
     token = argument(model.args, "hf-token")
@@ -170,12 +170,12 @@ def wanted_of(model: ModelConfig, base: Path, environ: Mapping[str, str]) -> Wan
     )
 
 
-def downloader(core: Core, environ: Mapping[str, str]) -> str | None:
+def downloader(core: Core, name: str, environ: Mapping[str, str]) -> str | None:
     """The download tool beside the vLLM binary; None offline, in the demo, or if there is none."""
     offline = any(
-        environ.get(name, "").strip().lower() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+        environ.get(key, "").strip().lower() in _TRUE for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )
-    program = shutil.which(core.config.vllm_command[0], path=environ.get("PATH"))
+    program = shutil.which(core.vllm_command(name)[0], path=environ.get("PATH"))
     if offline or core.simulated is not None or program is None:
         return None
     folders = dict.fromkeys([Path(program).parent, Path(program).resolve().parent])

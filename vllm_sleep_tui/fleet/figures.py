@@ -98,11 +98,13 @@ def read_machine(core: Core) -> Machine:
 def read_figures(core: Core, per_day: Mapping[str, float] | None = None) -> list[Figures]:
     """The figures of every model of the config, in its order; `per_day` are its switches where known."""
     memory = read_memory(core, {gpu for model in core.config.models.values() for gpu in model.gpus})
-    vllm = find_command(core.config.vllm_command, os.environ)
-    version = vllm.version if vllm else None
+    commands = {core.vllm_command(name) for name in core.config.models}
+    versions = {command: vllm.version for command in commands if (vllm := find_command(command, os.environ))}
     shares = shares_of(core, [key for key, model in core.config.models.items() if model.model], memory)
     return [
-        _figures(core, name, shares.get(name), version, (per_day or {}).get(name))
+        _figures(
+            core, name, shares.get(name), versions.get(core.vllm_command(name)), (per_day or {}).get(name)
+        )
         for name in core.config.models
     ]
 

@@ -20,7 +20,6 @@ from statistics import median
 import msgspec
 
 from vllm_sleep_tui.config import ModelConfig
-from vllm_sleep_tui.engine import loaders
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.files import write_atomically
 
@@ -166,9 +165,17 @@ def digest(model: ModelConfig) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def argument(model: ModelConfig, name: str) -> object:
-    """A flag of the model's `args`, however it is spelled; None if it is not there."""
-    return loaders.argument(model.args, name.replace("_", "-"))
+def argument(model: ModelConfig, name: str) -> str | None:
+    """The text of a flag of the model's `args`, of a list its first; None if it is not there."""
+    value = model.args.get(name)
+    if isinstance(value, tuple | list):
+        return str(value[0]) if value else None
+    return None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def is_on(model: ModelConfig, name: str) -> bool:
+    """Whether a flag without a value is set."""
+    return argument(model, name) == "true"
 
 
 def asleep_guess(gpus: Iterable[int]) -> int:

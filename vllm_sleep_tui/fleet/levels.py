@@ -22,7 +22,7 @@ def installed_version(core: Core, name: str) -> str | None:
     record = core.records.read(name)
     if record.state in RUNNING and record.vllm_version:
         return record.vllm_version
-    vllm = find_command(core.config.vllm_command, os.environ)
+    vllm = find_command(core.vllm_command(name), os.environ)
     return (vllm.version if vllm else None) or record.vllm_version
 
 

@@ -23,6 +23,7 @@ from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.files import as_text, path_of, private_dir, write_atomically
 from vllm_sleep_tui.fleet.snapshot import LastFailure, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.paths import file_name
 from vllm_sleep_tui.regular import NotAFileError, read_regular
 from vllm_sleep_tui.telemetry.processes import ProcessId
 
@@ -122,7 +123,7 @@ class RecordStore:
 
     def path(self, name: str, kind: str = "json") -> Path:
         """The file of a model: ``json`` the record, ``lock`` its lock, ``keeper`` its keeper's word."""
-        return self.folder / f"{name}-{self._suffix}.{kind}"
+        return self.folder / f"{file_name(name)}-{self._suffix}.{kind}"
 
     def read(self, name: str) -> Record:
         """The model's record, or a stopped one if there is none; what is broken or no file is set aside.
@@ -198,7 +199,7 @@ class RecordStore:
     def log_path(self, name: str) -> Path:
         """Where the model's log is to be: NAME.log, unless that is a model's of another config which is there
         still; then the name ends like the record's."""
-        own = self.folder.parent / "logs" / f"{name}.log"
+        own = self.folder.parent / "logs" / f"{file_name(name)}.log"
         users = (other for other in self.others() if other.log == as_text(own))
         taken = any(os.path.lexists(path_of(user.config)) for user in users)
         return own.with_name(self.path(name, "log").name) if taken else own

@@ -27,6 +27,7 @@ from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError, UsageError
 from vllm_sleep_tui.files import as_text, path_of
 from vllm_sleep_tui.fleet import proof
+from vllm_sleep_tui.fleet.arguments import check_arguments, known_flags
 from vllm_sleep_tui.fleet.budget import level_for, pinned_estimate
 from vllm_sleep_tui.fleet.core import GIB, Core
 from vllm_sleep_tui.fleet.ending import TMP_PREFIX, cause_in_log, fail, stop_server
@@ -60,18 +61,20 @@ WARM_UP_LIMIT = 300.0
 
 def check_startable(core: Core, name: str) -> None:
     """Raises UsageError if what the config names is not there: the vLLM binary, GPUs, a folder."""
-    check_command(core)
+    check_command(core, name)
     core.check_gpus(name)
+    check_arguments(core, name, known_flags(core, name))
     check_source(core, name)
     check_level(core, name)
 
 
-def check_command(core: Core) -> None:
+def check_command(core: Core, name: str) -> None:
     """Raises UsageError if the vLLM binary is not there."""
-    program = core.config.vllm_command[0]
+    program = core.vllm_command(name)[0]
     if shutil.which(program) is None:
+        own = f"models.{name}." if core.model(name).vllm_command else ""
         raise UsageError(
-            f"{core.loaded.path}: vllm_command: {program!r} was not found.",
+            f"{core.loaded.path}: {own}vllm_command: {program!r} was not found.",
             "Install vLLM in an environment of its own and give the full path of its `vllm` there.",
         )
 
@@ -211,7 +214,7 @@ class Start:
         memory = await asyncio.to_thread(read_memory, self.core, set(self.model.gpus))
         tmp_dir = Path(tempfile.mkdtemp(prefix=Path(TMP_PREFIX).name, dir=Path(TMP_PREFIX).parent))
         spec = ServeSpec(
-            command=self.core.config.vllm_command,
+            command=self.core.vllm_command(self.name),
             model=self.model.model or "",
             served_name=self.name,
             port=port,
@@ -224,6 +227,9 @@ class Start:
             socket=tmp_dir / "panel.sock",
             launch_id=secrets.token_hex(16),
             sleep_mode=self.model.level != "none",
+            aliases=self.model.aliases,
+            api_key=self.model.api_key,
+            flags=known_flags(self.core, self.name),
         )
         log = self.core.records.log_path(self.name)
         self.record = self.core.write(

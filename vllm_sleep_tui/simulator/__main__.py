@@ -26,7 +26,7 @@ def main(given: Sequence[str]) -> int:
             raise arguments.ArgumentError(
                 f"invalid choice: {given[0] if given else ''!r} (choose from 'serve')"
             )
-        options = arguments.parse(given[1:], UTILIZATION_DEFAULT)
+        options = arguments.parse(given[1:], UTILIZATION_DEFAULT, chosen.version)
     except arguments.ArgumentError as error:
         logs.raw(f"{USAGE}\nvllm: error: {error}", descriptor=2)
         return 2

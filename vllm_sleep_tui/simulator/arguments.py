@@ -2,80 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-SWITCHES = _names(
-    """aggregate-engine-logging allow-credentials allow-deprecated-quantization async-scheduling
-    calculate-kv-scales disable-cascade-attn disable-custom-all-reduce disable-fastapi-docs
-    disable-frontend-multiprocessing disable-hybrid-kv-cache-manager disable-log-requests
-    disable-log-stats disable-sliding-window disable-uvicorn-access-log enable-auto-tool-choice
-    enable-chunked-prefill enable-dbo enable-eplb enable-expert-parallel enable-force-include-usage
-    enable-log-outputs enable-log-requests enable-lora enable-nccl-comm-suspend
-    enable-per-request-metrics enable-prefix-caching enable-prompt-embeds enable-prompt-tokens-details
-    enable-request-id-headers enable-scale-out enable-server-load-tracking enable-sleep-mode
-    enable-ssl-refresh enable-tokenizer-info-endpoint enforce-eager exclude-tools-when-tool-choice-none
-    fully-sharded-loras generate-loras headless interleave-mm-strings kv-sharing-fast-prefill
-    log-error-stack multi-modal-encoder-only return-tokens-as-token-ids skip-mm-profiling
-    skip-tokenizer-init sleep-mode-offload-cudagraph trust-remote-code trust-request-chat-template
-    use-tqdm-on-load"""
-)
-"""Flags without a value; each also exists as ``--no-…``."""
-VALUES = _names(
-    """allowed-local-media-path allowed-media-domains attention-backend block-size chat-template
-    chat-template-content-format code-revision compilation-config config config-format convert
-    cpu-offload-gb cuda-graph-sizes cudagraph-capture-sizes data-parallel-address data-parallel-backend
-    data-parallel-rank data-parallel-rpc-port data-parallel-size data-parallel-size-local
-    default-mm-loras device-ids disable-access-log-for-endpoints distributed-executor-backend
-    download-dir dtype ec-transfer-config generation-config gpu-memory-utilization h11-max-header-count
-    h11-max-incomplete-event-size hf-config-path hf-overrides hf-token host ignore-patterns
-    io-processor-plugin kv-cache-dtype kv-cache-memory kv-cache-memory-bytes kv-events-config
-    kv-offloading-backend kv-offloading-size kv-transfer-config limit-mm-per-prompt load-format
-    log-config-file logging-config logits-processor-pattern logits-processors logprobs-mode lora-dtype
-    lora-modules long-prefill-token-threshold mamba-cache-dtype master-addr master-port max-cpu-loras
-    max-log-len max-logprobs max-lora-rank max-loras max-model-len max-num-batched-tokens
-    max-num-partial-prefills max-num-seqs max-parallel-loading-workers media-io-kwargs middleware
-    mm-encoder-tp-mode mm-processor-cache-gb mm-processor-cache-type mm-processor-kwargs model
-    model-impl model-loader-extra-config nnodes node-rank num-gpu-blocks-override num-lookahead-slots
-    optimization-level otlp-traces-endpoint override-generation-config pipeline-parallel-size
-    pooler-config port pt-load-map-location quantization quantization-config reasoning-parser
-    response-role revision root-path runner safetensors-load-strategy scheduler-cls scheduling-policy
-    seed shutdown-timeout sleep-mode-backend speculative-config sse-keep-alive-interval ssl-ca-certs
-    ssl-cert-reqs ssl-certfile ssl-keyfile stream-interval structured-outputs-config swap-space task
-    tensor-parallel-size tokenizer tokenizer-mode tokenizer-revision tool-call-parser tool-parser-plugin
-    tool-server uds uvicorn-log-level worker-cls worker-extension-cls api-server-count"""
-)
-"""Flags with one value; of a repeated one the last counts, but ``--middleware`` adds up."""
-LISTS = _names(
-    """allowed-headers allowed-methods allowed-origins api-key served-model-name
-    sleep-preserve-parameter-names"""
-)
-"""Flags with one or more values."""
-SHORT = {
-    "-tp": "tensor-parallel-size",
-    "-pp": "pipeline-parallel-size",
-    "-dp": "data-parallel-size",
-    "-q": "quantization",
-    "-cc": "compilation-config",
-    "-O": "optimization-level",
-}
-NUMBERS: Mapping[str, type[int] | type[float]] = {
-    "port": int,
-    "tensor-parallel-size": int,
-    "pipeline-parallel-size": int,
-    "data-parallel-size": int,
-    "api-server-count": int,
-    "max-num-seqs": int,
-    "shutdown-timeout": int,
-    "gpu-memory-utilization": float,
-}
+TABLES = Path(__file__).parents[1] / "vllm_flags"
+"""What the parsers of vLLM 0.24 to 0.33 said of themselves, a file each."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 """What vLLM makes of 32k (decimal) and 32K (binary)."""
 DEFAULT_MAX_MODEL_LEN = 40960
@@ -114,108 +51,136 @@ class Options:
     """Every flag as given, by vLLM's Python name, with keys hidden: the ``non-default args`` of the log."""
 
 
-def parse(arguments: Sequence[str], default_utilization: float) -> Options:
-    """Read what follows `serve`; raises ArgumentError with vLLM's own words."""
-    model, flags = _collect(list(arguments))
-    values = {name: _number(name, found[-1]) for name, found in flags.items() if name in NUMBERS}
-    model = model or _last(flags, "model") or "Qwen/Qwen3-0.6B"
+def parse(arguments: Sequence[str], default_utilization: float, version: str = "0.32.0") -> Options:
+    """Read what follows `serve` as that vLLM does; raises ArgumentError with vLLM's own words."""
+    parser = _parser(version)
+    known, unknown = parser.parse_known_args(_prepared(arguments))
+    if unknown:
+        raise ArgumentError(f"unrecognized arguments: {' '.join(unknown)}")
+    found: dict[str, Any] = {name: value for name, value in vars(known).items() if value is not None}
+    model = found.pop("model_tag", None) or found.get("model") or "Qwen/Qwen3-0.6B"
     return Options(
         model=model,
-        served_names=tuple(flags.get("served-model-name", ())) or (model,),
-        host=_last(flags, "host") or "127.0.0.1",
-        port=int(values.get("port", 8000)),
-        uds=_last(flags, "uds") or None,
-        api_keys=tuple(flags.get("api-key", ())),
-        middlewares=tuple(flags.get("middleware", ())),
-        utilization=float(values.get("gpu-memory-utilization", default_utilization)),
-        tensor_parallel=int(values.get("tensor-parallel-size", 1)),
-        pipeline_parallel=int(values.get("pipeline-parallel-size", 1)),
-        max_model_len=_size(flags, "max-model-len") or DEFAULT_MAX_MODEL_LEN,
-        kv_cache_bytes=_size(flags, "kv-cache-memory-bytes") or _size(flags, "kv-cache-memory"),
-        enforce_eager="enforce-eager" in flags,
-        sleep_mode="enable-sleep-mode" in flags,
-        load_tracking="enable-server-load-tracking" in flags,
-        log_stats="disable-log-stats" not in flags,
-        pooling=_last(flags, "runner") == "pooling" or _last(flags, "task") in ("embed", "embedding"),
-        load_format=_last(flags, "load-format") or "auto",
-        quantization=_last(flags, "quantization") or None,
-        unlogged_paths=frozenset(_last(flags, "disable-access-log-for-endpoints").split(",")),
-        given=_given(model, flags),
+        served_names=tuple(found.get("served_model_name", ())) or (model,),
+        host=found.get("host", "127.0.0.1"),
+        port=found.get("port", 8000),
+        uds=found.get("uds"),
+        api_keys=tuple(found.get("api_key", ())),
+        middlewares=tuple(found.get("middleware", ())),
+        utilization=found.get("gpu_memory_utilization", default_utilization),
+        tensor_parallel=found.get("tensor_parallel_size", 1),
+        pipeline_parallel=found.get("pipeline_parallel_size", 1),
+        max_model_len=found.get("max_model_len") or DEFAULT_MAX_MODEL_LEN,
+        kv_cache_bytes=found.get("kv_cache_memory_bytes"),
+        enforce_eager=found.get("enforce_eager", False),
+        sleep_mode=found.get("enable_sleep_mode", False),
+        load_tracking=found.get("enable_server_load_tracking", False),
+        log_stats=not found.get("disable_log_stats", False),
+        pooling=found.get("runner") == "pooling" or found.get("task") in ("embed", "embedding"),
+        load_format=found.get("load_format", "auto"),
+        quantization=found.get("quantization"),
+        unlogged_paths=frozenset(found.get("disable_access_log_for_endpoints", "").split(",")),
+        given={"model_tag": model, "model": model, **found}
+        | ({"api_key": ["***"] * len(found["api_key"])} if "api_key" in found else {}),
     )
 
 
-def _collect(arguments: list[str]) -> tuple[str, dict[str, list[str]]]:
-    model, flags, unknown = "", dict[str, list[str]](), list[str]()
-    while arguments:
-        argument = arguments.pop(0)
-        if not argument.startswith("-"):
-            if model:
-                unknown.append(argument)
-            model = model or argument
-            continue
-        name, has_value, value = argument.partition("=")
-        name = SHORT.get(name) or re.sub(r"^--", "", name).replace("_", "-")
-        if name in VALUES or name in LISTS:
-            taken = [value] if has_value else _take(name, arguments)
-            flags[name] = [*flags.get(name, ()), *taken] if name == "middleware" else taken
-        elif name in SWITCHES:
-            flags[name] = []
-        elif name.startswith("no-") and name[3:] in SWITCHES:
-            flags.pop(name[3:], None)
+def _prepared(arguments: Sequence[str]) -> list[str]:
+    """The words as vLLM changes them first: underscores, `-O3`, and dotted flags put together as JSON."""
+    words, nested = list[str](), dict[str, dict[str, Any]]()
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        name, has_value, value = word.partition("=")
+        if level := re.fullmatch(r"-O=?(.+)", word):
+            words += ["--optimization-level", level[1]]
+        elif word == "-O":
+            words.append("--optimization-level")
+        elif word.startswith("-") and "." in name:
+            if not has_value:
+                if not waiting:
+                    raise ArgumentError(f"argument {name}: expected one argument")
+                value = waiting.pop(0)
+            head, *keys = name.split(".")
+            if keys[-1].endswith("+"):
+                keys[-1], value = keys[-1][:-1], json.dumps(value.split(","))
+            inside = nested.setdefault(head.replace("_", "-"), {})
+            for key in keys[:-1]:
+                inside = inside.setdefault(key, {})
+            inside[keys[-1]] = _literal(value)
+        elif word.startswith("--"):
+            words.append(name.replace("_", "-") + has_value + value)
         else:
-            unknown.append(argument)
-    if unknown:
-        raise ArgumentError(f"unrecognized arguments: {' '.join(unknown)}")
-    return model, flags
+            words.append(word)
+    for head, inside in nested.items():
+        words += [head, json.dumps(inside)]
+    return words
 
 
-def _take(name: str, arguments: list[str]) -> list[str]:
-    taken = list[str]()
-    while arguments and not arguments[0].startswith("--") and (name in LISTS or not taken):
-        taken.append(arguments.pop(0))
-    if not taken:
-        raise ArgumentError(
-            f"argument --{name}: expected {'at least one' if name in LISTS else 'one'} argument"
-        )
-    return taken
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(message)
 
 
-def _last(flags: Mapping[str, list[str]], name: str) -> str:
-    found = flags.get(name)
-    return found[-1] if found else ""
+class _Switch(argparse.Action):
+    """A flag without a value, with the spellings that turn it off."""
+
+    def __init__(self, *, off: Sequence[str], **settings: Any) -> None:
+        super().__init__(nargs=0, **settings)
+        self.off = off
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None
+    ) -> None:
+        setattr(namespace, self.dest, option not in self.off)
 
 
-def _number(name: str, text: str) -> int | float:
-    kind = NUMBERS[name]
-    try:
-        return kind(text)
-    except ValueError:
-        raise ArgumentError(f"argument --{name}: invalid {kind.__name__} value: {text!r}") from None
+def _parser(version: str) -> _Parser:
+    parser = _Parser(prog="vllm serve", add_help=False)
+    parser.add_argument("model_tag", nargs="?")
+    for flag in _flags(version):
+        if flag["type"] == "switch":
+            parser.add_argument(*flag["names"], action=_Switch, off=flag.get("off", ()), default=None)
+            continue
+        settings: dict[str, Any] = {"type": _TYPES.get(flag["type"], str)}
+        if flag.get("repeats"):
+            settings["action"] = "append"
+        if "nargs" in flag:
+            settings["nargs"] = flag["nargs"]
+        if "const" in flag:
+            settings["const"] = flag["const"]
+        if flag.get("choices") and flag["type"] == "text":
+            settings["choices"] = flag["choices"]
+        parser.add_argument(*flag["names"], **settings)
+    return parser
 
 
-def _size(flags: Mapping[str, list[str]], name: str) -> int | None:
-    text = _last(flags, name)
-    if text in ("", "auto", "-1"):
+@functools.cache
+def _flags(version: str) -> list[dict[str, Any]]:
+    """The flags of the vLLM nearest below this version, else of the oldest."""
+    files = {tuple(map(int, file.stem.split("."))): file for file in TABLES.glob("*.json")}
+    wanted = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    chosen = max((numbers for numbers in files if numbers <= wanted), default=min(files))
+    flags: list[dict[str, Any]] = json.loads(files[chosen].read_bytes())["flags"]
+    return flags
+
+
+def human_readable_int(text: str) -> int | None:
+    """A size as vLLM reads it; None for what it finds out itself."""
+    if text in ("auto", "-1"):
         return None
     match = re.fullmatch(r"([0-9.]+)([kmgKMG]?)", text)
     if match is None:
-        raise ArgumentError(f"argument --{name}: invalid human_readable_int value: {text!r}")
+        raise ValueError(text)
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _given(model: str, flags: Mapping[str, list[str]]) -> dict[str, object]:
-    given: dict[str, object] = {"model_tag": model, "model": model}
-    for name, found in flags.items():
-        key = name.replace("-", "_")
-        if name == "api-key":
-            given[key] = ["***"] * len(found)
-        elif name in SWITCHES:
-            given[key] = True
-        elif name in LISTS or name == "middleware":
-            given[key] = found
-        else:
-            given[key] = _literal(found[-1])
-    return given
+_TYPES: Mapping[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "size": human_readable_int,
+    "json": json.loads,
+}
 
 
 def _literal(text: str) -> object:

@@ -1,0 +1,146 @@
+"""The flags of the vLLM that is installed: its own parser is asked, once per binary, and its word is kept.
+
+Asking imports vLLM in its own Python, which takes 10 to 30 s without a GPU being touched; so only a start and
+`doctor` ask, and whoever only wants to know looks at what is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from vllm_sleep_tui.config_flags import MAX_TABLE_BYTES, FlagTable, decode_table, shipped_table
+from vllm_sleep_tui.files import private_dir, write_private
+
+DUMPER = Path(__file__).with_name("dump_parser.py")
+ASK_SECONDS = 120.0
+"""Importing vLLM took 27 s on two busy cores (0.32, CPU)."""
+SHEBANG_BYTES = 4096
+LEFT_OUT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+"""Of this program's own Python, not of vLLM's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A vllm binary, and how to ask it."""
+
+    program: Path
+    python: Path | None
+    """The Python that runs it; None if it is no Python script, such as a wrapper."""
+    version: str | None
+    """As the metadata beside it says."""
+
+    @property
+    def key(self) -> str:
+        """Names this binary in this state: another version or a new installation has another."""
+        changed = [path.stat().st_mtime_ns for path in (self.program, DUMPER) if path.exists()]
+        known = (str(self.program.resolve()), str(self.python), self.version, changed)
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:24]
+
+
+def installed(command: Sequence[str], version: str | None, environ: Mapping[str, str]) -> Installed | None:
+    """The binary of a `vllm_command`; None if it is not there."""
+    found = shutil.which(command[0], path=environ.get("PATH"))
+    if found is None:
+        return None
+    program = Path(found)
+    is_python = re.fullmatch(r"python[0-9.]*", program.name) is not None
+    return Installed(program, program if is_python else _interpreter(program), version)
+
+
+def _interpreter(program: Path) -> Path | None:
+    """The Python that a script names in its first lines, as pip and uv write them; None if it is none."""
+    try:
+        with program.open("rb") as file:
+            head = file.read(SHEBANG_BYTES).decode(errors="replace")
+    except OSError:
+        return None
+    first, _, rest = head.partition("\n")
+    if not first.startswith("#!"):
+        return None
+    words = first[2:].split()
+    if words[:1] == ["/bin/sh"]:  # a path that is too long or has spaces: '''exec' "…/python" "$0" "$@"
+        match = re.match(r"'''exec' (\"[^\"]+\"|\S+) ", rest)
+        words = [match[1].strip('"')] if match else []
+    elif words and Path(words[0]).name == "env":
+        return None  # whichever Python is first in PATH by then
+    if not words or not re.match(r"python", Path(words[0]).name):
+        return None
+    return Path(words[0])
+
+
+def kept_flags(vllm: Installed | None, state_dir: Path) -> FlagTable:
+    """The flags of this binary as kept, else of the shipped version that is nearest; runs nothing."""
+    if vllm is not None and vllm.python is not None:
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            content = _kept(vllm, state_dir).read_bytes()[:MAX_TABLE_BYTES]
+            return decode_table(content, is_asked=True)
+    return shipped_table(vllm.version if vllm else None)
+
+
+async def ask_flags(vllm: Installed | None, state_dir: Path, environ: Mapping[str, str]) -> FlagTable:
+    """The same, after asking the installed vLLM if that was not done yet; the answer is kept.
+
+    A vLLM that cannot be asked, or gives no answer within ASK_SECONDS, has the shipped table. Raises
+    OperationError if the folder for the answer cannot be made.
+    """
+    table = kept_flags(vllm, state_dir)
+    if table.is_asked or vllm is None or vllm.python is None:
+        return table
+    content = await _ask(vllm.python, environ)
+    try:
+        asked = decode_table(content or b"", is_asked=True)
+    except (msgspec.DecodeError, RecursionError):
+        return table
+    if not asked.flags:
+        return table
+    path = _kept(vllm, state_dir)
+    await asyncio.to_thread(private_dir, path.parent)
+    await asyncio.to_thread(write_private, path, content or b"")
+    return asked
+
+
+def _kept(vllm: Installed, state_dir: Path) -> Path:
+    return state_dir / "flags" / f"{vllm.key}.json"
+
+
+async def _ask(python: Path, environ: Mapping[str, str]) -> bytes | None:
+    """What the dumper says; None if it fails or is too slow. Its whole group ends with it."""
+    environment = {name: value for name, value in environ.items() if name not in LEFT_OUT}
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    try:
+        process = await asyncio.create_subprocess_exec(
+            str(python),
+            str(DUMPER),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+            limit=MAX_TABLE_BYTES,
+        )
+    except OSError:
+        return None
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(ASK_SECONDS):
+            content = await process.stdout.read(MAX_TABLE_BYTES)
+            await process.wait()
+    except TimeoutError:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+    return content if process.returncode == 0 else None

@@ -1,0 +1,69 @@
+"""The arguments of a model against the vLLM that will read them, before anything is started for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from vllm_sleep_tui.config_checks import spans_machines
+from vllm_sleep_tui.config_flags import FlagTable, shipped_table
+from vllm_sleep_tui.engine.argv import check_args
+from vllm_sleep_tui.engine.installed_flags import Installed, ask_flags, installed, kept_flags
+from vllm_sleep_tui.errors import UsageError
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.discovery import find_command
+from vllm_sleep_tui.fleet.operation import Operation
+from vllm_sleep_tui.fleet.states import StartPhase
+
+SIMULATED_VERSION = "0.32.0"
+ASKING = "asking vLLM for its flags, once"
+
+
+def vllm_of(core: Core, name: str) -> Installed | None:
+    """The vLLM that serves the model; None if it is not there."""
+    command = core.vllm_command(name)
+    found = find_command(command, os.environ)
+    return installed(command, found.version if found else None, os.environ)
+
+
+def known_flags(core: Core, name: str) -> FlagTable:
+    """What the model's vLLM knows, as far as that is known without running it."""
+    if core.simulated is not None:
+        environ = {**os.environ, **core.model(name).env}
+        version = environ.get("VLLM_SIM_VERSION", SIMULATED_VERSION)
+        return FlagTable(version, shipped_table(version).flags, is_asked=True)
+    return kept_flags(vllm_of(core, name), core.state_dir)
+
+
+async def learn_flags(core: Core, name: str, operation: Operation) -> FlagTable:
+    """The same, after asking a vLLM that was never asked before."""
+    known = known_flags(core, name)
+    if known.is_asked:
+        return known
+    operation.tell(name, StartPhase.LOADING, ASKING)
+    return await ask_flags(vllm_of(core, name), core.state_dir, os.environ)
+
+
+def complaints(core: Core, name: str, flags: FlagTable) -> Iterator[tuple[str, str, str]]:
+    """What this vLLM would refuse of the model's arguments: the flag, what is wrong, what to do."""
+    yield from check_args(core.model(name).args, flags)
+
+
+def check_arguments(core: Core, name: str, flags: FlagTable) -> None:
+    """Raises UsageError for the first argument that the model's vLLM would refuse half a minute later.
+
+    A shipped table speaks for no installed vLLM, so by it alone nothing is refused.
+    """
+    if not flags.is_asked:
+        return
+    for flag, wrong, cure in complaints(core, name, flags):
+        key = f"models.{name}.args.{flag}"
+        line = core.loaded.lines.get(key) or core.loaded.lines.get(f"models.{name}.args", 1)
+        raise UsageError(f"{core.loaded.path}:{line}: {key}: {wrong}.", cure)
+
+
+def replicas(core: Core, name: str) -> int:
+    """How many data parallel replicas of the model its server holds on this machine."""
+    args = core.model(name).args
+    given = args.get("data-parallel-size-local") or args.get("data-parallel-size") or "1"
+    return 1 if spans_machines(args) or not str(given).isdigit() else max(1, int(given))
