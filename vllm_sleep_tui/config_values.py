@@ -175,7 +175,8 @@ def _text(document: Document, where: Key, spelling: Spelling, given: Any) -> Any
     if isinstance(given, dict):
         return as_json(given)
     if isinstance(given, list):
-        if "." in spelling.name and not spelling.name.endswith("+"):
+        is_json = flag is not None and flag.type == "json" and not flag.takes_list
+        if is_json or ("." in spelling.name and not spelling.name.endswith("+")):
             return as_json([Written(item) if isinstance(item, str) else item for item in given])
         items = tuple(as_json(item) if isinstance(item, dict | list) else str(item) for item in given)
         if (flag is not None and flag.takes_list) or len(items) > 1 or flag is None:

@@ -198,8 +198,12 @@ class VllmClient:
         timeout: float,
         max_tokens: int = 1,
         prompt_logprobs: int | None = None,
+        replica: int | None = None,
     ) -> Completion:
-        """One greedy completion; with `prompt_logprobs` also how likely each token of the prompt was."""
+        """One greedy completion; with `prompt_logprobs` also how likely each token of the prompt was.
+
+        `replica` is the data parallel one that is to answer; without it vLLM takes the least busy.
+        """
         payload: dict[str, Any] = {
             "model": model,
             "prompt": prompt,
@@ -208,7 +212,7 @@ class VllmClient:
         }
         if prompt_logprobs is not None:
             payload["prompt_logprobs"] = prompt_logprobs
-        body = await self._call("POST", "/v1/completions", timeout=timeout, payload=payload)
+        body = await self._call("POST", "/v1/completions", timeout=timeout, payload=payload, replica=replica)
         choices = _decode("POST /v1/completions", body, _Completion).choices
         if not choices:
             raise unreadable("POST /v1/completions", body)
@@ -254,13 +258,23 @@ class VllmClient:
         return await self._call("POST", target, timeout=timeout, payload=payload, repeatable=False)
 
     async def _call(
-        self, method: str, target: str, *, timeout: float, payload: Any = None, repeatable: bool = True
+        self,
+        method: str,
+        target: str,
+        *,
+        timeout: float,
+        payload: Any = None,
+        repeatable: bool = True,
+        replica: int | None = None,
     ) -> bytes:
+        headers = self._trusted if payload is None else self._trusted_json
+        if replica is not None:
+            headers = headers | {"x-data-parallel-rank": str(replica)}
         answer = await self._wire.call(
             method,
             target,
             timeout=timeout,
-            headers=self._trusted if payload is None else self._trusted_json,
+            headers=headers,
             body=None if payload is None else msgspec.json.encode(payload),
             repeatable=repeatable,
         )

@@ -19,6 +19,7 @@ from vllm_sleep_tui.engine.client import Gate, VllmClient, WakeReply
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout, EngineUnreachable
 from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet import proof
+from vllm_sleep_tui.fleet.arguments import replicas
 from vllm_sleep_tui.fleet.core import GIB, Core, gib
 from vllm_sleep_tui.fleet.cures import CURES, Failure, may_wake_again, wake_failure
 from vllm_sleep_tui.fleet.ending import fail_as
@@ -367,7 +368,7 @@ class Server:
                         await self.fail(Failure.PROOF_REFUSED, "its health is bad.")
                     return Verdict.UNPROVEN
                 if await self.is_itself() or await self.is_itself():
-                    return Verdict.PROVEN
+                    return proof.proven(self.replicas, self.record.reference)
             except EngineError as error:
                 await self.fail(Failure.PROOF_REFUSED, error)
             return await self.reload_and_prove()
@@ -378,8 +379,8 @@ class Server:
         try:
             await self.client.collective_rpc("reload_weights", self.limit())
             await self.client.reset_prefix_cache(self.core.limits.call)
-            if await self.is_itself():
-                return Verdict.PROVEN
+            if await self.is_itself() and self.record.reference is not None:
+                return proof.proven(self.replicas, self.record.reference)
         except EngineError as error:
             await self.fail(Failure.ANSWER_WRONG, f"Its weights could not be loaded again: {error}")
         return await self.fail(Failure.ANSWER_WRONG)
@@ -387,7 +388,14 @@ class Server:
     async def is_itself(self) -> bool:
         """Whether it answers as it did when it was known to be well."""
         assert self.record.reference is not None
-        return await proof.is_itself(self.client, self.name, self.record.reference, self.core.limits.call)
+        return await proof.is_itself(
+            self.client, self.name, self.record.reference, self.core.limits.call, self.replicas
+        )
+
+    @property
+    def replicas(self) -> int:
+        """How many data parallel replicas are to be proven."""
+        return replicas(self.core, self.name)
 
     async def set_gate(self, *, closed: bool) -> Gate:
         """Close or open the gate; raises EngineError if the server is silent or refuses."""
