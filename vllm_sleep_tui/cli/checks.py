@@ -15,10 +15,12 @@ import msgspec
 
 from vllm_sleep_tui.cli.common import in_words
 from vllm_sleep_tui.cli.init import Surroundings, best_environment
-from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.config import CONFIG_NAME, ModelConfig
 from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.config_flags import FlagTable
 from vllm_sleep_tui.engine.chat import TEMPLATE_CURE
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.arguments import complaints, flags_of, simulated_flags
 from vllm_sleep_tui.fleet.core import simulated_folder
 from vllm_sleep_tui.fleet.discovery import (
     VllmEnvironment,
@@ -85,6 +87,40 @@ def _vllm_check(environment: VllmEnvironment) -> Check:
     return Check(
         "vllm", Verdict.WARN, f"{what}: too old to sleep", "Install vLLM 0.24 or newer to use sleep mode."
     )
+
+
+def check_flags(loaded: LoadedConfig, *, may_ask: bool) -> Iterator[Check]:
+    """The arguments of the models, by the parser of the vLLM that would read them.
+
+    It runs vLLM's Python once to ask it, if the person agreed to run what the config names.
+    """
+    tables: dict[tuple[str, ...], FlagTable] = {}
+    for name, model in loaded.config.models.items():
+        command = model.vllm_command or loaded.config.vllm_command
+        if model.url or find_command(command, os.environ) is None:
+            continue
+        if loaded.config.simulated_gpus:
+            tables[command] = simulated_flags({**os.environ, **model.env})
+        elif command not in tables:
+            tables[command] = flags_of(command, state_dir(), may_ask=may_ask)
+            yield _table_check(command, tables[command], may_ask=may_ask)
+        flags = tables[command]
+        for flag, wrong, cure in complaints(model, flags):
+            verdict = Verdict.FAIL if flags.is_asked else Verdict.WARN
+            yield Check(f"{name}.args.{flag}", verdict, wrong, cure)
+
+
+def _table_check(command: tuple[str, ...], flags: FlagTable, *, may_ask: bool) -> Check:
+    if flags.is_asked:
+        what = f"{len(flags.flags)} of vLLM {flags.version}, by its own parser"
+        return Check("flags", Verdict.OK, what)
+    what = f"{command[0]} could not be asked for its flags; those of vLLM {flags.version} stand in"
+    cure = (
+        "Name the `vllm` of its environment itself, not a wrapper, to have every flag checked before a start."
+    )
+    if not may_ask:
+        cure = f"Nobody has agreed to run what this config names; to ask it: --config {CONFIG_NAME} doctor."
+    return Check("flags", Verdict.WARN, what, cure)
 
 
 def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:

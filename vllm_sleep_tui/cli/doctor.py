@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from vllm_sleep_tui.cli.checks import Check, Verdict, check_config, check_machine, check_models
-from vllm_sleep_tui.cli.common import config_option, given_config, json_option, put, put_json
+from vllm_sleep_tui.cli.checks import Check, Verdict, check_config, check_flags, check_machine, check_models
+from vllm_sleep_tui.cli.common import config_option, given_config, is_agreed, json_option, put, put_json
 from vllm_sleep_tui.cli.init import look_around
 from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.errors import PanelError
@@ -43,4 +43,10 @@ def examine(given: Path | None) -> list[Check]:
     except PanelError as error:
         broken = Check("config", Verdict.FAIL, error.what, error.cure)
         return [broken, *check_machine(found, None)]
-    return [*check_config(loaded), *check_models(loaded, found), *check_machine(found, loaded)]
+    may_ask = given is not None or is_agreed(loaded)
+    return [
+        *check_config(loaded),
+        *check_flags(loaded, may_ask=may_ask),
+        *check_models(loaded, found),
+        *check_machine(found, loaded),
+    ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
+from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.config_checks import spans_machines
 from vllm_sleep_tui.config_flags import FlagTable, shipped_table
 from vllm_sleep_tui.engine.argv import check_args
@@ -19,9 +22,8 @@ SIMULATED_VERSION = "0.32.0"
 ASKING = "asking vLLM for its flags, once"
 
 
-def vllm_of(core: Core, name: str) -> Installed | None:
-    """The vLLM that serves the model; None if it is not there."""
-    command = core.vllm_command(name)
+def vllm_of(command: Sequence[str]) -> Installed | None:
+    """The vLLM of a `vllm_command`; None if it is not there."""
     found = find_command(command, os.environ)
     return installed(command, found.version if found else None, os.environ)
 
@@ -29,10 +31,25 @@ def vllm_of(core: Core, name: str) -> Installed | None:
 def known_flags(core: Core, name: str) -> FlagTable:
     """What the model's vLLM knows, as far as that is known without running it."""
     if core.simulated is not None:
-        environ = {**os.environ, **core.model(name).env}
-        version = environ.get("VLLM_SIM_VERSION", SIMULATED_VERSION)
-        return FlagTable(version, shipped_table(version).flags, is_asked=True)
-    return kept_flags(vllm_of(core, name), core.state_dir)
+        return simulated_flags({**os.environ, **core.model(name).env})
+    return kept_flags(vllm_of(core.vllm_command(name)), core.state_dir)
+
+
+def flags_of(command: Sequence[str], state_dir: Path, *, may_ask: bool) -> FlagTable:
+    """What the vLLM of a `vllm_command` knows, asked if it may be; outside of any event loop."""
+    vllm = vllm_of(command)
+    return asyncio.run(ask_flags(vllm, state_dir, os.environ)) if may_ask else kept_flags(vllm, state_dir)
+
+
+def complaints(model: ModelConfig, flags: FlagTable) -> Iterator[tuple[str, str, str]]:
+    """What this vLLM would refuse of the model's arguments: the flag, what is wrong, what to do."""
+    return check_args(model.args, flags)
+
+
+def simulated_flags(environ: Mapping[str, str]) -> FlagTable:
+    """What the demo's stand-in knows in this environment."""
+    version = environ.get("VLLM_SIM_VERSION", SIMULATED_VERSION)
+    return FlagTable(version, shipped_table(version).flags, is_asked=True)
 
 
 async def learn_flags(core: Core, name: str, operation: Operation) -> FlagTable:
@@ -41,12 +58,7 @@ async def learn_flags(core: Core, name: str, operation: Operation) -> FlagTable:
     if known.is_asked:
         return known
     operation.tell(name, StartPhase.LOADING, ASKING)
-    return await ask_flags(vllm_of(core, name), core.state_dir, os.environ)
-
-
-def complaints(core: Core, name: str, flags: FlagTable) -> Iterator[tuple[str, str, str]]:
-    """What this vLLM would refuse of the model's arguments: the flag, what is wrong, what to do."""
-    yield from check_args(core.model(name).args, flags)
+    return await ask_flags(vllm_of(core.vllm_command(name)), core.state_dir, os.environ)
 
 
 def check_arguments(core: Core, name: str, flags: FlagTable) -> None:
@@ -56,7 +68,7 @@ def check_arguments(core: Core, name: str, flags: FlagTable) -> None:
     """
     if not flags.is_asked:
         return
-    for flag, wrong, cure in complaints(core, name, flags):
+    for flag, wrong, cure in complaints(core.model(name), flags):
         key = f"models.{name}.args.{flag}"
         line = core.loaded.lines.get(key) or core.loaded.lines.get(f"models.{name}.args", 1)
         raise UsageError(f"{core.loaded.path}:{line}: {key}: {wrong}.", cure)

@@ -94,7 +94,7 @@ def proven(replicas: int, reference: Reference) -> str:
 async def is_itself(
     client: VllmClient, name: str, reference: Reference, seconds: float, replicas: int = 1
 ) -> bool:
-    """Whether each data parallel replica answers as one did when `reference` was taken; raises EngineError."""
+    """Whether each replica answers as one did when `reference` was taken; raises EngineError."""
     if reference.embedding:
         now = picked(await client.embed(PROMPT, model=name, timeout=seconds))
         return cosine(now, reference.embedding) >= SAME_COSINE
