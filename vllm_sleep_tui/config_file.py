@@ -57,6 +57,15 @@ _EXPECTED = {
     "memory": "an amount of memory, such as 24GiB",
 }
 
+_NO_INDEX = (
+    (
+        "MIG-",
+        "a slice of a GPU, whose memory cannot be planned and watched here",
+        "Start that server yourself with CUDA_VISIBLE_DEVICES, and use `url:`.",
+    ),
+    ("GPU-", "a GPU's UUID", "Write its index, which `nvidia-smi -L` shows beside it, as in gpus: [0]."),
+)
+"""How people name GPUs elsewhere, what that is, and what to do instead."""
 _KEYS = ("api_key", "api_key_file")
 _KINDS: dict[type, str] = {
     str: "text",
@@ -89,7 +98,10 @@ class LoadedConfig:
     def _named(self) -> Iterator[Path]:
         """The paths among the words of the command, of `args` and of `env`; most are of no file."""
         models = self.config.models.values()
-        values = [self.config.vllm_command, *([model.args, model.env] for model in models)]
+        values = [
+            self.config.vllm_command,
+            *([model.vllm_command or (), model.args, model.env] for model in models),
+        ]
         for word in dict.fromkeys(_words(values)):
             yield self.path.parent / os.path.expanduser(word)
 
@@ -190,6 +202,10 @@ def _model(document: Document, name: str, value: Any) -> ModelConfig:
     values |= {"args": args, "env": env, **keys}
     if "idle" in values:
         _struct(document, (*key, "idle"), values["idle"], IdleConfig)
+    for index, gpu in enumerate(values["gpus"] if isinstance(values.get("gpus"), list) else ()):
+        for prefix, wrong, cure in _NO_INDEX:
+            if isinstance(gpu, str) and gpu.startswith(prefix):
+                raise document.error((*key, "gpus", index), wrong, cure)
     model: ModelConfig = _built(document, key, values, ModelConfig)
     return model
 

@@ -178,10 +178,7 @@ def _text(document: Document, where: Key, spelling: Spelling, given: Any) -> Any
         is_json = flag is not None and flag.type == "json" and not flag.takes_list
         if is_json or ("." in spelling.name and not spelling.name.endswith("+")):
             return as_json([Written(item) if isinstance(item, str) else item for item in given])
-        items = tuple(as_json(item) if isinstance(item, dict | list) else str(item) for item in given)
-        if (flag is not None and flag.takes_list) or len(items) > 1 or flag is None:
-            return items
-        return items[0] if items else ()
+        return tuple(as_json(item) if isinstance(item, dict | list) else str(item) for item in given)
     text = str(given)
     is_bool = isinstance(given, Written) and given.kind == "bool"
     if flag is None or flag.type != SWITCH or "." in spelling.name:

@@ -163,7 +163,7 @@ def test_a_file_of_flags_is_read_and_held_to_the_same(shell: CommandLine) -> Non
         ("max-num-partial-prefills: 4", "knows no --max-num-partial-prefills (vLLM 0.24.0, 0.26.0 does)"),
         ("max-num-seqs: many", "--max-num-seqs: 'many' is not a whole number"),
         ("dtype: bfloat", "--dtype: 'bfloat' is none of: "),
-        ("hf-overrides: [1]", "takes one value, not a list"),
+        ("revision: [x]", "--revision: takes one value, not a list"),
     ],
 )
 def test_what_the_parser_would_refuse_is_named_before_a_start(
@@ -218,6 +218,17 @@ def test_a_variable_of_ours_is_refused_with_the_reason(shell: CommandLine, name:
     assert f"models.a.env.{name}: reserved" in refusal(shell, f"a: {{model: x/y, env: {{{name}: 'x'}}}}\n")
     shell.config.with_name("a.env").write_text(f"A=1\n{name}=x\n")
     assert f"a.env:2: {name}: reserved" in refusal(shell, "a: {model: x/y, env_file: a.env}\n")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "says"),
+    [
+        ("GPU-1b2c3d4e-0000-1111-2222-333344445555", "gpus[0]: a GPU's UUID"),
+        ("MIG-1b2c3d4e-0000-1111-2222-333344445555", "use `url:`"),
+    ],
+)
+def test_a_gpu_that_is_named_otherwise_is_told_what_to_write(shell: CommandLine, gpu: str, says: str) -> None:
+    assert says in refusal(shell, one("", gpus=f"[{gpu}]"))
 
 
 def test_a_name_is_what_clients_say_and_its_files_are_safe(shell: CommandLine) -> None:

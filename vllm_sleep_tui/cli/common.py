@@ -64,7 +64,7 @@ def load_config(ctx: click.Context, *, only_looks: bool = False) -> LoadedConfig
     """
     given = given_config(ctx)
     loaded = load(find_config(given))
-    sends_keys = any(model.api_key is not None for model in loaded.config.models.values())
+    sends_keys = any(model.api_key and model.url for model in loaded.config.models.values())
     if only_looks and not sends_keys:
         return loaded
     if given is None:
@@ -101,7 +101,7 @@ def _ask(loaded: LoadedConfig) -> None:
     leads = f", a link to {loaded.path}," if loaded.path != loaded.found else ""
     say(f"{loaded.found}{leads} was found here. It would run: {' '.join(loaded.config.vllm_command)} serve …")
     for model in loaded.config.models.values():
-        if model.api_key is not None:
+        if model.api_key is not None and model.url is not None:
             say(f"It would send an API key to: {model.url}")
     if not confirm("Do what it says? (asked again only if it or a script that it names changes)"):
         raise CancelledByUser("Nothing was started.", f"Look at {loaded.found} first.")
