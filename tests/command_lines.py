@@ -50,7 +50,7 @@ class Line:
             utilization=None,
             guard_dir=folder,
             tmp_dir=folder,
-            secret="",
+            socket=folder,
             launch_id="",
             sleep_mode=False,
             flags=flags,

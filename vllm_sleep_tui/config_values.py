@@ -38,7 +38,7 @@ RESERVED_ENV: dict[str, str] = {
 """Variables that `env` may not set, and what to do instead."""
 OUR_ENV = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "VLLM_SERVER_DEV_MODE": "1", "SPT_NOENV": "1"}
 """Of those, the ones with a value of ours: to write that very value is no contradiction."""
-OUR_ENV_PREFIX = "VLLM_SLEEP_TUI_"
+OUR_ENV_PREFIXES = ("SLEEP_TUI_", "VLLM_SLEEP_TUI_")
 IS_OURS = "reserved, vllm-sleep-tui sets it"
 
 _VARIABLE = re.compile(r"\$(?:(\$)|\{([A-Za-z_]\w*)(?::-([^}]*))?\}|([A-Za-z_]\w*)|(\{))", re.ASCII)
@@ -291,7 +291,7 @@ def _env_file(document: Document, where: Key, path: Path, spans_machines: bool) 
 def _check_variable(document: Document, where: Key, name: str, text: str, spans_machines: bool) -> None:
     if name in RESERVED_ENV and OUR_ENV.get(name) != text and not (name == "VLLM_HOST_IP" and spans_machines):
         raise document.error(where, IS_OURS, RESERVED_ENV[name])
-    if name.startswith(OUR_ENV_PREFIX):
+    if name.startswith(OUR_ENV_PREFIXES):
         raise document.error(where, IS_OURS, "Remove it.")
     if not _ENV_NAME.fullmatch(name):
         raise document.error(where, "not a variable's name", "Use letters, digits and underscores.")

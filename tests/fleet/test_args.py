@@ -212,7 +212,7 @@ def test_one_rule_fills_in_variables_everywhere(shell: CommandLine) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["TMPDIR", "CUDA_DEVICE_ORDER", "VLLM_HOST_IP", "VLLM_SERVER_DEV_MODE", "VLLM_SLEEP_TUI_LAUNCH"]
+    "name", ["TMPDIR", "CUDA_DEVICE_ORDER", "VLLM_HOST_IP", "VLLM_SERVER_DEV_MODE", "SLEEP_TUI_LAUNCH"]
 )
 def test_a_variable_of_ours_is_refused_with_the_reason(shell: CommandLine, name: str) -> None:
     assert f"models.a.env.{name}: reserved" in refusal(shell, f"a: {{model: x/y, env: {{{name}: 'x'}}}}\n")

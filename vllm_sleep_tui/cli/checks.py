@@ -65,16 +65,16 @@ def check_config(loaded: LoadedConfig) -> Iterator[Check]:
     yield Check("config", Verdict.OK, f"{loaded.path}, models: {', '.join(loaded.config.models)}")
     if all(model.url for model in loaded.config.models.values()):
         return
-    environment = find_command(loaded.config.vllm_command, os.environ)
-    if environment is None:
-        cure = "Install vLLM in an environment of its own and give the full path of its `vllm`."
-        yield Check(
-            "vllm", Verdict.FAIL, f"{loaded.config.vllm_command[0]} is not there or may not be run", cure
-        )
-    elif loaded.config.simulated_gpus:
-        yield Check("vllm", Verdict.OK, "SIMULATED: the demo's stand-in")
-    else:
-        yield _vllm_check(environment)
+    own = [model for model in loaded.config.models.values() if not model.url]
+    for command in dict.fromkeys(model.vllm_command or loaded.config.vllm_command for model in own):
+        environment = find_command(command, os.environ)
+        if environment is None:
+            cure = "Install vLLM in an environment of its own and give the full path of its `vllm`."
+            yield Check("vllm", Verdict.FAIL, f"{command[0]} is not there or may not be run", cure)
+        elif loaded.config.simulated_gpus:
+            yield Check("vllm", Verdict.OK, "SIMULATED: the demo's stand-in")
+        else:
+            yield _vllm_check(environment)
 
 
 def _vllm_check(environment: VllmEnvironment) -> Check:

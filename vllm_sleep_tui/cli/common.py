@@ -99,7 +99,10 @@ def _ask(loaded: LoadedConfig) -> None:
             f"Look at it, then name it: --config {loaded.found.name}",
         )
     leads = f", a link to {loaded.path}," if loaded.path != loaded.found else ""
-    say(f"{loaded.found}{leads} was found here. It would run: {' '.join(loaded.config.vllm_command)} serve …")
+    own = (model.vllm_command for model in loaded.config.models.values() if model.vllm_command)
+    commands = dict.fromkeys([loaded.config.vllm_command, *own])
+    words = ", ".join(f"{' '.join(command)} serve …" for command in commands)
+    say(f"{loaded.found}{leads} was found here. It would run: {words}")
     for model in loaded.config.models.values():
         if model.api_key is not None and model.url is not None:
             say(f"It would send an API key to: {model.url}")

@@ -179,7 +179,18 @@ class Headless:
 
 def launch_part(model: ModelConfig) -> tuple[object, ...]:
     """What of a model's config its running server was launched with."""
-    return (model.model, model.gpus, model.level, model.args, model.env, model.port)
+    command, key = model.vllm_command, model.api_key
+    return (
+        model.model,
+        model.gpus,
+        model.level,
+        model.args,
+        model.env,
+        model.port,
+        model.aliases,
+        command,
+        key,
+    )
 
 
 def line_of(model: ModelSnapshot) -> str:
