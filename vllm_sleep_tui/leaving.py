@@ -28,7 +28,7 @@ class Leaving:
 
     def __init__(
         self,
-        ask: Callable[[], None],
+        ask: Callable[[], object],
         signals: Iterable[int],
         *,
         terminal: int | None = None,

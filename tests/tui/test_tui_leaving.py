@@ -1,4 +1,4 @@
-"""The panel in a terminal that vanishes, stops reading, or is stopped: it ends or it works, one of the two."""
+"""The panel in a terminal that vanishes, stops reading, or is stopped: it ends or it works."""
 
 from __future__ import annotations
 

@@ -2,13 +2,13 @@
 
 All of it runs on one thread of its own, in order: `record_…` returns at once, a question waits for what was
 recorded before it. A database that is locked, full or broken costs its entries and one note, never an
-operation.
+operation; who holds it for too long, a process that was stopped say, is named there and not waited for again
+for a while.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
 import sqlite3
@@ -25,6 +25,15 @@ import msgspec
 
 from vllm_sleep_tui.files import as_text
 from vllm_sleep_tui.fleet.history_tables import ADD, BUCKET, DAY, drop_old, prepare
+from vllm_sleep_tui.fleet.locks import (
+    Holder,
+    LockBusyError,
+    cure_for,
+    describe,
+    lock_soon,
+    locking,
+    process_as_holder,
+)
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 
@@ -34,6 +43,8 @@ RATE_DAYS = 30
 RATE_MINIMUM_DAYS = 7
 LOCK_SECONDS = 0.5
 """How long another process's write is waited for."""
+BUSY_SECONDS = 5.0
+"""How long nothing is tried after that was in vain."""
 
 
 class PastSwitch(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +116,7 @@ class History:
         self._note: str | None = None
         self._drop_every = drop_every
         self._next_drop = 0.0
+        self._not_before = 0.0
 
     @property
     def note(self) -> str | None:
@@ -260,11 +272,19 @@ class History:
 
     def _guarded(self, statement: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
         """Run one statement; nothing that the database does gets out of here."""
+        if time.monotonic() < self._not_before:
+            return []
         for _ in range(2):
             try:
                 with self._connected() as connection:
                     return connection.execute(statement, values).fetchall()
+            except LockBusyError as error:
+                self._is_held(error.holder, error.path)
+                break
             except (sqlite3.Error, OSError) as error:
+                if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+                    self._is_held(self._who_writes(), self._path)
+                    break
                 if not self._is_broken(error):
                     self._tell(f"The history cannot be kept: {error}.")
                     break
@@ -294,7 +314,7 @@ class History:
         """Open one at a time: SQLite refuses at once if two processes change a new file to WAL together."""
         descriptor = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock_soon(descriptor, self._path.with_suffix(".lock"), LOCK_SECONDS)
             with contextlib.suppress(FileExistsError):
                 # Never a file that is there: closing it would drop the locks of SQLite in this process.
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -316,12 +336,27 @@ class History:
         """Put the broken file out of the way, unless another process has; a new one takes its place."""
         self._disconnect()
         aside = self._path.with_name(f"{self._path.name}.broken-{int(time.time())}")
-        with contextlib.suppress(OSError), self._alone():
+        with contextlib.suppress(OSError, LockBusyError), self._alone():
             if not _is_sound(self._path):
                 self._path.rename(aside)
                 for ending in ("-wal", "-shm"):
                     self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
         self._tell(f"The history was broken; it was kept as {aside.name} and begins anew.")
+
+    def _is_held(self, who: Holder | None, path: Path) -> None:
+        """Leave out what happens in the next seconds, and say who is to blame."""
+        self._not_before = time.monotonic() + BUSY_SECONDS
+        self._tell(f"The history has gaps: it is held by {describe(who)}. {cure_for(who, path)}")
+
+    def _who_writes(self) -> Holder | None:
+        """Who holds SQLite's own locks; None if the kernel does not show it."""
+        files = []
+        for path in (self._path, self._path.with_name(f"{self._path.name}-shm")):
+            with contextlib.suppress(OSError):
+                files.append(os.stat(path))
+        # In WAL mode every open connection holds a shared lock: only one that writes is in the way.
+        pids = [pid for pid in locking(*files, exclusive=True) if pid != os.getpid()]
+        return process_as_holder(pids[0]) if pids else None
 
     def _tell(self, sentence: str) -> None:
         """Say the first thing that is wrong; what follows is most often the same."""

@@ -30,7 +30,7 @@ RESTORED = (
 class Writer(threading.Thread):
     """Writes to the terminal, and never keeps anybody waiting: `write` only adds to what is to be written."""
 
-    def __init__(self, descriptor: int, caught_up: Callable[[], None]) -> None:
+    def __init__(self, descriptor: int, caught_up: Callable[[], object]) -> None:
         """`caught_up` is called in this thread once a terminal that was left behind has read everything."""
         super().__init__(name="terminal", daemon=True)
         self._descriptor = descriptor
@@ -116,7 +116,7 @@ class PanelDriver(LinuxDriver):
         """Take the terminal."""
         self._writer = Writer(self._output, lambda: self._loop.call_soon_threadsafe(self._repaint))
         self._writer.start()
-        super().start_application_mode()
+        super().start_application_mode()  # type: ignore[no-untyped-call]
         with contextlib.suppress(termios.error):
             self._attrs_inside = termios.tcgetattr(self.fileno)
 
@@ -128,7 +128,7 @@ class PanelDriver(LinuxDriver):
             super().stop_application_mode()
 
     def abandon(self, words: str) -> None:
-        """In another thread, for want of another end: give back the terminal as far as it reads, and speak."""
+        """In another thread, for want of another end: give the terminal back, if it reads, and speak."""
         with contextlib.suppress(OSError, termios.error):
             # Opened anew: not to block here must not mean that it does not block for the shell.
             flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
