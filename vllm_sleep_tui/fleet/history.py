@@ -3,7 +3,7 @@
 All of it runs on one thread of its own, in order: `record_…` returns at once, a question waits for what was
 recorded before it. A database that is locked, full or broken costs its entries and one note, never an
 operation; who holds it for too long, a process that was stopped say, is named there and not waited for again
-for a while.
+for a while, so that the end of a verb does not wait once for each entry.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RATE_MINIMUM_DAYS = 7
 LOCK_SECONDS = 0.5
 """How long another process's write is waited for."""
 BUSY_SECONDS = 5.0
-"""How long nothing is tried after that was in vain."""
+"""How long nobody is waited for after that was in vain."""
 
 
 class PastSwitch(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,7 +116,7 @@ class History:
         self._note: str | None = None
         self._drop_every = drop_every
         self._next_drop = 0.0
-        self._not_before = 0.0
+        self._impatient_until = 0.0
 
     @property
     def note(self) -> str | None:
@@ -272,8 +272,6 @@ class History:
 
     def _guarded(self, statement: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
         """Run one statement; nothing that the database does gets out of here."""
-        if time.monotonic() < self._not_before:
-            return []
         for _ in range(2):
             try:
                 with self._connected() as connection:
@@ -303,6 +301,7 @@ class History:
                     raise
             self._connection = connection
             self._next_drop = 0.0
+        self._connection.execute(f"PRAGMA busy_timeout = {int(self._patience() * 1000)}")
         if time.monotonic() >= self._next_drop:
             self._next_drop = time.monotonic() + self._drop_every
             with contextlib.suppress(sqlite3.OperationalError), self._connection:
@@ -314,7 +313,7 @@ class History:
         """Open one at a time: SQLite refuses at once if two processes change a new file to WAL together."""
         descriptor = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            lock_soon(descriptor, self._path.with_suffix(".lock"), LOCK_SECONDS)
+            lock_soon(descriptor, self._path.with_suffix(".lock"), self._patience())
             with contextlib.suppress(FileExistsError):
                 # Never a file that is there: closing it would drop the locks of SQLite in this process.
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -344,9 +343,15 @@ class History:
         self._tell(f"The history was broken; it was kept as {aside.name} and begins anew.")
 
     def _is_held(self, who: Holder | None, path: Path) -> None:
-        """Leave out what happens in the next seconds, and say who is to blame."""
-        self._not_before = time.monotonic() + BUSY_SECONDS
-        self._tell(f"The history has gaps: it is held by {describe(who)}. {cure_for(who, path)}")
+        """Somebody was waited for in vain: say who."""
+        if self._patience():
+            self._impatient_until = time.monotonic() + BUSY_SECONDS
+        by = f"{describe(who)}. {cure_for(who, path)}" if who else "another process."
+        self._tell(f"The history has gaps: it is locked by {by}")
+
+    def _patience(self) -> float:
+        """How long to wait now, in seconds."""
+        return LOCK_SECONDS if time.monotonic() >= self._impatient_until else 0.0
 
     def _who_writes(self) -> Holder | None:
         """Who holds SQLite's own locks; None if the kernel does not show it."""
