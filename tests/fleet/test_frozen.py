@@ -22,7 +22,7 @@ VICTIM, STRANGER = 54301, 54302
 """Two users without a name."""
 AS_USER = (
     "import os, sys\n"
-    "import concurrent.futures.thread, encodings.idna, encodings.utf_8_sig, json, sqlite3\n"
+    "import concurrent.futures.thread, encodings.ascii, encodings.idna, encodings.utf_8_sig, sqlite3\n"
     "import vllm_sleep_tui.cli.status, vllm_sleep_tui.cli.operations, vllm_sleep_tui.engine.client\n"
     "import vllm_sleep_tui.fleet.fleet, vllm_sleep_tui.fleet.history\n"
     "from vllm_sleep_tui.cli.app import run\n"
@@ -47,7 +47,7 @@ class Home:
     """A fleet on a simulated GPU in a folder of its own, and verbs over it, by `uid` where that is given."""
 
     def __init__(self, uid: int | None, speed: float | None = None) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="home-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="home-", dir="/tmp"))
         self.uid = uid
         self.env = os.environ | {"XDG_STATE_HOME": str(self.folder), "HOME": str(self.folder)}
         self.config = self.folder / "vllm-sleep-tui.yaml"
@@ -100,7 +100,9 @@ class Home:
 
     def gpu_lock(self) -> Path:
         """The lock file of its GPU."""
-        status = json.loads(self.verb("status", "--json").stdout)
+        done = self.verb("status", "--json")
+        assert done.returncode == 0, done.stderr
+        status = json.loads(done.stdout)
         return shared_folder() / f"vllm-sleep-tui-{status['gpus'][0]['uuid']}.lock"
 
     def close(self) -> None:

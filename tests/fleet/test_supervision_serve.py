@@ -30,7 +30,7 @@ class Served:
     def __init__(self, machine: Box) -> None:
         self.machine = machine
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.verbs: list[subprocess.Popen[str]] = []
+        self.verbs: list[subprocess.Popen[bytes]] = []
         # The box's state folder is where the verbs look: XDG_STATE_HOME/vllm-sleep-tui.
         self.env = os.environ | {"XDG_STATE_HOME": str(machine.folder)}
         machine.state_dir.rmdir()
@@ -47,16 +47,15 @@ class Served:
         self.processes.append(process)
         return number
 
-    def verb(self, *words: str) -> subprocess.Popen[str]:
-        """Begin a verb; both its streams are one."""
+    def verb(self, *words: str) -> subprocess.Popen[bytes]:
+        """Begin a verb; what it says is not looked at."""
         command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(self.machine.config), *words]
         process = subprocess.Popen(
             command,
             env=self.env,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         self.verbs.append(process)
         return process

@@ -3,8 +3,8 @@
     python tests/tui/closings.py [COUNT]
 
 Each closing: a panel leads and shows an answer, its terminal vanishes; it must be gone, and its seat free.
-Each stop: SIGSTOP and SIGCONT, 10 to a panel, which must go on with the threads that it had; then SIGTERM while
-its terminal does not read; it must be gone, and its seat free. Exit code 0 if nothing was left.
+Each stop: SIGSTOP and SIGCONT, 10 to a panel, which must go on with the threads that it had; SIGTERM while
+its terminal does not read: it must be gone, and its seat free. Exit code 0 if nothing was left.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def close(desk: Desk, count: int) -> Count:
         assert desk.leader() == panel.process.pid
         panel.vanish()
         seen.ends(desk, panel)
+        print(f"\r{seen}", end="", file=sys.stderr, flush=True)
     return seen
 
 

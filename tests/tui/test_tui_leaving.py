@@ -51,9 +51,11 @@ class Desk:
     def talking(self, *, controlling: bool = True) -> Terminal:
         """A panel in which an answer is streaming."""
         panel = self.open(controlling=controlling)
+        panel.wait_for("● awake")
         panel.press("c")
-        panel.wait_for("Ask talker")
-        panel.press("tell\r")
+        panel.press("vvvv")  # no key of the panel's, should the input not have the focus
+        panel.wait_for("vvvv")
+        panel.press("\r")
         panel.wait_for("word1")
         return panel
 
