@@ -30,6 +30,7 @@ class Served:
     def __init__(self, machine: Box) -> None:
         self.machine = machine
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.verbs: list[subprocess.Popen[bytes]] = []
         # The box's state folder is where the verbs look: XDG_STATE_HOME/vllm-sleep-tui.
         self.env = os.environ | {"XDG_STATE_HOME": str(machine.folder)}
         machine.state_dir.rmdir()
@@ -45,6 +46,19 @@ class Served:
             )
         self.processes.append(process)
         return number
+
+    def verb(self, *words: str) -> subprocess.Popen[bytes]:
+        """Begin a verb; what it says is not looked at."""
+        command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(self.machine.config), *words]
+        process = subprocess.Popen(
+            command,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.verbs.append(process)
+        return process
 
     def log(self, number: int) -> Path:
         return self.machine.folder / f"serve{number}.log"
@@ -76,7 +90,7 @@ def served(box: MakeBox) -> Iterator[Callable[..., Served]]:
 
     yield make
     for each in made:
-        for process in each.processes:
+        for process in [*each.processes, *each.verbs]:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             process.wait()
@@ -139,6 +153,45 @@ def test_another_serve_takes_over_within_two_seconds_and_restarts_what_died(
     while here.look("a").state is not State.AWAKE or here.look("a").pid == pid:
         assert time.monotonic() < deadline, here.log(second).read_text()
         time.sleep(0.05)
+
+
+def test_a_leader_that_is_stopped_loses_the_seat_and_sees_it_when_it_goes_on(
+    served: Callable[..., Served],
+) -> None:
+    here = served(AUTO)
+    first = here.serve()
+    here.until_said(first, "a: awake")
+    second = here.serve()
+    here.until_said(second, "another panel or serve leads")
+    here.processes[first].send_signal(signal.SIGSTOP)
+    here.until_said(second, "serve: leads", 120)
+    assert f"process {here.processes[first].pid}, which is stopped" in here.log(second).read_text()
+    pid = here.look("a").pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    here.until_said(second, "restart 1 of 3", 60)
+    here.processes[first].send_signal(signal.SIGCONT)
+    here.until_said(first, "another panel or serve leads, waiting", 60)
+    assert "restart 1 of 3" not in here.log(first).read_text()
+
+
+def test_serve_that_stops_its_models_drops_what_it_was_to_start_and_leaves_others_alone(
+    served: Callable[..., Served],
+) -> None:
+    models = {"a": {"model": "sim/1GiB", "autostart": True}, "b": {"model": "sim/4GiB"}}
+    here = served(models, speed="0.4")
+    theirs = here.verb("start", "b")
+    while here.look("b").pid is None:
+        assert theirs.poll() is None
+        time.sleep(0.05)
+    number = here.serve("--stop-on-exit")
+    here.until_said(number, "autostart: a")
+    assert here.end(number) == 0
+    assert f"b is being started by process {theirs.pid}" in here.log(number).read_text()
+    assert here.look("a").state is State.STOPPED
+    assert here.look("b").state is State.STARTING
+    assert theirs.wait(180) == 0
+    assert here.look("b").state is State.AWAKE
 
 
 def test_a_reload_leaves_what_runs_alone_and_says_what_it_means(served: Callable[..., Served]) -> None:

@@ -45,8 +45,13 @@ def with_fleet(loaded: LoadedConfig, act: Callable[[Fleet], Awaitable[Result]]) 
     async def opened() -> Result:
         from vllm_sleep_tui.fleet.fleet import Fleet
 
-        async with Fleet(loaded, state_dir()) as fleet:
-            return await act(fleet)
+        fleet = Fleet(loaded, state_dir())
+        try:
+            async with fleet:
+                return await act(fleet)
+        finally:
+            if fleet.history_note:  # known now: it is written at the end
+                say(fleet.history_note)
 
     return asyncio.run(_interruptible(opened))
 

@@ -18,6 +18,7 @@ from vllm_sleep_tui.config_file import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import RUNNING, State
+from vllm_sleep_tui.leaving import LIMIT_SECONDS, Leaving
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.text import clean
 
@@ -36,7 +37,7 @@ def serve(ctx: click.Context, stop_on_exit: bool) -> None:
     """Look after the models without a screen.
 
     It starts those with `autostart`, restarts what dies and sends idle ones to sleep. SIGHUP reads the config
-    again; SIGTERM ends it and leaves the servers running.
+    again; SIGTERM ends it and leaves the servers running, or with --stop-on-exit stops them first.
     """
     loaded = load_config(ctx)
     begin_log()
@@ -83,21 +84,25 @@ class Headless:
         from vllm_sleep_tui.fleet.fleet import Fleet
 
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._ends.set)
         loop.add_signal_handler(signal.SIGHUP, self._reloads.set)
+        Leaving(
+            lambda: loop.call_soon_threadsafe(self._ends.set),
+            (signal.SIGTERM, signal.SIGINT),
+            # To stop servers takes as long as it takes, until somebody asks again.
+            limit=None if self._stop_on_exit else LIMIT_SECONDS,
+        )
         async with Fleet(self._loaded, state_dir(), leads=True) as fleet:
             log.info("serve: pid %d, config %s", os.getpid(), self._loaded.path)
             starting = asyncio.create_task(self._autostart(fleet))
             await self._watch(fleet)
             if self._stop_on_exit:
+                await fleet.resign()  # a restart would start what is being stopped
+                await self._drop(starting)
                 await self._stop_all(fleet)
             elif not starting.done():
                 # Unwinding would break the start off; left as it is, whoever comes next carries it on.
                 log.info("serve: ends; a start is under way and is carried on by the next serve or panel")
                 leave_at_once()
-            with contextlib.suppress(PanelError):
-                await starting
         log.info("serve: ended%s", "" if self._stop_on_exit else ", the servers run on")
 
     async def _watch(self, fleet: Fleet) -> None:
@@ -139,9 +144,21 @@ class Headless:
             except PanelError as error:
                 log.error("autostart: %s %s", error.what, error.cure)
 
+    async def _drop(self, starting: asyncio.Task[None]) -> None:
+        """Begin none of the autostarts that wait; one under way ends at its next safe point."""
+        if not starting.done():
+            log.info("autostart: what is not started yet is dropped")
+            starting.cancel()
+        with contextlib.suppress(PanelError, asyncio.CancelledError):
+            await starting
+
     async def _stop_all(self, fleet: Fleet) -> None:
-        models = fleet.snapshot().models
-        running = [model.name for model in models if model.state in RUNNING and not model.is_attached]
+        """Stop what runs; a start that somebody else has under way is theirs to stop."""
+        models = [model for model in fleet.snapshot().models if not model.is_attached]
+        theirs = fleet.starts_of_others()
+        for name, pid in theirs.items():
+            log.info("serve: %s is being started by process %d and is left to it", name, pid)
+        running = [model.name for model in models if model.state in RUNNING and model.name not in theirs]
         log.info("serve: stopping %s", ", ".join(running) or "nothing")
         try:
             await fleet.stop(running)

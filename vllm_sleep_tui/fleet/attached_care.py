@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_sleep_tui.config import IdleConfig
@@ -57,8 +58,9 @@ async def read_use(core: Core, name: str) -> Use | None:
 class AttachedCare:
     """Remembers of each attached server since when nothing moved."""
 
-    def __init__(self, core: Core, hang_limit: float) -> None:
+    def __init__(self, core: Core, hang_limit: float, leads: Callable[[], bool] = lambda: True) -> None:
         self._core = core
+        self._leads = leads
         self._hang_limit = hang_limit
         self._still: dict[str, _Still] = {}
         self._refused: dict[str, float | None] = {}
@@ -99,7 +101,7 @@ class AttachedCare:
             return
 
         async def still_idle() -> None:
-            if await read_use(self._core, name) != use:
+            if await read_use(self._core, name) != use or not self._leads():
                 raise idle.InUseAgainError(f"{name} is in use again.", "It stays awake.")
 
         log.info("%s: sleep, nobody has used it for a while", name)

@@ -21,7 +21,7 @@ from vllm_sleep_tui.config_file import LoadedConfig, parse_bytes
 from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.footprints import Footprint, FootprintStore, digest
 from vllm_sleep_tui.fleet.keeping import is_kept
-from vllm_sleep_tui.fleet.locks import gpu_lock_path
+from vllm_sleep_tui.fleet.locks import check_folder, gpu_lock_path
 from vllm_sleep_tui.fleet.other_ends import check_for_key, check_own
 from vllm_sleep_tui.fleet.records import Record, RecordStore
 from vllm_sleep_tui.fleet.sighting import Sighting, base_of
@@ -81,6 +81,7 @@ class Core:
     """One config over one state folder; shared by all operations of a process."""
 
     def __init__(self, loaded: LoadedConfig, state_dir: Path, limits: OperationLimits | None = None) -> None:
+        check_folder()
         self.limits = limits or OperationLimits()
         self.loaded = loaded
         self.config = loaded.config

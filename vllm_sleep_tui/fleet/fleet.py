@@ -15,14 +15,15 @@ from vllm_sleep_tui.fleet.chatting import answer
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
 from vllm_sleep_tui.fleet.history import History
 from vllm_sleep_tui.fleet.locks import Holder
-from vllm_sleep_tui.fleet.operation import Operation, Report, to_safe_point
+from vllm_sleep_tui.fleet.operation import Operation, Report, actor, to_safe_point
 from vllm_sleep_tui.fleet.predict import memory_in, predict, waits
 from vllm_sleep_tui.fleet.processes import HeldProcess, held_processes
 from vllm_sleep_tui.fleet.serving import ServingPoller
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, FleetSnapshot, Prediction, SwitchTimes
-from vllm_sleep_tui.fleet.states import StartPhase
+from vllm_sleep_tui.fleet.states import StartPhase, State
 from vllm_sleep_tui.fleet.supervision import Leader, Watcher
 from vllm_sleep_tui.fleet.view import Viewer
+from vllm_sleep_tui.telemetry.processes import is_alive
 from vllm_sleep_tui.telemetry.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ class Fleet:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._leader:
-            await self._leader.close()
+        await self.resign()
         await self._serving.close()
         await self._watcher.close()
         await self._attached.close()
@@ -84,6 +84,7 @@ class Fleet:
         """Everything as of now; reads a few small files and the latest sample."""
         self._sampler.set_roots(self._viewer.roots())
         notes = self._leader.notes if self._leader else ()
+        notes += tuple(filter(None, [self.history_note]))
         return self._viewer.snapshot(self._sampler.latest(), notes, self._serving.figures)
 
     @property
@@ -109,6 +110,28 @@ class Fleet:
     def history(self) -> History:
         """The past: switches, states, time saved. Its questions read a database: ask them off the loop."""
         return self._core.history
+
+    @property
+    def history_note(self) -> str | None:
+        """One line on what could not be kept of the past; None if all was, as far as it was written."""
+        return self._core.history.note if "history" in self._core.__dict__ else None
+
+    def starts_of_others(self) -> dict[str, int]:
+        """The models whose start another living process has under way, with its pid."""
+        records = [self._core.records.read(name) for name in self._core.config.models]
+        return {
+            record.name: record.intent.actor.pid
+            for record in records
+            if record.state is State.STARTING
+            and record.intent is not None
+            and record.intent.actor != actor()
+            and is_alive(record.intent.actor)
+        }
+
+    async def resign(self) -> None:
+        """Act unasked no more, and let somebody else lead."""
+        if self._leader:
+            await self._leader.close()
 
     def predict(self, name: str) -> Prediction:
         """What a switch to the model would do; refused where a record cannot be read."""

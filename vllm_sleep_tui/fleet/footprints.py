@@ -7,12 +7,10 @@ an estimate stands in, and is called one.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -22,10 +20,11 @@ import msgspec
 from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.files import write_atomically
+from vllm_sleep_tui.fleet.locks import LockBusyError, lock_soon
 
 GIB = 2**30
 KEPT_SAMPLES = 50
-LOCK_SECONDS, LOCK_PAUSE = 1.0, 0.005
+LOCK_SECONDS = 1.0
 ASLEEP_GUESS = int(1.6 * GIB)
 """What a sleeper leaves on one GPU; 0.8 to 1.6 GiB measured on an H100 (vLLM 0.24)."""
 ASLEEP_GUESS_PARALLEL = int(2.8 * GIB)
@@ -116,10 +115,10 @@ class FootprintStore:
             changes, self._changes = self._changes, []
         if not changes:
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, LockBusyError):
             descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                lock_soon(descriptor)
+                lock_soon(descriptor, self._lock, LOCK_SECONDS)
                 known = dict(self._read())
                 for key, change in changes:
                     known[key] = change(known.get(key, Footprint()))
@@ -144,19 +143,6 @@ class FootprintStore:
         except (OSError, *NOT_JSON):
             return {}  # they are measured again
         return self._cache[1]
-
-
-def lock_soon(descriptor: int) -> None:
-    """Take the lock within LOCK_SECONDS; raises BlockingIOError if it is not to be had."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(LOCK_PAUSE)
 
 
 def digest(model: ModelConfig) -> str:

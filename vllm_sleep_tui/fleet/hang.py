@@ -7,6 +7,7 @@ and before the verdict it is asked for one token itself: a client that sends its
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_sleep_tui.engine.client import Gate, VllmClient
@@ -100,11 +101,13 @@ async def read_signs(client: VllmClient) -> tuple[float | None, ...]:
     return tuple(prometheus.total(scrape, name) for name in sorted(SIGNS))
 
 
-async def end_hung(core: Core, record: Record, symptom: str, limit: float) -> None:
+async def end_hung(
+    core: Core, record: Record, symptom: str, limit: float, leads: Callable[[], bool] = lambda: True
+) -> None:
     """End a hung server and write down why."""
     async with locked(core, record.name, Operation("restart", record.name), make_room=False):
         now = core.records.read(record.name)
-        if (now.launch, now.state, now.since) != (record.launch, record.state, record.since):
+        if (now.launch, now.state, now.since) != (record.launch, record.state, record.since) or not leads():
             return  # it ended, or has slept and was proven since
         await fail(
             core,

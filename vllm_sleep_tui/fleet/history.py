@@ -2,13 +2,13 @@
 
 All of it runs on one thread of its own, in order: `record_…` returns at once, a question waits for what was
 recorded before it. A database that is locked, full or broken costs its entries and one note, never an
-operation.
+operation; who holds it for too long, a process that was stopped say, is named there and not waited for again
+for a while, so that the end of a verb does not wait once for each entry.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
 import sqlite3
@@ -25,6 +25,15 @@ import msgspec
 
 from vllm_sleep_tui.files import as_text
 from vllm_sleep_tui.fleet.history_tables import ADD, BUCKET, DAY, drop_old, prepare
+from vllm_sleep_tui.fleet.locks import (
+    Holder,
+    LockBusyError,
+    cure_for,
+    describe,
+    lock_soon,
+    locking,
+    process_as_holder,
+)
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 
@@ -34,6 +43,8 @@ RATE_DAYS = 30
 RATE_MINIMUM_DAYS = 7
 LOCK_SECONDS = 0.5
 """How long another process's write is waited for."""
+BUSY_SECONDS = 5.0
+"""How long nobody is waited for after that was in vain."""
 
 
 class PastSwitch(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +116,7 @@ class History:
         self._note: str | None = None
         self._drop_every = drop_every
         self._next_drop = 0.0
+        self._impatient_until = 0.0
 
     @property
     def note(self) -> str | None:
@@ -264,7 +276,13 @@ class History:
             try:
                 with self._connected() as connection:
                     return connection.execute(statement, values).fetchall()
+            except LockBusyError as error:
+                self._is_held(error.holder, error.path)
+                break
             except (sqlite3.Error, OSError) as error:
+                if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+                    self._is_held(self._who_writes(), self._path)
+                    break
                 if not self._is_broken(error):
                     self._tell(f"The history cannot be kept: {error}.")
                     break
@@ -283,6 +301,7 @@ class History:
                     raise
             self._connection = connection
             self._next_drop = 0.0
+        self._connection.execute(f"PRAGMA busy_timeout = {int(self._patience() * 1000)}")
         if time.monotonic() >= self._next_drop:
             self._next_drop = time.monotonic() + self._drop_every
             with contextlib.suppress(sqlite3.OperationalError), self._connection:
@@ -294,7 +313,7 @@ class History:
         """Open one at a time: SQLite refuses at once if two processes change a new file to WAL together."""
         descriptor = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock_soon(descriptor, self._path.with_suffix(".lock"), self._patience())
             with contextlib.suppress(FileExistsError):
                 # Never a file that is there: closing it would drop the locks of SQLite in this process.
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -316,12 +335,33 @@ class History:
         """Put the broken file out of the way, unless another process has; a new one takes its place."""
         self._disconnect()
         aside = self._path.with_name(f"{self._path.name}.broken-{int(time.time())}")
-        with contextlib.suppress(OSError), self._alone():
+        with contextlib.suppress(OSError, LockBusyError), self._alone():
             if not _is_sound(self._path):
                 self._path.rename(aside)
                 for ending in ("-wal", "-shm"):
                     self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
         self._tell(f"The history was broken; it was kept as {aside.name} and begins anew.")
+
+    def _is_held(self, who: Holder | None, path: Path) -> None:
+        """Somebody was waited for in vain: say who."""
+        if self._patience():
+            self._impatient_until = time.monotonic() + BUSY_SECONDS
+        by = f"{describe(who)}. {cure_for(who, path)}" if who else "another process."
+        self._tell(f"The history has gaps: it is locked by {by}")
+
+    def _patience(self) -> float:
+        """How long to wait now, in seconds."""
+        return LOCK_SECONDS if time.monotonic() >= self._impatient_until else 0.0
+
+    def _who_writes(self) -> Holder | None:
+        """Who holds SQLite's own locks; None if the kernel does not show it."""
+        files = []
+        for path in (self._path, self._path.with_name(f"{self._path.name}-shm")):
+            with contextlib.suppress(OSError):
+                files.append(os.stat(path))
+        # In WAL mode every open connection holds a shared lock: only one that writes is in the way.
+        pids = [pid for pid in locking(*files, exclusive=True) if pid != os.getpid()]
+        return process_as_holder(pids[0]) if pids else None
 
     def _tell(self, sentence: str) -> None:
         """Say the first thing that is wrong; what follows is most often the same."""

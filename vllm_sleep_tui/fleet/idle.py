@@ -102,13 +102,15 @@ class StillIdle:
         return self.check().__await__()
 
 
-async def put_away(core: Core, record: Record, what: str, seen: Gate) -> None:
+async def put_away(
+    core: Core, record: Record, what: str, seen: Gate, leads: Callable[[], bool] = lambda: True
+) -> None:
     """Sleep or stop a model unless it has been used since `seen`; raises PanelError if it fails."""
     name = record.name
     operation = Operation(what, name)
     async with locked(core, name, operation, make_room=False):
         now = core.records.read(name)
-        if (now.launch, now.state, now.since) != (record.launch, record.state, record.since):
+        if (now.launch, now.state, now.since) != (record.launch, record.state, record.since) or not leads():
             return
         client = core.client(now)
         still = StillIdle(lambda: client.gate(GATE_LIMIT), seen, name)

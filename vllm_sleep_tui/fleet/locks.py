@@ -1,7 +1,10 @@
 """Locks between processes: one per model, one per GPU.
 
-The kernel frees them with their holder, however it dies. Order, always: GPUs by index, then models by name;
-nobody waits for a GPU while holding a model.
+The kernel frees them with their holder, however it dies; one that it has stopped (Ctrl-Z) keeps them, and is
+named. Order, always: GPUs by index, then models by name; nobody waits for a GPU while holding a model.
+
+Who holds a lock is asked of the kernel; what a holder says of itself, which every user may write into the
+file, counts only if it is the kernel's holder that says it.
 
 A lock is of the file and not of its name, and root, or who made it, may remove a file that is held (a cleaner
 of temporary folders, say). So who gets a lock looks whether its file still has the name, and who holds one
@@ -13,10 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import getpass
 import logging
 import os
+import pwd
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -25,13 +30,24 @@ from pathlib import Path
 import msgspec
 
 from vllm_sleep_tui.engine.failures import NOT_JSON
-from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.errors import OperationError, UsageError
+from vllm_sleep_tui.telemetry.processes import is_stopped, own_pids, user_of
 from vllm_sleep_tui.text import one_line
 
 POLL_SECONDS = 0.02
+SOON_PAUSE = 0.005
 LIMIT_SECONDS = 1800.0
 WATCH_SECONDS = 1.0
 """Between two looks at whether a lock that is held still has its name."""
+LOOK_SECONDS = 1.0
+"""Between two looks at who is waited for."""
+SILENT_SECONDS = 30.0
+"""How long a holder is waited for that does not say for what it holds the lock: none of ours is silent."""
+FOLDER_VARIABLE = "VLLM_SLEEP_TUI_LOCKS"
+OWN_FOLDER = (
+    f"Or set {FOLDER_VARIABLE} to a folder of your own for the locks: what others do is not seen there, "
+    "and two may use one GPU at once."
+)
 log = logging.getLogger(__name__)
 
 SIMULATED = "-SIM-"
@@ -45,10 +61,13 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 
     user: str
     pid: int
-    operation: str
-    model: str
-    since: float
+    operation: str = ""
+    """Empty if the holder does not say."""
+    model: str = ""
+    since: float = 0.0
     until: float | None = None
+    stopped: bool = False
+    """Whether the kernel has stopped the process, which then holds on and does nothing."""
 
 
 def holder(operation: str, model: str, seconds: float | None = None) -> Holder:
@@ -74,8 +93,10 @@ def gpu_lock_path(uuid: str) -> Path:
 def shared_folder(preferred: Path = Path("/run/lock")) -> Path:
     """The same for every user and any TMPDIR, or two would not see each other's locks.
 
-    On some systems only root may write to /run/lock.
+    On some systems only root may write to /run/lock. The person may name a folder, see OWN_FOLDER.
     """
+    if named := os.environ.get(FOLDER_VARIABLE):
+        return Path(named)
     try:
         everybodys = preferred.stat().st_mode & stat.S_IWOTH and os.access(preferred, os.W_OK)
     except OSError:
@@ -83,16 +104,26 @@ def shared_folder(preferred: Path = Path("/run/lock")) -> Path:
     return preferred if everybodys else Path("/tmp")
 
 
+def check_folder() -> None:
+    """Raises UsageError if the person names a folder for the locks that is none."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named and not (os.path.isabs(named) and os.path.isdir(named)):
+        raise UsageError(
+            f"{FOLDER_VARIABLE}={named}: not the full path of a folder.",
+            "Make the folder, or unset the variable: the locks are then where everybody sees them.",
+        )
+
+
 def open_shared(path: Path) -> int:
-    """Open a lock file, usable by every user; never creates over what is there (fs.protected_regular)."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    """Open a lock file, usable by every user; raises OSError.
+
+    Never creates over what is there (fs.protected_regular), never follows a link nor waits for a pipe's
+    other end.
+    """
     with contextlib.suppress(FileNotFoundError):
-        return os.open(path, flags)
-    # It gets its name when its mode is right: a user who comes in between could not open it.
-    unnamed = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}")
-    descriptor = os.open(unnamed, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        return open_regular(path)
+    descriptor, unnamed = make_unnamed(path)
     try:
-        os.fchmod(descriptor, 0o666)  # the umask does not know that it is shared
         os.link(unnamed, path)
         return descriptor
     except OSError as error:
@@ -101,33 +132,160 @@ def open_shared(path: Path) -> int:
             raise
     finally:
         os.unlink(unnamed)
-    return os.open(path, flags)
+    return open_regular(path)
+
+
+def make_unnamed(path: Path) -> tuple[int, Path]:
+    """A lock file that is to get the name `path`, under one of its own; raises OSError.
+
+    It gets its name when its mode is right: a user who comes in between could not open it.
+    """
+    unnamed = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}")
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL
+    descriptor = os.open(unnamed, flags, 0o666)
+    os.fchmod(descriptor, 0o666)  # the umask does not know that it is shared
+    return descriptor, unnamed
+
+
+def open_regular(path: Path) -> int:
+    """Open the file that is there, if it is a file; raises OSError.
+
+    One that may only be read can be locked as well; then nobody learns for what.
+    """
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, os.O_RDWR | flags)
+    except PermissionError:
+        descriptor = os.open(path, os.O_RDONLY | flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a file", str(path))
+    return descriptor
 
 
 def open_lock(path: Path) -> int:
-    """Open a lock file; raises OperationError that names it if that cannot be."""
+    """Open a lock file; raises OperationError that names it, and what is in its place, if that cannot be."""
     try:
         return open_shared(path)
     except OSError as error:
-        raise OperationError(
+        raise not_openable(path, error) from error
+
+
+KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFSOCK: "a socket"}
+
+
+def not_openable(path: Path, error: OSError) -> OperationError:
+    """What is wrong with a lock file that cannot be opened, whose doing it is, and what to do."""
+    try:
+        there = os.lstat(path)
+    except OSError:
+        return OperationError(
             f"The lock {path} cannot be opened: {error.strerror}.",
             "Make its folder writable for you; without the lock nothing is done.",
-        ) from error
+        )
+    kind = KINDS.get(
+        stat.S_IFMT(there.st_mode), f"a file that you may not open (mode {there.st_mode & 0o777:o})"
+    )
+    owner = name_of(there.st_uid)
+    if os.getuid() in (0, there.st_uid):
+        cure = f"Remove {path}; the lock is made anew."
+    else:
+        cure = f"Ask {owner} or root to remove it. {OWN_FOLDER}"
+    return OperationError(f"The lock {path} is {kind}, put there by {owner}: no lock that can be used.", cure)
+
+
+def name_of(uid: int) -> str:
+    """The user's name; the number where there is none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Who holds the lock, as it says itself; None if nobody does or the word cannot be read."""
+    """Who holds the lock; None if nobody does or it is no lock."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = open_regular(path)
     except OSError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
     except BlockingIOError:
-        return decode_holder(os.pread(descriptor, 4096, 0))
+        return who_holds(descriptor)
     finally:
         os.close(descriptor)
+
+
+def who_holds(descriptor: int) -> Holder | None:
+    """Who holds the open file's lock, by the kernel; by its own word where the kernel does not show it.
+
+    The kernel does not show holders of another pid namespace. None if neither tells.
+    """
+    try:
+        said = decode_holder(os.pread(descriptor, 4096, 0))
+    except OSError:
+        said = None
+    pid = next(iter(locking(os.fstat(descriptor))), None)
+    if pid is None:
+        return said
+    if said is None or said.pid not in own_pids(pid):
+        return process_as_holder(pid)
+    return msgspec.structs.replace(said, pid=pid, user=user_of(pid) or said.user, stopped=is_stopped(pid))
+
+
+def process_as_holder(pid: int) -> Holder:
+    """A process that does not say for what it holds a lock."""
+    return Holder(user=user_of(pid) or "another user", pid=pid, stopped=is_stopped(pid))
+
+
+def locking(*files: os.stat_result, exclusive: bool = False) -> list[int]:
+    """The pids that hold a lock of these files, whichever kind, exclusive ones first (or alone)."""
+    wanted = {file.st_ino: f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}" for file in files}
+    found: list[tuple[bool, bool, int]] = []
+    try:
+        with open("/proc/locks", encoding="ascii") as lines:
+            for line in lines:
+                fields = line.split()
+                if len(fields) < 8 or fields[1] == "->":  # who waits
+                    continue
+                device, _, inode = fields[5].rpartition(":")
+                if fields[3] != "WRITE" and exclusive:
+                    continue
+                if inode.isdigit() and int(inode) in wanted and int(fields[4]) > 0:
+                    # Some file systems (overlay, btrfs) show another device there than stat does.
+                    found.append((device != wanted[int(inode)], fields[3] != "WRITE", int(fields[4])))
+    except (OSError, ValueError):
+        return []
+    exact = [each for each in found if not each[0]] or found
+    return [pid for _, _, pid in sorted(exact)]
+
+
+def describe(who: Holder | None) -> str:
+    """A holder in words, such as: ada's switch of phi, about 12 s."""
+    if who is None:
+        return "another operation"
+    stopped = " (stopped)" if who.stopped else ""
+    if not who.operation:
+        return f"{who.user}'s process {who.pid}{stopped}, which does not say for what"
+    what = f"{who.operation} of {who.model}" if who.model else who.operation
+    if who.stopped:
+        return f"{who.user}'s {what} (process {who.pid}, which is stopped)"
+    left = "" if who.until is None else f", about {max(1, round(who.until - time.time()))} s"
+    return f"{who.user}'s {what}{left}"
+
+
+def cure_for(who: Holder | None, path: Path) -> str:
+    """What the person can do about a holder that does not let go."""
+    if who is None:
+        return "Wait for it, or cancel it where it was begun."
+    is_ours = os.getuid() == 0 or who.user == name_of(os.getuid())
+    if who.stopped and is_ours:
+        return f"It is stopped (Ctrl-Z): `kill -CONT {who.pid}` continues it, `kill -9 {who.pid}` ends it."
+    if is_ours and who.operation:
+        return f"Wait for it, or cancel it where it was begun (pid {who.pid})."
+    ask = f"End pid {who.pid}." if is_ours else f"Ask {who.user} or root to continue or end pid {who.pid}."
+    return f"{ask} {OWN_FOLDER}" if path.parent == shared_folder() else ask
 
 
 def decode_holder(content: bytes) -> Holder | None:
@@ -145,6 +303,7 @@ def decode_holder(content: bytes) -> Holder | None:
         operation=_word(found.operation),
         model=_word(found.model),
         until=found.until if is_soon else None,
+        stopped=False,  # the kernel tells
     )
 
 
@@ -156,8 +315,22 @@ class LockBusyError(Exception):
     """A lock was not to be had in time; `holder` is who has it, if known."""
 
     def __init__(self, path: Path, who: Holder | None) -> None:
-        super().__init__(str(path))
+        super().__init__(f"{path} is held by {describe(who)}")
+        self.path = path
         self.holder = who
+
+
+def lock_soon(descriptor: int, path: Path, seconds: float) -> None:
+    """Lock the open file, blocking for `seconds` at most; raises LockBusyError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise LockBusyError(path, who_holds(descriptor)) from None
+            time.sleep(SOON_PAUSE)
 
 
 @contextlib.asynccontextmanager
@@ -266,18 +439,29 @@ async def wait_for(
     waiting: Callable[[Holder | None], None],
     checkpoint: Callable[[], None],
 ) -> None:
-    """Wait until the open file is locked for us; says once who is waited for."""
-    said = False
+    """Wait until the open file is locked for us; says who is waited for, and again when that changes."""
+    told: list[Holder | None] = []
+    next_look = 0.0
+    who: Holder | None = None
+    silent_since: float | None = None
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            who = decode_holder(os.pread(descriptor, 4096, 0))
-        if time.monotonic() >= deadline:
+            pass
+        now = time.monotonic()
+        if now >= next_look:
+            next_look = now + LOOK_SECONDS
+            who = who_holds(descriptor)
+            is_silent = who is not None and not who.operation
+            # Who only looks whether it is free holds it for an instant as well, and says nothing.
+            was_silent, silent_since = silent_since, (silent_since or now) if is_silent else None
+            if told != [who] and not (is_silent and was_silent is None):
+                told = [who]
+                waiting(who)
+        is_for_nothing = silent_since is not None and now - silent_since >= SILENT_SECONDS
+        if now >= deadline or is_for_nothing:
             raise LockBusyError(path, who)
-        if not said:
-            waiting(who)
-            said = True
         checkpoint()
         await asyncio.sleep(POLL_SECONDS)

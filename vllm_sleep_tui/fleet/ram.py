@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.locks import LockBusyError, hold, holder
+from vllm_sleep_tui.fleet.locks import LockBusyError, cure_for, describe, hold, holder
 from vllm_sleep_tui.fleet.operation import Operation
 from vllm_sleep_tui.fleet.planning import check_ram
 
@@ -27,5 +27,6 @@ async def room_to_pin(core: Core, name: str, operation: Operation, *, needed: bo
             yield
     except LockBusyError as error:
         raise RefusedError(
-            f"{name}: another model has been pinning RAM for too long.", "Try again."
+            f"{name}: the right to pin RAM is held by {describe(error.holder)}.",
+            cure_for(error.holder, error.path),
         ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from vllm_sleep_tui.fleet import actions, died
 from vllm_sleep_tui.fleet.core import Core
@@ -40,8 +41,11 @@ def recent(record: Record) -> tuple[float, ...]:
 class Restarter:
     """Remembers when each failure was first seen, by a clock that nobody sets."""
 
-    def __init__(self, core: Core, pauses: tuple[float, ...] = PAUSES) -> None:
+    def __init__(
+        self, core: Core, pauses: tuple[float, ...] = PAUSES, leads: Callable[[], bool] = lambda: True
+    ) -> None:
         self._core = core
+        self._leads = leads
         self._pauses = pauses
         self._seen: dict[tuple[str, float], float] = {}
         self._not_before: dict[str, float] = {}
@@ -60,7 +64,7 @@ class Restarter:
         operation = Operation("restart", name)
         async with locked(self._core, name, operation, make_room=True) as room:
             record = self._core.records.read(name)
-            if not is_wanted(self._core, record):
+            if not is_wanted(self._core, record) or not self._leads():
                 return
             tried = recent(record)
             if len(tried) >= len(self._pauses):

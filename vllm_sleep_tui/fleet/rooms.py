@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.locks import Holder, LockBusyError, hold, holder
+from vllm_sleep_tui.fleet.locks import Holder, LockBusyError, cure_for, describe, hold, holder
 from vllm_sleep_tui.fleet.operation import Operation
 from vllm_sleep_tui.fleet.plan import Room
 from vllm_sleep_tui.fleet.planning import plan_for
@@ -62,12 +62,10 @@ def gpus_of(core: Core, names: set[str]) -> set[int]:
     return {gpu for key in names for gpu in (*core.model(key).gpus, *core.records.read(key).gpus)}
 
 
-def describe(who: Holder | None) -> str:
-    """What is waited for, in words."""
-    if who is None:
-        return "waits for another operation"
-    left = "" if who.until is None else f", about {max(1, round(who.until - time.time()))} s"
-    return f"waits for {who.user}'s {who.operation} of {who.model}{left}"
+def waiting_words(who: Holder | None) -> str:
+    """What is waited for; of a holder that is stopped also what continues it."""
+    hint = f"; `kill -CONT {who.pid}` continues it" if who is not None and who.stopped else ""
+    return f"waits for {describe(who)}{hint}"
 
 
 @contextlib.asynccontextmanager
@@ -104,7 +102,7 @@ async def held(paths: list[Path], word: Holder, operation: Operation, name: str)
     """The locks themselves, cancellable while they are waited for."""
 
     def waiting(who: Holder | None) -> None:
-        operation.tell(name, "waiting", describe(who))
+        operation.tell(name, "waiting", waiting_words(who))
 
     began = time.monotonic()
     try:
@@ -113,6 +111,6 @@ async def held(paths: list[Path], word: Holder, operation: Operation, name: str)
             yield
     except LockBusyError as error:
         raise RefusedError(
-            f"{name}: another operation holds its GPU: {describe(error.holder)}.",
-            "Wait for it, or cancel it where it was begun.",
+            f"{name}: its GPU or its record is held by {describe(error.holder)}.",
+            cure_for(error.holder, error.path),
         ) from error

@@ -125,10 +125,10 @@ class Leader:
         """What the person should know: orphans."""
         self._tasks = Tasks()
         self._go_on = GoOn()
-        self._restarter = Restarter(core, self._limits.restart_pauses)
+        self._restarter = Restarter(core, self._limits.restart_pauses, self._leads)
         self._hangs = HangWatch(self._limits.hang, self._limits.hang_probe)
         self._idleness = idle.Idleness()
-        self._attached = AttachedCare(core, self._limits.hang)
+        self._attached = AttachedCare(core, self._limits.hang, self._leads)
         self._next_look: dict[str, float] = {}
         self._refused: dict[str, tuple[str | None, float]] = {}
 
@@ -139,7 +139,7 @@ class Leader:
         self._tasks.begin("leader", self._run())
 
     async def close(self) -> None:
-        """Leave the seat; a restart under way is carried on by whoever comes next."""
+        """Leave the seat, for good; a restart under way is carried on by whoever comes next."""
         await self._tasks.close()
         self.seat.leave()
 
@@ -148,6 +148,10 @@ class Leader:
             if self.seat.take():
                 self._lead()
             await asyncio.sleep(INTERVAL)
+
+    def _leads(self) -> bool:
+        """Asked under the locks, before each act: this process may have been stopped since it decided."""
+        return self.seat.is_mine
 
     def _lead(self) -> None:
         if self._is_time("orphans", self._limits.orphans_poll):
@@ -208,7 +212,7 @@ class Leader:
         if what is not None and self._refused.get(record.name) != key:
             log.info("%s: %s, nobody has used it for a while", record.name, what)
             try:
-                await idle.put_away(self._core, record, what, gate)
+                await idle.put_away(self._core, record, what, gate, self._leads)
             except PanelError:
                 self._refused[record.name] = key  # no RAM for level 1, say: once is enough
                 raise
@@ -217,7 +221,7 @@ class Leader:
 
     async def _end(self, record: Record, symptom: str) -> None:
         log.warning("%s: it hangs: %s", record.name, symptom)
-        await end_hung(self._core, record, symptom, self._hangs.limit)
+        await end_hung(self._core, record, symptom, self._hangs.limit, self._leads)
 
     async def _look_for_orphans(self) -> None:
         with self._go_on.after("the look for orphans"):

@@ -8,10 +8,12 @@ its process lives.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from typing import Any
 FOLDER_VARIABLE = "VLLM_SLEEP_TUI_SIMULATED_GPUS"
 """The environment variable that names the folder; without it there are no simulated GPUs."""
 GIB = 1 << 30
+LOCK_SECONDS = 10.0
+"""How long another process's claim is waited for; it takes a millisecond, unless the process was stopped."""
 
 
 class OutOfMemory(Exception):  # noqa: N818 - named as the GPU's own error
@@ -154,10 +158,26 @@ def start_ticks(pid: int) -> int | None:
 def _locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor, time.monotonic() + LOCK_SECONDS)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, deadline: float) -> None:
+    """Lock the file; raises TimeoutError with the pid that holds it, which may be stopped."""
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.005)
+                continue
+        inode = f":{os.fstat(descriptor).st_ino}"
+        held = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" not in line]
+        pids = [fields[4] for fields in held if fields[5].endswith(inode)]
+        raise TimeoutError(errno.ETIMEDOUT, f"its lock is held by pid {', '.join(pids) or 'unknown'}")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

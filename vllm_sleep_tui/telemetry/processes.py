@@ -109,6 +109,21 @@ def effort(pid: int) -> Effort | None:
         return None
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether the process is stopped (SIGSTOP, Ctrl-Z, a debugger): it does nothing until it goes on."""
+    stat = _stat(pid)
+    return stat is not None and stat.state in "Tt"
+
+
+def own_pids(pid: int) -> frozenset[int]:
+    """The pids of a process in its namespaces, the one it knows itself by among them."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"NSpid:"):
+                return frozenset(map(int, line.split()[1:]))
+    return frozenset({pid})
+
+
 def signal_process(process: ProcessId, signum: int) -> bool:
     """Send the signal to this very process; False if it is gone or belongs to another user."""
     try:

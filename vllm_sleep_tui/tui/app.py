@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import msgspec
 from rich.theme import Theme as RichTheme
 from textual.app import App, SystemCommand
+from textual.driver import Driver
+from textual.drivers.linux_driver import LinuxDriver
 from textual.filter import LineFilter
 from textual.screen import Screen
 from textual.theme import Theme
@@ -21,11 +23,13 @@ from vllm_sleep_tui import files, paths
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import RUNNING
+from vllm_sleep_tui.leaving import Leaving
 from vllm_sleep_tui.tui.cleaned import CLEANED
 from vllm_sleep_tui.tui.dashboard import Dashboard
 from vllm_sleep_tui.tui.gpus import GpuScreen
 from vllm_sleep_tui.tui.keys import KEYS
 from vllm_sleep_tui.tui.operations import Operations
+from vllm_sleep_tui.tui.terminal import PanelDriver
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, textual_theme
 from vllm_sleep_tui.tui.view import PanelFleet
 
@@ -139,6 +143,18 @@ class PanelApp(App[None]):
 
         return switch
 
+    def get_driver_class(self) -> type[Driver]:
+        """Our own where Textual would take its own for a terminal."""
+        usual = super().get_driver_class()
+        return PanelDriver if usual is LinuxDriver else usual
+
+    def abandon(self) -> None:
+        """In another thread: give the terminal back because the process ends now; says what that cuts off."""
+        cut = [f"{operation.verb} {operation.model}" for operation in list(self.operations.running.values())]
+        words = f"Left while {', '.join(cut)}: whoever comes next carries it on." if cut else "Left."
+        if isinstance(self._driver, PanelDriver):
+            self._driver.abandon(words)
+
     async def action_quit(self) -> None:
         """Ctrl+q asks like q, where a question can be asked."""
         if isinstance(self.screen, Dashboard):
@@ -177,8 +193,12 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
     async with Fleet(loaded, state_dir, leads=True) as fleet:
         app = PanelApp(fleet, state_dir=state_dir, theme_folders=folders, autostart=marked)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, app.exit)
+        Leaving(
+            lambda: loop.call_soon_threadsafe(app.exit),
+            (signal.SIGTERM, signal.SIGHUP),
+            terminal=sys.stdin.fileno(),
+            last_words=app.abandon,
+        )
         try:
             await app.run_async()
         finally:

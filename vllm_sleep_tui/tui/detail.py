@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from textual.geometry import Size
 
-from vllm_sleep_tui.fleet.rooms import describe as waiting_words
+from vllm_sleep_tui.fleet.rooms import waiting_words
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import SETTLED, StartPhase, State
 from vllm_sleep_tui.tui.bars import progress, waterfall

@@ -1,0 +1,171 @@
+"""Textual's driver, made to outlast a terminal that reads no more or is gone, and a stop of the process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import termios
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from textual.drivers.linux_driver import LinuxDriver
+
+if TYPE_CHECKING:
+    from textual.app import App
+
+MAX_BEHIND = 2**20
+"""Bytes that wait for a terminal; what comes on top is left out, and painted anew when it reads again."""
+STOP_SECONDS = 0.5
+"""How long the end waits for a terminal to take the last bytes."""
+RESTORED = (
+    b"\x1b[?2004l\x1b[?7h\x1b[?2048l\x1b[?1000l\x1b[?1003l\x1b[?1015l\x1b[?1006l\x1b[?1016l\x1b[<u"
+    b"\x1b[?1049l\x1b[?25h\x1b[?1004l"
+)
+"""What LinuxDriver writes when it ends, for an end without it."""
+
+
+class Writer(threading.Thread):
+    """Writes to the terminal, and never keeps anybody waiting: `write` only adds to what is to be written."""
+
+    def __init__(self, descriptor: int, caught_up: Callable[[], object]) -> None:
+        """`caught_up` is called in this thread once a terminal that was left behind has read everything."""
+        super().__init__(name="terminal", daemon=True)
+        self._descriptor = descriptor
+        self._caught_up = caught_up
+        self._waiting: list[bytes] = []
+        self._size = 0
+        self._behind = False
+        self._ending = False
+        self._changed = threading.Condition()  # its lock may be taken again: a signal's handler writes too
+
+    def write(self, data: bytes) -> None:
+        """Have it written, unless the terminal is too far behind."""
+        with self._changed:
+            self._behind = self._behind or self._size + len(data) > MAX_BEHIND
+            if self._behind:
+                return
+            self._waiting.append(data)
+            self._size += len(data)
+            self._changed.notify()
+
+    def drop(self) -> None:
+        """Leave out what was not written yet: what comes now matters more."""
+        with self._changed:
+            self._waiting.clear()
+            self._size = 0
+            self._behind = False
+
+    def stop(self) -> None:
+        """Write the rest, if the terminal takes it within STOP_SECONDS."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        self.join(STOP_SECONDS)
+
+    def run(self) -> None:
+        """Write until it is stopped; a terminal that is gone takes everything."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._behind or self._ending)
+                data, self._waiting, self._size = b"".join(self._waiting), [], 0
+                was_behind, self._behind = self._behind and not data, self._behind and bool(data)
+                if not data and self._ending:
+                    return
+            if was_behind:
+                self._caught_up()
+            with contextlib.suppress(OSError):
+                write_all(self._descriptor, data)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write everything, however long that takes; raises OSError."""
+    left = memoryview(data)
+    while left:
+        try:
+            left = left[os.write(descriptor, left) :]
+        except BlockingIOError:  # somebody else who has this terminal made it so
+            select.select([], [descriptor], [])
+
+
+class PanelDriver(LinuxDriver):
+    """Textual's, which would wait for the terminal in the event loop and take any SIGCONT for a resume.
+
+    Its own writer is idle here: its queue is short, and who finds it full waits.
+    """
+
+    def __init__(
+        self, app: App[Any], *, debug: bool = False, mouse: bool = True, size: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(app, debug=debug, mouse=mouse, size=size)
+        assert sys.__stderr__ is not None
+        self._encoding = sys.__stderr__.encoding
+        self._output = sys.__stderr__.fileno()
+        self._writer: Writer | None = None
+        self._attrs_inside: list[Any] | None = None
+        """Of the terminal while it is ours; None while it is not."""
+
+    def write(self, data: str) -> None:
+        """Have it written; never waits."""
+        assert self._writer is not None, "Driver must be in application mode"
+        self._writer.write(data.encode(self._encoding, "backslashreplace"))
+
+    def start_application_mode(self) -> None:
+        """Take the terminal."""
+        self._writer = Writer(self._output, lambda: self._loop.call_soon_threadsafe(self._repaint))
+        self._writer.start()
+        super().start_application_mode()  # type: ignore[no-untyped-call]
+        with contextlib.suppress(termios.error):
+            self._attrs_inside = termios.tcgetattr(self.fileno)
+
+    def stop_application_mode(self) -> None:
+        """Give the terminal back, however much of the screen it has not read."""
+        self._attrs_inside = None
+        if self._writer is not None:
+            self._writer.drop()
+            super().stop_application_mode()
+
+    def abandon(self, words: str) -> None:
+        """In another thread, for want of another end: give the terminal back, if it reads, and speak."""
+        with contextlib.suppress(OSError, termios.error):
+            # Opened anew: not to block here must not mean that it does not block for the shell.
+            flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(os.ttyname(self.fileno), flags)
+            if self._attrs_inside is not None:
+                if self.attrs_before is not None:
+                    termios.tcsetattr(descriptor, termios.TCSANOW, self.attrs_before)
+                os.write(descriptor, RESTORED)
+            os.write(descriptor, f"{words}\r\n".encode())
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._writer is not None:
+            self._writer.stop()
+        super().close()
+
+    def _sigcont_application(self, *_: object) -> None:
+        """Resume if we suspended; a SIGSTOP, which nobody can announce, has left everything as it was."""
+        if self._must_signal_resume:
+            super()._sigcont_application()
+        elif self._auto_restart:
+            self._loop.call_soon_threadsafe(self._take_back)
+
+    def _take_back(self) -> None:
+        """A shell may have had the terminal meanwhile: its modes and the screen as they were."""
+        try:
+            in_front = os.tcgetpgrp(self.fileno) == os.getpgrp()
+        except OSError:
+            return  # not a terminal of ours, so no shell had it
+        if in_front and self._attrs_inside is not None:
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(self.fileno, termios.TCSANOW, self._attrs_inside)
+            self.write("\x1b[?1049h\x1b[?25l\x1b[?1004h")
+            self._enable_mouse_support()
+            self._enable_bracketed_paste()
+            self._disable_line_wrap()
+            self._repaint()
+
+    def _repaint(self) -> None:
+        self._app.refresh(layout=True)
