@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,10 +100,11 @@ def _ask(loaded: LoadedConfig) -> None:
             f"Look at it, then name it: --config {loaded.found.name}",
         )
     leads = f", a link to {loaded.path}," if loaded.path != loaded.found else ""
-    say(f"{loaded.found}{leads} was found here. It would run: {' '.join(loaded.config.vllm_command)} serve …")
+    command = shlex.join(loaded.config.vllm_command)
+    say(one_line(f"{loaded.found}{leads} was found here. It would run: {command} serve …"))
     for model in loaded.config.models.values():
         if model.api_key is not None:
-            say(f"It would send an API key to: {model.url}")
+            say(one_line(f"It would send an API key to: {model.url}"))
     if not confirm("Do what it says? (asked again only if it or a script that it names changes)"):
         raise CancelledByUser("Nothing was started.", f"Look at {loaded.found} first.")
     trust(loaded.found, loaded.agreement(), state_dir())
