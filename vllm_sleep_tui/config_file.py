@@ -96,13 +96,10 @@ class LoadedConfig:
         return digest_with(self.digest, self._named())
 
     def _named(self) -> Iterator[Path]:
-        """The paths among the words of the command, of `args` and of `env`; most are of no file."""
-        models = self.config.models.values()
-        values = [
-            self.config.vllm_command,
-            *([model.vllm_command or (), model.args, model.env] for model in models),
-        ]
-        for word in dict.fromkeys(_words(values)):
+        """The paths among its words, keys left out: they may change. Most words are of no file."""
+        keyless = {"api_key": None, "api_key_file": None}
+        models = [msgspec.structs.asdict(model) | keyless for model in self.config.models.values()]
+        for word in dict.fromkeys(_words([self.config.vllm_command, *models])):
             yield self.path.parent / os.path.expanduser(word)
 
     def model(self, name: str) -> ModelConfig:

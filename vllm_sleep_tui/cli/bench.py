@@ -16,12 +16,13 @@ from vllm_sleep_tui.cli.common import (
     json_option,
     load_config,
     put,
+    put_done,
     put_json,
     say,
 )
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.errors import CancelledByUser, PanelError, UsageError
-from vllm_sleep_tui.files import private_dir, write_private
+from vllm_sleep_tui.files import private_dir, write_atomically
 from vllm_sleep_tui.paths import absolute, state_dir
 
 if TYPE_CHECKING:
@@ -229,5 +230,8 @@ def _put_result(run: Run, path: Path, as_json: bool) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    write_private(path, text.encode())
-    put(path)
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}.", "Name another file.") from None
+    put_done(str(path))

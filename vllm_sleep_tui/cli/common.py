@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,11 +102,11 @@ def _ask(loaded: LoadedConfig) -> None:
     leads = f", a link to {loaded.path}," if loaded.path != loaded.found else ""
     own = (model.vllm_command for model in loaded.config.models.values() if model.vllm_command)
     commands = dict.fromkeys([loaded.config.vllm_command, *own])
-    words = ", ".join(f"{' '.join(command)} serve …" for command in commands)
-    say(f"{loaded.found}{leads} was found here. It would run: {words}")
+    words = ", ".join(f"{shlex.join(command)} serve …" for command in commands)
+    say(one_line(f"{loaded.found}{leads} was found here. It would run: {words}"))
     for model in loaded.config.models.values():
         if model.api_key is not None and model.url is not None:
-            say(f"It would send an API key to: {model.url}")
+            say(one_line(f"It would send an API key to: {model.url}"))
     if not confirm("Do what it says? (asked again only if it or a script that it names changes)"):
         raise CancelledByUser("Nothing was started.", f"Look at {loaded.found} first.")
     trust(loaded.found, loaded.agreement(), state_dir())
