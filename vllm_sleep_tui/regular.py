@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class NotAFileError(OSError):
-    """The name is that of a pipe, folder, link or device, or the file is larger than its kind ever is."""
+    """The name is that of a pipe, link or device, or the file is larger than its kind ever is."""
 
 
 def open_regular(path: Path, *, follow: bool = False) -> int:
@@ -24,10 +24,13 @@ def open_regular(path: Path, *, follow: bool = False) -> int:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket, or a device without a driver
             raise NotAFileError(error.errno, "it is not a regular file", str(path)) from None
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise NotAFileError(errno.EINVAL, "it is not a regular file", str(path))
-    return descriptor
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):  # a person's doing, with something in it: it is left where it is
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise NotAFileError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def read_regular(path: Path, limit: int) -> bytes:

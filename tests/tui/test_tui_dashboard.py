@@ -10,7 +10,7 @@ from screen_text import lines_of, panel, text_of, until, until_seen
 from scripted_fleet import NOW, ScriptedFleet, four_models, gib, starting
 
 from vllm_sleep_tui.errors import RefusedError
-from vllm_sleep_tui.fleet.snapshot import HostSnapshot, Progress
+from vllm_sleep_tui.fleet.snapshot import HostSnapshot, LastFailure, Progress
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.dashboard import Dashboard
 from vllm_sleep_tui.tui.logs import WrappedLog
@@ -263,6 +263,23 @@ async def test_the_log_follows_the_file_without_its_escapes(tmp_path: Path) -> N
         assert any("lines are left out here" in line for line in kept)  # a flood must not hold up the panel
         await pilot.press("escape")
         await until_seen(pilot, "enter → phi")
+
+
+async def test_why_a_server_died_stays_on_the_screen_until_its_log_is_looked_at(tmp_path: Path) -> None:
+    died = tmp_path / "phi.log.died"
+    died.write_text("ERROR 11-23 [core.py:1] the last word\n")
+    (tmp_path / "phi.log").write_text("".join(f"INFO again {number}\n" for number in range(3)))
+    fleet = ScriptedFleet(logs=tmp_path)
+    failure = LastFailure(reason="The engine process was killed.", at=NOW - 60, log=str(died))
+    fleet.change("phi", last_failure=failure)
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("down")
+        await until_seen(pilot, "phi died at", "and was started again", "The engine process was killed.")
+        await pilot.press("l")
+        await until_seen(pilot, "the last word", "It died at", "INFO again 2")
+        await pilot.press("escape")
+        await until_seen(pilot, "enter → phi")
+        await until(pilot, lambda: "started again" not in text_of(pilot.app), "it is let go")
 
 
 async def test_long_lines_of_the_log_are_broken_at_the_edge_anew_for_each_width(tmp_path: Path) -> None:

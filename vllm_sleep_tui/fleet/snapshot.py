@@ -42,8 +42,12 @@ class LastFailure(msgspec.Struct, frozen=True, kw_only=True):
 
     def told(self) -> str:
         """One line for a person."""
-        at = time.strftime("%H:%M:%S", time.localtime(self.at))
-        return f"It died at {at} and was started again. {self.reason}".rstrip()
+        return f"It died at {self.clock} and was started again. {self.reason}".rstrip()
+
+    @property
+    def clock(self) -> str:
+        """The time of day at which it was seen."""
+        return time.strftime("%H:%M:%S", time.localtime(self.at))
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import importlib
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from vllm_sleep_tui.simulator import http
 from vllm_sleep_tui.simulator.admin import Admin
+from vllm_sleep_tui.simulator.behaviours import Fault
 from vllm_sleep_tui.simulator.client import EngineDead
 from vllm_sleep_tui.simulator.http import Answer, AsgiApp, Receive, Request, Scope, Send
 from vllm_sleep_tui.simulator.inference import ClientLeft, Inference
@@ -17,6 +19,10 @@ from vllm_sleep_tui.simulator.server_state import ServerState
 Handler = Callable[[Request], Awaitable[Answer]]
 GUARDED_PREFIXES = ("/v1", "/v2", "/inference", "/cohere")
 """The only paths that vLLM's API key guards (05-api-key.txt)."""
+
+COMPLETIONS = "/v1/completions"
+BUSY_SECONDS = 8.0
+"""Longer than a client waits for the guard."""
 
 
 class Application:
@@ -58,6 +64,8 @@ class Application:
         self._server.metrics.record_answer(known, request.method, answer.status)
         if answer.chunks is None:
             await http.send_answer(answer, send)
+            if request.path == COMPLETIONS and self._server.faults.use(Fault.API_SERVER_BUSY):
+                compute(BUSY_SECONDS)
         else:
             await self._stream(answer, request, send)
 
@@ -119,6 +127,13 @@ class Application:
             }
         info = {"title": "FastAPI", "version": "0.1.0"}
         return http.as_json({"openapi": "3.1.0", "info": info, "paths": paths})
+
+
+def compute(seconds: float) -> None:
+    """Keep the processor busy and hear nobody, as vLLM's API server over a long prompt."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
 
 
 class ApiKeyMiddleware:

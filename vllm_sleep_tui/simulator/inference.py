@@ -29,8 +29,6 @@ NO_CHAT_TEMPLATE = (
 )
 DONE = b"data: [DONE]\n\n"
 LATE_SECONDS = 3.0
-BUSY_DELAY, BUSY_SECONDS = 0.1, 8.0
-"""For the answer to leave, and of work after it, longer than a client waits for the guard."""
 
 
 class Inference:
@@ -197,8 +195,6 @@ class Inference:
     async def _respond(self, request: Request, body: Mapping[str, Any], wanted: Wanted) -> Answer:
         if not body.get("stream"):
             whole = await self._whole(request, wanted)
-            if self._server.faults.use(Fault.API_SERVER_BUSY):
-                asyncio.get_running_loop().call_later(BUSY_DELAY, compute, BUSY_SECONDS)
             return http.as_json(self._whole_body(wanted, whole))
         begun = self._begin(wanted)
         chunks = self._chunks(wanted, begun)
@@ -356,13 +352,6 @@ class Inference:
             content["usage"] = {**_usage(wanted, made), "completion_tokens_details": None}
         content |= extra
         return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-def compute(seconds: float) -> None:
-    """Keep the processor busy, as a long prompt does before it is in the engine's hands."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        pass
 
 
 class ClientLeft(Exception):  # noqa: N818 - nobody is there to answer

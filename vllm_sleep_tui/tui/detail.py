@@ -49,8 +49,8 @@ def death_lines(model: ModelSnapshot, width: int) -> list[Line]:
     died = model.last_failure
     if died is None:
         return []
-    lines = [rule([(f"{model.name} died and was started again", "bad bold")], width)]
-    lines += _wrapped(died.told(), width, "text")
+    lines = [rule([(f"{model.name} died at {died.clock} and was started again", "bad bold")], width)]
+    lines += _wrapped(died.reason or "No reason is known.", width, "text")
     return lines + _wrapped("Its last words: key l, which also lets this go.", width, "accent")
 
 

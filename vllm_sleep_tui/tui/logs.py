@@ -86,6 +86,8 @@ class LogScreen(Screen[None]):
         self._tail = LogTail(path)
         self._timer: Timer | None = None
         self._is_empty = True
+        self._is_reading = False
+        self._read = self._first
 
     def compose(self) -> ComposeResult:
         """The log and its keys."""
@@ -113,12 +115,17 @@ class LogScreen(Screen[None]):
             self._timer.resume()
 
     async def _step(self) -> None:
+        if self._is_reading:
+            return
         log = self.query_one(WrappedLog)
+        self._is_reading, read, self._read = True, self._read, self._tail.read_new
         try:
-            lines = await asyncio.to_thread(self._first if self._is_empty else self._tail.read_new)
+            lines = await asyncio.to_thread(read)
         except OSError as error:
             log.border_subtitle = f"cannot be read: {error.strerror}"
             return
+        finally:
+            self._is_reading = False
         if lines:
             if self._is_empty:
                 self._is_empty = False
@@ -129,8 +136,8 @@ class LogScreen(Screen[None]):
 
     def _first(self) -> list[str]:
         """What is there when the screen opens: the end of a long log, not its beginning."""
-        lines = self._tail.last(KEPT_LINES)
-        return [*last_words(self._died, KEPT_LINES // 2), *lines] if lines else lines
+        words = last_words(self._died, KEPT_LINES // 2)
+        return [*words, *self._tail.last(KEPT_LINES - len(words))]
 
     def action_end(self) -> None:
         """To the end, and follow again."""
