@@ -20,6 +20,7 @@ from vllm_sleep_tui.engine.loaders import CANNOT_RELOAD
 from vllm_sleep_tui.fleet.records import Record, RecordStore
 
 pytestmark = pytest.mark.real
+START_SECONDS = 900.0
 HIDDEN, QUERY, VALUE, RANK = 64, 64, 32, 8
 """Of the model `tiny`, see models.py."""
 
@@ -40,6 +41,12 @@ def tiny(tmp_path: Path, made: list[CommandLine], **args: Any) -> CommandLine:
     return panel
 
 
+def begin(panel: CommandLine) -> None:
+    """Start the model; two cores that others use as well may need minutes."""
+    started = panel.run("start", "tiny", seconds=START_SECONDS)
+    assert started.returncode == 0, started.stderr
+
+
 def record_of(panel: CommandLine) -> Record:
     """The model's record: its port, and the secret for vLLM's own endpoints."""
     config = load(panel.config)
@@ -57,7 +64,7 @@ def test_dummy_weights_are_refused_level_2_which_vllm_could_not_bring_back(
     tmp_path: Path, stopped_after: list[CommandLine]
 ) -> None:
     panel = tiny(tmp_path, stopped_after, **{"load-format": "dummy"})
-    panel("start", "tiny")
+    begin(panel)
     refused = panel.run("sleep", "tiny", "--level", "2")
     assert refused.returncode == 1
     assert "dummy weights cannot be loaded again" in refused.stderr
@@ -96,7 +103,7 @@ def test_a_lora_adapter_outlives_level_2(tmp_path: Path, stopped_after: list[Com
     panel = tiny(
         tmp_path, stopped_after, **{"enable-lora": True, "max-lora-rank": 8, "lora-modules": modules}
     )
-    panel("start", "tiny")
+    begin(panel)
 
     def answers() -> dict[str, str]:
         record = record_of(panel)
@@ -124,7 +131,7 @@ def test_a_port_inside_vllm_that_is_taken_is_not_told_as_the_servers_own(
         endpoint = f"tcp://*:{taken.getsockname()[1]}"
         events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
         panel = tiny(tmp_path, stopped_after, **{"kv-events-config": events})
-        failed = panel.run("start", "tiny")
+        failed = panel.run("start", "tiny", seconds=START_SECONDS)
     assert failed.returncode == 1
     assert f"A port that vLLM uses inside is taken: {endpoint}." in failed.stderr
     assert "kv-events-config" in failed.stderr
