@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sleep_tui.engine.causes import diagnose, diagnose_engine
+from vllm_sleep_tui.engine.causes import diagnose, diagnose_download, diagnose_engine
 
 DATA = Path(__file__).parent / "data"
 ENGINE = "(EngineCore pid=7) ERROR 11-23 07:37:38 [core.py:1510] "
@@ -20,6 +20,7 @@ ENGINE = "(EngineCore pid=7) ERROR 11-23 07:37:38 [core.py:1510] "
         ("empty-model-dir", 1, "./empty-dir holds no model", "config.json"),
         ("sleep-mode-refused", 1, "no sleep mode on this platform", "level: none"),
         ("port-in-use", 1, "port is taken", "`port:`"),
+        ("inner-port", 1, "inside is taken: tcp://*:15557", "`kv-events-config`"),
         ("kv-cache-too-big", 1, "have 400.0 GiB of RAM and 11.16 GiB are free", "kv-cache-memory-bytes"),
         ("kv-cache-too-small", 1, "`max-model-len` 4096 needs 0.01 GiB", "at most 384"),
         ("worker-killed", 0, "worker process of the engine (VllmWorker-0) was killed", "dmesg"),
@@ -174,3 +175,164 @@ def test_the_engine_itself_tells_why_it_ends_and_nothing_else_is_taken_for_it() 
     killed = diagnose_engine((DATA / "cause-worker-killed.txt").read_text())
     assert killed is not None
     assert "worker process of the engine (VllmWorker-0) was killed" in killed.reason
+
+
+HUB_LOG = (
+    "(APIServer pid=5) ERROR 11-26 12:13:00 [repo_utils.py:66] {words}\n"
+    "(APIServer pid=5) pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+    "(APIServer pid=5)   Value error, Invalid repository ID or local directory specified: 'org/model'.\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            "Error retrieving file list: 403 Client Error.\n\nCannot access gated repo for url http://hub/x.\n"
+            "Access to model org/model is restricted and you are not in the authorized list.",
+            "gated",
+        ),
+        (
+            "Error retrieving file list: 401 Client Error.\n\nRepository Not Found for url: http://hub/x.\n"
+            "Invalid username or password.",
+            "does not know the model",
+        ),
+        (
+            "Error retrieving file list: Client error '401 Unauthorized' for url 'http://hub/x'\n"
+            "For more information check: https://developer.mozilla.org/en-US/docs/Web/HTTP/Status/401\n\n"
+            "Invalid credentials in Authorization header",
+            "does not accept the token",
+        ),
+        (
+            "Error retrieving file list: 403 Forbidden: None.\nCannot access content at: http://hub/x.",
+            "token may not read",
+        ),
+        (
+            "Error retrieving file list: 404 Client Error.\n\nRepository Not Found for url: http://hub/x.",
+            "does not know the model",
+        ),
+        ("Error retrieving file list: [Errno 111] Connection refused, retrying 1 of 2", "cannot be reached"),
+        ("Error retrieving file list: Server error '503 Service Unavailable' for url 'x'", "out of order"),
+    ],
+)
+def test_what_the_hub_answered_is_told_and_not_vllms_invalid_repository(words: str, reason: str) -> None:
+    log = HUB_LOG.format(
+        words=words.replace("\n", "\n(APIServer pid=5) ERROR 11-26 12:13:00 [repo_utils.py:66] ")
+    )
+
+    assert reason in diagnose(log, exit_code=1).reason
+
+
+def test_a_hub_that_refused_at_first_is_no_cause_of_what_failed_later() -> None:
+    log = (
+        "Error retrieving file list: [Errno 111] Connection refused, retrying 1 of 2\n"
+        f"{ENGINE}EngineCore failed to start.\n{ENGINE}torch.OutOfMemoryError: CUDA out of memory.\n"
+    )
+
+    assert diagnose(log, exit_code=1).reason == "The GPU ran out of memory."
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "cure"),
+    [
+        ("httpx.ConnectTimeout: timed out", "did not answer in time", "network"),
+        ("httpx.ReadTimeout: The read operation timed out", "did not answer in time", "network"),
+        ("requests.exceptions.ReadTimeout: HTTPSConnectionPool: Read timed out.", "in time", "network"),
+        ("httpx.ConnectError: [Errno 111] Connection refused", "cannot be reached", "proxy"),
+        (
+            "huggingface_hub.errors.OfflineModeIsEnabled: Cannot reach https://hub: offline mode is enabled. "
+            "To disable it, please unset the `HF_HUB_OFFLINE` environment variable.",
+            "may not be asked",
+            "unset HF_HUB_OFFLINE",
+        ),
+        (
+            "huggingface_hub.errors.RevisionNotFoundError: 404 Client Error. Revision Not Found for url: x",
+            "no such revision",
+            "`revision`",
+        ),
+        (
+            "huggingface_hub.errors.HfHubHTTPError: 429 Client Error: Too Many Requests for url: x",
+            "too many requests",
+            "minutes",
+        ),
+        ("OSError: [Errno 24] Too many open files", "as many files", "ulimit -n"),
+        ("zmq.error.ZMQError: Too many open files", "as many files", "ulimit -n"),
+        ("RuntimeError: can't start new thread", "threads", "ulimit -u"),
+        (
+            "OSError: [Errno 28] No space left on device: '/dev/shm/psm_1f2e'",
+            "/dev/shm, is full",
+            "--shm-size",
+        ),
+        (
+            "RuntimeError: unable to write to file </torch_123_456>: No space left on device (28)",
+            "/dev/shm, is full",
+            "--ipc=host",
+        ),
+        (
+            "torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:77, unhandled system error "
+            "(run with NCCL_DEBUG=INFO for details), NCCL version 2.27.3",
+            "call to the system",
+            "/dev/shm|--ipc=host",
+        ),
+        ("RuntimeError: NCCL error: unhandled cuda error", "(NCCL) failed", "NCCL_DEBUG"),
+        (
+            "torch.distributed.DistBackendError: NCCL error in: x, invalid usage. Last error: "
+            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000",
+            "the same GPU",
+            "once",
+        ),
+        (
+            "zmq.error.ZMQError: Address already in use (addr='tcp://*:5557')",
+            "inside is taken: tcp://*:5557",
+            "kv-events-config",
+        ),
+        (
+            "torch.distributed.DistNetworkError: The server socket has failed to listen on any local network "
+            "address. port: 29500, useIpv6: false, code: -98, name: EADDRINUSE, message: address in use",
+            "inside is taken: 29500",
+            "master-port",
+        ),
+    ],
+)
+def test_a_message_of_todays_libraries_gets_its_own_sentence(line: str, reason: str, cure: str) -> None:
+    diagnosis = diagnose(f"Traceback (most recent call last):\n{line}\n", exit_code=1)
+
+    assert reason in diagnosis.reason
+    assert any(word in diagnosis.cure for word in cure.split("|"))
+
+
+def test_a_refused_connection_inside_vllm_is_not_told_as_the_hub() -> None:
+    log = "torch.distributed.DistNetworkError: The client socket has failed to connect: Connection refused\n"
+
+    assert "hub" not in diagnose(log, exit_code=1).reason
+
+
+def test_a_bus_error_points_at_shared_memory() -> None:
+    assert "/dev/shm" in diagnose("", exit_code=-7).reason
+
+
+def test_an_inspection_that_failed_tells_the_exception_that_stands_above() -> None:
+    recorded = (DATA / "cause-inspection.txt").read_text()
+
+    diagnosis = diagnose(recorded, exit_code=1)
+
+    assert "libraries do not fit together" in diagnosis.reason
+    unknown = recorded.replace(
+        "ImportError: libcudart.so.12: cannot open shared object file", "KeyError: 'moon'"
+    )
+    assert diagnose(unknown, exit_code=1).reason.startswith("KeyError: 'moon'")
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("Error: Access denied. Model 'org/gated' requires approval.\nHint: set HF_DEBUG=1 …", "gated"),
+        ("Error: Model 'org/n' not found.\nIf the repo is private, make sure …", "does not know the model"),
+        ("Error: Local entry not found. [Errno 111] Connection refused", "cannot be reached"),
+        ("Error: Local entry not found. timed out", "did not answer in time"),
+        ("Error: 403 Forbidden: None.\nMake sure your token has the correct permissions.", "may not read"),
+        ("Error: the moon\nHint: set HF_DEBUG=1 as environment variable for full traceback.", "the moon"),
+    ],
+)
+def test_the_words_of_the_download_tool_are_understood(said: str, reason: str) -> None:
+    assert reason in diagnose_download(said)

@@ -173,6 +173,16 @@ def test_unified_memory_is_unknown_and_the_note_says_so(nvml: FakeNvml) -> None:
     assert reader.note == "GPU 0 does not tell its memory (Not Supported); one that shares the RAM has none."
 
 
+def test_memory_that_is_kept_from_this_user_is_not_told_as_shared_ram(nvml: FakeNvml) -> None:
+    nvml.withheld |= {"v1": pynvml.NVML_ERROR_NO_PERMISSION, "v2": pynvml.NVML_ERROR_NO_PERMISSION}
+    reader = NvmlReader(nvml)
+    assert reader.read()[0].used_bytes is None
+    assert "it is another user's, or divided (MIG)" in (reader.note or "")
+    nvml.withheld.clear()
+    reader.read()
+    assert reader.note is None
+
+
 def test_a_process_that_computes_and_draws_is_counted_once(nvml: FakeNvml) -> None:
     nvml.graphics = [
         SimpleNamespace(pid=11, usedGpuMemory=61 * GIB),

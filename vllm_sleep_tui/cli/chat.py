@@ -112,7 +112,7 @@ async def _ask(fleet: Fleet, name: str, messages: list[dict[str, Any]], *, aloud
     began = time.monotonic()
     async for event in fleet.chat(name, messages, report=Reporter()):
         if event.error:
-            what = "broke off" if texts else "does not answer"
+            what = "broke off" if any(texts) else "does not answer"
             raise OperationError(f"{name} {what}: {event.error}", f"See: vllm-sleep-tui logs {name}")
         answer |= {field: value for field in MEASURED if (value := getattr(event, field)) is not None}
         texts.append(event.text)

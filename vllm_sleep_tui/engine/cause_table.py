@@ -26,6 +26,15 @@ def _cause(pattern: str, reason: str, cure: str, planned: str = "") -> Cause:
     return Cause(re.compile(pattern), reason, cure, planned)
 
 
+API_PORT = r"Address already in use"
+"""The server's own port, where nothing says that it is one inside vLLM."""
+_INNER_CURE = "If `args:` or `env:` name it (`kv-events-config`, `master-port`, …), give each model its own."
+HUB = r"(?:httpx|httpcore|requests|urllib3|huggingface_hub|Error retrieving file list|Local entry not found)"
+"""How a line begins that tells of a talk with the hub."""
+_NETWORK = (
+    "Check the network, HF_ENDPOINT and the proxy; or download the model beforehand and set HF_HUB_OFFLINE=1."
+)
+
 _COMMAND_LINE = (
     _cause(
         r"error: unrecognized arguments: (?P<flags>.*)",
@@ -43,7 +52,22 @@ _COMMAND_LINE = (
         "Set `level: none`, or `gpus: []` for vLLM on the CPU.",
     ),
     _cause(
-        r"Address already in use",
+        r"ZMQError: Address already in use \(addr='(?P<inner>[^']+)'\)",
+        "A port that vLLM uses inside is taken: {inner}.",
+        _INNER_CURE,
+    ),
+    _cause(
+        r"server socket has failed to listen.* port: (?P<inner>\d+).*EADDRINUSE",
+        "A port that vLLM uses inside is taken: {inner}.",
+        _INNER_CURE,
+    ),
+    _cause(
+        r"(?P<inner>ZMQError|EADDRINUSE).*Address already in use|EADDRINUSE",
+        "A port that vLLM uses inside is taken.",
+        _INNER_CURE,
+    ),
+    _cause(
+        API_PORT,
         "The port is taken by another program.",
         "Leave `port:` out so that a free one is chosen, or end that program.",
     ),
@@ -116,25 +140,66 @@ _INSTALLATION = (
 
 _MODEL = (
     _cause(
-        r"GatedRepoError|gated repo|Access to model (?P<model>\S+) is restricted",
+        r"GatedRepoError|gated repo|Access to model (?P<model>\S+) is restricted"
+        r"|Access denied\..* requires approval",
         "The model is gated: its owner wants an agreement first.",
         "Accept the terms on the model's page, then set HF_TOKEN to a token of that account.",
     ),
     _cause(
-        r"401 Client Error|Invalid username or password|RepositoryNotFoundError|Invalid user token",
+        r"Revision ?Not ?Found|Revision not found in|Invalid rev id",
+        "The model has no such revision.",
+        "Correct `revision` in `args:`, or leave it out.",
+    ),
+    _cause(
+        r"Invalid credentials in Authorization header|Invalid user token|Client error '401 Unauthorized'",
+        "The hub does not accept the token.",
+        "Set HF_TOKEN to a valid one (`hf auth login`), or unset it if the model is public.",
+    ),
+    _cause(
+        r"401 Client Error|Invalid username or password|RepositoryNotFoundError|Repository Not Found for url"
+        r"|(?:Model|Repository) '[^']*' not found\.",
         "The hub does not know the model, or not without a valid token.",
         "Check the spelling of `model:`, and HF_TOKEN if it is private.",
     ),
     _cause(
-        r"LocalEntryNotFoundError|outgoing traffic has been disabled|OfflineModeIsEnabled|HF_HUB_OFFLINE",
+        r"403 Forbidden|403 Client Error",
+        "The token may not read this model.",
+        "Set HF_TOKEN to one that may; a fine-grained token names the repositories that it opens.",
+    ),
+    _cause(
+        r"429 Client Error|429 Too Many|Too Many Requests|Rate limited",
+        "The hub refuses for now: too many requests came from here.",
+        "Wait some minutes and start it again; with HF_TOKEN set more are allowed.",
+    ),
+    _cause(
+        r"Server error '5\d\d|\b50\d Server Error|HTTP Error 50\d",
+        "The hub is out of order.",
+        "Start it again later, or download the model beforehand and set HF_HUB_OFFLINE=1.",
+    ),
+    _cause(
+        rf"{HUB}.*(?:(?:Connect|Read|Write|Pool)Timeout|[Tt]imed out)",
+        "The hub did not answer in time.",
+        _NETWORK,
+    ),
+    _cause(
+        r"We couldn't connect to|Failed to resolve|Name or service not known|Max retries exceeded with url"
+        rf"|{HUB}.*(?:Connect(?:ion)?Error|Connection refused|Network is unreachable|No route to host"
+        r"|name resolution|No address associated|CERTIFICATE_VERIFY_FAILED|ProxyError|ProtocolError"
+        r"|IncompleteRead|Connection reset|peer closed connection)",
+        "The hub cannot be reached.",
+        _NETWORK,
+    ),
+    _cause(
+        r"LocalEntryNotFoundError|Local entry not found|outgoing traffic has been disabled"
+        r"|OfflineModeIsEnabled|offline mode is enabled|HF_HUB_OFFLINE",
         "The model is not in the local cache and the hub may not be asked.",
         "Download it first, or unset HF_HUB_OFFLINE.",
     ),
     _cause(
-        r"We couldn't connect to|Failed to resolve|Name or service not known|Network is unreachable"
-        r"|Max retries exceeded with url",
-        "The hub cannot be reached.",
-        "Check the network, or download the model beforehand and set HF_HUB_OFFLINE=1.",
+        r"No space left on device.*/dev/shm|/dev/shm.*No space left on device|No space left on device.*/psm_"
+        r"|unable to write to file </?torch_|creating shared memory segment|unable to allocate shared memory",
+        "The shared memory of the machine, /dev/shm, is full.",
+        "Make it larger (a container's `--shm-size 16g` or `--ipc=host`); remove what killed servers left.",
     ),
     _cause(
         r"No space left on device|Not enough free disk space",
@@ -147,6 +212,11 @@ _MODEL = (
         "Check the path in `model:`; relative ones count from where the panel was started.",
     ),
     _cause(
+        r"Invalid repository ID or local directory specified: '(?P<model>\w[\w.-]*/[\w.-]+)'",
+        "{model} is not in the local cache, and the hub was not asked or does not hold its config.json.",
+        "Unset HF_HUB_OFFLINE if it is set; check the spelling of `model:`; a folder must hold config.json.",
+    ),
+    _cause(
         r"Invalid repository ID or local directory specified: '(?P<model>[^']*)'",
         "{model} holds no model: its config.json is missing.",
         "Point `model:` at the folder that holds config.json, or finish the download.",
@@ -157,7 +227,7 @@ _MODEL = (
         "If you trust it, add `trust-remote-code: true` to `args:`.",
     ),
     _cause(
-        r"Model architectures \[(?P<name>[^\]]*)\] (?:are not supported|failed)|has no vLLM implementation",
+        r"Model architectures \[(?P<name>[^\]]*)\] are not supported|has no vLLM implementation",
         "This vLLM does not support the model's architecture.",
         "Use a newer vLLM, or another model.",
     ),
@@ -170,6 +240,35 @@ _MODEL = (
         r"Error while deserializing header|SafetensorError|incomplete metadata",
         "A weights file of the model is damaged or incomplete.",
         "Delete it and download it again.",
+    ),
+)
+
+_MACHINE = (
+    _cause(
+        r"Too many open files",
+        "The server may not open as many files and sockets as it needs.",
+        "Raise the limit where the panel is started: `ulimit -n 65536`, or LimitNOFILE= of its systemd unit.",
+    ),
+    _cause(
+        r"can't start new thread|Thread creation failed|Resource temporarily unavailable",
+        "The server may not start as many threads or processes as it needs.",
+        "Raise `ulimit -u` or the container's `--pids-limit`, or end other programs.",
+    ),
+    _cause(
+        r"Duplicate GPU detected",
+        "Two workers of the model were given the same GPU.",
+        "List each GPU once under `gpus:`; on a MIG slice use one GPU.",
+    ),
+    _cause(
+        r"NCCL.*(?:unhandled system error|ncclSystemError)|ncclSystemError",
+        "The GPUs' communication (NCCL) failed on a call to the system, most often for too little /dev/shm.",
+        "Give a container `--ipc=host` or `--shm-size 16g`; NCCL_DEBUG=INFO in `env:` tells more.",
+    ),
+    _cause(
+        r"NCCL error|nccl(?:UnhandledCuda|Internal|Remote)Error|ncclInvalidUsage|DistBackendError"
+        r"|Watchdog caught collective operation timeout",
+        "The communication between the model's GPUs (NCCL) failed.",
+        "Set NCCL_DEBUG=INFO in `env:` and look at the log; try NCCL_P2P_DISABLE=1, or one GPU.",
     ),
 )
 
@@ -251,7 +350,7 @@ _MEMORY = (
 
 _INTERRUPTED = _cause(r"^KeyboardInterrupt", "The start was interrupted by a signal.", "Start it again.")
 
-CAUSES: tuple[Cause, ...] = (*_COMMAND_LINE, *_INSTALLATION, *_MEMORY, *_MODEL, _INTERRUPTED)
+CAUSES: tuple[Cause, ...] = (*_COMMAND_LINE, *_INSTALLATION, *_MACHINE, *_MEMORY, *_MODEL, _INTERRUPTED)
 """Searched in the engine's own exception, then in all other exceptions."""
 
 KILLED: tuple[Cause, ...] = (

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from vllm_sleep_tui.engine.cause_table import CAUSES, KILLED, SIGNALLED, VANISHED, Cause
+from vllm_sleep_tui.engine.cause_table import API_PORT, CAUSES, KILLED, SIGNALLED, VANISHED, Cause
 from vllm_sleep_tui.engine.failures import ENGINE_DEAD
 from vllm_sleep_tui.text import clean
 
@@ -17,7 +17,9 @@ _PREFIX = re.compile(
     r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]+\] ?)?"
 )
 _ENGINE_BLOCK = ("EngineCore failed to start", "EngineCore encountered a fatal error")
-_EXCEPTION = re.compile(r"^(?:[A-Za-z_][\w.]*\.)?(\w*(?:Error|Exception|Interrupt|NotFound)\b)(?::|$)")
+_EXCEPTION = re.compile(
+    r"^(?:[A-Za-z_][\w.]*\.)?(\w*(?:Error|Exception|Interrupt|NotFound|Timeout|Expired|IsEnabled)\b)(?::|$)"
+)
 _ARGUMENT_ERROR = re.compile(r"^vllm(?: serve)?: error: ")
 _PYDANTIC = re.compile(r"^\s+(?:Value|Assertion) error, (.*?)(?: \[type=.*)?$")
 # These point at the cause and are none.
@@ -25,6 +27,16 @@ _POINTERS = re.compile(
     r"Engine core initialization failed|EngineDeadError|WorkerProc initialization failed"
     rf"|{ENGINE_DEAD}|^RuntimeError: cancelled$|^asyncio\.exceptions\.CancelledError"
 )
+
+
+# These are the end of a story that the log tells further up.
+_ENDINGS = re.compile(
+    r"Invalid repository ID or local directory|failed to be inspected|Error raised in subprocess"
+    r"|CalledProcessError"
+)
+_HUB = "Error retrieving file list"
+_HUB_LINES = 9
+_INSPECTION = "Error in inspecting model architecture"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +47,16 @@ class Diagnosis:
     cure: str
     planned: str = ""
     """What to do where the panel plans `gpu-memory-utilization`; empty: the same."""
+    port: str | None = None
+    """What was taken: an address inside vLLM, OWN_PORT; None if it was no port."""
 
     def for_planned(self) -> Diagnosis:
         """The same for a model whose share of the GPU is planned: it does not name that setting."""
-        return Diagnosis(self.reason, self.planned or self.cure)
+        return replace(self, cure=self.planned or self.cure)
+
+
+OWN_PORT = "port"
+"""The server's own, as `Diagnosis.port`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +75,8 @@ def diagnose(log: str, *, exit_code: int | None = None) -> Diagnosis:
     lines = [_parse(line) for line in clean(log).splitlines()]
     engine = [text for text in _engine_exceptions(lines) if not _POINTERS.search(text)]
     others = [text for text in _exceptions(lines) if not _POINTERS.search(text)]
+    if any(_ENDINGS.search(text) for text in others) and (above := [*_inspection(lines), *_hub_words(lines)]):
+        others = above + [text for text in others if not _ENDINGS.search(text)]
     everything = "\n".join(line.text for line in lines)
     return (
         _known(CAUSES, engine)
@@ -81,6 +101,16 @@ def diagnose_engine(log: str) -> Diagnosis | None:
     return _known(CAUSES, engine) or _unknown(engine) or _known(KILLED, [everything])
 
 
+def diagnose_download(said: str) -> str:
+    """Why a download tool failed, from what it said: a sentence, or its own last words."""
+    lines = [line.strip() for line in clean(said).splitlines() if line.strip()]
+    found = _known(CAUSES, [f"huggingface_hub: {line}" for line in lines])
+    if found is not None:
+        return found.reason
+    lines = [line for line in lines if not line.startswith("Hint:")]
+    return lines[-1][:MAX_REASON] if lines else "It ended without a word."
+
+
 def _parse(line: str) -> _Line:
     prefix = _PREFIX.match(line)
     assert prefix is not None  # every part of it is optional
@@ -96,6 +126,26 @@ def _engine_exceptions(lines: list[_Line]) -> list[str]:
     # Other processes write between the lines of the block.
     block = [line for line in lines[start + 1 :] if (line.worker, line.level) == (head.worker, head.level)]
     return list(_exceptions(block))[::-1]
+
+
+def _inspection(lines: list[_Line]) -> Iterator[str]:
+    """What went wrong while vLLM looked at the model's class, the last first: it runs a process for that.
+
+    vLLM's own last line is "failed to be inspected" (0.32, cause-inspection.txt).
+    """
+    start = next((i for i, line in enumerate(lines) if line.text.startswith(_INSPECTION)), None)
+    if start is None:
+        return
+    head = lines[start]
+    block = [line for line in lines[start + 1 :] if (line.worker, line.level) == (head.worker, head.level)]
+    yield from (text for text in list(_exceptions(block))[::-1] if not _ENDINGS.search(text))
+
+
+def _hub_words(lines: list[_Line]) -> Iterator[str]:
+    """What the hub answered; vLLM then calls the model an "invalid repository ID" (0.32, cause-hub-*.txt)."""
+    for number, line in enumerate(lines):
+        if line.text.startswith(_HUB):
+            yield from (told.text for told in lines[number : number + _HUB_LINES])
 
 
 def _exceptions(lines: list[_Line]) -> Iterator[str]:
@@ -120,9 +170,17 @@ def _known(causes: tuple[Cause, ...], texts: list[str]) -> Diagnosis | None:
         for text in texts:
             if found := cause.pattern.search(text):
                 groups = {name: value or "?" for name, value in found.groupdict().items()}
-                sentences = (cause.reason, cause.cure, cause.planned)
-                return Diagnosis(*(sentence.format(**groups) for sentence in sentences))
+                reason, cure, planned = (
+                    sentence.format(**groups) for sentence in (cause.reason, cause.cure, cause.planned)
+                )
+                return Diagnosis(reason, cure, planned, _port(cause, groups))
     return None
+
+
+def _port(cause: Cause, groups: Mapping[str, str]) -> str | None:
+    if cause.pattern.pattern == API_PORT:
+        return OWN_PORT
+    return groups.get("inner")
 
 
 def _by_exit(exit_code: int | None, exceptions: list[str]) -> Diagnosis | None:
@@ -130,6 +188,11 @@ def _by_exit(exit_code: int | None, exceptions: list[str]) -> Diagnosis | None:
         return Diagnosis(
             "The server was killed (SIGKILL), most often by the kernel because the machine's memory ran out.",
             "Look for `Out of memory` in `dmesg`; free RAM, use level 2, or lower what the model needs.",
+        )
+    if exit_code == -7:
+        return Diagnosis(
+            "The server died of a bus error (SIGBUS), most often because /dev/shm is full.",
+            "Make it larger: a container's `--shm-size 16g` or `--ipc=host`.",
         )
     if exit_code in (126, 127) and not exceptions:
         return Diagnosis(

@@ -27,7 +27,7 @@ from vllm_sleep_tui.fleet.recovery import lives
 from vllm_sleep_tui.fleet.rooms import locked, others_on
 from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
-from vllm_sleep_tui.fleet.starting import Start, check_startable
+from vllm_sleep_tui.fleet.starting import PortRaceError, Start, check_startable
 from vllm_sleep_tui.fleet.states import Event, State
 
 # ── switch, wake, start ──────────────────────────────────────────────────────────────────────────────────
@@ -123,7 +123,7 @@ async def bring_up(core: Core, name: str, operation: Operation, *, fell: State |
     record = core.records.read(name)
     if record.state is not State.ASLEEP:
         try:
-            return await Start(core, name, operation).run(fell=fell)
+            return await start_twice(core, name, operation, fell=fell)
         except (RefusedError, UsageError):
             core.write(core.records.read(name), intent=None)
             raise
@@ -139,6 +139,15 @@ async def bring_up(core: Core, name: str, operation: Operation, *, fell: State |
         core.write(server.record, intent=None)
         raise
     return server
+
+
+async def start_twice(core: Core, name: str, operation: Operation, *, fell: State | None) -> Server:
+    """Start it, once more if only the race for a port was lost."""
+    try:
+        return await Start(core, name, operation).run(fell=fell)
+    except PortRaceError as error:
+        operation.tell(name, "once more", f"{error.what} It was free a moment ago.")
+        return await Start(core, name, operation).run(fell=fell)
 
 
 async def wake(core: Core, name: str, operation: Operation) -> None:

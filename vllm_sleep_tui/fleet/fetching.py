@@ -20,7 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from vllm_sleep_tui.config import ModelConfig
-from vllm_sleep_tui.engine.causes import diagnose
+from vllm_sleep_tui.engine.causes import diagnose_download
 from vllm_sleep_tui.engine.loaders import argument
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.core import GIB, Core
@@ -218,7 +218,7 @@ async def download(
         raise
     finally:
         spoken = await said
-    return diagnose(spoken, exit_code=process.returncode).reason if process.returncode else None
+    return diagnose_download(spoken) if process.returncode else None
 
 
 async def follow(process: asyncio.subprocess.Process, folder: Path, name: str, operation: Operation) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv, serve_environment
-from vllm_sleep_tui.engine.causes import Diagnosis
+from vllm_sleep_tui.engine.causes import OWN_PORT, Diagnosis
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
 from vllm_sleep_tui.engine.guard_files import copy_guard
@@ -37,7 +38,7 @@ from vllm_sleep_tui.fleet.levels import installed_version, never_level2
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.patience import patiently
 from vllm_sleep_tui.fleet.planning import read_memory, share_of, weights_of
-from vllm_sleep_tui.fleet.ports import CURE, choose_port, port_is_free, taken
+from vllm_sleep_tui.fleet.ports import CURE, choose_port, taken
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.server import Server
 from vllm_sleep_tui.fleet.states import Event, StartPhase, State
@@ -99,6 +100,10 @@ def check_source(core: Core, name: str) -> None:
             f"{core.loaded.path}: models.{name}.model: there is no {source}.",
             "Correct the path, or write a hub name such as Qwen/Qwen3-0.6B.",
         )
+
+
+class PortRaceError(OperationError):
+    """A port that vLLM or the panel had picked was taken before it was bound; another start picks another."""
 
 
 class Start:
@@ -450,10 +455,20 @@ class Start:
             await self.abandon()
             raise CancelledByUser(f"The start of {self.name} was stopped.") from error
         found = cause_in_log(self.core, self.record, word)
-        if found is not None and self.record.port is not None and not port_is_free(self.record.port):
+        raced = found is not None and self.was_race(found.port)
+        if found is not None and found.port == OWN_PORT and self.record.port is not None and not raced:
             found = Diagnosis(taken(self.record.port, self.name), CURE)  # vLLM does not say by whom
         await fail(
             self.core, self.record, found.reason if found else error.what, found.cure if found else error.cure
         )
         if found is not None:
-            raise OperationError(f"{self.name}: {found.reason}", found.cure) from error
+            kind = PortRaceError if raced else OperationError
+            raise kind(f"{self.name}: {found.reason}", found.cure) from error
+
+    def was_race(self, port: str | None) -> bool:
+        """Whether the `port` that was taken is none that the config names: the next start picks another."""
+        if port is None or (port == OWN_PORT and self.model.port is not None):
+            return False
+        numbers = re.findall(r"\d+", port)
+        named = re.findall(r"\d+", f"{self.model.args} {self.model.env}")
+        return port == OWN_PORT or (bool(numbers) and numbers[-1] not in named)

@@ -89,6 +89,7 @@ class NvmlReader:
         self._in_use = threading.RLock()
         self._memory_version: tuple[int, ...] = (nvml.nvmlMemory_v2,)
         self._complaints: dict[tuple[int, str], str] = {}
+        self._forbidden: set[tuple[int, str]] = set()
         self._mismatch = getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError)
         self._driver_faults = {getattr(nvml, name): told for name, told in _DRIVER_FAULTS.items()}
         self._gpu_faults = {getattr(nvml, name): told for name, told in _GPU_FAULTS.items()}
@@ -112,9 +113,9 @@ class NvmlReader:
             return "NVML lists no GPU; VRAM is not known."
         for device in self._devices:
             if why := self._complaints.get((device.index, _MEMORY)):
-                return (
-                    f"GPU {device.index} does not tell its memory ({why}); one that shares the RAM has none."
-                )
+                shared = "one that shares the RAM has none"
+                kept = "it is another user's, or divided (MIG)" if self._is_kept(device) else shared
+                return f"GPU {device.index} does not tell its memory ({why}); {kept}."
         return None
 
     @property
@@ -202,6 +203,8 @@ class NvmlReader:
             answer = ask(device.handle, *arguments)
         except self._nvml.NVMLError as error:
             self._complaints[device.index, function] = str(error)
+            if error.value == self._nvml.NVML_ERROR_NO_PERMISSION:
+                self._forbidden.add((device.index, function))
             if error.value in self._gone:
                 self._faults.setdefault(device.index, self._silent(device.index, error))
             return None
@@ -209,7 +212,12 @@ class NvmlReader:
             self._complaints[device.index, function] = str(error)
             return None
         self._complaints.pop((device.index, function), None)
+        self._forbidden.discard((device.index, function))
         return answer
+
+    def _is_kept(self, device: _Device) -> bool:
+        """Whether the GPU's memory is told, but not to this user."""
+        return (device.index, _MEMORY) in self._forbidden
 
     def _silent(self, index: int, error: Any) -> GpuFault:
         told, cure = self._gpu_faults.get(error.value, ("does not answer", _LOOK))
