@@ -26,7 +26,7 @@ LAUNCH_VARIABLES = (LAUNCH_VARIABLE, "VLLM_SLEEP_TUI_LAUNCH")
 RESERVED_ARGS: dict[str, str] = {
     "host": "The panel keeps every server on 127.0.0.1; leave it out.",
     "port": "Set `port:` of the model, beside `args:`.",
-    "uds": "The panel talks to its servers by port; leave it out.",
+    "uds": "Clients reach a server by its port, the panel by a socket of the guard; leave it out.",
     "served-model-name": "The model is served under its name in this file; rename it there.",
     "api-key": "A key would lock the panel out and does not cover the sleep endpoints; the guard does.",
     "middleware": "The panel's guard takes this place; leave it out.",
