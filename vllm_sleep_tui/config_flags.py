@@ -28,7 +28,7 @@ RESERVED: dict[str, str] = {
     "model": "Write it as the model's own `model:`.",
     "host": "Servers listen on 127.0.0.1 alone: remove it.",
     "port": "Write it as the model's own `port:`.",
-    "uds": "Servers are reached through a port: remove it.",
+    "uds": "Clients reach a server by its port, the panel by a socket of the guard: remove it.",
     "served-model-name": "The model's key in this file is its served name; others are its `aliases:`.",
     "api-key": "It would show in the process list; write the model's own `api_key:` or `api_key_file:`.",
     "middleware": "The guard is the server's middleware: remove it.",
