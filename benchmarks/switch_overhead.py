@@ -64,9 +64,9 @@ async def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
         clients = {}
         for name in ("a", "b"):
             uds = RecordStore(folder, loaded.path).read(name).socket
-            client = httpx.AsyncClient(
-                transport=httpx.AsyncHTTPTransport(uds=uds), base_url="http://127.0.0.1", trust_env=False
-            )
+            # Below the server's own 5 s, so that it never hangs up first.
+            transport = httpx.AsyncHTTPTransport(uds=uds, limits=httpx.Limits(keepalive_expiry=3.0))
+            client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", trust_env=False)
             clients[name] = await stack.enter_async_context(client)
         try:
             for _ in range(rounds):
