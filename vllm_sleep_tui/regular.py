@@ -9,26 +9,27 @@ from pathlib import Path
 
 
 class NotAFileError(OSError):
-    """The name is that of a pipe, link or device, or the file is larger than its kind ever is."""
+    """The name is that of a pipe or device, or the file is larger than its kind ever is."""
 
 
 def open_regular(path: Path, *, follow: bool = False) -> int:
     """A descriptor of a regular file, opened for reading; it never waits.
 
-    With `follow` the name may be a link to one. Raises NotAFileError for anything else, and OSError.
+    With `follow` the name may be a link to one. Raises NotAFileError for a pipe or a device, and OSError,
+    also for a link or a folder: those are left where they are.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket, or a device without a driver
+        if error.errno == errno.ENXIO:  # a socket, or a device without a driver
             raise NotAFileError(error.errno, "it is not a regular file", str(path)) from None
         raise
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
-    if stat.S_ISDIR(mode):  # a person's doing, with something in it: it is left where it is
+    if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise NotAFileError(errno.EINVAL, "it is not a regular file", str(path))
 
