@@ -270,7 +270,7 @@ async def _take_body(receive: Receive) -> list[Message] | None:
     while True:
         try:
             message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
+        except asyncio.TimeoutError:  # noqa: UP041 - the built-in one only from Python 3.11 on
             return None
         if message["type"] != "http.request":
             return []
