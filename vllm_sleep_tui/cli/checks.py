@@ -18,7 +18,6 @@ from vllm_sleep_tui.cli.init import Surroundings, best_environment
 from vllm_sleep_tui.config import CONFIG_NAME, ModelConfig
 from vllm_sleep_tui.config_file import LoadedConfig
 from vllm_sleep_tui.config_flags import FlagTable
-from vllm_sleep_tui.engine.chat import TEMPLATE_CURE
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.arguments import complaints, flags_of, simulated_flags
 from vllm_sleep_tui.fleet.core import simulated_folder
@@ -32,7 +31,7 @@ from vllm_sleep_tui.fleet.keeping import is_kept
 from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
 from vllm_sleep_tui.fleet.orphans import find_orphans
 from vllm_sleep_tui.fleet.records import RecordStore
-from vllm_sleep_tui.fleet.templates import lacks_template
+from vllm_sleep_tui.fleet.templates import TEMPLATE_CURE, lacks_template
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.telemetry.gpus import VISIBLE, fault_of, is_hidden
 from vllm_sleep_tui.telemetry.host import host_memory

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.engine.chat import TEMPLATE_CURE as TEMPLATE_CURE
 from vllm_sleep_tui.engine.loaders import argument
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.checkpoint import find_checkpoint
