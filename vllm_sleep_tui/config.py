@@ -23,7 +23,8 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _DURATION = r"^([0-9]+(\.[0-9]+)?[smhd])+$"
 _MEMORY = r"^[0-9]+(\.[0-9]+)? ?([KMGT]i?)?B$"
 
-Level = Literal["auto", 1, 2, "none"]
+Level = Literal["auto", 0, 1, 2, "none"]
+SleepBackend = Literal["auto", "stock"]
 Restart = Literal["on-failure", "never"]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 GpuIndex = Annotated[int, Meta(ge=0)]
@@ -57,6 +58,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gpus: Annotated[tuple[GpuIndex, ...], Meta(description="NVML indices; [] is vLLM on the CPU.")] = (0,)
     """NVML indices. Empty: vLLM on the CPU, where sleeping frees no memory."""
     level: Annotated[Level, Meta(description="Sleep level; none: stop and start instead.")] = "auto"
+    sleep_backend: Annotated[SleepBackend, Meta(description="stock: vLLM's own sleep mode.")] = "auto"
+    """auto: our own backend where it fits this vLLM, see docs/fast-switch.md."""
     args: Annotated[dict[str, Any], Meta(description="Flags of `vllm serve` without the dashes.")] = {}
     """Flags of `vllm serve` by their long names without dashes, each with its text, or texts, as written."""
     env: Annotated[dict[str, str], Meta(description="Environment of this server; ${VAR} is filled in.")] = {}

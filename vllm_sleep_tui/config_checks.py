@@ -110,6 +110,9 @@ def _check_source(document: Document, key: Key, model: ModelConfig) -> None:
     if model.idle.sleep_after is not None and model.level == "none":
         wrong = "a server given by `url:` with `level: none` does not sleep"
         raise document.error((*key, "idle", "sleep_after"), wrong, "Remove it, or write another `level:`.")
+    if model.level == 0:
+        wrong = "the weights of a server that is not started here cannot stay in VRAM"
+        raise document.error((*key, "level"), wrong, "Write 1 or 2.")
     for field in ("args", "env", "env_file", "port", "autostart", "vllm_command", "aliases"):
         if getattr(model, field):
             wrong = "has no effect on a server that is not started here"

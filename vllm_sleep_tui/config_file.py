@@ -40,7 +40,7 @@ _EXPECTED = {
     "api_key_file": "text, such as ~/.config/big.key",
     "url_user": "the name of a user of this machine, or * for anybody",
     "gpus": "a list of GPU numbers from 0, such as [0]",
-    "level": "auto, 1, 2 or none",
+    "level": "auto, 0, 1, 2 or none",
     "args": "a mapping of flags to values, such as {max-model-len: 8192}, or a list of words",
     "env": "a mapping of names to text, or a list such as [NAME=value]",
     "env_file": "the name of a file, or a list of them",

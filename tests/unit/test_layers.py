@@ -85,7 +85,8 @@ def test_imports_point_downwards_only(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_the_panel_knows_textual_and_nobody_imports_vllm(path: Path) -> None:
     roots = {name.split(".")[0] for name in imports(path)}
-    assert "vllm" not in roots or path.name == "dump_parser.py"  # which vLLM's own Python runs
+    runs_in_vllm = path.name == "dump_parser.py" or path.parent.name == "backend"
+    assert "vllm" not in roots or runs_in_vllm
     assert part_of(path) == "tui" or not roots & ONLY_THE_PANEL
 
 
@@ -95,6 +96,17 @@ def test_what_runs_alone_needs_only_the_standard_library(module: str) -> None:
     if module == "engine/guard.py":
         roots -= {"uvicorn"}  # vLLM's own, once vLLM runs; the copy is importable without it
     assert roots <= sys.stdlib_module_names | {"__future__"}
+
+
+def test_our_sleep_mode_runs_inside_vllm_and_needs_nothing_of_ours() -> None:
+    allowed = sys.stdlib_module_names | {"__future__", "torch", "vllm"}
+    for path in (PACKAGE / "engine" / "backend").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, path.name
+            elif isinstance(node, ast.ImportFrom):
+                own = node.level == 1  # of the folder itself, whatever it is called there
+                assert own or (node.module or "").split(".")[0] in allowed, path.name
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ async def _put_back_one(fleet: Fleet, before: Found, report: Report | None) -> N
         if now.state is not State.STOPPED:
             await fleet.stop([before.name], report=report)
     elif before.state is State.ASLEEP:
-        await put_asleep(fleet, before.name, before.level or 1, report)
+        await put_asleep(fleet, before.name, 1 if before.level is None else before.level, report)
     elif now.state is not State.AWAKE:
         await fleet.switch(before.name, report=report)
 

@@ -144,6 +144,7 @@ def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:
             yield Check(
                 f"{name}.model", Verdict.FAIL, f"{model.model} holds no config.json", "Correct the path."
             )
+        yield from _backend_checks(loaded, name)
         yield from _level_checks(loaded, name, model)
         if lacks_template(model, loaded.path.parent, os.environ):
             yield Check(f"{name}.chat", Verdict.WARN, "no chat template: chats are refused", TEMPLATE_CURE)
@@ -178,6 +179,18 @@ def _level_checks(loaded: LoadedConfig, name: str, model: ModelConfig) -> Iterat
     elif risk:
         cure = "Set `level: 1` or `auto`."
         yield Check(f"{name}.level", Verdict.FAIL if never else Verdict.WARN, f"level 2: {risk}", cure)
+
+
+def _backend_checks(loaded: LoadedConfig, name: str) -> Iterator[Check]:
+    """Whose sleep mode the model runs on, as its last start found."""
+    record = RecordStore(state_dir(), loaded.path).read(name)
+    if record.sleep_backend == "own":
+        yield Check(f"{name}.sleep_backend", Verdict.OK, "the fast sleep mode, see docs/fast-switch.md")
+    elif record.sleep_backend_why:
+        level_0 = loaded.config.models[name].level == 0
+        what = f"vLLM's own sleep mode: {record.sleep_backend_why}"
+        cure = "Level 0 needs ours; until then it sleeps as with `level: auto`." if level_0 else ""
+        yield Check(f"{name}.sleep_backend", Verdict.WARN if level_0 else Verdict.OK, what, cure)
 
 
 def _key_file_check(name: str, path: Path) -> Check:

@@ -78,7 +78,7 @@ def restart(ctx: click.Context, names: tuple[str, ...], force: bool, as_json: bo
 
 @click.command()
 @click.argument("name")
-@click.option("--level", type=click.IntRange(1, 2), help="1 keeps the weights in RAM, 2 drops them.")
+@click.option("--level", type=click.IntRange(0, 2), help="Weights in VRAM (0), in RAM (1), on disk (2).")
 @force_option
 @json_option
 @config_option

@@ -212,7 +212,7 @@ def launch_part(model: ModelConfig) -> tuple[object, ...]:
 
 def line_of(model: ModelSnapshot) -> str:
     """The state of a model in words, with the reason of a failure."""
-    level = f" L{model.level}" if model.state is State.ASLEEP and model.level else ""
+    level = f" L{model.level}" if model.state is State.ASLEEP and model.level is not None else ""
     reason = f": {model.reason}" if model.state is State.FAILED and model.reason else ""
     port = f", port {model.port}" if model.state is State.AWAKE else ""
     return f"{model.state}{level}{port}{reason}"

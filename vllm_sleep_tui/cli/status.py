@@ -139,7 +139,21 @@ def status_lines(snapshot: FleetSnapshot) -> list[str]:
             lines += ["", f"{model.name}: {model.reason}", *([f"  {model.cure}"] if model.cure else [])]
         if (died := model.last_failure) is not None:
             lines += ["", f"{model.name}: {died.told()}", f"  What it said last: {APP} logs {model.name}"]
-    return [*lines, *snapshot.notes]
+    return [*lines, *backend_lines(snapshot.models), *snapshot.notes]
+
+
+def backend_lines(models: Sequence[ModelSnapshot]) -> list[str]:
+    """Who runs on our sleep mode, and who on vLLM's own although ours was to be had."""
+    by_why: dict[str, list[str]] = {}
+    for model in models:
+        if model.sleep_backend == "own":
+            by_why.setdefault("", []).append(model.name)
+        elif model.sleep_backend_why:
+            by_why.setdefault(model.sleep_backend_why, []).append(model.name)
+    return [
+        f"Sleep mode of {', '.join(names)}: {f'vLLM’s own, {why}' if why else 'the fast one'}"
+        for why, names in by_why.items()
+    ]
 
 
 def _row(model: ModelSnapshot, now: float) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from vllm_sleep_tui.config_flags import (
     wrong_value,
 )
 from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
+from vllm_sleep_tui.engine.guard_files import BACKEND, BACKEND_WORKER
 
 READY_SECONDS = 600
 """vLLM's own limit for a start, `VLLM_ENGINE_READY_TIMEOUT_S` (vLLM 0.33, read in source)."""
@@ -66,6 +67,8 @@ class ServeSpec:
     api_key: str | None = field(default=None, repr=False)
     flags: FlagTable = field(default_factory=shipped_table, repr=False)
     """What the vLLM that will read the command line knows."""
+    own_backend: bool = False
+    """Whether our sleep mode lies in `guard_dir` too."""
 
 
 def serve_argv(spec: ServeSpec) -> list[str]:
@@ -76,6 +79,8 @@ def serve_argv(spec: ServeSpec) -> list[str]:
     # vLLM on the CPU refuses to start with this flag (0.32, log-enable-sleep-mode-refused.txt).
     if spec.sleep_mode and spec.gpus:
         argv.append("--enable-sleep-mode")
+    if spec.own_backend and "worker-extension-cls" not in spec.args:
+        argv += ["--worker-extension-cls", BACKEND_WORKER]
     if spec.gpus and spec.utilization is not None and "gpu-memory-utilization" not in spec.args:
         argv += ["--gpu-memory-utilization", f"{spec.utilization:.4f}"]
     for name, value in spec.args.items():
@@ -161,6 +166,9 @@ def serve_environment(
     if ready_seconds is not None:
         environment["VLLM_ENGINE_READY_TIMEOUT_S"] = str(max(READY_SECONDS, math.ceil(ready_seconds)))
     environment |= spec.env
+    if spec.own_backend and environment.get("VLLM_PLUGINS"):
+        # A list of what may be loaded: ours would not be.
+        environment["VLLM_PLUGINS"] += f",{BACKEND}"
     for name in NEVER_INHERITED:
         environment.pop(name, None)
     if spec.api_key is not None:

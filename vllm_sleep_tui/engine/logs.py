@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ MAX_LINE = 16 * 1024
 MAX_READ = 4 * 1024 * 1024
 TAIL_STEP = 1024 * 1024
 """Bytes by which the end of a log is looked for, backwards."""
+MAX_WHY = 200
+"""Characters of a reason that are kept: the record is one page."""
 
 PhaseName = Literal["loading", "compiling", "capturing", "warming"]
 
@@ -29,6 +32,14 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
+class Backend:
+    """Our sleep mode in a server: in place in every process that told of it, or why it is not."""
+
+    is_own: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class LogFacts:
     """Figures that vLLM logged, in bytes, summed over its workers; None where no line told."""
 
@@ -38,6 +49,8 @@ class LogFacts:
     """What the last sleep gave back, and a wake will need."""
     sleep_backed_up_bytes: int | None
     """How much of it is held in RAM, before rounding."""
+    backend: Backend | None = None
+    """What our sleep mode said of itself; None if it said nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +98,9 @@ _FIGURES = {
 }
 
 
+_BACKEND = re.compile(r"panel-sleep-backend (\{.*\})")
+
+
 class PhaseReader:
     """Follows one start of a server, line by line; it never goes back to an earlier phase.
 
@@ -94,10 +110,13 @@ class PhaseReader:
     def __init__(self) -> None:
         self._phase: Phase | None = None
         self._figures: dict[str, dict[str, int]] = {name: {} for name in _FIGURES}
+        self._backend: Backend | None = None
 
     def feed(self, line: str) -> Phase | None:
         """The phase that `line` tells of, if it tells anything new."""
         self._read_figures(line)
+        if found := _BACKEND.search(line):
+            self._read_backend(found[1])
         phase = _phase_in(line)
         if phase is None or phase == self._phase or self._is_earlier(phase):
             return None
@@ -112,6 +131,7 @@ class PhaseReader:
             kv_cache_bytes=self._total("kv_cache"),
             sleep_freed_bytes=self._total("freed"),
             sleep_backed_up_bytes=self._total("backed_up"),
+            backend=self._backend,
         )
 
     def _is_earlier(self, phase: Phase) -> bool:
@@ -127,6 +147,16 @@ class PhaseReader:
             if found := pattern.search(line):
                 figure = next(group for group in found.groups() if group is not None)
                 self._figures[name][worker] = round(float(figure) * GIB)
+
+    def _read_backend(self, text: str) -> None:
+        """One process's word; a single one without it is enough for vLLM's own."""
+        try:
+            word = json.loads(text)
+            told = Backend(word["state"] == "own", str(word["why"])[:MAX_WHY])
+        except (ValueError, KeyError, TypeError):
+            return
+        if self._backend is None or self._backend.is_own:
+            self._backend = told
 
     def _total(self, name: str) -> int | None:
         by_worker = self._figures[name]

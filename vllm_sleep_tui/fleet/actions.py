@@ -20,12 +20,12 @@ from vllm_sleep_tui.fleet.levels import never_level2
 from vllm_sleep_tui.fleet.operation import Operation, actor
 from vllm_sleep_tui.fleet.patience import patiently
 from vllm_sleep_tui.fleet.plan import Room
-from vllm_sleep_tui.fleet.planning import cold_start, refuse_without_room
+from vllm_sleep_tui.fleet.planning import cold_start, own_level, refuse_without_room
 from vllm_sleep_tui.fleet.ports import choose_port
 from vllm_sleep_tui.fleet.records import Intent, Record
 from vllm_sleep_tui.fleet.recovery import lives
 from vllm_sleep_tui.fleet.rooms import locked, others_on
-from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server
+from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server, no_level_0
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.starting import PortRaceError, Start, check_startable
 from vllm_sleep_tui.fleet.states import Event, State
@@ -109,13 +109,26 @@ async def step_aside(
 ) -> None:
     """One model makes room, the way its level says, unless `unless` raises before it is too late."""
     record = core.records.read(name)
+    if record.state is State.ASLEEP and record.level == 0:
+        await give_up_weights(core, record, operation)
+        return
     if record.state is not State.AWAKE:
         return
     if record.resolved_level == "none":
         await end(core, record, operation, force=force, unless=unless)
     else:
-        level = int(record.resolved_level or "1")
-        await Server(core, record, operation).fall_asleep(level, force=force, unless=unless)
+        await Server(core, record, operation).fall_asleep(own_level(record), force=force, unless=unless)
+
+
+async def give_up_weights(core: Core, record: Record, operation: Operation) -> None:
+    """A sleeper at level 0 moves its weights to RAM, or gives them up where the RAM is short."""
+    server = Server(core, record, operation)
+    try:
+        await server.deepen(1)
+    except RefusedError:
+        if never_level2(core.model(record.name), record.vllm_version, core.loaded.path.parent):
+            raise
+        await server.deepen(2)
 
 
 async def bring_up(core: Core, name: str, operation: Operation, *, fell: State | None = None) -> Server:
@@ -281,6 +294,10 @@ async def sleep(
         return
     async with locked(core, name, operation, make_room=False):
         record = core.records.read(name)
+        if record.state is State.ASLEEP and record.level == 0 and level in (1, 2):
+            check_can_sleep(core, record, level)
+            await Server(core, record, operation).deepen(level)
+            return
         if record.state is State.ASLEEP:
             check_same_level(record, level)
             return
@@ -291,7 +308,7 @@ async def sleep(
         if record.resolved_level == "none" and level is None:
             await end(core, record, operation, force=force)
             return
-        wanted = level or int(record.resolved_level or "1")
+        wanted = own_level(record) if level is None else level
         check_can_sleep(core, record, wanted)
         await Server(core, record, operation).fall_asleep(wanted, force=force)
 
@@ -314,6 +331,8 @@ def check_can_sleep(core: Core, record: Record, level: int) -> None:
             f"{record.name} was started without sleep mode (`level: none`).",
             "Set `level: auto` and restart it.",
         )
+    if level == 0 and record.sleep_backend != "own":
+        raise RefusedError(*no_level_0(record))
     never = never_level2(core.model(record.name), record.vllm_version, core.loaded.path.parent)
     if level == 2 and never:
         raise RefusedError(f"Level 2 could not bring {record.name} back: {never}.", "Sleep it at level 1.")

@@ -189,7 +189,12 @@ async def sleep(
             if seen.level or record.level:
                 check_same_level(core.write(record, level=seen.level or record.level), level)
             return
-        wanted = level or _own_level(core, name)
+        wanted = _own_level(core, name) if level is None else level
+        if wanted == 0:
+            raise RefusedError(
+                f"{name} was not started by the panel: its weights cannot stay in VRAM (level 0).",
+                "Sleep it at level 1 or 2.",
+            )
         await _check_version(core, name)
         if unless is not None:
             await unless()

@@ -59,6 +59,14 @@ def asleep_estimate(footprint: Footprint, model: ModelConfig, gpu: int) -> int:
     return measured if measured is not None else asleep_guess(model.gpus)
 
 
+def resident_estimate(footprint: Footprint, model: ModelConfig, gpu: int, weights: int | None) -> int:
+    """What the model leaves on `gpu` at level 0: measured, else its weights beside what a sleeper leaves."""
+    measured = footprint.resident.get(str(gpu))
+    if measured is not None:
+        return measured
+    return asleep_estimate(footprint, model, gpu) + (weights or 0) // max(1, len(model.gpus))
+
+
 def pinned_estimate(footprint: Footprint, weights: int | None) -> int | None:
     """Bytes of RAM that level 1 will pin: measured, else twice the weights; None if those are not known."""
     if footprint.pinned:

@@ -39,13 +39,16 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     awake: dict[str, int] = {}
     """VRAM by GPU index while awake."""
     asleep: dict[str, int] = {}
-    """VRAM by GPU index while asleep."""
+    """VRAM by GPU index while asleep at level 1 or 2."""
+    resident: dict[str, int] = {}
+    """VRAM by GPU index while asleep at level 0, the weights included."""
     pinned: int | None = None
     weights: int | None = None
     backed_up: int | None = None
     """What level 1 copies to RAM, before pinned allocations are rounded up."""
     times: dict[str, tuple[float, ...]] = {}
-    """The last seconds measured, by what was done: start, sleep1-first, sleep1, sleep2, wake1, wake2."""
+    """The last seconds measured, by what was done: start, sleep1-first, sleep0, sleep1,
+    sleep2, wake0, wake1, wake2."""
 
     def typical(self, what: str) -> float | None:
         """The median of the seconds measured for `what`; None if it was never done."""
@@ -70,6 +73,7 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
         return Footprint(
             awake={**other.awake, **self.awake},
             asleep={**other.asleep, **self.asleep},
+            resident={**other.resident, **self.resident},
             pinned=other.pinned if self.pinned is None else self.pinned,
             weights=other.weights if self.weights is None else self.weights,
             backed_up=other.backed_up if self.backed_up is None else self.backed_up,

@@ -18,6 +18,7 @@ from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet import actions
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.operation import Operation
+from vllm_sleep_tui.fleet.planning import own_level
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.rooms import locked
 from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server
@@ -119,8 +120,7 @@ async def put_away(
             if what == "stop" or now.resolved_level == "none":
                 await actions.end(core, now, operation, force=False, unless=still)
             else:
-                level = int(now.resolved_level or "1")
-                await Server(core, now, operation).fall_asleep(level, unless=still)
+                await Server(core, now, operation).fall_asleep(own_level(now), unless=still)
 
 
 def now_idle(idleness: Idleness, record: Record, gate: Gate) -> float:

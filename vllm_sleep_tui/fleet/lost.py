@@ -122,7 +122,8 @@ async def ask(core: Core, record: Record, operation: Operation) -> None:
     start.record = record
     await start.check_listener(client)
     sleeping = await client.is_sleeping(ASK_LIMIT)
-    level = await sleep_level(client) if sleeping else None
+    start.record = await with_backend(core, start.record, client)
+    level = await sleep_level(client, start.record) if sleeping else None
     await client.set_gate(sleeping, GATE_LIMIT)
     # No transition: this is the state it has been in all along.
     record = core.write(
@@ -130,7 +131,7 @@ async def ask(core: Core, record: Record, operation: Operation) -> None:
         state=State.ASLEEP if sleeping else State.AWAKE,
         since=time.time(),
         level=level,
-        resolved_level=str(level) if level else start.resolve_level(),
+        resolved_level=start.resolve_level() if level is None else str(level),
         reference=None,
         reason=None,
         cure=None,
@@ -140,7 +141,21 @@ async def ask(core: Core, record: Record, operation: Operation) -> None:
         await Server(core, record, operation).take_reference()
 
 
-async def sleep_level(client: VllmClient) -> int:
-    """The level of a sleeper, by its own gauge (vLLM 0.12 and newer)."""
+async def with_backend(core: Core, record: Record, client: VllmClient) -> Record:
+    """The record with whose sleep mode it is, as its workers say; vLLM's own does not know the question."""
+    try:
+        facts = await client.collective_rpc("panel_sleep_facts", ASK_LIMIT)
+    except EngineError:
+        facts = []
+    is_own = bool(facts) and all(answer.get("state") == "own" for answer in facts)
+    return msgspec.structs.replace(record, sleep_backend="own" if is_own else "stock")
+
+
+async def sleep_level(client: VllmClient, record: Record) -> int:
+    """The level of a sleeper: as our sleep mode says, else by vLLM's own gauge (0.12 and newer)."""
+    if record.sleep_backend == "own":
+        facts = await client.collective_rpc("panel_sleep_facts", ASK_LIMIT)
+        if facts and isinstance(level := facts[0].get("level"), int):
+            return level
     scrape = prometheus.parse(await client.metrics(), frozenset({SLEEP_STATE}))
     return 2 if prometheus.total(scrape, SLEEP_STATE, sleep_state="discard_all") else 1

@@ -26,6 +26,8 @@ class Neighbour:
     answering: bool = False
     stops: bool = False
     """It cannot sleep (`level: none`): it is stopped and gives back everything."""
+    sleeps_already: bool = False
+    """It sleeps at level 0 and would give up its weights as well; whoever is awake goes first."""
 
     def gives(self, gpu: int) -> int:
         """Bytes that its sleep frees on a GPU."""
@@ -65,7 +67,7 @@ def make_room(
     shortage = {gpu: bytes_ + MARGIN - (free.get(gpu) or 0) for gpu, bytes_ in need.items()}
     blind = {gpu for gpu in need if free.get(gpu) is None}
     chosen: list[Neighbour] = []
-    for neighbour in sorted(neighbours, key=lambda n: (n.answering, n.idle_since, n.name)):
+    for neighbour in sorted(neighbours, key=lambda n: (n.sleeps_already, n.answering, n.idle_since, n.name)):
         holds = {gpu for gpu in need if neighbour.gives(gpu) > 0}
         if any(shortage[gpu] > 0 or gpu in blind for gpu in holds) or (
             blind & set(neighbour.awake) & set(need)

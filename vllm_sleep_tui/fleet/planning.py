@@ -50,9 +50,13 @@ def read_memory(core: Core, gpus: set[int]) -> dict[int, GpuMemory]:
     return found
 
 
-def has_gone(core: Core, record: Record, before: GpuMemory, now: GpuMemory, gpu: int) -> bool | None:
+def has_gone(
+    core: Core, record: Record, before: GpuMemory, now: GpuMemory, gpu: int, level: int
+) -> bool | None:
     """Whether a GPU shows the sleep, by our processes, else by the device; None if neither is known."""
     held_before, held_now = before.held_by(record), now.held_by(record)
+    if level == 0 and held_before is not None and held_now is not None:
+        return held_before - held_now >= GIB / 2  # the KV cache's: what stays is most of a large model
     if held_before is not None and held_now is not None:
         known = core.footprint(record.name).asleep.get(str(gpu))
         return held_now <= (held_before / 2 if known is None else known * 1.1 + GIB / 4)
@@ -63,12 +67,11 @@ def has_gone(core: Core, record: Record, before: GpuMemory, now: GpuMemory, gpu:
 
 def needed_to_wake(core: Core, record: Record, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
     """Further bytes on each GPU that the sleeper will take when it wakes."""
-    footprint = core.footprint(record.name)
     need = {}
     for gpu in record.gpus:
         held = memory[gpu].held_by(record) if gpu in memory else None
         if held is None:
-            held = budget.asleep_estimate(footprint, core.model(record.name), gpu)
+            held = asleep_bytes(core, record, gpu, record.level)
         need[gpu] = max(0, awake_bytes(core, record.name, gpu) - held)
     return need
 
@@ -85,6 +88,15 @@ def needed_to_start(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> d
                 int(share * total), footprint.awake.get(str(gpu), budget.awake_estimate(share, total))
             )
     return need
+
+
+def asleep_bytes(core: Core, record: Record, gpu: int, level: int | None) -> int:
+    """What the model leaves on a GPU at a sleep level: measured, else estimated; at 0 with its weights."""
+    footprint = core.footprint(record.name)
+    if level == 0:
+        weights = weights_of(core, record.name)
+        return budget.resident_estimate(footprint, core.model(record.name), gpu, weights)
+    return budget.asleep_estimate(footprint, core.model(record.name), gpu)
 
 
 def awake_bytes(core: Core, name: str, gpu: int) -> int:
@@ -111,7 +123,11 @@ def shares_of(core: Core, names: Sequence[str], memory: Mapping[int, GpuMemory])
     asleep = {}
     for record in records:
         left = core.footprint(record.name).asleep
-        if left:
+        if core.model(record.name).level == 0:
+            asleep[record.name] = max(
+                (asleep_bytes(core, record, gpu, 0) for gpu in core.model(record.name).gpus), default=0
+            )
+        elif left:
             asleep[record.name] = max(left.values())
     others = {}
     for gpu, now in memory.items():
@@ -151,26 +167,38 @@ def needed(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> dict[int, 
 def neighbours(
     core: Core, name: str, memory: Mapping[int, GpuMemory], idle: Mapping[str, tuple[float, bool]]
 ) -> list[Neighbour]:
-    """The awake models that share a GPU with `name`."""
+    """The models that share a GPU with `name` and hold more than they must: awake, or asleep at level 0."""
     found = []
     mine = set(core.model(name).gpus)
     for record in core.readable():
         key = record.name
-        if key == name or record.state is not State.AWAKE or not mine & set(record.gpus):
+        resident = record.state is State.ASLEEP and record.level == 0
+        if key == name or not mine & set(record.gpus) or not (record.state is State.AWAKE or resident):
             continue
-        footprint = core.footprint(key)
+        level = 1 if resident else own_level(record)
         last, answering = idle.get(key, (record.since, False))
         found.append(
             Neighbour(
                 name=key,
-                awake={gpu: held_awake(core, record, memory, gpu) for gpu in record.gpus},
-                asleep={gpu: budget.asleep_estimate(footprint, core.model(key), gpu) for gpu in record.gpus},
+                awake={
+                    gpu: held_here(core, record, memory[gpu], gpu) if gpu in memory else 0
+                    for gpu in record.gpus
+                }
+                if resident
+                else {gpu: held_awake(core, record, memory, gpu) for gpu in record.gpus},
+                asleep={gpu: asleep_bytes(core, record, gpu, level) for gpu in record.gpus},
                 idle_since=last,
                 answering=answering,
                 stops=record.resolved_level == "none",
+                sleeps_already=resident,
             )
         )
     return found
+
+
+def own_level(record: Record) -> int:
+    """The level at which this launch sleeps unless it is told another."""
+    return int(record.resolved_level) if record.resolved_level in ("0", "2") else 1
 
 
 def held_here(core: Core, record: Record, now: GpuMemory, gpu: int) -> int:
@@ -182,7 +210,7 @@ def held_here(core: Core, record: Record, now: GpuMemory, gpu: int) -> int:
         return 0
     if record.state is State.AWAKE:
         return awake_bytes(core, record.name, gpu)
-    return budget.asleep_estimate(core.footprint(record.name), core.model(record.name), gpu)
+    return asleep_bytes(core, record, gpu, record.level)
 
 
 def held_awake(core: Core, record: Record, memory: Mapping[int, GpuMemory], gpu: int) -> int:

@@ -8,7 +8,7 @@ from vllm_sleep_tui.fleet.core import Core, gib
 from vllm_sleep_tui.fleet.levels import why_no_level2
 from vllm_sleep_tui.fleet.locks import Holder, read_holder
 from vllm_sleep_tui.fleet.plan import Room
-from vllm_sleep_tui.fleet.planning import GpuMemory, needed, plan_for, too_large
+from vllm_sleep_tui.fleet.planning import GpuMemory, needed, own_level, plan_for, too_large
 from vllm_sleep_tui.fleet.snapshot import Prediction, Serving
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.telemetry.gpus import GpuReading
@@ -83,11 +83,12 @@ def seconds_of(core: Core, name: str, state: State, room: Room) -> float | None:
     for leaving in room.sleeps:
         record = core.records.read(leaving)
         known = core.footprint(leaving)
-        level = record.resolved_level or "1"
+        level = own_level(record)
         parts.append(known.typical(f"sleep{level}") or known.typical("sleep1-first"))
     footprint = core.footprint(name)
     if state is State.ASLEEP:
-        parts.append(footprint.typical(f"wake{core.records.read(name).level or 1}"))
+        at = core.records.read(name).level
+        parts.append(footprint.typical(f"wake{1 if at is None else at}"))
     else:
         parts.append(footprint.typical("start"))
     return None if None in parts else sum(part or 0.0 for part in parts)

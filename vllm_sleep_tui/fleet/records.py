@@ -90,6 +90,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Of the model and its arguments at launch; measurements are kept under it."""
     vllm_version: str | None = None
     resolved_level: str | None = None
+    sleep_backend: str | None = None
+    """Of the launch: own, our sleep mode; stock, vLLM's; None where nothing is said of it (CPU, no sleep)."""
+    sleep_backend_why: str | None = None
+    """Why it is vLLM's own although ours was to be had."""
     intent: Intent | None = None
     reason: str | None = None
     cure: str | None = None

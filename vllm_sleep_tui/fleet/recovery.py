@@ -147,14 +147,16 @@ async def after_sleep(server: Server, *, sleeping: bool) -> None:
         await server.undo_sleep()
         return
     level = server.record.intent.level if server.record.intent else None
-    server.record = server.core.enter(server.record, Event.SLEPT, level=level or 1, intent=None, fell=None)
+    server.record = server.core.enter(
+        server.record, Event.SLEPT, level=1 if level is None else level, intent=None, fell=None
+    )
 
 
 async def after_wake(server: Server, *, sleeping: bool) -> None:
     """A wake from level 2 is run through again, each step may be repeated; one from level 1 is proven."""
     await server.set_gate(closed=True)  # it may have been cut off after it was opened
     if sleeping or server.record.level == 2:
-        await server.bring_back(server.record.level or 1)
+        await server.bring_back(1 if server.record.level is None else server.record.level)
     verdict = await server.prove()
     await server.open_gate()
     server.record = server.core.enter(server.record, Event.WOKE, level=None, intent=None, proof=verdict)

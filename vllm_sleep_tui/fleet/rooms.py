@@ -53,8 +53,13 @@ async def idle_of(core: Core, name: str) -> dict[str, tuple[float, bool]]:
 
 
 def awake_on(core: Core, name: str) -> set[str]:
-    """The others that are awake there: any of them may have to make room."""
-    return {key for key in others_on(core, name) if core.records.read(key).state is State.AWAKE}
+    """The others that are awake there, or asleep with their weights: any of them may have to make room."""
+    records = [core.records.read(key) for key in others_on(core, name)]
+    return {
+        record.name
+        for record in records
+        if record.state is State.AWAKE or (record.state is State.ASLEEP and record.level == 0)
+    }
 
 
 def gpus_of(core: Core, names: set[str]) -> set[int]:

@@ -35,9 +35,19 @@ from vllm_sleep_tui.fleet.states import Event
 
 SETTLE_POLL = 0.003
 GATE_LIMIT = 5.0
+FACTS_LIMIT = 10.0
 T = TypeVar("T")
 MoreRoom = Callable[[], Awaitable[None]]
 """Puts the others on the model's GPUs to sleep."""
+
+
+def no_level_0(record: Record) -> tuple[str, str]:
+    """What and cure: this launch's sleep mode cannot leave the weights in VRAM."""
+    why = f": {record.sleep_backend_why}" if record.sleep_backend_why else ""
+    return (
+        f"{record.name} cannot sleep at level 0 (weights in VRAM): it runs on vLLM's own sleep mode{why}.",
+        "Sleep it at level 1 or 2; docs/fast-switch.md tells what our sleep mode needs.",
+    )
 
 
 class Server:
@@ -146,10 +156,10 @@ class Server:
         with self.operation.timed("sleep"):
             seconds = await self.call_sleep(level)
         with self.operation.timed("settle"):
-            verdict, left = await self.settle(before)
+            verdict, left = await self.settle(before, level)
         what = "sleep1-first" if level == 1 and not pool else f"sleep{level}"
         asleep = left if verdict == Verdict.PROVEN else {}
-        self.remember_sleep(what, seconds, before, asleep, pool or self.core.pinned_now(self.record))
+        self.remember_sleep(what, seconds, before, asleep, pool or self.core.pinned_now(self.record), level)
         return verdict, left
 
     async def prime(self) -> None:
@@ -183,11 +193,53 @@ class Server:
             left = None
         self.record = self.core.enter(self.record, Event.SLEEP_UNDONE, intent=left)
 
+    async def deepen(self, level: int) -> None:
+        """From level 0 to 1 or 2 without a wake; raises RefusedError without RAM, else as `fall_asleep`.
+
+        The level is written before the call: whoever finds the record after a crash wakes it the longer way.
+        """
+        pool = self.core.pinned_now(self.record)
+        async with self.room_to_pin(level, pool):
+            before = await self.read_memory()
+            self.intend("sleep", level=level)
+            self.record = self.core.write(self.record, level=level)
+            with self.operation.timed("sleep"):
+                try:
+                    answers = await self.client.collective_rpc("panel_sleep_deeper", self.limit(), (level,))
+                except EngineError as error:
+                    await self.fail(Failure.SLEEP_REFUSED, error)
+            if any(answer.get("level") != level for answer in answers):
+                await self.fail(Failure.SLEEP_REFUSED, "its workers do not sleep at one level.")
+            with self.operation.timed("settle"):
+                verdict, left = await self.settle(before, level)
+            self.remember_sleep(
+                "",
+                0.0,
+                {},
+                left if verdict == Verdict.PROVEN else {},
+                self.core.pinned_now(self.record),
+                level,
+            )
+            reason, cure = self.kept_memory(verdict, left)
+            self.record = self.core.write(self.record, intent=None, proof=verdict, reason=reason, cure=cure)
+
+    async def keep_weights(self) -> None:
+        """Tell each worker that the next sleep gives up the KV cache alone; all of them or none."""
+        answers = await self.client.collective_rpc("panel_keep_weights", FACTS_LIMIT)
+        if not answers or any(answer.get("state") != "own" for answer in answers):
+            await self.fail(Failure.SLEEP_REFUSED, "not every worker runs on our sleep mode.")
+
     async def call_sleep(self, level: int) -> float:
-        """The call itself; seconds it took. A call that timed out may have worked: it is asked after."""
+        """The call itself; seconds it took. A call that timed out may have worked: it is asked after.
+
+        To vLLM level 0 is a sleep at level 1, of which our sleep mode was told to leave the weights.
+        """
         began = time.perf_counter()
         try:
-            reply = await self.waited_for(lambda: self.client.sleep(level, self.limit()), asleep=True)
+            if level == 0:
+                await self.keep_weights()
+            asked = level or 1
+            reply = await self.waited_for(lambda: self.client.sleep(asked, self.limit()), asleep=True)
             if reply is None and not await self.is_sleeping():
                 await self.fail(Failure.SILENT, "it gave no answer to /sleep and is awake.")
         except EngineRefused as error:
@@ -203,14 +255,17 @@ class Server:
         except EngineError as error:
             await self.fail(Failure.SILENT, error)
 
-    async def settle(self, before: Mapping[int, GpuMemory]) -> tuple[str | None, dict[int, int]]:
+    async def settle(self, before: Mapping[int, GpuMemory], level: int) -> tuple[str | None, dict[int, int]]:
         """Poll until the memory is seen gone: the verdict, and bytes left by GPU index where known."""
         if not self.frees_memory:
             return None, {}
         deadline = time.monotonic() + self.core.limits.settle
         while True:
             now = await self.read_memory()
-            gone = [has_gone(self.core, self.record, before[gpu], now[gpu], gpu) for gpu in self.record.gpus]
+            gone = [
+                has_gone(self.core, self.record, before[gpu], now[gpu], gpu, level)
+                for gpu in self.record.gpus
+            ]
             if None in gone:
                 return Verdict.UNVERIFIED, {}
             if all(gone) or time.monotonic() > deadline:
@@ -234,13 +289,17 @@ class Server:
         before: Mapping[int, GpuMemory],
         asleep: Mapping[int, int],
         pinned: int,
+        level: int,
     ) -> None:
         """Keep what this sleep showed: VRAM before and after, the pinned pool, seconds."""
         awake = {str(gpu): held for gpu, m in before.items() if (held := m.held_by(self.record))}
         left = {str(gpu): held for gpu, held in asleep.items()}
 
         def change(known: Footprint) -> Footprint:
-            known = known.with_time(what, seconds).with_memory(awake=awake, asleep=left)
+            known = known.with_time(what, seconds) if what else known
+            known = known.with_memory(awake=awake, asleep={} if level == 0 else left)
+            if level == 0:
+                known = msgspec.structs.replace(known, resident={**known.resident, **left})
             return msgspec.structs.replace(known, pinned=pinned or known.pinned)
 
         self.core.remember(self.record, change)
@@ -253,7 +312,7 @@ class Server:
         `more_room` is made if vLLM runs out of memory all the same and may be asked again.
         """
         self.check_room(await self.read_memory())
-        level = self.record.level or 1
+        level = 1 if self.record.level is None else self.record.level
         self.operation.checkpoint()
         self.intend("wake", level=level, event=Event.WAKE)
         began = time.perf_counter()

@@ -102,6 +102,10 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     configured_level: str = "auto"
     """auto, 1, 2 or none."""
     resolved_level: str | None = None
+    sleep_backend: str | None = None
+    """own: our sleep mode; stock: vLLM's; None where it is not known."""
+    sleep_backend_why: str | None = None
+    """Why it is vLLM's although ours was to be had."""
     """What `auto` became at start: 1, 2 or none."""
     proof: str | None = None
     """After the last wake or sleep: proven, unproven, unverified."""

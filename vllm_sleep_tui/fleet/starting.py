@@ -18,12 +18,14 @@ from collections.abc import Coroutine
 from http import HTTPStatus
 from pathlib import Path
 
+import msgspec
+
 from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv, serve_environment
 from vllm_sleep_tui.engine.causes import OWN_PORT, Diagnosis
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
-from vllm_sleep_tui.engine.guard_files import copy_guard
-from vllm_sleep_tui.engine.logs import LogTail, PhaseReader
+from vllm_sleep_tui.engine.guard_files import copy_backend, copy_guard
+from vllm_sleep_tui.engine.logs import Backend, LogTail, PhaseReader
 from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError, UsageError
 from vllm_sleep_tui.files import as_text, path_of
@@ -104,6 +106,13 @@ def check_source(core: Core, name: str) -> None:
 
 class PortRaceError(OperationError):
     """A port that vLLM or the panel had picked was taken before it was bound; another start picks another."""
+
+
+def backend_of(told: Backend | None) -> dict[str, str | None]:
+    """The record's fields for what our sleep mode said of itself in the log."""
+    if told is None:
+        return {"sleep_backend": "stock", "sleep_backend_why": "it said nothing in the log"}
+    return {"sleep_backend": "own" if told.is_own else "stock", "sleep_backend_why": told.why or None}
 
 
 class Start:
@@ -235,6 +244,7 @@ class Start:
             aliases=self.model.aliases,
             api_key=self.model.api_key,
             flags=known_flags(self.core, self.name),
+            own_backend=self.wants_own_backend(),
         )
         log = self.core.records.log_path(self.name)
         self.record = self.core.write(
@@ -249,11 +259,19 @@ class Start:
             digest=digest(self.model),
             engines=(),
             reference=None,
+            sleep_backend="stock" if self.model.gpus and spec.sleep_mode else None,
+            sleep_backend_why=None,
         )
         copy_guard(spec.guard_dir)
+        if spec.own_backend:
+            copy_backend(spec.guard_dir)
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         word = await launch(self.order(spec, log))
         self.record = self.core.write(self.record, keeper=word.keeper, server=word.server)
+
+    def wants_own_backend(self) -> bool:
+        """Whether our sleep mode is to be tried: it decides itself whether it fits this vLLM."""
+        return bool(self.model.gpus) and self.model.level != "none" and self.model.sleep_backend == "auto"
 
     def order(self, spec: ServeSpec, log: Path) -> Order:
         """What the keeper is to keep."""
@@ -304,6 +322,8 @@ class Start:
             await self.operation.pause(READY_POLL)
         await self.check_listener(client)
         self.remember_log(phases)
+        if self.wants_own_backend():
+            self.record = self.core.write(self.record, **backend_of(phases.facts.backend))
 
     async def check_listener(self, client: VllmClient) -> None:
         """Raises OperationError if the port is answered by anybody but this launch, or without its guard."""
@@ -396,7 +416,10 @@ class Start:
             await client.complete(proof.WARM_UP, model=self.name, max_tokens=1, timeout=WARM_UP_LIMIT)
 
     def resolve_level(self) -> str:
-        """What the model's `level` means for this launch; an old vLLM cannot sleep at all."""
+        """What the model's `level` means for this launch; an old vLLM cannot sleep at all.
+
+        `level: 0` is taken for `auto` on vLLM's own sleep mode, which always gives up the weights' VRAM.
+        """
         if self.model.level == "none" or not capabilities(self.record.vllm_version or "", None).sleep:
             return "none"
         host = host_memory(self.core.simulated)
@@ -404,7 +427,10 @@ class Start:
         never = self.never_level2()
         if self.model.level == 2 and never:  # the version was not known before it ran
             self.operation.tell(self.name, "level 1", f"in place of 2: {never}")
-        return level_for(self.model, pinned, host.available_bytes, host.total_bytes, reloads=never is None)
+        model = self.model
+        if model.level == 0 and self.record.sleep_backend != "own":
+            model = msgspec.structs.replace(model, level="auto")
+        return level_for(model, pinned, host.available_bytes, host.total_bytes, reloads=never is None)
 
     def never_level2(self) -> str | None:
         """Why this launch could not come back from level 2, in words; None if it can."""

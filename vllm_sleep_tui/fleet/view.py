@@ -110,6 +110,8 @@ class Viewer:
             progress=intent.detail if intent else None,
             configured_level=str(model.level),
             resolved_level=record.resolved_level,
+            sleep_backend=None if holds_nothing else record.sleep_backend,
+            sleep_backend_why=None if holds_nothing else record.sleep_backend_why,
             proof=record.proof,
             frees_memory=bool(model.gpus),
             source=model.model or "",

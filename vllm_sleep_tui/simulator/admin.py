@@ -103,7 +103,9 @@ class Admin:
             raise http.HttpError(400, "Request body must be a JSON object", kind="Bad Request")
         if not body.get("method"):
             raise http.HttpError(400, "Missing 'method' in request body", kind="Bad Request")
-        return http.as_json({"results": await self._call("collective_rpc", "rpc", method=body["method"])})
+        arguments = body.get("args") or []
+        results = await self._call("collective_rpc", "rpc", method=body["method"], arguments=arguments)
+        return http.as_json({"results": results})
 
     async def reset_prefix_cache(self, request: Request) -> Answer:
         """An empty 200 up to 0.25."""

@@ -42,6 +42,7 @@ class Options:
     enforce_eager: bool
     sleep_mode: bool
     load_tracking: bool
+    worker_extension: str
     log_stats: bool
     pooling: bool
     load_format: str
@@ -74,6 +75,7 @@ def parse(arguments: Sequence[str], default_utilization: float, version: str = "
         kv_cache_bytes=found.get("kv_cache_memory_bytes"),
         enforce_eager=found.get("enforce_eager", False),
         sleep_mode=found.get("enable_sleep_mode", False),
+        worker_extension=found.get("worker_extension_cls", ""),
         load_tracking=found.get("enable_server_load_tracking", False),
         log_stats=not found.get("disable_log_stats", False),
         pooling=found.get("runner") == "pooling" or found.get("task") in ("embed", "embedding"),

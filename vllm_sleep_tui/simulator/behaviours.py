@@ -38,6 +38,7 @@ class Fault(StrEnum):
     KILLED_WHILE_LOADING = "killed_while_loading"
     API_SERVER_BUSY = "api_server_busy"
     COUNTS_LATE = "counts_late"
+    BACKEND_REFUSES = "backend_refuses"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +165,13 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     _fault(Fault.KILLED_WHILE_LOADING, "SIGKILL ends the engine while it loads", "vLLM's source"),
     _fault(Fault.API_SERVER_BUSY, "after an answer the API server computes for 8 s and hears nobody"),
     _fault(Fault.COUNTS_LATE, "an answer is in /metrics 3 s after it was given"),
+    _rule(
+        "panel_sleep",
+        "the panel's own sleep mode: RAM of just the weights, copied once, given back at level 2; level 0",
+        "fast-switch on an H200, docs/measurements",
+        "0.26, with --worker-extension-cls panel_sleep.…",
+    ),
+    _fault(Fault.BACKEND_REFUSES, "the panel's sleep mode finds that it does not fit", "made up for tests"),
 )
 
 

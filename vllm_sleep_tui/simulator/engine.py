@@ -57,7 +57,9 @@ class Engine:
         state: SleepState,
         settings: Settings,
         faults: Faults,
+        has_extension: bool = False,
     ) -> None:
+        self._has_extension = has_extension
         self._channel = channel
         self._name = name
         self._memory = memory
@@ -162,7 +164,7 @@ class Engine:
                     self._finish(id_, "abort")
                 return len(ids)
             case "rpc":
-                return self._rpc(message["method"])
+                return self._rpc(message["method"], message["arguments"])
         return None
 
     def _wake(self, tags: list[str] | None) -> bool:
@@ -172,12 +174,24 @@ class Engine:
             self._resume()
         return not self._state.asleep
 
-    def _rpc(self, method: str) -> list[None]:
+    def _rpc(self, method: str, arguments: list[Any]) -> list[Any]:
+        if method.startswith("panel_sleep_") or method == "panel_keep_weights":
+            return self._panel_rpc(method, arguments)
         if method == "reload_weights":
             self._state.reload()
         elif method not in KNOWN_METHODS:
             raise OperationFailed(f"Method '{method}' is not implemented.")
         return [None] * len(self._memory.ranks)
+
+    def _panel_rpc(self, method: str, arguments: list[Any]) -> list[Any]:
+        """The methods that the panel's extension gives each worker."""
+        if not self._has_extension:
+            raise OperationFailed(f"'Worker' object has no attribute '{method}'")
+        if method == "panel_keep_weights":
+            self._state.keeps_weights_next = self._state.is_own
+        elif method == "panel_sleep_deeper" and self._state.is_own:
+            self._state.deepen(int(arguments[0]))
+        return [self._state.facts()] * max(1, len(self._memory.ranks))
 
     def _pause(self, mode: str) -> None:
         self._paused = mode

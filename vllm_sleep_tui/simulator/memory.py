@@ -135,12 +135,17 @@ class Memory:
         return self._apply() == 0
 
     def pin(self, amount: int) -> bool:
-        """Grow each rank's pinned pool, which never shrinks; False, and unchanged, if the RAM is full."""
+        """Grow each rank's pinned pool; False, and unchanged, if the RAM is full."""
         before, self._pinned = self._pinned, max(self._pinned, amount)
         if self._apply() == 0:
             return True
         self._pinned = before
         return False
+
+    def unpin(self) -> None:
+        """Give the pinned pool back; vLLM's own sleep mode never does."""
+        self._pinned = 0
+        self._apply()
 
     def map(self, tag: str, amount: int) -> bool:
         """Map a pool; False if it does not fit, and then what fits stays mapped: nothing rolls back."""

@@ -112,6 +112,12 @@ class Durations:
             return 0.05
         return 0.015 * self.weights_gib + 0.055 if has_pinned else 0.65 * self.weights_gib + 0.7
 
+    def own_sleep(self, *, level: int, has_pinned: bool) -> float:
+        """Falling asleep by the panel's sleep mode: digests only, unless the RAM is new (H200, vLLM 0.26)."""
+        if level == 0:
+            return 0.04
+        return 0.004 * self.weights_gib + 0.045 if level == 2 or has_pinned else 0.38 * self.weights_gib + 0.1
+
     def wake(self, tag: str, *, level: int) -> float:
         """Waking one tag; after level 2 the weights come back empty."""
         if tag == "kv_cache":

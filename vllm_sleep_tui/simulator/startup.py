@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import signal
 import socket
@@ -34,6 +35,8 @@ CPU_KV_CACHE_BYTES = 4 * GIB
 TINY_KV_CACHE_BYTES = 1 << 20
 """Too little for one request of any length a model is served with."""
 TITLE = "VLLM::EngineCore"
+BACKEND_MINORS = (26,)
+"""Of the versions with which the panel's own sleep mode puts itself in place."""
 
 
 def run_engine(channel: Channel, options: Options, settings: Settings, names: Sequence[str]) -> None:
@@ -73,6 +76,10 @@ class _Start:
             f"Initializing a V1 LLM engine (v{self._settings.version}) with config: "
             f"{describe(self._options)}",
         )
+        if self._options.worker_extension.startswith("panel_sleep."):
+            why = self._backend_misfit()
+            word = {"state": "stock" if why else "own", "why": why, "vllm": self._settings.version}
+            self._log.bar(f"panel-sleep-backend {json.dumps(word)}")
         if self._faults.has(Fault.START_HANGS):
             wait_for_ever()
         self._memory = Memory(self._make_ranks(), [gpu.index for gpu in self._gpus], self._settings.folder)
@@ -95,6 +102,7 @@ class _Start:
     def engine(self) -> Engine:
         """The engine of a start that has run."""
         frees = self._options.sleep_mode and bool(self._gpus)
+        has_extension = self._options.worker_extension.startswith("panel_sleep.")
         state = SleepState(
             memory=self._memory,
             plan=self._plan,
@@ -102,6 +110,7 @@ class _Start:
             faults=self._faults,
             frees=frees,
             why_no_reload=failures.why_no_reload(self._options, self._settings.minor),
+            is_own=has_extension and not self._backend_misfit(),
         )
         return Engine(
             channel=self._channel,
@@ -110,7 +119,18 @@ class _Start:
             state=state,
             settings=self._settings,
             faults=self._faults,
+            has_extension=has_extension,
         )
+
+    def _backend_misfit(self) -> str:
+        """Why the panel's sleep mode leaves vLLM's own in place; empty where it does not."""
+        if not self._gpus:
+            return "this vLLM does not run on an NVIDIA GPU"
+        if self._faults.has(Fault.BACKEND_REFUSES):
+            return "vllm.device_allocator.cumem has no create_and_map(allocation_handle)"
+        if self._settings.minor not in BACKEND_MINORS:
+            return f"vLLM {self._settings.version} has not been seen with it on a GPU"
+        return ""
 
     def _plan_memory(self, world: int) -> MemoryPlan:
         if not self._gpus:

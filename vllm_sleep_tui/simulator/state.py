@@ -39,13 +39,17 @@ class SleepState:
         faults: Faults,
         frees: bool,
         why_no_reload: str | None,
+        is_own: bool = False,
     ) -> None:
         self.asleep: list[str] = []
         self.garbage = False
         self.ruined = False
         self.crashes_on_request = False
         self._wedged = False
-        self._level = 0
+        self._level: int | None = None
+        self.is_own = is_own
+        """Whether the panel's own sleep mode is in place of vLLM's."""
+        self.keeps_weights_next = False
         self._memory = memory
         self._plan = plan
         self._settings = settings
@@ -73,21 +77,27 @@ class SleepState:
             self._release(level, others)
         else:
             self._log.info("cumem.py:206", self._freed(0, 0))
-        self._level = level
+        self._level = 0 if self.is_own and self.keeps_weights_next else level
+        self.keeps_weights_next = False
         self.asleep = list(TAGS)
         seconds = time.perf_counter() - begun
         self._log.info("abstract.py:390", f"It took {seconds:.6f} seconds to fall asleep.")
 
     def _release(self, level: int, others: int) -> None:
         before = self._memory.held
+        if self.is_own and self.keeps_weights_next:
+            level = 0
         backed_up = self._plan.weights if level == 1 else 0
-        seconds = self._durations.sleep(level=level, has_pinned=self._memory.has_pinned)
+        durations = self._durations.own_sleep if self.is_own else self._durations.sleep
+        seconds = durations(level=level, has_pinned=self._memory.has_pinned)
         if level == 1:
             self._pin(seconds)
         else:
             self._settings.wait(seconds)
-        for tag in TAGS:
+        for tag in TAGS if level else ("kv_cache",):
             self._memory.unmap(tag)
+        if level == 2 and self.is_own:
+            self._memory.unpin()
         freed = before - self._memory.held
         self._log.info("cumem.py:206", self._freed(freed, backed_up))
         if self._memory.used_by_others() > others:
@@ -95,7 +105,7 @@ class SleepState:
             # for its own; the engine does not survive the exception (h100/overlap.jsonl).
             self.crashes_on_request = True
             raise OperationFailed("Memory usage increased after sleeping.")
-        if level != 1:
+        if level > 1:
             self.garbage = True
         if level > 2:
             self.ruined = True
@@ -105,7 +115,7 @@ class SleepState:
 
     def _pin(self, seconds: float) -> None:
         steps = 1 if self._settings.instant or self._memory.has_pinned else 8
-        pool = pinned_bytes(self._plan.weights)
+        pool = self._plan.weights if self.is_own else pinned_bytes(self._plan.weights)
         for step in range(1, steps + 1):
             if not self._memory.pin(pool * step // steps):
                 self._fail_half_asleep("CUDA error: out of memory")
@@ -154,8 +164,25 @@ class SleepState:
             if not self._memory.map(tag, share(self._plan, tag)):
                 self._wedged = self._settings.minor <= 24
                 raise OperationFailed(OUT_OF_MEMORY)
-            self._settings.wait(self._durations.wake(tag, level=self._level))
+            stayed = tag == "weights" and self._level == 0
+            self._settings.wait(0 if stayed else self._durations.wake(tag, level=self._level or 1))
         self.asleep.remove(tag)
+
+    def deepen(self, level: int) -> None:
+        """The panel's sleep mode, asked by a worker's own method: from level 0 to 1 or 2, if it is there."""
+        if self._level != 0 or not self.asleep:
+            return
+        others = self._memory.used_by_others()
+        self._misbehave(Fault.SLEEP_HANGS, Fault.ENGINE_DIES_ON_SLEEP)
+        if self.frees:
+            self._release(level, others)
+        self._level = level
+
+    def facts(self) -> dict[str, object]:
+        """What a worker with the panel's extension answers."""
+        if not self.is_own:
+            return {"state": "stock", "why": "simulated"}
+        return {"state": "own", "why": "", "level": self._level if self.asleep else None}
 
     def reload(self) -> None:
         """`reload_weights`: cures garbage, but not what level 3 did; raises OperationFailed."""

@@ -183,8 +183,8 @@ def past_lines(past: Past, model: ModelSnapshot, width: int) -> list[Line]:
     if past.switches_today:
         saved.append(_today(past))
     lines = _wrapped(" · ".join(saved), width, "muted") if saved else []
-    level = {"1": 1, "2": 2}.get(model.resolved_level or "", 0)
-    usual = past.percentiles.get(model.name, {}).get(level)
+    level = {"0": 0, "1": 1, "2": 2}.get(model.resolved_level or "")
+    usual = None if level is None else past.percentiles.get(model.name, {}).get(level)
     if usual is not None:
         words = (
             f"p50 {took(usual.p50)} · p95 {took(usual.p95)} over {_switches(usual.count)} at level {level}"
@@ -231,6 +231,8 @@ def facts_line(model: ModelSnapshot, width: int) -> list[Line]:
     if level == "auto" and model.resolved_level is not None:
         level = f"auto ({model.resolved_level})"
     words = [model.source, f"level {level}"]
+    if model.sleep_backend == "own":
+        words.append("fast sleep mode")
     if model.gpus:
         words.append(f"GPU {', '.join(map(str, model.gpus))}")
     if model.port is not None:

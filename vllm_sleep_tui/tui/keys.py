@@ -30,6 +30,13 @@ KEYS: tuple[Key, ...] = (
     Key(key="enter", action="switch", short="switch", help="Switch to the selected model", shown="⏎"),
     Key(key="s", action="sleep", short="sleep", help="Put it to sleep at its level"),
     Key(
+        key="0",
+        action="sleep_at(0)",
+        short="level 0",
+        help="Put it to sleep at level 0 (weights kept in VRAM)",
+        in_footer=False,
+    ),
+    Key(
         key="1",
         action="sleep_at(1)",
         short="level 1",

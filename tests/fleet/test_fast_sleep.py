@@ -1,0 +1,197 @@
+"""Our own sleep mode as the panel uses it, on simulated servers that model it (vLLM 0.26) or refuse it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.fleet.conftest import GIB, Box, inject, seen, until
+from vllm_sleep_tui.errors import OperationError, RefusedError
+from vllm_sleep_tui.fleet.states import State
+
+MakeBox = Callable[..., Box]
+FITS = {"VLLM_SIM_VERSION": "0.26.0"}
+
+
+def fast(model: str, **other: object) -> dict[str, object]:
+    return {"model": model, "env": dict(FITS), **other}
+
+
+def verb(machine: Box, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A verb in a process of its own, on the box's state."""
+    home = machine.folder / "home"
+    home.mkdir(exist_ok=True)
+    there = home / "vllm-sleep-tui"
+    if not there.exists():
+        there.symlink_to(machine.state_dir)
+    command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(machine.config), *arguments]
+    env = os.environ | {"XDG_STATE_HOME": str(home)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+async def test_level_1_pins_just_the_weights_and_level_2_gives_the_ram_back(box: MakeBox) -> None:
+    async with box({"a": fast("sim/4GiB")}).open() as fleet:
+        await fleet.start(["a"])
+        assert seen(fleet, "a").sleep_backend == "own"
+        await fleet.sleep("a", level=1)
+        await until(lambda: seen(fleet, "a").pinned_bytes == 4 * GIB)
+        await fleet.wake("a")
+        await fleet.sleep("a", level=2)
+        await until(lambda: seen(fleet, "a").pinned_bytes == 0)
+        await fleet.wake("a")
+        assert seen(fleet, "a").proof == "proven"
+
+
+async def test_at_level_0_the_weights_stay_and_the_wake_is_proven(box: MakeBox) -> None:
+    async with box({"a": fast("sim/4GiB", level=0)}).open() as fleet:
+        await fleet.start(["a"])
+        await fleet.sleep("a")
+        model = seen(fleet, "a")
+        assert (model.state, model.level, model.proof) == (State.ASLEEP, 0, "proven")
+        await until(lambda: 4 * GIB < (seen(fleet, "a").vram_bytes or 0) < 6 * GIB)
+        assert seen(fleet, "a").pinned_bytes == 0
+        await fleet.wake("a")
+        assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.AWAKE, "proven")
+
+
+async def test_from_level_0_it_goes_deeper_without_a_wake_and_comes_back(box: MakeBox) -> None:
+    async with box({"a": fast("sim/4GiB")}).open() as fleet:
+        await fleet.start(["a"])
+        for level in (1, 2):
+            await fleet.sleep("a", level=0)
+            await fleet.sleep("a", level=level)
+            model = seen(fleet, "a")
+            assert (model.state, model.level) == (State.ASLEEP, level)
+            await until(lambda: 0 < (seen(fleet, "a").vram_bytes or 0) < 2 * GIB)
+            await fleet.wake("a")
+            assert seen(fleet, "a").proof == "proven"
+        await fleet.sleep("a", level=1)
+        with pytest.raises(RefusedError, match="sleeps at level 1"):
+            await fleet.sleep("a", level=0)
+
+
+async def test_two_models_change_places_with_their_weights_in_vram(box: MakeBox) -> None:
+    models = {"a": fast("sim/1GiB", level=0), "b": fast("sim/4GiB", level=0)}
+    async with box(models).open() as fleet:
+        await fleet.start(["a", "b"])
+        for name, other in (("b", "a"), ("a", "b"), ("b", "a")):
+            await fleet.switch(name)
+            assert seen(fleet, name).state is State.AWAKE
+            assert (seen(fleet, other).state, seen(fleet, other).level) == (State.ASLEEP, 0)
+            assert seen(fleet, name).proof == "proven"
+
+
+async def test_a_sleeper_gives_up_its_weights_where_a_model_needs_the_room(box: MakeBox) -> None:
+    models = {
+        "a": fast("sim/12GiB", args={"gpu-memory-utilization": 0.85}),
+        "b": fast("sim/12GiB", args={"gpu-memory-utilization": 0.85}),
+    }
+    async with box(models).open() as fleet:
+        await fleet.start(["a"])
+        await fleet.sleep("a", level=0)
+        await fleet.switch("b")
+        assert (seen(fleet, "a").state, seen(fleet, "a").level) == (State.ASLEEP, 1)
+        assert seen(fleet, "b").state is State.AWAKE
+        await fleet.switch("a")
+        assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.AWAKE, "proven")
+
+
+@pytest.mark.parametrize(
+    ("env", "why"),
+    [
+        (FITS | {"VLLM_SIM_FAULTS": "backend_refuses"}, "has no create_and_map"),
+        ({"VLLM_SIM_VERSION": "0.32.0"}, "has not been seen with it on a GPU"),
+    ],
+)
+async def test_where_it_does_not_fit_vllms_own_is_used_and_that_is_said(
+    box: MakeBox, env: dict[str, str], why: str
+) -> None:
+    machine = box({"a": {"model": "sim/1GiB", "level": 0, "env": env}})
+    async with machine.open() as fleet:
+        await fleet.start(["a"])
+        assert seen(fleet, "a").sleep_backend == "stock"
+        with pytest.raises(RefusedError, match="cannot sleep at level 0") as refused:
+            await fleet.sleep("a", level=0)
+        assert why in refused.value.what
+        await fleet.sleep("a")
+        assert seen(fleet, "a").level == 1
+    assert why in verb(machine, "status").stdout
+    checks = json.loads(verb(machine, "doctor", "--json").stdout)["checks"]
+    check = next(check for check in checks if check["name"] == "a.sleep_backend")
+    assert (check["verdict"], why in check["what"]) == ("warn", True)
+
+
+async def test_stock_is_stock(box: MakeBox) -> None:
+    machine = box({"a": fast("sim/1GiB", sleep_backend="stock")})
+    async with machine.open() as fleet:
+        await fleet.start(["a"])
+        assert seen(fleet, "a").sleep_backend == "stock"
+        record = fleet._core.records.read("a")
+        assert not (Path(record.tmp_dir or "") / "guard" / "panel_sleep").exists()
+        assert "panel-sleep-backend" not in Path(record.log or "").read_text()
+    assert "Sleep mode" not in verb(machine, "status").stdout
+
+
+async def test_verbs_know_level_0(box: MakeBox) -> None:
+    machine = box({"a": fast("sim/1GiB")})
+    async with machine.open() as fleet:
+        await fleet.start(["a"])
+    slept = verb(machine, "sleep", "a", "--level", "0", "--json")
+    assert slept.returncode == 0, slept.stderr
+    status = json.loads(verb(machine, "status", "--json").stdout)["models"][0]
+    assert (status["state"], status["level"]) == ("asleep", 0)
+    assert "asleep L0" in verb(machine, "status").stdout
+    assert verb(machine, "wake", "a").returncode == 0
+
+
+async def test_garbage_after_a_wake_from_level_0_is_cured(box: MakeBox) -> None:
+    async with box({"a": fast("sim/1GiB", level=0)}).open() as fleet:
+        await fleet.start(["a"])
+        await fleet.sleep("a")
+        await inject(fleet, "a", "garbage_after_wake:1")
+        await fleet.wake("a")
+        assert seen(fleet, "a").proof == "proven"
+
+
+@pytest.mark.parametrize("fault", ["sleep_500:1", "engine_dies_on_sleep:1"])
+async def test_an_engine_that_fails_at_level_0_is_failed_and_leaves_nothing(box: MakeBox, fault: str) -> None:
+    async with box({"a": fast("sim/1GiB")}).open() as fleet:
+        await fleet.start(["a"])
+        await inject(fleet, "a", fault)
+        with pytest.raises(OperationError):
+            await fleet.sleep("a", level=0)
+        assert seen(fleet, "a").state is State.FAILED
+        await until(lambda: all(gpu.used_bytes == 0 for gpu in fleet.snapshot().gpus))
+
+
+async def test_a_panel_that_dies_while_weights_move_to_ram_leaves_a_sleeper_that_wakes(box: MakeBox) -> None:
+    machine = box({"a": fast("sim/4GiB")}, speed="2")
+    async with machine.open() as fleet:
+        await fleet.start(["a"])
+        await fleet.sleep("a", level=0)
+        deeper = asyncio.ensure_future(fleet.sleep("a", level=1))
+        while fleet._core.records.read("a").intent is None:
+            await asyncio.sleep(0.005)
+        deeper.cancel()
+        await asyncio.gather(deeper, return_exceptions=True)
+    async with machine.open() as fleet:
+        await fleet.wake("a")
+        assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.AWAKE, "proven")
+
+
+async def test_a_lost_record_finds_the_level_again(box: MakeBox) -> None:
+    machine = box({"a": fast("sim/1GiB")})
+    async with machine.open() as fleet:
+        await fleet.start(["a"])
+        await fleet.sleep("a", level=0)
+        fleet._core.records.path("a").write_bytes(b"not a record")
+        await fleet.switch("a")
+        assert seen(fleet, "a").state is State.AWAKE
+        assert fleet._core.records.read("a").sleep_backend == "own"

@@ -1,0 +1,32 @@
+"""What the panel may ask of each worker: vLLM's own ``--worker-extension-cls`` and ``/collective_rpc``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import plugin
+from .sleeper import Sleeper
+
+
+class PanelWorker:
+    """Mixed into vLLM's worker; the names are ours alone."""
+
+    def panel_sleep_facts(self) -> dict[str, Any]:
+        """Whose sleep mode it is, the level it sleeps at, the RAM it holds, what the last step took."""
+        if plugin.State.why:
+            return {"state": "stock", "why": plugin.State.why}
+        return Sleeper.existing().facts()
+
+    def panel_keep_weights(self) -> dict[str, Any]:
+        """Let the next sleep, whatever its level is called, give up the KV cache alone (level 0)."""
+        facts = self.panel_sleep_facts()
+        if facts["state"] == "own":
+            Sleeper.existing().mover.keeps_weights_next = True
+        return facts
+
+    def panel_sleep_deeper(self, level: int) -> dict[str, Any]:
+        """From level 0 to 1 or 2 without a wake; nothing is done at any other."""
+        facts = self.panel_sleep_facts()
+        if facts.get("level") == 0 and level in (1, 2):
+            self.sleep(level)  # type: ignore[attr-defined]  # vLLM's worker: it saves the buffers at level 2
+        return self.panel_sleep_facts()
