@@ -73,3 +73,28 @@ def test_started_again_it_has_nothing_left_to_do(measured: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "to a, panel" in done.stdout
     assert (measured / "measure.json").read_text() == before
+
+
+def test_the_script_of_the_fast_sleep_mode_measures_every_kind(tmp_path: Path) -> None:
+    simulated = {
+        "VLLM_GPU_COMMAND": f"{sys.executable} -m vllm_sleep_tui.simulator",
+        "VLLM_GPU_MODEL_A": "sim/1GiB",
+        "VLLM_GPU_MODEL_B": "sim/7GiB",
+        "VLLM_SIM_TIMES": "instant",
+        "VLLM_SIM_VERSION": "0.26.0",
+    }
+    script = str(SCRIPT.with_name("measure_fast_switch.py"))
+    words = ["--out", str(tmp_path), "--rounds", "1", "--wakes", "2", "--simulated", "80GiB"]
+    done = subprocess.run(
+        [sys.executable, script, *words],
+        env=os.environ | simulated,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "fast-switch.jsonl").read_text().splitlines()]
+    assert [line["sleep_backend"] for line in lines if "started" in line] == ["stock", "stock", "own", "own"]
+    kinds = {line["summary"] for line in lines if "summary" in line}
+    assert kinds == {"by hand", "vLLM's own", "fast, level 1", "fast, level 0"}

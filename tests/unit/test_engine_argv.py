@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from vllm_sleep_tui.engine.argv import (
     serve_argv,
     serve_environment,
 )
-from vllm_sleep_tui.engine.guard_files import copy_guard
+from vllm_sleep_tui.engine.guard_files import copy_backend, copy_guard
 
 SPEC = ServeSpec(
     command=("vllm",),
@@ -168,3 +170,33 @@ def test_the_guard_is_copied_alone_and_privately_and_a_copy_is_replaced(tmp_path
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((folder / "panel_guard.py").stat().st_mode) == 0o600
     assert "class PanelGuard" in (folder / "panel_guard.py").read_text()
+
+
+def test_our_sleep_mode_is_asked_for_where_it_lies_and_loaded_where_a_list_limits_plugins() -> None:
+    own = replace(SPEC, own_backend=True)
+    assert after(serve_argv(own), "--worker-extension-cls") == "panel_sleep.worker.PanelWorker"
+    assert "--worker-extension-cls" not in serve_argv(SPEC)
+    theirs = replace(own, args={"worker-extension-cls": "mine.Worker"})
+    assert after(serve_argv(theirs), "--worker-extension-cls") == "mine.Worker"
+    assert serve_environment(own, {"VLLM_PLUGINS": "lora"})["VLLM_PLUGINS"] == "lora,panel_sleep"
+    assert "VLLM_PLUGINS" not in serve_environment(own, {})
+    assert serve_environment(SPEC, {"VLLM_PLUGINS": "lora"})["VLLM_PLUGINS"] == "lora"
+
+
+def test_a_python_with_the_folder_on_its_path_finds_our_plugin_which_never_hinders_it(tmp_path: Path) -> None:
+    copy_backend(tmp_path / "guard")
+    for path in (tmp_path / "guard").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
+    program = (
+        "from importlib.metadata import entry_points\n"
+        "found, = entry_points(group='vllm.general_plugins', name='panel_sleep')\n"
+        "found.load()(); found.load()(); print('goes on')"
+    )
+    environment = {"PYTHONPATH": str(tmp_path / "guard")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == "goes on\n", done.stderr
+    # Without vLLM: said once, in one line, and nothing raised.
+    (line,) = done.stderr.splitlines()
+    assert line.startswith('panel-sleep-backend {"state": "stock", "why": "ModuleNotFoundError')

@@ -150,8 +150,9 @@ class FootprintStore:
 
 
 def digest(model: ModelConfig) -> str:
-    """Names what was measured: the model, its GPUs and its arguments."""
-    content = json.dumps([model.model, model.gpus, model.args], sort_keys=True, default=str)
+    """Names what was measured: the model, its GPUs, its arguments, and vLLM's own sleep mode if asked for."""
+    stock = [model.sleep_backend] if model.sleep_backend != "auto" else []
+    content = json.dumps([model.model, model.gpus, model.args, *stock], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

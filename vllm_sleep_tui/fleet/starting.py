@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from vllm_sleep_tui.config_checks import spans_machines
 from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv, serve_environment
 from vllm_sleep_tui.engine.causes import OWN_PORT, Diagnosis
 from vllm_sleep_tui.engine.client import VllmClient
@@ -34,7 +35,7 @@ from vllm_sleep_tui.fleet.arguments import check_arguments, known_flags
 from vllm_sleep_tui.fleet.budget import level_for, pinned_estimate
 from vllm_sleep_tui.fleet.core import GIB, Core
 from vllm_sleep_tui.fleet.ending import TMP_PREFIX, cause_in_log, fail, stop_server
-from vllm_sleep_tui.fleet.footprints import Footprint, digest
+from vllm_sleep_tui.fleet.footprints import Footprint, argument, digest
 from vllm_sleep_tui.fleet.keeping import Order, is_kept, launch, read_word
 from vllm_sleep_tui.fleet.levels import installed_version, never_level2
 from vllm_sleep_tui.fleet.operation import Operation, actor
@@ -270,8 +271,13 @@ class Start:
         self.record = self.core.write(self.record, keeper=word.keeper, server=word.server)
 
     def wants_own_backend(self) -> bool:
-        """Whether our sleep mode is to be tried: it decides itself whether it fits this vLLM."""
-        return bool(self.model.gpus) and self.model.level != "none" and self.model.sleep_backend == "auto"
+        """Whether our sleep mode is to be tried: it decides itself whether it fits this vLLM.
+
+        A worker on another machine, or one that ray starts, would not find it.
+        """
+        far = spans_machines(self.model.args) or argument(self.model, "distributed-executor-backend") == "ray"
+        sleeps = bool(self.model.gpus) and self.model.level != "none"
+        return sleeps and self.model.sleep_backend == "auto" and not far
 
     def order(self, spec: ServeSpec, log: Path) -> Order:
         """What the keeper is to keep."""
