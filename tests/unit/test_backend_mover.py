@@ -178,7 +178,7 @@ def test_level_2_gives_the_ram_back_and_a_wake_brings_memory_without_content() -
 def test_level_0_gives_up_the_kv_cache_alone_and_goes_deeper_without_a_wake() -> None:
     worker = Worker()
     before = worker.weights
-    worker.mover.keeps_weights_next = True
+    worker.mover.keep_weights()
     freed, kept = worker.mover.sleep(1)
     assert (freed, kept, worker.gpu.pinned, worker.mover.level) == (9 * BLOCK, 0, 0, 0)
     assert worker.weights == before
@@ -259,7 +259,8 @@ def test_whatever_comes_the_weights_stay_what_they_were(data: st.DataObject) -> 
             worker.write(1 << 30, bytes(content[:24]))
             worker.write(2 << 30, bytes(content[24:]))
         before = worker.weights if worker.mover.level in (None, 0) else before
-        worker.mover.keeps_weights_next = worker.mover.level is None and data.draw(st.booleans())
+        if worker.mover.level is None and data.draw(st.booleans()):
+            worker.mover.keep_weights()
         worker.mover.sleep(1)
         if data.draw(st.booleans()):
             tags = data.draw(st.sampled_from([None, ["weights"]]))

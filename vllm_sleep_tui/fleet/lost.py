@@ -122,7 +122,8 @@ async def ask(core: Core, record: Record, operation: Operation) -> None:
     start.record = record
     await start.check_listener(client)
     sleeping = await client.is_sleeping(ASK_LIMIT)
-    start.record = await with_backend(core, start.record, client)
+    if start.wants_own_backend():
+        start.record = await with_backend(start.record, client)
     level = await sleep_level(client, start.record) if sleeping else None
     await client.set_gate(sleeping, GATE_LIMIT)
     # No transition: this is the state it has been in all along.
@@ -141,7 +142,7 @@ async def ask(core: Core, record: Record, operation: Operation) -> None:
         await Server(core, record, operation).take_reference()
 
 
-async def with_backend(core: Core, record: Record, client: VllmClient) -> Record:
+async def with_backend(record: Record, client: VllmClient) -> Record:
     """The record with whose sleep mode it is, as its workers say; vLLM's own does not know the question."""
     try:
         facts = await client.collective_rpc("panel_sleep_facts", ASK_LIMIT)

@@ -17,6 +17,7 @@ import msgspec
 
 from vllm_sleep_tui.engine.client import Gate, VllmClient, WakeReply
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout, EngineUnreachable
+from vllm_sleep_tui.engine.logs import MAX_WHY
 from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.arguments import replicas
@@ -111,6 +112,8 @@ class Server:
                     await self.drain(force=force)
                     if unless is not None:
                         await unless
+                if level == 0:
+                    await self.keep_weights()
             except BaseException:
                 before.cancel()
                 await self.undo_sleep()
@@ -224,10 +227,16 @@ class Server:
             self.record = self.core.write(self.record, intent=None, proof=verdict, reason=reason, cure=cure)
 
     async def keep_weights(self) -> None:
-        """Tell each worker that the next sleep gives up the KV cache alone; all of them or none."""
+        """Tell each worker that the sleep that comes now gives up the KV cache alone.
+
+        Raises RefusedError if one of them has fallen back to vLLM's own sleep mode meanwhile.
+        """
         answers = await self.client.collective_rpc("panel_keep_weights", FACTS_LIMIT)
-        if not answers or any(answer.get("state") != "own" for answer in answers):
-            await self.fail(Failure.SLEEP_REFUSED, "not every worker runs on our sleep mode.")
+        other = [answer for answer in answers if answer.get("state") != "own"]
+        if other or not answers:
+            why = str(other[0].get("why", ""))[:MAX_WHY] if other else None
+            self.record = self.core.write(self.record, sleep_backend="stock", sleep_backend_why=why)
+            raise RefusedError(*no_level_0(self.record))
 
     async def call_sleep(self, level: int) -> float:
         """The call itself; seconds it took. A call that timed out may have worked: it is asked after.
@@ -236,8 +245,6 @@ class Server:
         """
         began = time.perf_counter()
         try:
-            if level == 0:
-                await self.keep_weights()
             asked = level or 1
             reply = await self.waited_for(lambda: self.client.sleep(asked, self.limit()), asleep=True)
             if reply is None and not await self.is_sleeping():

@@ -17,6 +17,10 @@ Handle = tuple[int, int, int, Any]
 """Device, size, address, and what vLLM's own functions need to map it."""
 
 
+KEEP_SECONDS = 10.0
+"""How long a wish for level 0 holds: whoever told of it may have died before the sleep."""
+
+
 class NoPool(RuntimeError):  # noqa: N818 - nothing has been done yet: the caller sleeps another way
     """The RAM for the copies is not to be had; no memory was touched."""
 
@@ -95,8 +99,7 @@ class Mover:
         """Of the copies in the pool."""
         self.level: int | None = None
         """The level it sleeps at; None while anything but a part of it is awake."""
-        self.keeps_weights_next = False
-        """Whether the next sleep goes to level 0, whatever vLLM calls it."""
+        self._keeps_weights_until = 0.0
         self.last: dict[str, float] = {}
         """Bytes and seconds of the last sleep or wake."""
 
@@ -105,13 +108,18 @@ class Mover:
         """RAM held for the copies."""
         return self._pool.size if self._pool else 0
 
+    def keep_weights(self) -> None:
+        """Let the sleep that comes now, not one that comes later, go to level 0, whatever vLLM calls it."""
+        self._keeps_weights_until = time.monotonic() + KEEP_SECONDS
+
     def sleep(self, level: int) -> tuple[int, int]:
         """Sleep at `level`, also from level 0 to 1 or 2; bytes of VRAM given up, and of them kept in RAM.
 
         Raises NoPool with everything as it was.
         """
-        if self.keeps_weights_next:
-            self.keeps_weights_next, level = False, 0
+        if time.monotonic() < self._keeps_weights_until:
+            level = 0
+        self._keeps_weights_until = 0.0
         steps = _Steps()
         self._driver.synchronize()
         leaving = [r for r in self._awake() if leaves(self._tag(r), level)]

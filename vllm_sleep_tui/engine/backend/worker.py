@@ -21,7 +21,7 @@ class PanelWorker:
         """Let the next sleep, whatever its level is called, give up the KV cache alone (level 0)."""
         facts = self.panel_sleep_facts()
         if facts["state"] == "own":
-            Sleeper.existing().mover.keeps_weights_next = True
+            Sleeper.existing().mover.keep_weights()
         return facts
 
     def panel_sleep_deeper(self, level: int) -> dict[str, Any]:
