@@ -44,8 +44,8 @@ STEP_LIMIT = 60.0
 DEATH_SECONDS = 2.0
 """Within which a death must have been noticed."""
 VERBS = {
-    "switch": 8, "sleep": 3, "sleep 1": 2, "sleep 2": 2, "wake": 3, "start": 2, "start all": 0.2, "stop": 1,
-    "restart": 0.4, "chat": 3,
+    "switch": 8, "sleep": 3, "sleep 0": 2, "sleep 1": 2, "sleep 2": 2, "wake": 3, "start": 2,
+    "start all": 0.2, "stop": 1, "restart": 0.4, "chat": 3,
 }  # fmt: skip
 """How often each verb is begun."""
 FAULTS = {
@@ -56,6 +56,8 @@ FAULTS = {
 }  # fmt: skip
 """How often each fault is switched on."""
 FAULT_SHARE, KILL_SHARE, CANCEL_SHARE = 0.25, 0.06, 0.15
+FAST = "0.26.0"
+"""Of the servers that run on our own sleep mode."""
 VICTIMS = ("server", "engine", "keeper")
 
 
@@ -128,7 +130,8 @@ class RandomOperations:
             "wide": {"model": "sim/4GiB", "gpus": [0, 1], "args": {"tensor-parallel-size": 2}},
         }
         for name, model in models.items():
-            model["env"] = env | ({"VLLM_SIM_VERSION": "0.24.0"} if name == "old" else {})
+            version = {"old": "0.24.0", "one": FAST, "wide": FAST}.get(name)
+            model["env"] = env | ({"VLLM_SIM_VERSION": version} if version else {})
         content = {
             "vllm_command": [sys.executable, "-m", "vllm_sleep_tui.simulator"],
             "simulated_gpus": [{"name": "Random", "memory": "24GiB"}] * 2,

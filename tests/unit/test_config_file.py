@@ -96,7 +96,7 @@ MISTAKES = {
         4,
         "models.qwen.gpus: must be a list of GPU numbers from 0",
     ),
-    "level 3": (ONE + "    level: 3\n", 4, "models.qwen.level: must be auto, 1, 2 or none, not 3"),
+    "level 3": (ONE + "    level: 3\n", 4, "models.qwen.level: must be auto, 0, 1, 2 or none, not 3"),
     "port is text": (ONE + "    port: http\n", 4, "models.qwen.port: must be a whole number from 1 to 65535"),
     "port too high": (
         ONE + "    port: 65536\n",

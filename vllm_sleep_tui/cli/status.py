@@ -150,10 +150,8 @@ def backend_lines(models: Sequence[ModelSnapshot]) -> list[str]:
             by_why.setdefault("", []).append(model.name)
         elif model.sleep_backend_why:
             by_why.setdefault(model.sleep_backend_why, []).append(model.name)
-    return [
-        f"Sleep mode of {', '.join(names)}: {f'vLLM’s own, {why}' if why else 'the fast one'}"
-        for why, names in by_why.items()
-    ]
+    words = {why: f"vLLM's own, {why}" if why else "the fast one" for why in by_why}
+    return [f"Sleep mode of {', '.join(names)}: {words[why]}" for why, names in by_why.items()]
 
 
 def _row(model: ModelSnapshot, now: float) -> tuple[str, ...]:
