@@ -92,16 +92,16 @@ async def test_a_model_that_a_reload_removed_is_not_restarted(box: MakeBox) -> N
 class Breaking:
     """Stands between us and a server: the first request to `target` is lost on its way, or its answer is."""
 
-    def __init__(self, port: int | None, target: bytes, *, arrives: bool) -> None:
+    def __init__(self, socket: str, target: bytes, *, arrives: bool) -> None:
         self.came = 0
         self.connections: set[asyncio.Task[None]] = set()
-        self._port, self._target, self._arrives = port, target, arrives
+        self._socket, self._target, self._arrives = socket, target, arrives
 
     def begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections.add(asyncio.create_task(self._serve(reader, writer)))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", self._port)
+        there, back = await asyncio.open_unix_connection(self._socket)
         lost = asyncio.Event()
 
         async def answer() -> None:
@@ -131,7 +131,7 @@ class Breaking:
 
 
 async def call_anew(core: Core) -> None:
-    """Have the next call ask the record for the port."""
+    """Have the next call ask the record for the socket."""
     core._retired += [client for _, client in core._launched.values()]
     core._launched.clear()
     await core.close_retired()
@@ -141,14 +141,16 @@ async def call_anew(core: Core) -> None:
 async def breaking(core: Core, name: str, target: bytes, *, arrives: bool) -> AsyncIterator[Breaking]:
     """The first call of `target` fails on its way to the model's server, or back."""
     record = core.records.read(name)
-    between = Breaking(record.port, target, arrives=arrives)
-    listener = await asyncio.start_server(between.begin, "127.0.0.1", 0)
-    core.write(record, port=listener.sockets[0].getsockname()[1])
+    assert record.socket is not None
+    between = Breaking(record.socket, target, arrives=arrives)
+    path = f"{record.socket}-between"
+    listener = await asyncio.start_unix_server(between.begin, path)
+    core.write(record, socket=path)
     await call_anew(core)
     try:
         yield between
     finally:
-        core.write(core.records.read(name), port=record.port)
+        core.write(core.records.read(name), socket=record.socket)
         await call_anew(core)
         listener.close()
         await asyncio.gather(*between.connections)
