@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.fleet.conftest import SIMULATOR
-from vllm_sleep_tui.fleet.locks import shared_folder
+from vllm_sleep_tui.fleet.locks import holder, shared_folder
 
 VICTIM, STRANGER = 54301, 54302
 """Two users without a name."""
@@ -219,15 +220,19 @@ def test_a_stranger_who_locks_and_says_nothing_is_named_and_not_who_was_there_be
     victim: Home, how: int
 ) -> None:
     lock = victim.gpu_lock()
-    assert victim.verb("stop", "a").returncode == 0  # it leaves its word in the file
-    stranger = victim.hold(lock, how, STRANGER)
-    verb = victim.begin("stop", "b")
-    said = until_says(verb, "waits for")
-    assert f"waits for {STRANGER}'s process {stranger.pid}, which does not say for what" in said
-    _, rest = verb.communicate(timeout=120)
-    assert verb.returncode == 1
-    assert f"Ask {STRANGER} or root to continue or end pid {stranger.pid}" in rest
-    assert "VLLM_SLEEP_TUI_LOCKS" in rest
+    lock.write_bytes(msgspec.json.encode(holder("stop", "a")).ljust(1024))  # as whoever was there leaves it
+    lock.chmod(0o666)
+    try:
+        stranger = victim.hold(lock, how, STRANGER)
+        verb = victim.begin("stop", "b")
+        said = until_says(verb, "waits for")
+        assert f"waits for {STRANGER}'s process {stranger.pid}, which does not say for what" in said
+        _, rest = verb.communicate(timeout=120)
+        assert verb.returncode == 1
+        assert f"Ask {STRANGER} or root to continue or end pid {stranger.pid}" in rest
+        assert "VLLM_SLEEP_TUI_LOCKS" in rest
+    finally:
+        lock.unlink(missing_ok=True)
 
 
 def test_a_folder_for_locks_that_is_none_is_a_usage_error(home: Home) -> None:
