@@ -61,7 +61,7 @@ def test_no_order_of_others_reaches_the_terminal(config: Path) -> None:
         step("l", "the last line", "mtxt.")
         step("\x1b", "far", "awake")
         step("\x1b[B", "Ask far")
-        step("c", "Ask far")
+        step("c", "leave the input")
         step("hi", "hi")
         step("\r", "done")
         step("err", "err")

@@ -180,7 +180,7 @@ def test_a_log_that_is_a_folder_is_one_error(fleet: CommandLine) -> None:
     (folder / "mine").mkdir(parents=True)
     done = fleet.run("logs", "phi")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"The log {folder} cannot be read: it is not a regular file.\n")
+    assert done.stderr.startswith(f"The log {folder} cannot be read: Is a directory.\n")
     fleet("start", "phi")  # it is put away, not lost
     assert "Application startup complete" in fleet("logs", "phi")
     assert folder.with_name("phi.log.1").joinpath("mine").is_dir()

@@ -16,6 +16,7 @@ import pytest
 
 from tests.hostile_text import PAYLOAD, SHOWN, HostileServer, assert_harmless
 from tests.unit.test_cli_usage import COMMAND, CONFIG, on_terminal
+from vllm_sleep_tui.fleet.locks import gpu_lock_path
 
 NAME = "vllm-sleep-tui.yaml"
 
@@ -150,12 +151,7 @@ def test_the_word_in_the_lock_of_somebody_else() -> None:
     run("demo", "--init", "d", "--speed", "1000")
     named = ["--config", str(folder / NAME)]
     uuid = json.loads(run(*named, "status", "--json").stdout)["gpus"][0]["uuid"]
-    run(*named, "stop", "qwen")  # which makes the lock
-    path = next(
-        path
-        for place in ("/run/lock", "/tmp")
-        if (path := Path(place, f"vllm-sleep-tui-{uuid}.lock")).exists()
-    )
+    path = gpu_lock_path(uuid)
     word = {
         "user": PAYLOAD,
         "pid": os.getpid(),
@@ -164,7 +160,7 @@ def test_the_word_in_the_lock_of_somebody_else() -> None:
         "since": time.time(),
         "until": time.time() + 60,
     }
-    with path.open("r+b") as lock:
+    with path.open("w+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write(json.dumps(word).encode().ljust(1024))
         lock.flush()

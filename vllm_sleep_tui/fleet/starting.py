@@ -488,7 +488,7 @@ class Start:
             raise CancelledByUser(f"The start of {self.name} was stopped.") from error
         found = cause_in_log(self.core, self.record, word)
         raced = found is not None and self.was_race(found.port)
-        if found is not None and found.port == OWN_PORT and self.record.port is not None and not raced:
+        if found is not None and found.port == OWN_PORT and self.record.port is not None:
             found = Diagnosis(taken(self.record.port, self.name), CURE)  # vLLM does not say by whom
         await fail(
             self.core, self.record, found.reason if found else error.what, found.cure if found else error.cure
