@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,19 @@ def keep_headers(loaded: LoadedConfig, into: Path) -> None:
             (target / path.name).write_bytes(header)
 
 
+def as_long_as_they_were(checkpoint: Path, into: Path) -> Path:
+    """A copy of a kept checkpoint whose files of weights have their length again, with nothing in it."""
+    shutil.copytree(checkpoint, into)
+    for path in into.glob("*.safetensors"):
+        header = path.read_bytes()
+        told = json.loads(header[HEADER_LENGTH:])
+        end = max(
+            (tensor["data_offsets"][1] for tensor in told.values() if "data_offsets" in tensor), default=0
+        )
+        os.truncate(path, len(header) + end)
+    return into
+
+
 def keep_machine(loaded: LoadedConfig, state: Path, path: Path) -> None:
     """Write down the GPU that the estimates are for."""
     gpu = read_once(loaded, state).gpus[0]
@@ -76,14 +91,15 @@ def rows(loaded: LoadedConfig, folder: Path, checkpoints: Path) -> list[dict[str
         key = next((key for key in known if key.startswith(f"{digest(model)}@")), None)
         if key is None:
             continue
-        here = msgspec.structs.replace(model, model=str((checkpoints / name).absolute()))
-        expected = estimate(
-            here,
-            folder,
-            total=machine["total_bytes"],
-            gpu_name=machine["name"],
-            version=key.partition("@")[2],
-        )
+        with tempfile.TemporaryDirectory() as scratch:
+            whole = as_long_as_they_were(checkpoints / name, Path(scratch, name))
+            expected = estimate(
+                msgspec.structs.replace(model, model=str(whole)),
+                folder,
+                total=machine["total_bytes"],
+                gpu_name=machine["name"],
+                version=key.partition("@")[2],
+            )
         found += [{"model": shown, **each} for each in compared(expected, known[key], model)]
     return found
 
