@@ -113,7 +113,7 @@ def _check_source(document: Document, key: Key, model: ModelConfig) -> None:
     if model.level == 0:
         wrong = "the weights of a server that is not started here cannot stay in VRAM"
         raise document.error((*key, "level"), wrong, "Write 1 or 2.")
-    for field in ("args", "env", "env_file", "port", "autostart", "vllm_command", "aliases"):
+    for field in ("args", "env_file", "env", "port", "autostart", "vllm_command", "aliases"):
         if getattr(model, field):
             wrong = "has no effect on a server that is not started here"
             raise document.error((*key, field), wrong, "Remove it.")
@@ -215,7 +215,7 @@ def own_key(document: Document, key: Key, values: Mapping[str, Any]) -> dict[str
         name = fill_in(document, where, file)
         if not isinstance(name, Written) or name.kind != "text":
             raise document.error(where, "must be the name of a file", "Correct the value.")
-        path = document.path.absolute().parent / name
+        path = document.path.resolve().parent / name
         fields = {"api_key_file": str(path), "api_key": _key_in(document, where, path)}
     elif text is not None:
         where = (*key, "api_key")

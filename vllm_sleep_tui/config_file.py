@@ -92,7 +92,7 @@ class LoadedConfig:
     """The line of each key, such as models.qwen.gpus."""
 
     def agreement(self) -> str:
-        """What a person agrees to who agrees to this file: a digest of it and of the scripts it names."""
+        """What a person agrees to who agrees to this file: a digest of it and of the files it names."""
         return digest_with(self.digest, self._named())
 
     def _named(self) -> Iterator[Path]:
@@ -119,7 +119,7 @@ def load(path: Path) -> LoadedConfig:
     check(document, config)
     found = Path(os.path.abspath(path))
     return LoadedConfig(
-        config=_located(config, found.parent),
+        config=_located(config, path.resolve().parent),
         path=path.resolve(),
         found=found,
         digest=document.whole_digest,
@@ -150,7 +150,7 @@ def schema() -> dict[str, Any]:
     for name, mapping in (("args", args), ("env", {"type": "object"}), ("env_file", {"type": "string"})):
         described_as = model["properties"][name]["description"]
         model["properties"][name] = {"description": described_as, "anyOf": [mapping, words]}
-    model["properties"]["api_key"]["anyOf"][0]["pattern"] = r"^\$\{[^}]+\}$"
+    model["properties"]["api_key"]["anyOf"][0]["pattern"] = r"^\$(\{[A-Za-z_]\w*\}|[A-Za-z_]\w*)$"
     described["$defs"]["Config"]["properties"]["models"]["minProperties"] = 1
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}
 
@@ -197,6 +197,8 @@ def _model(document: Document, name: str, value: Any) -> ModelConfig:
     env = read_env(document, key, filled, spans_machines=spans_machines(args))
     values = {part: typed(item) for part, item in filled.items() if part not in ("args", "env", "env_file")}
     values |= {"args": args, "env": env, **keys}
+    if not is_null(files := filled.get("env_file")):
+        values["env_file"] = [str(file) for file in (files if isinstance(files, list) else [files])]
     if "idle" in values:
         _struct(document, (*key, "idle"), values["idle"], IdleConfig)
     for index, gpu in enumerate(values["gpus"] if isinstance(values.get("gpus"), list) else ()):
@@ -271,7 +273,10 @@ def _shown(value: Any) -> str:
 
 
 def _located(config: Config, folder: Path) -> Config:
-    """Make relative paths absolute, from the config's folder: servers run in a folder of their own."""
+    """Make relative paths absolute for whoever looks from elsewhere.
+
+    They count from the config's folder, where servers run too.
+    """
     command = _located_command(config.vllm_command, folder)
     models = {
         name: msgspec.structs.replace(

@@ -206,7 +206,7 @@ def _read_config(document: Document, where: Key, given: Any) -> dict[str, Any]:
     """The flags of a YAML file as `vllm serve --config` takes it, checked as if they stood in `args:`."""
     if not isinstance(given, Written) or is_null(given) or not given:
         raise document.error(where, "must be the name of a file", "Write it like config: serve.yaml")
-    path = document.path.absolute().parent / given
+    path = document.path.resolve().parent / given
     inside = document.include(parse(path))
     values = inside.values
     if is_null(values):
@@ -233,7 +233,7 @@ def read_env(
         where: Key = (*key, "env_file", index) if isinstance(files, list) else (*key, "env_file")
         if not isinstance(name, Written) or is_null(name):
             raise document.error(where, "must be the name of a file", "Write it like env_file: serve.env")
-        found |= _env_file(document, where, document.path.absolute().parent / name, spans_machines)
+        found |= _env_file(document, where, document.path.resolve().parent / name, spans_machines)
     given = values.get("env")
     for where, variable, text in _variables(document, (*key, "env"), {} if is_null(given) else given):
         _check_variable(document, where, variable, text, spans_machines)

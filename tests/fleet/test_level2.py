@@ -82,14 +82,17 @@ def test_level_2_is_refused_before_the_start_where_the_loader_cannot_reload(pane
 def test_a_vllm_that_cannot_reload_this_yet_is_told_from_one_that_can(
     panel: Make, tmp_path: Path, version: str, changes: dict[str, Any]
 ) -> None:
-    old = panel(level=2, command=installed(tmp_path / "old", version), version=version, **changes)
+    old_command = installed(tmp_path / "old", version)
+    old = panel(level=2, command=old_command, version=version, **changes)
     refused = old.run("start", "m")
     assert refused.returncode == 2
     assert "level: 2 could not bring it back" in refused.stderr
     found = {check["name"]: check for check in json.loads(old.run("doctor", "--json").stdout)["checks"]}
     assert found["m.level"]["verdict"] == "fail"
 
-    new = panel(level=2, command=installed(tmp_path / "new", "0.32.0"), **changes)
+    new = panel(level=2, vllm_command=installed(tmp_path / "new", "0.32.0"), command=old_command, **changes)
+    found = {check["name"]: check for check in json.loads(new.run("doctor", "--json").stdout)["checks"]}
+    assert "m.level" not in found, "the model's own vLLM counts"
     new("start", "m")
     new("sleep", "m")
     new("wake", "m")

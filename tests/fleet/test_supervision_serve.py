@@ -63,12 +63,12 @@ class Served:
     def log(self, number: int) -> Path:
         return self.machine.folder / f"serve{number}.log"
 
-    def until_said(self, number: int, text: str, limit: float = 30.0) -> float:
-        """Seconds until the log holds a text."""
+    def until_said(self, number: int, text: str, limit: float = 30.0, after: int = 0) -> float:
+        """Seconds until the log holds a text, behind so many characters."""
         began = time.monotonic()
-        while text not in self.log(number).read_text():
+        while text not in self.log(number).read_text()[after:]:
             assert time.monotonic() - began < limit, self.log(number).read_text()
-            assert self.processes[number].poll() is None or text in self.log(number).read_text()
+            assert self.processes[number].poll() is None or text in self.log(number).read_text()[after:]
             time.sleep(0.02)
         return time.monotonic() - began
 
@@ -213,6 +213,17 @@ def test_a_reload_leaves_what_runs_alone_and_says_what_it_means(served: Callable
     here.machine.config.write_text(json.dumps(changed))
     here.processes[number].send_signal(signal.SIGHUP)
     here.until_said(number, "a changed and needs a restart")
+
+    for part, key, value in (
+        (changed, "vllm_command", ["/usr/bin/env", *written["vllm_command"]]),
+        (changed["models"]["a"], "sleep_backend", "stock"),
+    ):
+        said = here.log(number).read_text()
+        part[key] = value
+        here.machine.config.write_text(json.dumps(changed))
+        here.processes[number].send_signal(signal.SIGHUP)
+        here.until_said(number, "reload: done", after=len(said))
+        assert "a changed and needs a restart" in here.log(number).read_text()[len(said) :], key
 
     here.machine.config.write_text("models: [")
     here.processes[number].send_signal(signal.SIGHUP)

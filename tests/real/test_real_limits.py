@@ -48,16 +48,15 @@ def begin(panel: CommandLine) -> None:
 
 
 def record_of(panel: CommandLine) -> Record:
-    """The model's record: its port, and the secret for vLLM's own endpoints."""
+    """The model's record: its port, and the socket for vLLM's own endpoints."""
     config = load(panel.config)
     return RecordStore(panel.state_home / "vllm-sleep-tui", config.path).read("tiny")
 
 
 def ask(record: Record, method: str, path: str, **body: Any) -> httpx.Response:
     """A call to vLLM past the guard."""
-    headers = {"X-Panel-Secret": record.secret or ""}
-    where = f"http://127.0.0.1:{record.port}{path}"
-    return httpx.request(method, where, headers=headers, json=body or None, timeout=300)
+    with httpx.Client(transport=httpx.HTTPTransport(uds=record.socket), timeout=300) as client:
+        return client.request(method, f"http://127.0.0.1{path}", json=body or None)
 
 
 def test_dummy_weights_are_refused_level_2_which_vllm_could_not_bring_back(

@@ -312,6 +312,31 @@ def test_relative_paths_are_taken_from_the_files_folder(tmp_path: Path) -> None:
     assert loaded.config.models["b"].model == "org/m"
 
 
+def test_relative_paths_of_a_file_behind_a_link_are_taken_from_the_files_own_folder(tmp_path: Path) -> None:
+    for name in ("own", "here"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.env").write_text(f"WHOSE={name}\n")
+        (tmp_path / name / "key").write_text(f"{name}\n")
+        (tmp_path / name / "serve.yaml").write_text(f"revision: {name}\n")
+    own, link = tmp_path / "own/c.yaml", tmp_path / "here/c.yaml"
+    own.write_text(
+        "vllm_command: [./bin/vllm]\n"
+        "models: {a: {model: ./m, env_file: a.env, api_key_file: key, args: {config: serve.yaml}}}\n"
+    )
+    link.symlink_to(own)
+    config = load(link).config
+    a = config.models["a"]
+    assert (config.vllm_command, a.model) == ((str(own.parent / "bin/vllm"),), str(own.parent / "m"))
+    assert (a.env, a.api_key, a.args) == ({"WHOSE": "own"}, "own", {"revision": "own"})
+
+
+@pytest.mark.parametrize("files", ["a.env", "[a.env]"])
+def test_a_server_of_somebody_else_takes_no_file_of_variables(tmp_path: Path, files: str) -> None:
+    (tmp_path / "a.env").write_text("A=1\n")
+    with pytest.raises(UsageError, match=r"c.yaml:1: models\.a\.env_file: has no effect"):
+        load_text(tmp_path, f"models: {{a: {{url: 'http://h:1', env_file: {files}}}}}\n")
+
+
 def test_an_unknown_model_is_answered_with_the_nearest(tmp_path: Path) -> None:
     loaded = load_text(tmp_path, "models: {qwen: {model: x}, coder: {model: y}}\n")
     with pytest.raises(UsageError) as caught:

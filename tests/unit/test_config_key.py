@@ -69,5 +69,5 @@ def test_a_server_of_ours_may_have_one_too(tmp_path: Path, monkeypatch: pytest.M
 
 def test_an_editor_is_told_that_a_key_is_the_name_of_a_variable() -> None:
     model = schema()["$defs"]["ModelConfig"]["properties"]
-    assert model["api_key"]["anyOf"][0]["pattern"] == r"^\$\{[^}]+\}$"
+    assert model["api_key"]["anyOf"][0]["pattern"] == r"^\$(\{[A-Za-z_]\w*\}|[A-Za-z_]\w*)$"
     assert "api_key_file" in model

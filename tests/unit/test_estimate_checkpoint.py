@@ -20,7 +20,8 @@ def test_shapes_and_sizes_come_from_config_and_headers(tmp_path: Path) -> None:
     assert found.architecture == "Qwen3ForCausalLM"
     assert found.task is Task.GENERATE
     assert found.parameters == 596_049_920
-    assert found.bytes_by_dtype == {"BF16": 2 * 596_049_920}
+    assert {tensor.dtype for tensor in found.tensors} == {"BF16"}
+    assert sum(tensor.bytes for tensor in found.tensors) == 2 * 596_049_920
     assert found.kv_bytes(1) == 28 * 2 * 8 * 128 * 2
     assert found.kv_bytes(1, ranks=16) == 28 * 2 * 1 * 128 * 2, "a head is never cut"
 

@@ -78,7 +78,7 @@ def test_a_rate_survives_a_counter_that_started_again(
 
 def test_buckets_are_summed_over_engines() -> None:
     name = "vllm:time_to_first_token_seconds"
-    counts = prometheus.buckets(prometheus.parse(PAGE, prometheus.names_of_histogram([name])), name)
+    counts = prometheus.buckets(prometheus.parse(PAGE, frozenset({f"{name}_bucket"})), name)
     assert counts == {0.1: 20.0, 0.2: 40.0, math.inf: 50.0}
 
 

@@ -170,7 +170,7 @@ def _level_checks(loaded: LoadedConfig, name: str, model: ModelConfig) -> Iterat
     """Whether the model comes back from level 2, where it is asked for or `auto` may choose it."""
     if model.level not in (2, "auto") or model.url:
         return
-    vllm = find_command(loaded.config.vllm_command, os.environ)
+    vllm = find_command(model.vllm_command or loaded.config.vllm_command, os.environ)
     version, base = vllm.version if vllm else None, loaded.path.parent
     never, risk = never_level2(model, version, base), why_no_level2(model, version, base)
     if model.level == "auto":

@@ -60,7 +60,7 @@ def load_config(ctx: click.Context, *, only_looks: bool = False) -> LoadedConfig
 
     Whoever left a file in the current folder would have its commands run by any verb that starts or wakes
     something, and be sent by any that asks its `url:` servers what the person's variables and files hold as
-    keys. So this asks, once for each content of the file and of the scripts that it names. `only_looks`
+    keys. So this asks, once for each content of the file and of the files that it names. `only_looks`
     is for verbs that run nothing: they ask only about keys.
     """
     given = given_config(ctx)
@@ -107,7 +107,7 @@ def _ask(loaded: LoadedConfig) -> None:
     for model in loaded.config.models.values():
         if model.api_key is not None and model.url is not None:
             say(one_line(f"It would send an API key to: {model.url}"))
-    if not confirm("Do what it says? (asked again only if it or a script that it names changes)"):
+    if not confirm("Do what it says? (asked again only if it or a file that it names changes)"):
         raise CancelledByUser("Nothing was started.", f"Look at {loaded.found} first.")
     trust(loaded.found, loaded.agreement(), state_dir())
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vllm_sleep_tui.cli.common import config_option, given_config, is_agreed, load_config
-from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.config import Config
 from vllm_sleep_tui.config_file import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
@@ -175,28 +175,28 @@ class Headless:
         if not self._is_named and not is_agreed(loaded):
             log.error("reload: %s was found, not named, and has changed. The old config holds.", loaded.found)
             return
-        before, after = self._loaded.config.models, loaded.config.models
+        old, new = self._loaded.config, loaded.config
         running = {model.name: model for model in fleet.snapshot().models if model.state in RUNNING}
         for name, model in running.items():
-            if name not in after:
+            if name not in new.models:
                 log.warning(
                     "reload: %s is no longer in the config; its server (pid %s) is left running, "
                     "`orphans --end` ends it",
                     name,
                     model.pid,
                 )
-            elif launch_part(after[name]) != launch_part(before[name]):
+            elif launch_part(new, name) != launch_part(old, name):
                 log.warning("reload: %s changed and needs a restart: `restart %s`", name, name)
-        if loaded.config.simulated_gpus != self._loaded.config.simulated_gpus:
+        if new.simulated_gpus != old.simulated_gpus:
             log.warning("reload: simulated_gpus changed, which only a new serve heeds")
         self._loaded = loaded
         fleet.reload(loaded)
-        log.info("reload: done, %d models", len(after))
+        log.info("reload: done, %d models", len(new.models))
 
 
-def launch_part(model: ModelConfig) -> tuple[object, ...]:
-    """What of a model's config its running server was launched with."""
-    command, key = model.vllm_command, model.api_key
+def launch_part(config: Config, name: str) -> tuple[object, ...]:
+    """What of the config the running server of a model was launched with."""
+    model = config.models[name]
     return (
         model.model,
         model.gpus,
@@ -205,8 +205,9 @@ def launch_part(model: ModelConfig) -> tuple[object, ...]:
         model.env,
         model.port,
         model.aliases,
-        command,
-        key,
+        model.vllm_command or config.vllm_command,
+        model.sleep_backend,
+        model.api_key,
     )
 
 

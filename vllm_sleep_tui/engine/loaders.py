@@ -29,22 +29,12 @@ LORA_SINCE: Release = (0, 28)
 """From here on a reload knows LoRA's layers, and adapters are read again at their next use; before, it ends
 in a KeyError (sources of 0.24 to 0.32)."""
 OBJECT_STORES = ("s3://", "gs://", "az://")
-_NAMES = {"q": "quantization"}
-
-
-def argument(args: Mapping[str, Any], name: str) -> Any:
-    """A flag among a model's `args`, with dashes or underscores or by its letter; None if it is not there."""
-    for key, value in args.items():
-        bare = key.lstrip("-").replace("_", "-")
-        if _NAMES.get(bare, bare) == name:
-            return value
-    return None
 
 
 def loader(model: str, args: Mapping[str, Any], quantization: str | None = None) -> str:
     """The loader that vLLM takes; `quantization` is what the checkpoint's config.json names, if anything."""
-    chosen = str(argument(args, "load-format") or "auto").lower()
-    if "bitsandbytes" in (argument(args, "quantization"), quantization):
+    chosen = str(args.get("load-format") or "auto").lower()
+    if "bitsandbytes" in (args.get("quantization"), quantization):
         return "bitsandbytes" if chosen in ("auto", "bitsandbytes") else chosen
     return "runai_streamer" if chosen == "auto" and model.lower().startswith(OBJECT_STORES) else chosen
 
@@ -66,6 +56,6 @@ def why_no_reload(
     if release < since:
         from_ = "" if since == NEVER else f" before {since[0]}.{since[1]}"
         return f"vLLM's loader `{name}` cannot load weights again{from_}"
-    if release < LORA_SINCE and argument(args, "enable-lora") in ("true", True):
+    if release < LORA_SINCE and args.get("enable-lora") == "true":
         return "vLLM cannot load the weights of a model with LoRA again before 0.28"
     return None

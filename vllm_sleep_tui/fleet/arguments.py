@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vllm_sleep_tui.config import ModelConfig
-from vllm_sleep_tui.config_checks import spans_machines
+from vllm_sleep_tui.config_checks import replicas_flag, spans_machines
 from vllm_sleep_tui.config_flags import FlagTable, shipped_table
 from vllm_sleep_tui.engine.argv import check_args
 from vllm_sleep_tui.engine.installed_flags import Installed, ask_flags, installed, kept_flags
@@ -77,5 +77,5 @@ def check_arguments(core: Core, name: str, flags: FlagTable) -> None:
 def replicas(core: Core, name: str) -> int:
     """How many data parallel replicas of the model its server holds on this machine."""
     args = core.model(name).args
-    given = args.get("data-parallel-size-local") or args.get("data-parallel-size") or "1"
+    given = args.get(replicas_flag(args)) or "1"
     return 1 if spans_machines(args) or not str(given).isdigit() else max(1, int(given))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -138,14 +137,6 @@ class Checkpoint:
     """The checkpoint's own, such as awq, gptq or fp8."""
     attention: Attention | None
     unknown: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def bytes_by_dtype(self) -> dict[str, int]:
-        """Bytes of weights by the type they are stored in, the largest first."""
-        sizes: Counter[str] = Counter()
-        for tensor in self.tensors:
-            sizes[tensor.dtype] += tensor.bytes
-        return dict(sizes.most_common())
 
     def kv_bytes(self, tokens: int, *, width: int = 2, ranks: int = 1) -> int | None:
         """Bytes of KV cache that a context of `tokens` takes on each of `ranks` GPUs; None if not known."""

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.engine.causes import diagnose_download
-from vllm_sleep_tui.engine.loaders import argument
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.core import GIB, Core
 from vllm_sleep_tui.fleet.discovery import hub_cache
@@ -127,9 +126,6 @@ async def fetch(core: Core, name: str, operation: Operation) -> None:
     tool, wanted = downloader(core, name, environ), wanted_of(model, base, environ)
     if tool is None or wanted is None or await asyncio.to_thread(wanted.is_here):
         return
-    token = argument(model.args, "hf-token")
-    if isinstance(token, str):
-        environ["HF_TOKEN"] = token
     for pattern in wanted.patterns:
         failed = await download(tool, wanted, pattern, base, environ, name, operation)
         if failed is None and pattern == INDEX and (names := wanted.indexed()):
@@ -149,7 +145,7 @@ def wanted_of(model: ModelConfig, base: Path, environ: Mapping[str, str]) -> Wan
     ModelScope, object stores, GGUF files of a repository, folders and loaders that stream are vLLM's own.
     """
     source = model.model or ""
-    load_format = str(argument(model.args, "load-format") or "auto").lower()
+    load_format = str(model.args.get("load-format") or "auto").lower()
     if (
         environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in _TRUE
         or not _HUB_NAME.fullmatch(source)
@@ -158,8 +154,8 @@ def wanted_of(model: ModelConfig, base: Path, environ: Mapping[str, str]) -> Wan
         or load_format not in PATTERNS
     ):
         return None
-    ignored = argument(model.args, "ignore-patterns") or IGNORED
-    revision, folder = argument(model.args, "revision"), argument(model.args, "download-dir")
+    ignored = model.args.get("ignore-patterns") or IGNORED
+    revision, folder = model.args.get("revision"), model.args.get("download-dir")
     return Wanted(
         name=source,
         revision=None if revision is None else str(revision),

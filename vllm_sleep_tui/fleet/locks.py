@@ -21,7 +21,6 @@ import fcntl
 import getpass
 import logging
 import os
-import pwd
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -31,7 +30,7 @@ import msgspec
 
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError, UsageError
-from vllm_sleep_tui.telemetry.processes import is_stopped, own_pids, user_of
+from vllm_sleep_tui.telemetry.processes import is_stopped, own_pids, user_name, user_of
 from vllm_sleep_tui.text import one_line
 
 POLL_SECONDS = 0.02
@@ -121,7 +120,7 @@ def open_shared(path: Path) -> int:
     other end.
     """
     with contextlib.suppress(FileNotFoundError):
-        return open_regular(path)
+        return open_there(path)
     descriptor, unnamed = make_unnamed(path)
     try:
         os.link(unnamed, path)
@@ -132,7 +131,7 @@ def open_shared(path: Path) -> int:
             raise
     finally:
         os.unlink(unnamed)
-    return open_regular(path)
+    return open_there(path)
 
 
 def make_unnamed(path: Path) -> tuple[int, Path]:
@@ -147,7 +146,7 @@ def make_unnamed(path: Path) -> tuple[int, Path]:
     return descriptor, unnamed
 
 
-def open_regular(path: Path) -> int:
+def open_there(path: Path) -> int:
     """Open the file that is there, if it is a file; raises OSError.
 
     One that may only be read can be locked as well; then nobody learns for what.
@@ -186,7 +185,7 @@ def not_openable(path: Path, error: OSError) -> OperationError:
     kind = KINDS.get(
         stat.S_IFMT(there.st_mode), f"a file that you may not open (mode {there.st_mode & 0o777:o})"
     )
-    owner = name_of(there.st_uid)
+    owner = user_name(there.st_uid)
     if os.getuid() in (0, there.st_uid):
         cure = f"Remove {path}; the lock is made anew."
     else:
@@ -194,18 +193,10 @@ def not_openable(path: Path, error: OSError) -> OperationError:
     return OperationError(f"The lock {path} is {kind}, put there by {owner}: no lock that can be used.", cure)
 
 
-def name_of(uid: int) -> str:
-    """The user's name; the number where there is none."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
 def read_holder(path: Path) -> Holder | None:
     """Who holds the lock; None if nobody does or it is no lock."""
     try:
-        descriptor = open_regular(path)
+        descriptor = open_there(path)
     except OSError:
         return None
     try:
@@ -279,7 +270,7 @@ def cure_for(who: Holder | None, path: Path) -> str:
     """What the person can do about a holder that does not let go."""
     if who is None:
         return "Wait for it, or cancel it where it was begun."
-    is_ours = os.getuid() == 0 or who.user == name_of(os.getuid())
+    is_ours = os.getuid() == 0 or who.user == user_name(os.getuid())
     if who.stopped and is_ours:
         return f"It is stopped (Ctrl-Z): `kill -CONT {who.pid}` continues it, `kill -9 {who.pid}` ends it."
     if is_ours and who.operation:

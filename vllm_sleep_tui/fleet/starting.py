@@ -35,7 +35,7 @@ from vllm_sleep_tui.fleet.arguments import check_arguments, known_flags
 from vllm_sleep_tui.fleet.budget import level_for, pinned_estimate
 from vllm_sleep_tui.fleet.core import GIB, Core
 from vllm_sleep_tui.fleet.ending import TMP_PREFIX, cause_in_log, fail, stop_server
-from vllm_sleep_tui.fleet.footprints import Footprint, argument, digest
+from vllm_sleep_tui.fleet.footprints import Footprint, digest
 from vllm_sleep_tui.fleet.keeping import Order, is_kept, launch, read_word
 from vllm_sleep_tui.fleet.levels import installed_version, never_level2
 from vllm_sleep_tui.fleet.operation import Operation, actor
@@ -275,7 +275,7 @@ class Start:
 
         A worker on another machine, or one that ray starts, would not find it.
         """
-        far = spans_machines(self.model.args) or argument(self.model, "distributed-executor-backend") == "ray"
+        far = spans_machines(self.model.args)
         sleeps = bool(self.model.gpus) and self.model.level != "none"
         return sleeps and self.model.sleep_backend == "auto" and not far
 

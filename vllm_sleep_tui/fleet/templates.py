@@ -8,7 +8,6 @@ from pathlib import Path
 
 from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.engine.chat import TEMPLATE_CURE as TEMPLATE_CURE
-from vllm_sleep_tui.engine.loaders import argument
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.checkpoint import find_checkpoint
 from vllm_sleep_tui.fleet.discovery import GENERATES
@@ -25,14 +24,14 @@ def lacks_template(model: ModelConfig, base: Path, environ: Mapping[str, str]) -
 
     `base` is the config's folder.
     """
-    given = (argument(model.args, name) for name in ("chat-template", "tokenizer-mode"))
-    if not model.model or any(given) or argument(model.args, "runner") == "pooling":
+    given = (model.args.get(name) for name in ("chat-template", "tokenizer-mode"))
+    if not model.model or any(given) or model.args.get("runner") == "pooling":
         return False
     environ = {**environ, **model.env}
     folder = find_checkpoint(model.model, base, environ)
     if folder is None or not _generates(folder):
         return False
-    tokenizer = str(argument(model.args, "tokenizer") or model.model)
+    tokenizer = str(model.args.get("tokenizer") or model.model)
     words = find_tokenizer(tokenizer, base, environ) if tokenizer != model.model else folder
     return words is not None and not _has_template(words)
 

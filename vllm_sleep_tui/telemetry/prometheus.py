@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 Labels = dict[str, str]
 Scrape = dict[str, list[tuple[Labels, float]]]
@@ -108,8 +108,3 @@ def percentile(counts: Buckets, share: float) -> float | None:
 
 def _highest_finite(bounds: Sequence[float]) -> float | None:
     return max((bound for bound in bounds if math.isfinite(bound)), default=None)
-
-
-def names_of_histogram(names: Iterable[str]) -> frozenset[str]:
-    """What `parse` must be asked for to get these histograms."""
-    return frozenset(f"{name}{part}" for name in names for part in ("_bucket", "_sum", "_count"))
