@@ -11,8 +11,10 @@ from urllib.parse import urlsplit
 from vllm_sleep_tui.config import MODEL_NAME, Config, ModelConfig, parse_bytes, parse_duration
 from vllm_sleep_tui.config_values import fill_in
 from vllm_sleep_tui.config_yaml import Document, Key, Written, is_null
+from vllm_sleep_tui.regular import read_regular
 
 MAX_PARALLEL = 1024
+MAX_KEY_FILE = 2**16
 _WRAPPERS = {"docker", "podman", "nerdctl", "uvx", "ssh", "sudo", "sh", "bash", "srun"}
 _RUNNERS = {"conda", "mamba", "micromamba", "uv", "poetry", "pipx", "hatch", "pixi", "pdm"}
 _VARIABLE = re.compile(r"\$(\{[A-Za-z_]\w*\}|[A-Za-z_]\w*)", re.ASCII)
@@ -232,7 +234,7 @@ def own_key(document: Document, key: Key, values: Mapping[str, Any]) -> dict[str
 def _key_in(document: Document, where: Key, path: Path) -> str:
     """The content of a key's file without the end of its line."""
     try:
-        content = path.read_bytes() if path.is_file() else None  # a pipe would be waited for
+        content = read_regular(path, MAX_KEY_FILE, follow=True) if path.is_file() else None
     except OSError as error:
         wrong = f"{path} cannot be read: {error.strerror}"
         raise document.error(where, wrong, "Correct the path or its permissions.") from None

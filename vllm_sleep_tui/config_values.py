@@ -20,7 +20,8 @@ from vllm_sleep_tui.config_flags import (
     spelled,
     why_reserved,
 )
-from vllm_sleep_tui.config_yaml import Document, Key, Written, is_null, parse, typed
+from vllm_sleep_tui.config_yaml import MAX_BYTES, Document, Key, Written, is_null, parse, typed
+from vllm_sleep_tui.regular import read_regular
 
 RESERVED_ENV: dict[str, str] = {
     "VLLM_API_KEY": "Write it as the model's own `api_key:` or `api_key_file:`.",
@@ -258,7 +259,7 @@ def _variables(document: Document, key: Key, value: Any) -> Iterator[tuple[Key, 
 def _env_file(document: Document, where: Key, path: Path, spans_machines: bool) -> dict[str, str]:
     """Lines `NAME=value`, with or without `export` and quotes; single quotes keep every sign."""
     try:
-        content = path.read_bytes() if path.is_file() else None
+        content = read_regular(path, MAX_BYTES, follow=True) if path.is_file() else None
     except OSError as error:
         raise document.error(where, f"{path} cannot be read: {error.strerror}", "Correct the path.") from None
     if content is None:

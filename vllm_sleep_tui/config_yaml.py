@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.reader import ReaderError
 
 from vllm_sleep_tui.errors import UsageError
+from vllm_sleep_tui.regular import open_regular
 
 Key = tuple[str | int, ...]
 """Where a value stands: ("models", "qwen", "gpus", 0)."""
@@ -184,7 +186,7 @@ def parse(path: Path) -> Document:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path, follow=True), "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file", f"{_ANOTHER}, or write one: vllm-sleep-tui init") from None

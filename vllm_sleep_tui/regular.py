@@ -34,9 +34,12 @@ def open_regular(path: Path, *, follow: bool = False) -> int:
     raise NotAFileError(errno.EINVAL, "it is not a regular file", str(path))
 
 
-def read_regular(path: Path, limit: int) -> bytes:
-    """The whole of a regular file; raises NotAFileError if it is larger than `limit` bytes, and OSError."""
-    with os.fdopen(open_regular(path), "rb") as file:
+def read_regular(path: Path, limit: int, *, follow: bool = False) -> bytes:
+    """The whole of a regular file; raises NotAFileError if it is larger than `limit` bytes, and OSError.
+
+    With `follow` the name may be a link to one.
+    """
+    with os.fdopen(open_regular(path, follow=follow), "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise NotAFileError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))

@@ -58,6 +58,14 @@ def unreachable(where: str, request: str) -> EngineUnreachable:
     )
 
 
+def no_way_in(socket: str, request: str) -> EngineUnreachable:
+    """The failure for a server whose `socket`, the panel's only way in, is no longer in the file system."""
+    return EngineUnreachable(
+        f"The panel's way into the server, {socket}, was removed ({request}).",
+        "Something cleans that folder: stop the model with --force and start it again.",
+    )
+
+
 def broken_off(where: str, request: str) -> EngineUnreachable:
     """The failure for a connection to `where` that broke after the request had left."""
     return EngineUnreachable(

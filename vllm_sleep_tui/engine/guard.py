@@ -11,6 +11,7 @@ another program, on the port before vLLM is, could hear.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import json
 import os
@@ -78,6 +79,10 @@ MAX_GATE_BODY = 1024
 BODY_SECONDS = 30.0
 """For the body of a request to arrive, and a second more for each BODY_RATE bytes of it that did."""
 BODY_RATE = 16384
+MAX_HELD = 2**30
+"""Bytes of all bodies together that wait for their ends; anybody on this machine may send one."""
+TOUCH_SECONDS = 600.0
+"""Cleaners of /tmp go by age, in days or hours, and nothing else touches a socket that is only used."""
 ENDING_SECONDS = 1
 """For answers under way on the panel's socket when the server ends."""
 
@@ -89,6 +94,7 @@ class PanelGuard:
         self._app = app
         self._closed = False
         self._in_flight = 0
+        self._held = 0
         self._last_request: float | None = None
         self._door: _Door | None = None
 
@@ -132,24 +138,52 @@ class PanelGuard:
 
     async def _serve_client(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a listed request of a client, once its body is there and if the gate is open then."""
-        gated = _is_inference(_spelling(scope))
-        if gated and self._closed:
+        if not _is_inference(_spelling(scope)):
+            await self._app(scope, receive, send)
+            return
+        if self._closed:
             await _reply_closed(send)
             return
         # Until its body is complete it is no work of the model's: no drain waits for it.
-        taken = await _take_body(receive)
-        if taken is None:
-            message = f"The request's body did not arrive in time: {BODY_SECONDS:.0f} s are for a short one."
-            payload = _error(408, "RequestTimeout", message)
-            await _reply(send, 408, payload, (b"connection", b"close"))
-        elif not taken:
+        taken: collections.deque[Message] = collections.deque()
+        try:
+            is_whole = await self._take_body(receive, taken)
+        except _NoBody as error:
+            payload = _error(error.status, error.kind, error.message)
+            await _reply(send, error.status, payload, (b"connection", b"close"))
             return
-        elif not gated:
-            await self._app(scope, _replay(taken, receive), send)
-        elif self._closed:
+        finally:
+            # From here on it is the application's, which takes it at once, or nobody's.
+            self._held -= sum(map(_size, taken))
+        if not is_whole:
+            return
+        if self._closed:
             await _reply_closed(send)
         else:
             await self._count(scope, _replay(taken, receive), send)
+
+    async def _take_body(self, receive: Receive, taken: collections.deque[Message]) -> bool:
+        """Take the messages of a body, each counted as held; False if the client left before its end.
+
+        Raises _NoBody if it comes too slowly or if too much is held already.
+        """
+        deadline = time.monotonic() + BODY_SECONDS
+        while True:
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            except asyncio.TimeoutError:  # noqa: UP041 - the built-in one only from Python 3.11 on
+                why = f"The request's body did not arrive in time: {BODY_SECONDS:.0f} s are for a short one."
+                raise _NoBody(408, "RequestTimeout", why) from None
+            if message["type"] != "http.request":
+                return False
+            if self._held + _size(message) > MAX_HELD:
+                why = f"The bodies that are arriving together are larger than {MAX_HELD} bytes. Try again."
+                raise _NoBody(413, "RequestEntityTooLarge", why)
+            self._held += _size(message)
+            taken.append(message)
+            if not message.get("more_body", False):
+                return True
+            deadline += _size(message) / BODY_RATE
 
     async def _count(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._in_flight += 1
@@ -174,6 +208,16 @@ class PanelGuard:
             return
         state = {"closed": self._closed, "in_flight": self._in_flight, "last_request": self._last_request}
         await _reply(send, 200, state)
+
+
+class _NoBody(Exception):  # noqa: N818 - it says what happened
+    """A request that goes no further, and the answer to it."""
+
+    def __init__(self, status: int, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.message = message
 
 
 class _Door:
@@ -212,11 +256,22 @@ class _Door:
         self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
         self._serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
+        self._touching = asyncio.ensure_future(_touch(path))
 
     async def close(self) -> None:
         """Let answers under way end, for ENDING_SECONDS, and stop."""
+        self._touching.cancel()
         self._server.should_exit = True
         await asyncio.wait({self._serving}, timeout=ENDING_SECONDS + 1)
+
+
+async def _touch(path: str) -> None:
+    """Keep a socket and its folder young, for as long as they are there."""
+    while True:
+        for name in (path, os.path.dirname(path)):
+            with contextlib.suppress(OSError):
+                os.utime(name)
+        await asyncio.sleep(TOUCH_SECONDS)
 
 
 def _spelling(scope: Scope) -> str:
@@ -263,30 +318,15 @@ def _foreign(scope: Scope) -> str:
     return ""
 
 
-async def _take_body(receive: Receive) -> list[Message] | None:
-    """The messages of a whole body: none if the client left before its end, None if it comes too slowly."""
-    taken: list[Message] = []
-    deadline = time.monotonic() + BODY_SECONDS
-    while True:
-        try:
-            message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
-        except asyncio.TimeoutError:  # noqa: UP041 - the built-in one only from Python 3.11 on
-            return None
-        if message["type"] != "http.request":
-            return []
-        taken.append(message)
-        if not message.get("more_body", False):
-            return taken
-        deadline += len(message.get("body", b"")) / BODY_RATE
+def _size(message: Message) -> int:
+    return len(message.get("body", b""))
 
 
-def _replay(taken: list[Message], receive: Receive) -> Receive:
-    """What was `taken`, then what comes."""
-    left = iter(taken)
+def _replay(taken: collections.deque[Message], receive: Receive) -> Receive:
+    """What was `taken`, none of it kept, then what comes."""
 
     async def again() -> Message:
-        message = next(left, None)
-        return await receive() if message is None else message
+        return taken.popleft() if taken else await receive()
 
     return again
 

@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from vllm_sleep_tui.config_flags import MAX_TABLE_BYTES, FlagTable, decode_table, shipped_table
+from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.files import private_dir, write_private
+from vllm_sleep_tui.regular import read_regular
 
 DUMPER = Path(__file__).with_name("dump_parser.py")
 ASK_SECONDS = 120.0
@@ -82,9 +82,8 @@ def _interpreter(program: Path) -> Path | None:
 def kept_flags(vllm: Installed | None, state_dir: Path) -> FlagTable:
     """The flags of this binary as kept, else of the shipped version that is nearest; runs nothing."""
     if vllm is not None and vllm.python is not None:
-        with contextlib.suppress(OSError, msgspec.DecodeError):
-            content = _kept(vllm, state_dir).read_bytes()[:MAX_TABLE_BYTES]
-            return decode_table(content, is_asked=True)
+        with contextlib.suppress(OSError, *NOT_JSON):
+            return decode_table(read_regular(_kept(vllm, state_dir), MAX_TABLE_BYTES), is_asked=True)
     return shipped_table(vllm.version if vllm else None)
 
 
@@ -100,7 +99,7 @@ async def ask_flags(vllm: Installed | None, state_dir: Path, environ: Mapping[st
     content = await _ask(vllm.python, environ)
     try:
         asked = decode_table(content or b"", is_asked=True)
-    except (msgspec.DecodeError, RecursionError):
+    except NOT_JSON:
         return table
     if not asked.flags:
         return table
@@ -115,7 +114,7 @@ def _kept(vllm: Installed, state_dir: Path) -> Path:
 
 
 async def _ask(python: Path, environ: Mapping[str, str]) -> bytes | None:
-    """What the dumper says; None if it fails or is too slow. Its whole group ends with it."""
+    """What the dumper says; None if it fails or is too slow. Its whole group is ended then."""
     environment = {name: value for name, value in environ.items() if name not in LEFT_OUT}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     try:
@@ -135,12 +134,17 @@ async def _ask(python: Path, environ: Mapping[str, str]) -> bytes | None:
     assert process.stdout is not None
     try:
         async with asyncio.timeout(ASK_SECONDS):
-            content = await process.stdout.read(MAX_TABLE_BYTES)
+            content = b""
+            while part := await process.stdout.read(MAX_TABLE_BYTES):
+                content += part
+                if len(content) > MAX_TABLE_BYTES:
+                    return None
             await process.wait()
     except TimeoutError:
         return None
     finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode is None:  # afterwards its number may be another's
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
     return content if process.returncode == 0 else None

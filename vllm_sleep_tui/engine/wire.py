@@ -8,6 +8,7 @@ a byte goes over it: whoever has the port of a server that is down would hear th
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,15 @@ from dataclasses import dataclass
 import httpcore
 import httpx
 
-from vllm_sleep_tui.engine.failures import EngineRefused, broken_off, refused, timed_out, unreachable
+from vllm_sleep_tui.engine.failures import (
+    EngineRefused,
+    EngineUnreachable,
+    broken_off,
+    no_way_in,
+    refused,
+    timed_out,
+    unreachable,
+)
 
 KEEP_ALIVE_SECONDS = 4.0
 """Less than vLLM's own 5 s (`VLLM_HTTP_TIMEOUT_KEEP_ALIVE`), so that we hang up first."""
@@ -29,7 +38,9 @@ MAX_ANSWER_BYTES = 16 * 1024 * 1024
 BROKEN = (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError)
 FAILED = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
 Check = Callable[[socket.socket], None]
-"""Looks who is at the other end of a fresh connection; raises EngineStranger if nothing may be sent there."""
+"""Looks who is at the other end of a fresh connection; raises EngineStranger if nothing may be sent there.
+
+OSError is a connection that broke meanwhile. For TCP it runs in a thread: it reads the kernel's tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,7 @@ class Wire:
     def __init__(self, base_url: str, *, uds: str | None = None, check: Check | None = None) -> None:
         base = httpx.URL(base_url)
         self.where = f"{base.host}:{base.port}" if base.port else base.host
+        self._uds = uds
         self._base = str(base).rstrip("/")
         self._requests: dict[tuple[str, str, bytes | None, int], tuple[object, httpcore.Request]] = {}
         # Certificates take 20 ms to read; loopback needs none.
@@ -98,7 +110,7 @@ class Wire:
         except TimeoutError:
             raise timed_out(self.where, name, timeout) from None
         except httpcore.ConnectError:
-            raise unreachable(self.where, name) from None
+            raise self._unreachable(name) from None
         except FAILED:
             raise broken_off(self.where, name) from None
 
@@ -137,12 +149,17 @@ class Wire:
             async for part in _stream_of(response):
                 yield part
         except httpcore.ConnectError:
-            raise unreachable(self.where, name) from None
+            raise self._unreachable(name) from None
         except FAILED:
             raise broken_off(self.where, name) from None
         finally:
             if response is not None:
                 await response.aclose()
+
+    def _unreachable(self, request: str) -> EngineUnreachable:
+        if self._uds is not None and not os.path.exists(self._uds):
+            return no_way_in(self._uds, request)
+        return unreachable(self.where, request)
 
     def _request(
         self, method: str, target: str, headers: Mapping[str, str], body: bytes | None
@@ -210,8 +227,15 @@ class _Network(httpcore.AsyncNetworkBackend):
 
     async def _checked(self, stream: httpcore.AsyncNetworkStream) -> httpcore.AsyncNetworkStream:
         if self._check is not None:
+            connection = stream.get_extra_info("socket")
             try:
-                self._check(stream.get_extra_info("socket"))
+                if connection.family == socket.AF_UNIX:
+                    self._check(connection)
+                else:
+                    await asyncio.to_thread(self._check, connection)
+            except OSError as error:
+                await stream.aclose()
+                raise httpcore.ConnectError(str(error)) from error
             except BaseException:
                 await stream.aclose()
                 raise

@@ -21,9 +21,11 @@ from vllm_sleep_tui.config import ModelConfig
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.files import write_atomically
 from vllm_sleep_tui.fleet.locks import LockBusyError, lock_soon
+from vllm_sleep_tui.regular import read_regular
 
 GIB = 2**30
 KEPT_SAMPLES = 50
+MAX_BYTES = 16 * 2**20
 LOCK_SECONDS = 1.0
 ASLEEP_GUESS = int(1.6 * GIB)
 """What a sleeper leaves on one GPU; 0.8 to 1.6 GiB measured on an H100 (vLLM 0.24)."""
@@ -142,7 +144,7 @@ class FootprintStore:
             if self._cache is None or self._cache[0] != stamp:
                 self._cache = (
                     stamp,
-                    msgspec.json.decode(self._path.read_bytes(), type=dict[str, Footprint]),
+                    msgspec.json.decode(read_regular(self._path, MAX_BYTES), type=dict[str, Footprint]),
                 )
         except (OSError, *NOT_JSON):
             return {}  # they are measured again

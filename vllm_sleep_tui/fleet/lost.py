@@ -23,6 +23,7 @@ from vllm_sleep_tui.fleet.ending import end_server
 from vllm_sleep_tui.fleet.keeping import Word, is_kept, read_word
 from vllm_sleep_tui.fleet.operation import Operation
 from vllm_sleep_tui.fleet.orphans import is_keeper, is_mine, keeper_file, open_files
+from vllm_sleep_tui.fleet.patience import patiently
 from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.states import State
@@ -116,7 +117,7 @@ async def ask(core: Core, record: Record, operation: Operation) -> None:
     from vllm_sleep_tui.fleet.starting import Start
 
     client = core.client(record)
-    if not await client.health():
+    if not await client.health(core.limits.call):
         raise OperationError("it was not ready")
     start = Start(core, record.name, operation)
     start.record = record
@@ -125,7 +126,7 @@ async def ask(core: Core, record: Record, operation: Operation) -> None:
     if start.wants_own_backend():
         start.record = await with_backend(start.record, client)
     level = await sleep_level(client, start.record) if sleeping else None
-    await client.set_gate(sleeping, GATE_LIMIT)
+    await patiently(core, start.record, lambda: client.set_gate(sleeping, GATE_LIMIT))
     # No transition: this is the state it has been in all along.
     record = core.write(
         start.record,

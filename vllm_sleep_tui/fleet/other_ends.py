@@ -20,7 +20,7 @@ ANYBODY = "*"
 
 
 def check_own(connection: socket.socket) -> None:
-    """Raises EngineStranger unless this very user has the other end."""
+    """Raises EngineStranger unless this very user has the other end, OSError if it is gone."""
     user = user_at_other_end(connection)
     if user != os.getuid():
         raise EngineStranger(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ class Leader:
         self._idleness = idle.Idleness()
         self._attached = AttachedCare(core, self._limits.hang, self._leads)
         self._next_look: dict[str, float] = {}
+        self._cut_off: dict[str, str | None] = {}
         self._refused: dict[str, tuple[str | None, float]] = {}
 
     def start(self) -> None:
@@ -203,6 +205,8 @@ class Leader:
         try:
             gate = await client.gate()
         except EngineError:
+            if self._is_cut_off(record):
+                return
             if self._hangs.is_deaf(record):
                 await self._end(record, "not a word from it")
             return
@@ -218,6 +222,20 @@ class Leader:
                 raise
         elif record.state is State.AWAKE and await self._hangs.is_hung(client, record, gate):
             await self._end(record, f"{gate.in_flight} requests under way and no token")
+
+    def _is_cut_off(self, record: Record) -> bool:
+        """Whether only our way in is gone: clients are served as ever; said once a launch."""
+        if record.socket is None or os.path.exists(record.socket):
+            return False
+        if self._cut_off.get(record.name) != record.launch:
+            self._cut_off[record.name] = record.launch
+            log.warning(
+                "%s: the panel's way in, %s, was removed: clients are served, but it can neither sleep nor be"
+                " looked after. Stop it with --force and start it again when that is convenient.",
+                record.name,
+                record.socket,
+            )
+        return True
 
     async def _end(self, record: Record, symptom: str) -> None:
         log.warning("%s: it hangs: %s", record.name, symptom)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import os
 import socket
 import struct
 import sys
@@ -11,7 +13,8 @@ from dataclasses import dataclass
 
 LISTENING = "0A"
 TIME_WAIT = "06"
-"""States in /proc/net/tcp (Linux, include/net/tcp_states.h)."""
+ESTABLISHED = 1
+"""States in /proc/net/tcp and of TCP_INFO (Linux, include/net/tcp_states.h)."""
 Address = tuple[str, int]
 
 
@@ -36,12 +39,20 @@ def user_at_other_end(connection: socket.socket) -> int | None:
     """The number of the user who has the other end of a fresh connection; None if it cannot be seen.
 
     Of one that no program has taken up yet, the user who listens for it. So whoever may hear what is sent
-    next is seen now, and nobody can hand the port on in between.
+    next is seen now, and nobody can hand the port on in between. Raises OSError if the other end is gone.
     """
     if connection.family == socket.AF_UNIX:
         # What the listener was when it began to listen.
         _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         return int(user)
+    user = _user_in_tables(connection)
+    if user is None and connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != ESTABLISHED:
+        # It was not hidden: it ended between our connecting and the look.
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+    return user
+
+
+def _user_in_tables(connection: socket.socket) -> int | None:
     own, other = _address(connection.getsockname()), _address(connection.getpeername())
     rows = [row for table in ("tcp", "tcp6") for row in _rows(table, other[1])]
     ends = [row for row in rows if (row.local, row.remote) == (other, own) and row.state != TIME_WAIT]

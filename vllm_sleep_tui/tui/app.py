@@ -24,6 +24,7 @@ from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.leaving import Leaving
+from vllm_sleep_tui.regular import read_regular
 from vllm_sleep_tui.tui.cleaned import CLEANED
 from vllm_sleep_tui.tui.dashboard import Dashboard
 from vllm_sleep_tui.tui.gpus import GpuScreen
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 
 READING_SECONDS = 1.0
+MAX_MEMORY = 2**16
 
 
 class Remembered(msgspec.Struct):
@@ -111,8 +113,8 @@ class PanelApp(App[None]):
 
     def _recall(self) -> Remembered:
         try:
-            return msgspec.json.decode(self._memory.read_bytes(), type=Remembered)
-        except (OSError, msgspec.DecodeError):
+            return msgspec.json.decode(read_regular(self._memory, MAX_MEMORY), type=Remembered)
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return Remembered()
 
     def remember_theme(self, name: str) -> None:
