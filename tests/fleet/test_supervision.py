@@ -374,3 +374,26 @@ def test_a_state_folder_that_refuses_is_one_clear_error(box: MakeBox, verb: list
     assert refused.returncode == 1
     assert str(folder / "records") in refused.stderr
     assert len(refused.stderr.splitlines()) == 2
+
+
+async def test_a_server_whose_way_in_was_removed_is_not_taken_for_a_hung_one(
+    box: MakeBox, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = box({"a": {"model": "sim/1GiB"}})
+    async with machine.open() as fleet:
+        await fleet.start(["a"])
+        record = fleet._core.records.read("a")
+        assert record.socket is not None
+        Path(record.socket).unlink()
+    async with led(machine) as fleet:
+        await until(lambda: "was removed" in caplog.text)
+        await asyncio.sleep(3 * QUICK.hang)  # a hang would have ended it by then
+        assert caplog.text.count("was removed") == 1
+        now = fleet._core.records.read("a")
+        assert (now.state, now.server) == (State.AWAKE, record.server)
+        assert now.server is not None
+        assert is_alive(now.server)
+        with pytest.raises(OperationError, match="was removed"):
+            await fleet.sleep("a")
+        await fleet.stop(["a"], force=True)
+        assert seen(fleet, "a").state is State.STOPPED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from screen_text import panel, text_of, until, until_seen
@@ -51,6 +52,12 @@ async def test_a_bad_theme_of_the_user_is_told_in_one_line_and_the_panel_opens(t
 
 
 async def test_a_broken_memory_of_the_choice_is_no_reason_not_to_open(tmp_path: Path) -> None:
-    (tmp_path / "panel.json").write_bytes(b"{oops")
-    async with panel(ScriptedFleet(), tmp_path) as pilot:
-        assert pilot.app.theme == "night"
+    memory = tmp_path / "panel.json"
+    for content in (b"{oops", b'{"theme": "\xff"}', b"[" * 60_000, None):
+        memory.unlink(missing_ok=True)
+        if content is None:
+            os.mkfifo(memory)
+        else:
+            memory.write_bytes(content)
+        async with panel(ScriptedFleet(), tmp_path) as pilot:
+            assert pilot.app.theme == "night"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vllm_sleep_tui.config import CONFIG_NAME
+from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.files import trust, trusted, write_private
 from vllm_sleep_tui.paths import config_dir, find_config, state_dir
@@ -71,3 +72,10 @@ def test_a_private_file_is_replaced_whole_and_read_by_nobody_else(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".f")] == []
     with pytest.raises(OperationError, match="cannot be written"):
         write_private(tmp_path / "none" / "f", b"")
+
+
+def test_a_pipe_in_the_place_of_the_config_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "vllm-sleep-tui.yaml"
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match="it is not a regular file"):
+        load(path)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -250,6 +253,42 @@ async def test_nobody_listening_is_told_from_an_answer_that_broke_off(free_port:
             await client.sleep(1, timeout=5)
         assert failure.value.sent is False
         assert await client.health() is False
+
+
+async def test_a_server_that_ends_between_our_connecting_and_the_look_is_not_there(
+    server: Server,
+) -> None:
+    def check(connection: socket.socket) -> None:
+        server.connections += 1
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    async with VllmClient(server.port, check=check) as client:
+        with pytest.raises(EngineUnreachable, match="Nothing answers"):
+            await client.version()
+    assert server.requests == []
+
+
+async def test_a_look_at_the_other_end_of_a_port_holds_nobody_else_up(server: Server) -> None:
+    server.answer("GET /version", {"version": "0.32.0"})
+    may_go_on = threading.Event()
+
+    def check(connection: socket.socket) -> None:
+        assert may_go_on.wait(5)
+
+    async with VllmClient(server.port, check=check) as client:
+        asked = asyncio.create_task(client.version())
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_later(0.05, may_go_on.set)
+        assert await asked == "0.32.0"
+
+
+async def test_a_socket_that_was_removed_is_named_with_a_cure(tmp_path: Path) -> None:
+    gone = tmp_path / "panel.sock"
+    async with VllmClient(1, uds=str(gone)) as client:
+        with pytest.raises(EngineUnreachable) as failure:
+            await client.gate()
+    assert str(gone) in failure.value.what
+    assert "--force" in failure.value.cure
 
 
 async def test_no_answer_in_time_says_that_it_may_still_happen(server: Server, client: VllmClient) -> None:

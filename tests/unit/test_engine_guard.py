@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -532,3 +533,45 @@ def test_the_copy_is_valid_for_the_oldest_python_that_vllm_ran_on(tmp_path: Path
     copy_guard(tmp_path)
 
     ast.parse((tmp_path / "panel_guard.py").read_text(), feature_version=(3, 9))
+
+
+@pytest.fixture
+def quick_touch(guard_module: Any) -> None:
+    guard_module.TOUCH_SECONDS = 0.01
+
+
+async def test_a_cleaner_by_age_finds_the_panels_socket_young(quick_touch: None, guarded: Guarded) -> None:
+    for path in (guarded.panel, guarded.panel.parent):
+        os.utime(path, (0, 0))
+    async with asyncio.timeout(5):
+        while min(path.stat().st_mtime for path in (guarded.panel, guarded.panel.parent)) < 1:
+            await asyncio.sleep(0.005)
+
+
+async def test_a_body_for_what_no_gate_closes_is_not_held(guarded: Guarded) -> None:
+    reader, writer = await guarded.open("POST", "/tokenize", HALF, b"{")
+
+    await guarded.until_seen(1)  # the application has it while the half of it is missing
+    writer.write(b" " * 39)
+
+    assert (await guarded.answer(reader, writer)).status == 200
+
+
+async def test_bodies_that_wait_have_a_limit_over_all_and_give_their_room_back(
+    guard_module: Any, guarded: Guarded
+) -> None:
+    guard_module.MAX_HELD = 100
+    waiting, waiter = await guarded.open("POST", CHAT, {"Content-Length": "80"}, b"x" * 70)
+    # The guard has those by the time it refuses; one with room for itself may come before them.
+    async with asyncio.timeout(5):
+        while (refused := await guarded.ask("POST", CHAT, body=b"y" * 40)).status == 200:
+            await asyncio.sleep(0.005)
+
+    assert (refused.status, refused.json()["error"]["code"]) == (413, 413)
+    waiter.write(b"x" * 10)
+    assert (await guarded.answer(waiting, waiter)).status == 200
+    _, leaver = await guarded.open("POST", CHAT, {"Content-Length": "80"}, b"x" * 70)
+    leaver.close()
+    async with asyncio.timeout(5):
+        while (await guarded.ask("POST", CHAT, body=b"z" * 100)).status != 200:
+            await asyncio.sleep(0.005)

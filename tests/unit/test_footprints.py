@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import threading
 import time
 from pathlib import Path
@@ -62,3 +63,13 @@ def test_a_file_of_measurements_that_cannot_be_read_is_none(tmp_path: Path) -> N
     assert store.get("d", "0.24.0").weights == 7
     store.flush()
     assert store.get("d", "0.24.0").weights is None
+
+
+def test_a_pipe_or_a_flood_in_the_place_of_the_measurements_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "footprints.json"
+    os.mkfifo(path)
+    assert FootprintStore(tmp_path).get("d", "v").times == {}
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(3 * 2**30)
+    assert FootprintStore(tmp_path).get("d", "v").times == {}
