@@ -17,6 +17,7 @@ import pytest
 
 from tests.fleet.conftest import Box
 from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.fleet.records import RecordStore
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.view import read_once
@@ -116,6 +117,20 @@ def test_serve_stops_its_models_on_exit_if_it_was_told_to(served: Callable[..., 
     number = here.serve("--stop-on-exit")
     here.until_said(number, "a: awake")
     assert here.end(number) == 0
+    assert here.look("a").state is State.STOPPED
+
+
+def test_serve_stops_what_it_can_on_exit_where_a_record_cannot_be_read(served: Callable[..., Served]) -> None:
+    here = served(AUTO)
+    number = here.serve("--stop-on-exit")
+    here.until_said(number, "a: awake")
+    here.until_said(number, "b: stopped")
+    path = RecordStore(here.machine.state_dir, here.machine.config).path("b")
+    path.unlink(missing_ok=True)
+    path.symlink_to(path)
+    code = here.end(number)
+    path.unlink()
+    assert code == 0
     assert here.look("a").state is State.STOPPED
 
 

@@ -77,7 +77,7 @@ def stop(desk: Desk, count: int, chance: random.Random) -> Count:
             panel.written = b""
             panel.wait_for("word")
         assert threads_of(panel.process.pid) <= threads, "threads were added"
-        time.sleep(1)  # nobody reads meanwhile
+        panel.wait_until_full()
         panel.process.send_signal(signal.SIGTERM)
         seen.ends(desk, panel)
     return seen

@@ -30,6 +30,7 @@ class Terminal:
         controlling: bool = False,
     ) -> None:
         self._main, side = pty.openpty()
+        self._name = os.ttyname(side)
         fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
         def own() -> None:
@@ -71,6 +72,20 @@ class Terminal:
     def wait_for(self, *texts: str) -> None:
         """Wait until these texts were written since the last key."""
         self.wait_until(lambda: all(text in self.text for text in texts))
+
+    def wait_until_full(self) -> None:
+        """Read nothing until the terminal takes no more, and not only for a moment."""
+        side = os.open(self._name, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        try:
+            deadline = time.monotonic() + DEADLINE
+            full = 0
+            while full < 10:
+                assert time.monotonic() < deadline, "the terminal did not fill up"
+                _, writable, _ = select.select([], [side], [], 0)
+                full = 0 if writable else full + 1
+                time.sleep(0.02)
+        finally:
+            os.close(side)
 
     def press(self, keys: str) -> None:
         """Type."""

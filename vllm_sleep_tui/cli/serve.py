@@ -18,7 +18,7 @@ from vllm_sleep_tui.config_file import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import RUNNING, State
-from vllm_sleep_tui.leaving import LIMIT_SECONDS, Leaving
+from vllm_sleep_tui.leaving import LIMIT_SECONDS, Leaving, leave_at_once
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.text import clean
 
@@ -94,15 +94,18 @@ class Headless:
         async with Fleet(self._loaded, state_dir(), leads=True) as fleet:
             log.info("serve: pid %d, config %s", os.getpid(), self._loaded.path)
             starting = asyncio.create_task(self._autostart(fleet))
-            await self._watch(fleet)
-            if self._stop_on_exit:
-                await fleet.resign()  # a restart would start what is being stopped
+            try:
+                await self._watch(fleet)
+                if self._stop_on_exit:
+                    await fleet.resign()  # a restart would start what is being stopped
+                    await self._drop(starting)
+                    await self._stop_all(fleet)
+                elif not starting.done():
+                    # Unwinding would break the start off; left as it is, whoever comes next carries it on.
+                    log.info("serve: ends; a start is under way and is carried on by the next serve or panel")
+                    leave_at_once()
+            finally:
                 await self._drop(starting)
-                await self._stop_all(fleet)
-            elif not starting.done():
-                # Unwinding would break the start off; left as it is, whoever comes next carries it on.
-                log.info("serve: ends; a start is under way and is carried on by the next serve or panel")
-                leave_at_once()
         log.info("serve: ended%s", "" if self._stop_on_exit else ", the servers run on")
 
     async def _watch(self, fleet: Fleet) -> None:
@@ -143,6 +146,8 @@ class Headless:
                 await fleet.start(names)
             except PanelError as error:
                 log.error("autostart: %s %s", error.what, error.cure)
+            except Exception:  # what it dies of must not keep serve from its other work, nor from its end
+                log.exception("autostart: something unforeseen went wrong")
 
     async def _drop(self, starting: asyncio.Task[None]) -> None:
         """Begin none of the autostarts that wait; one under way ends at its next safe point."""
@@ -217,11 +222,3 @@ def line_of(model: ModelSnapshot) -> str:
     reason = f": {model.reason}" if model.state is State.FAILED and model.reason else ""
     port = f", port {model.port}" if model.state is State.AWAKE else ""
     return f"{model.state}{level}{port}{reason}"
-
-
-def leave_at_once() -> None:
-    """End this process without unwinding anything."""
-    logging.shutdown()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -23,7 +24,7 @@ from vllm_sleep_tui.fleet.snapshot import ChatEvent, FleetSnapshot, Prediction, 
 from vllm_sleep_tui.fleet.states import StartPhase, State
 from vllm_sleep_tui.fleet.supervision import Leader, Watcher
 from vllm_sleep_tui.fleet.view import Viewer
-from vllm_sleep_tui.telemetry.processes import is_alive
+from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive
 from vllm_sleep_tui.telemetry.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -118,15 +119,21 @@ class Fleet:
 
     def starts_of_others(self) -> dict[str, int]:
         """The models whose start another living process has under way, with its pid."""
-        records = [self._core.records.read(name) for name in self._core.config.models]
         return {
-            record.name: record.intent.actor.pid
-            for record in records
-            if record.state is State.STARTING
-            and record.intent is not None
-            and record.intent.actor != actor()
-            and is_alive(record.intent.actor)
+            name: starter.pid for name, starter in self._starts() if starter != actor() and is_alive(starter)
         }
+
+    def own_starts(self) -> list[str]:
+        """The models whose start this process has under way, for whatever it was begun."""
+        return [name for name, starter in self._starts() if starter == actor()]
+
+    def _starts(self) -> Iterator[tuple[str, ProcessId]]:
+        """Models that start, each with its starter; a record that cannot be read tells of none."""
+        for name in self._core.config.models:
+            with contextlib.suppress(OperationError):
+                record = self._core.records.read(name)
+                if record.state is State.STARTING and record.intent is not None:
+                    yield name, record.intent.actor
 
     async def resign(self) -> None:
         """Act unasked no more, and let somebody else lead."""

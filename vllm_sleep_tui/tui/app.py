@@ -23,7 +23,7 @@ from vllm_sleep_tui import files, paths
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import RUNNING
-from vllm_sleep_tui.leaving import Leaving
+from vllm_sleep_tui.leaving import Leaving, leave_at_once
 from vllm_sleep_tui.regular import read_regular
 from vllm_sleep_tui.tui.cleaned import CLEANED
 from vllm_sleep_tui.tui.dashboard import Dashboard
@@ -68,6 +68,8 @@ class PanelApp(App[None]):
         super().__init__()
         self.fleet = fleet
         self.operations = Operations()
+        self.is_told_to_leave = False
+        """By a signal or the terminal's end, and not by the person."""
         self._memory = state_dir / "panel.json"
         self._autostart = autostart
         for file in self._files.values():
@@ -150,6 +152,11 @@ class PanelApp(App[None]):
         usual = super().get_driver_class()
         return PanelDriver if usual is LinuxDriver else usual
 
+    def leave(self) -> None:
+        """Begin the end that nobody at the keys asked for."""
+        self.is_told_to_leave = True
+        self.exit()
+
     def abandon(self) -> None:
         """In another thread: give the terminal back because the process ends now; says what that cuts off."""
         cut = [f"{operation.verb} {operation.model}" for operation in list(self.operations.running.values())]
@@ -196,7 +203,7 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
         app = PanelApp(fleet, state_dir=state_dir, theme_folders=folders, autostart=marked)
         loop = asyncio.get_running_loop()
         Leaving(
-            lambda: loop.call_soon_threadsafe(app.exit),
+            lambda: loop.call_soon_threadsafe(app.leave),
             (signal.SIGTERM, signal.SIGHUP),
             terminal=sys.stdin.fileno(),
             last_words=app.abandon,
@@ -204,14 +211,22 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
         try:
             await app.run_async()
         finally:
+            if app.is_told_to_leave and (starts := fleet.own_starts()):
+                # To unwind would stop them, minutes of loading; the person did not ask for that.
+                _say(f"Left while starting {', '.join(starts)}: whoever comes next carries it on.")
+                leave_at_once()
             await app.operations.close()
         running = [model.name for model in fleet.snapshot().models if model.state in RUNNING]
         if running:
-            words = f"{', '.join(running)} run on; the panel takes them back when it is opened again."
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                print(words, file=sys.stderr)  # noqa: T201
+            _say(f"{', '.join(running)} run on; the panel takes them back when it is opened again.")
         # Without a code it was ended by a stray cancellation, which is no success.
         return 1 if app.return_code is None else app.return_code
+
+
+def _say(words: str) -> None:
+    """Last words, where the screen was; the terminal may be gone."""
+    with contextlib.suppress(OSError):
+        print(words, file=sys.stderr)  # noqa: T201
 
 
 def run_panel(loaded: LoadedConfig, state_dir: Path) -> int:

@@ -8,6 +8,7 @@ import select
 import sys
 import termios
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 
 MAX_BEHIND = 2**20
 """Bytes that wait for a terminal; what comes on top is left out, and painted anew when it reads again."""
+MOST_AT_ONCE = 4096
+"""Bytes of one write, which nothing takes back: little enough that the end soon has its turn."""
 STOP_SECONDS = 0.5
 """How long the end waits for a terminal to take the last bytes."""
+IN_PLACE_SECONDS = 0.2
 RESTORED = (
     b"\x1b[?2004l\x1b[?7h\x1b[?2048l\x1b[?1000l\x1b[?1003l\x1b[?1015l\x1b[?1006l\x1b[?1016l\x1b[<u"
     b"\x1b[?1049l\x1b[?25h\x1b[?1004l"
@@ -35,8 +39,7 @@ class Writer(threading.Thread):
         super().__init__(name="terminal", daemon=True)
         self._descriptor = descriptor
         self._caught_up = caught_up
-        self._waiting: list[bytes] = []
-        self._size = 0
+        self._waiting = bytearray()
         self._behind = False
         self._ending = False
         self._changed = threading.Condition()  # its lock may be taken again: a signal's handler writes too
@@ -44,33 +47,33 @@ class Writer(threading.Thread):
     def write(self, data: bytes) -> None:
         """Have it written, unless the terminal is too far behind."""
         with self._changed:
-            self._behind = self._behind or self._size + len(data) > MAX_BEHIND
+            self._behind = self._behind or len(self._waiting) + len(data) > MAX_BEHIND
             if self._behind:
                 return
-            self._waiting.append(data)
-            self._size += len(data)
+            self._waiting += data
             self._changed.notify()
 
     def drop(self) -> None:
         """Leave out what was not written yet: what comes now matters more."""
         with self._changed:
             self._waiting.clear()
-            self._size = 0
             self._behind = False
 
-    def stop(self) -> None:
-        """Write the rest, if the terminal takes it within STOP_SECONDS."""
+    def stop(self) -> bool:
+        """Write the rest; False if the terminal does not take it within STOP_SECONDS."""
         with self._changed:
             self._ending = True
             self._changed.notify()
         self.join(STOP_SECONDS)
+        return not self.is_alive()
 
     def run(self) -> None:
         """Write until it is stopped; a terminal that is gone takes everything."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._behind or self._ending)
-                data, self._waiting, self._size = b"".join(self._waiting), [], 0
+                data = bytes(self._waiting[:MOST_AT_ONCE])
+                del self._waiting[:MOST_AT_ONCE]
                 was_behind, self._behind = self._behind and not data, self._behind and bool(data)
                 if not data and self._ending:
                     return
@@ -88,6 +91,23 @@ def write_all(descriptor: int, data: bytes) -> None:
             left = left[os.write(descriptor, left) :]
         except BlockingIOError:  # somebody else who has this terminal made it so
             select.select([], [descriptor], [])
+
+
+def write_in_place(descriptor: int, data: bytes) -> None:
+    """Write to a terminal instead of all that it has not read yet, which may fill it; raises OSError.
+
+    `descriptor` does not block. Another thread may be waiting in a write: it is let go on, and should have no
+    more to write than it had. Given up after IN_PLACE_SECONDS.
+    """
+    deadline = time.monotonic() + IN_PLACE_SECONDS
+    while time.monotonic() < deadline:
+        termios.tcflush(descriptor, termios.TCOFLUSH)
+        termios.tcflow(descriptor, termios.TCOOFF)
+        termios.tcflow(descriptor, termios.TCOON)  # a flush wakes no writer, this does
+        with contextlib.suppress(BlockingIOError):
+            if os.write(descriptor, data) == len(data):
+                return
+        time.sleep(0.01)
 
 
 class PanelDriver(LinuxDriver):
@@ -130,20 +150,26 @@ class PanelDriver(LinuxDriver):
     def abandon(self, words: str) -> None:
         """In another thread, for want of another end: give the terminal back, if it reads, and speak."""
         with contextlib.suppress(OSError, termios.error):
-            # Opened anew: not to block here must not mean that it does not block for the shell.
-            flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
-            descriptor = os.open(os.ttyname(self.fileno), flags)
+            descriptor = self._opened_anew()
             if self._attrs_inside is not None:
                 if self.attrs_before is not None:
                     termios.tcsetattr(descriptor, termios.TCSANOW, self.attrs_before)
-                os.write(descriptor, RESTORED)
+                if self._writer is not None:
+                    self._writer.drop()
+                write_in_place(descriptor, RESTORED)
             os.write(descriptor, f"{words}\r\n".encode())
 
     def close(self) -> None:
-        """End the threads."""
-        if self._writer is not None:
-            self._writer.stop()
+        """End the threads; a terminal that reads no more finds itself given back when it reads again."""
+        if self._writer is not None and not self._writer.stop():
+            self._writer.drop()
+            with contextlib.suppress(OSError, termios.error):
+                write_in_place(self._opened_anew(), RESTORED)
         super().close()
+
+    def _opened_anew(self) -> int:
+        """The terminal, not to block; raises OSError. Ours must go on to block: the shell shares it."""
+        return os.open(os.ttyname(self.fileno), os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def _sigcont_application(self, *_: object) -> None:
         """Resume if we suspended; a SIGSTOP, which nobody can announce, has left everything as it was."""
