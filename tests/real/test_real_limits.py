@@ -53,7 +53,7 @@ def record_of(panel: CommandLine) -> Record:
     return RecordStore(panel.state_home / "vllm-sleep-tui", config.path).read("tiny")
 
 
-def ask(record: Record, method: str, path: str, **body: Any) -> httpx.Response:
+def ask(record: Record, method: str, path: str, /, **body: Any) -> httpx.Response:
     """A call to vLLM past the guard."""
     with httpx.Client(transport=httpx.HTTPTransport(uds=record.socket), timeout=300) as client:
         return client.request(method, f"http://127.0.0.1{path}", json=body or None)
