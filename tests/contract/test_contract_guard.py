@@ -9,9 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import make_gpus
 from contract_backends import CHAT, NAME, QUESTION, Backend, Server, running, wait_for
 
+from tests.contract.conftest import make_gpus
 from vllm_sleep_tui.engine.guard_files import copy_guard
 
 GUARD = ("--middleware", "panel_guard.PanelGuard")

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import from_environment
 
+from tests.real.conftest import from_environment
 from vllm_sleep_tui.engine.guard_files import copy_backend
 
 pytestmark = pytest.mark.real

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 from command_line import CommandLine
-from conftest import CHEAP, SAME_ANSWER, command_line, model_config
 
+from tests.real.conftest import CHEAP, SAME_ANSWER, command_line, model_config
 from vllm_sleep_tui.config_file import load
 from vllm_sleep_tui.engine.loaders import CANNOT_RELOAD
 from vllm_sleep_tui.fleet.records import Record, RecordStore

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from command_line import CommandLine
-from conftest import CHEAP, SAME_ANSWER, command_line, model_config
 
+from tests.real.conftest import CHEAP, SAME_ANSWER, command_line, model_config
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineTimeout
 
