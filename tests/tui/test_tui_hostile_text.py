@@ -63,7 +63,7 @@ def test_no_order_of_others_reaches_the_terminal(config: Path) -> None:
         step("\x1b[B", "Ask far")
         step("c", "leave the input")
         step("hi", "hi")
-        step("\r", "done")
+        step("\r", "done", "TTFT")  # which is told at the end of the answer
         step("err", "err")
         step("\r", "no: ")
         step("\x1b", "far")
