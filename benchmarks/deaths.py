@@ -18,11 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.records import Record, RecordStore
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.dashboard import TICK_SECONDS
+from vllm_sleep_tui.fleet.store.records import Record, RecordStore
+from vllm_sleep_tui.tui.screens.dashboard import TICK_SECONDS
 
 KINDS = ("API server", "engine", "worker", "keeper")
 STEPS = ("on the screen", "written down", "memory free")

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import psutil
 
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.fleet import Fleet
 
 SIZE = (48, 160)

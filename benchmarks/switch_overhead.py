@@ -22,9 +22,9 @@ from pathlib import Path
 
 import httpx
 
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.fleet.store.records import RecordStore
 
 REST_SECONDS = 0.05
 

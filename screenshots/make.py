@@ -16,7 +16,7 @@ from pathlib import Path
 from textual.pilot import Pilot
 
 from vllm_sleep_tui.cli.demo import write_demo
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.app import PanelApp

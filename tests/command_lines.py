@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from vllm_sleep_tui.config import ModelConfig
-from vllm_sleep_tui.config_file import load
-from vllm_sleep_tui.config_flags import FlagTable
+from vllm_sleep_tui.config.flags import FlagTable
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv
 
 LINES = Path(__file__).parent / "data/command_lines.yaml"

@@ -1,14 +1,19 @@
-"""Files of this user alone: folders kept private, files replaced whole, and what was agreed to."""
+"""Files: regular ones read with bounds, folders kept private, files replaced whole, what was agreed to.
+
+A name may stand for something else by now: a pipe that never answers, a link elsewhere, a flood.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import logging
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote_from_bytes, unquote_to_bytes
@@ -16,14 +21,52 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 import msgspec
 
 from vllm_sleep_tui.errors import OperationError
-from vllm_sleep_tui.regular import open_regular
 from vllm_sleep_tui.text import one_line
 
+LOCK_PAUSE = 0.005
 MAX_AGREEMENTS = 4 * 2**20
 MAX_HASHED = 16 * 2**20
 """Of a larger file that a config names, size and time stand for its content."""
 _AS_BYTES = "bytes:"
 log = logging.getLogger(__name__)
+
+
+class NotAFileError(OSError):
+    """The name is that of a pipe or device, or the file is larger than its kind ever is."""
+
+
+def open_regular(path: Path, *, follow: bool = False) -> int:
+    """A descriptor of a regular file, opened for reading; it never waits.
+
+    With `follow` the name may be a link to one. Raises NotAFileError for a pipe or a device, and OSError,
+    also for a link or a folder: those are left where they are.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device without a driver
+            raise NotAFileError(error.errno, "it is not a regular file", str(path)) from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise NotAFileError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def read_regular(path: Path, limit: int, *, follow: bool = False) -> bytes:
+    """The whole of a regular file; raises NotAFileError if it is larger than `limit` bytes, and OSError.
+
+    With `follow` the name may be a link to one.
+    """
+    with os.fdopen(open_regular(path, follow=follow), "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise NotAFileError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
+    return content
 
 
 def private_dir(folder: Path) -> Path:
@@ -171,3 +214,16 @@ def _agreements(state: Path) -> dict[str, str]:
         return msgspec.json.decode(read_own(state / "trusted.json", MAX_AGREEMENTS), type=dict[str, str])
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
+
+
+def lock_within(descriptor: int, seconds: float) -> bool:
+    """Lock the open file for this process alone, `seconds` at most; False if that was too short."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(LOCK_PAUSE)

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import platformdirs
 
-from vllm_sleep_tui.config import CONFIG_NAME
+from vllm_sleep_tui.config.types import CONFIG_NAME
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.files import private_dir
 

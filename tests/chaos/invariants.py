@@ -8,10 +8,10 @@ from pathlib import Path
 
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.keeping import is_kept, read_word
-from vllm_sleep_tui.fleet.orphans import find_orphans, is_keeper, keeper_file
-from vllm_sleep_tui.fleet.records import Record
+from vllm_sleep_tui.fleet.keeper_client import is_kept, read_word
+from vllm_sleep_tui.fleet.observe.orphans import find_orphans, is_keeper, keeper_file
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.simulator import devices
 from vllm_sleep_tui.telemetry.processes import ProcessTable, is_alive, listens
 

@@ -19,12 +19,12 @@ import httpx
 
 from tests.chaos.actors import Actors
 from tests.chaos.invariants import violations
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.locks import hold, holder
-from vllm_sleep_tui.fleet.recovery import is_unfinished
+from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished
 from vllm_sleep_tui.fleet.states import SETTLED, State
+from vllm_sleep_tui.fleet.store.locks import hold, holder
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive, signal_process, start_ticks
 
 SPEED = "60"

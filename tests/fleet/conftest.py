@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Progress
 from vllm_sleep_tui.fleet.states import State

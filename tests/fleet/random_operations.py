@@ -29,13 +29,13 @@ import httpx
 
 from tests.chaos.invariants import violations
 from tests.fleet.watch import Watch
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import CancelledByUser, PanelError
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.locks import hold, holder
-from vllm_sleep_tui.fleet.recovery import is_unfinished
+from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished
 from vllm_sleep_tui.fleet.states import SETTLED, State
+from vllm_sleep_tui.fleet.store.locks import hold, holder
 from vllm_sleep_tui.telemetry.processes import ProcessId, signal_process
 
 LIMITS = OperationLimits(drain=0.3, settle=0.2, call=2.0, call_per_gib=0.0)

@@ -18,15 +18,15 @@ from tests.fleet.by_hand import vllm
 from tests.fleet.conftest import Box, seen, until, until_state
 from tests.fleet.test_attached import HELLO, gpus_of
 from tests.fleet.test_supervision import QUICK, led
-from vllm_sleep_tui.config_file import load
-from vllm_sleep_tui.fleet.attached_care import AttachedCare, read_use
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.fleet.attached.care import AttachedCare, read_use
+from vllm_sleep_tui.fleet.attached.probe import Sighting, after
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.records import Hang
-from vllm_sleep_tui.fleet.sighting import Sighting, after
+from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.fleet.supervision import Limits
-from vllm_sleep_tui.fleet.view import read_once
+from vllm_sleep_tui.fleet.store.records import Hang
+from vllm_sleep_tui.fleet.supervision.supervisor import Limits
 from vllm_sleep_tui.telemetry.processes import ProcessId
 
 MakeBox = Callable[..., Box]

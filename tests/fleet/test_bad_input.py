@@ -24,9 +24,9 @@ import pytest
 
 from tests.fleet.by_hand import web_server
 from tests.fleet.conftest import SIMULATOR
-from vllm_sleep_tui.config_file import load
-from vllm_sleep_tui.fleet.keeping import is_kept
-from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.fleet.keeper_client import is_kept
+from vllm_sleep_tui.fleet.store.records import RecordStore
 from vllm_sleep_tui.text import clean
 
 FreePort = Callable[[], int]

@@ -12,17 +12,17 @@ import pytest
 
 from tests.fleet.conftest import Box, seen, until, until_state
 from tests.fleet.test_supervision import begin
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import CancelledByUser
-from vllm_sleep_tui.fleet import actions
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.keeping import is_kept
-from vllm_sleep_tui.fleet.locks import hold, holder
-from vllm_sleep_tui.fleet.operation import Operation, actor, to_safe_point
-from vllm_sleep_tui.fleet.records import Record
-from vllm_sleep_tui.fleet.recovery import is_unfinished
-from vllm_sleep_tui.fleet.restart import Restarter
+from vllm_sleep_tui.fleet.keeper_client import is_kept
+from vllm_sleep_tui.fleet.operations import switch as actions
+from vllm_sleep_tui.fleet.operations.operation import Operation, actor, to_safe_point
+from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.store.locks import hold, holder
+from vllm_sleep_tui.fleet.store.records import Record
+from vllm_sleep_tui.fleet.supervision.restart import Restarter
 
 MakeBox = Callable[..., Box]
 

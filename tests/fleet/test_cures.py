@@ -17,11 +17,11 @@ import pytest
 from msgspec.structs import replace
 
 from tests.fleet.conftest import GIB, Box, inject, seen, until, until_state
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.core import OperationLimits
-from vllm_sleep_tui.fleet.cures import CURES, Failure
 from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.operations.failures import CURES, Failure
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Progress
 from vllm_sleep_tui.fleet.states import State
 

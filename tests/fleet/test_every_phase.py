@@ -11,10 +11,10 @@ import pytest
 
 from tests.fleet.conftest import Box, seen, until
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError
-from vllm_sleep_tui.fleet import actions
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.keeping import is_kept
-from vllm_sleep_tui.fleet.operation import Operation, to_safe_point
+from vllm_sleep_tui.fleet.keeper_client import is_kept
+from vllm_sleep_tui.fleet.operations import switch as actions
+from vllm_sleep_tui.fleet.operations.operation import Operation, to_safe_point
 from vllm_sleep_tui.fleet.snapshot import Progress
 from vllm_sleep_tui.fleet.states import State
 

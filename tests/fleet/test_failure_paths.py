@@ -10,13 +10,13 @@ import pytest
 
 from tests.fleet.conftest import Box, seen, until
 from tests.fleet.test_supervision import led
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.records import Record
-from vllm_sleep_tui.fleet.restart import is_wanted
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.store.records import Record
+from vllm_sleep_tui.fleet.supervision.restart import is_wanted
 
 MakeBox = Callable[..., Box]
 TWO = {"a": {"model": "sim/1GiB"}, "b": {"model": "sim/1GiB"}}

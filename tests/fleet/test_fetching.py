@@ -14,7 +14,7 @@ import pytest
 
 from tests.command_line import CommandLine
 from tests.fleet.conftest import seen, until
-from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.errors import CancelledByUser, OperationError
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.snapshot import Progress

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from tests.fleet.conftest import SIMULATOR
-from vllm_sleep_tui.fleet.locks import holder, shared_folder
+from vllm_sleep_tui.fleet.store.locks import holder, shared_folder
 
 VICTIM, STRANGER = 54301, 54302
 """Two users without a name."""
@@ -25,7 +25,7 @@ AS_USER = (
     "import os, sys\n"
     "import concurrent.futures.thread, encodings.ascii, encodings.idna, encodings.utf_8_sig, sqlite3\n"
     "import vllm_sleep_tui.cli.status, vllm_sleep_tui.cli.operations, vllm_sleep_tui.engine.client\n"
-    "import vllm_sleep_tui.fleet.fleet, vllm_sleep_tui.fleet.history\n"
+    "import vllm_sleep_tui.fleet.fleet, vllm_sleep_tui.fleet.store.history\n"
     "from vllm_sleep_tui.cli.app import run\n"
     "os.setgroups([])\n"
     "os.setgid(int(sys.argv[1]))\n"

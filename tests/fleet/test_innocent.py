@@ -17,8 +17,8 @@ import pytest
 
 from tests.command_line import CommandLine, wait_until, write_config
 from tests.fleet.conftest import SIMULATOR
-from vllm_sleep_tui.fleet.records import Record, RecordStore, encode
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.store.records import Record, RecordStore, encode
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive, start_ticks
 
 

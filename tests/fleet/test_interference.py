@@ -18,23 +18,23 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.conftest import Box, inject, seen, until, until_state
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.engine.client import Gate
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError
-from vllm_sleep_tui.fleet import actions
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.hang import end_hung
-from vllm_sleep_tui.fleet.history import History
-from vllm_sleep_tui.fleet.idle import Idleness
-from vllm_sleep_tui.fleet.keeping import Order, is_kept, launch, members, read_word
-from vllm_sleep_tui.fleet.locks import decode_holder, hold, holder, read_holder, shared_folder
-from vllm_sleep_tui.fleet.operation import Operation, to_safe_point
-from vllm_sleep_tui.fleet.records import Intent, Record
-from vllm_sleep_tui.fleet.rooms import locked
-from vllm_sleep_tui.fleet.server import Server
+from vllm_sleep_tui.fleet.keeper_client import Order, is_kept, launch, members, read_word
+from vllm_sleep_tui.fleet.operations import switch as actions
+from vllm_sleep_tui.fleet.operations.acquire import locked
+from vllm_sleep_tui.fleet.operations.operation import Operation, to_safe_point
+from vllm_sleep_tui.fleet.operations.server import Server
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.store.history import History
+from vllm_sleep_tui.fleet.store.locks import decode_holder, hold, holder, read_holder, shared_folder
+from vllm_sleep_tui.fleet.store.records import Intent, Record
+from vllm_sleep_tui.fleet.supervision.hang import end_hung
+from vllm_sleep_tui.fleet.supervision.idle import Idleness
 from vllm_sleep_tui.telemetry.processes import ProcessId
 
 MakeBox = Callable[..., Box]
@@ -262,7 +262,7 @@ async def test_a_model_that_moved_to_another_gpu_meanwhile_is_moved_under_that_g
 def test_a_user_without_a_name_can_hold_locks() -> None:
     unknown = next(uid for uid in range(54321, 60000) if not is_known(uid))
     code = (
-        "import os, sys; from vllm_sleep_tui.fleet.locks import holder;"
+        "import os, sys; from vllm_sleep_tui.fleet.store.locks import holder;"
         "[os.environ.pop(k, 0) for k in ('LOGNAME', 'USER', 'LNAME', 'USERNAME')];"
         f"os.getuid() == 0 and os.setuid({unknown}); print(holder('x', 'y').user)"
     )

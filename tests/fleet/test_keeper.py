@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import MARKER
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet import keeper
-from vllm_sleep_tui.fleet.keeping import (
+from vllm_sleep_tui.fleet.keeper_client import (
     Order,
     Word,
     ask_to_stop,

@@ -13,8 +13,8 @@ import pytest
 
 from tests.command_line import CommandLine, write_config
 from tests.fleet.conftest import SIMULATOR
-from vllm_sleep_tui.config_file import load
-from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.fleet.store.records import RecordStore
 
 Make = Callable[..., CommandLine]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.conftest import until
-from vllm_sleep_tui.fleet.leader import Seat
-from vllm_sleep_tui.fleet.locks import Holder, LockBusyError, hold, holder, open_shared, read_holder
+from vllm_sleep_tui.fleet.store.locks import Holder, LockBusyError, hold, holder, open_shared, read_holder
+from vllm_sleep_tui.fleet.supervision.leader import Seat
 
 
 async def test_only_one_holds_it_and_the_holder_can_be_read(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ async def test_the_kernel_frees_it_when_the_holder_is_killed(tmp_path: Path) -> 
     path = tmp_path / "gpu.lock"
     program = (
         "import asyncio, sys, pathlib\n"
-        "from vllm_sleep_tui.fleet.locks import hold, holder\n"
+        "from vllm_sleep_tui.fleet.store.locks import hold, holder\n"
         "async def main():\n"
         "    async with hold([pathlib.Path(sys.argv[1])], holder('start', 'qwen')):\n"
         "        print('held', flush=True)\n"
@@ -162,7 +162,7 @@ def test_a_lock_file_never_has_its_name_before_every_user_may_open_it(tmp_path: 
     path = tmp_path / "gpu.lock"
     program = (
         "import os, pathlib, sys\n"
-        "from vllm_sleep_tui.fleet.locks import open_shared\n"
+        "from vllm_sleep_tui.fleet.store.locks import open_shared\n"
         "path = sys.argv[1]\n"
         "def look(event, *_):\n"
         "    if event == 'os.chmod' and os.path.exists(path):\n"

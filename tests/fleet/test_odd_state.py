@@ -11,7 +11,7 @@ import pytest
 
 from tests.command_line import CommandLine, wait_until, write_config
 from tests.fleet.conftest import SIMULATOR
-from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.fleet.store.records import RecordStore
 
 SECONDS = 120.0
 """Limit of a verb that must not wait for anybody."""

@@ -19,10 +19,10 @@ import pytest
 
 from tests.fleet.conftest import SIMULATOR, Box, seen, until
 from tests.squatter import UNUSED_UID, needs_root, squatter
-from vllm_sleep_tui.config_file import load
-from vllm_sleep_tui.fleet.keeping import Order, Word, launch
-from vllm_sleep_tui.fleet.records import Record, RecordStore
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.fleet.keeper_client import Order, Word, launch
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.store.records import Record, RecordStore
 
 MakeBox = Callable[..., Box]
 FreePort = Callable[[], int]

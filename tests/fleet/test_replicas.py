@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from vllm_sleep_tui.engine import proof
 from vllm_sleep_tui.engine.client import VllmClient
-from vllm_sleep_tui.fleet import proof
-from vllm_sleep_tui.fleet.records import Reference
+from vllm_sleep_tui.engine.proof import Reference
 
 GOOD = -1.0
 

@@ -10,9 +10,17 @@ import psutil
 import pytest
 
 from tests.fleet.conftest import Box, inject, seen, until
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.serving import NOTHING, PROOF, Page, ServingPoller, Watch, Work, cached_tokens
+from vllm_sleep_tui.fleet.observe.serving import (
+    NOTHING,
+    PROOF,
+    Page,
+    ServingPoller,
+    Watch,
+    Work,
+    cached_tokens,
+)
 from vllm_sleep_tui.telemetry.prometheus import parse, total
 
 MakeBox = Callable[..., Box]

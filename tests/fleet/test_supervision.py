@@ -17,16 +17,16 @@ import msgspec
 import pytest
 
 from tests.fleet.conftest import Box, inject, seen, until, until_state
-from vllm_sleep_tui.config import IdleConfig
+from vllm_sleep_tui.config.types import IdleConfig
 from vllm_sleep_tui.engine.client import Gate
 from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.hang import HangWatch
-from vllm_sleep_tui.fleet.idle import Idleness, due
-from vllm_sleep_tui.fleet.leader import Seat
-from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.fleet.supervision import Leader, Limits
+from vllm_sleep_tui.fleet.store.records import Record
+from vllm_sleep_tui.fleet.supervision.hang import HangWatch
+from vllm_sleep_tui.fleet.supervision.idle import Idleness, due
+from vllm_sleep_tui.fleet.supervision.leader import Seat
+from vllm_sleep_tui.fleet.supervision.supervisor import Leader, Limits
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive
 
 MakeBox = Callable[..., Box]

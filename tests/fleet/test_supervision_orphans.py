@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.fleet.conftest import Box, seen, until
-from vllm_sleep_tui.fleet.discovery import find_foreign_servers
-from vllm_sleep_tui.fleet.keeping import LAUNCH_VARIABLE
-from vllm_sleep_tui.fleet.orphans import Orphan, end_orphans, find_orphans, summary
-from vllm_sleep_tui.fleet.records import Record, encode
+from vllm_sleep_tui.fleet.keeper_client import LAUNCH_VARIABLE
+from vllm_sleep_tui.fleet.observe.discovery import find_foreign_servers
+from vllm_sleep_tui.fleet.observe.orphans import Orphan, end_orphans, find_orphans, summary
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.store.records import Record, encode
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive, start_ticks
 
 MakeBox = Callable[..., Box]
@@ -143,7 +143,7 @@ def as_somebody_else(tmp_path: Path, code: str) -> str:
 
 def test_a_config_that_may_not_be_looked_for_may_still_name_its_model(tmp_path: Path) -> None:
     code = (
-        "from vllm_sleep_tui.fleet.orphans import Record, fault_of_config\n"
+        "from vllm_sleep_tui.fleet.observe.orphans import Record, fault_of_config\n"
         "print(fault_of_config(Record(config=path, name='a')))"
     )
     assert as_somebody_else(tmp_path, code) == "None"
@@ -151,7 +151,7 @@ def test_a_config_that_may_not_be_looked_for_may_still_name_its_model(tmp_path: 
 
 def test_a_model_in_a_folder_that_may_not_be_entered_is_not_there(tmp_path: Path) -> None:
     code = (
-        "from vllm_sleep_tui.fleet.checkpoint import find_checkpoint; from pathlib import Path\n"
+        "from vllm_sleep_tui.sizing.checkpoint import find_checkpoint; from pathlib import Path\n"
         "print(find_checkpoint(path, Path('/'), {}))"
     )
     assert as_somebody_else(tmp_path, code) == "None"

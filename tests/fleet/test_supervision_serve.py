@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from tests.fleet.conftest import Box
-from vllm_sleep_tui.config_file import load
-from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.fleet.view import read_once
+from vllm_sleep_tui.fleet.store.records import RecordStore
 
 MakeBox = Callable[..., Box]
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.command_line import CommandLine, title, wait_until, write_config
 from tests.fleet.conftest import SIMULATOR
-from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.fleet.store.records import RecordStore
 
 Make = Callable[[list[str]], CommandLine]
 

@@ -8,8 +8,8 @@ from itertools import combinations
 from typing import Self
 
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.records import Record
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.store.records import Record
 
 MOVING = frozenset({State.STARTING, State.FALLING_ASLEEP, State.WAKING, State.STOPPING})
 LOOK_SECONDS = 0.005

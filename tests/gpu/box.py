@@ -38,11 +38,11 @@ from notes import Notes
 
 from vllm_sleep_tui.bench.plan import Mode, Override, Plan
 from vllm_sleep_tui.bench.results import read
-from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.records import RecordStore
 from vllm_sleep_tui.fleet.snapshot import Progress
 from vllm_sleep_tui.fleet.states import StartPhase, State
+from vllm_sleep_tui.fleet.store.records import RecordStore
 
 HERE = Path(__file__).parent
 LEFT_EXIT = 75

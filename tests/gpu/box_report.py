@@ -14,8 +14,8 @@ import measure_estimates
 import measure_memory
 
 from vllm_sleep_tui.bench.results import read
-from vllm_sleep_tui.config_file import load
-from vllm_sleep_tui.fleet.proof import TOLERANCE
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.engine.proof import TOLERANCE
 
 BENCHES = ("pair", "fp8", "no-warmup")
 BEFORE = 369

@@ -27,12 +27,12 @@ from gpu_config import missing, write_pair
 from notes import Notes
 from raw_server import RawServer
 
-from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 from vllm_sleep_tui.fleet.snapshot import Progress, SwitchTimes
-from vllm_sleep_tui.fleet.view import read_once
+from vllm_sleep_tui.fleet.store.records import RecordStore
 
 PAIR = ("a", "b")
 

@@ -17,14 +17,14 @@ from notes import Notes
 from raw_server import RawServer
 
 from vllm_sleep_tui.bench import run as experiment
-from vllm_sleep_tui.bench.bed import write_config
+from vllm_sleep_tui.bench.bench_fleet import write_config
 from vllm_sleep_tui.bench.plan import MAX_TOKENS, STEPS, Mode, PassKey, Plan
 from vllm_sleep_tui.bench.results import Run, Step, read
-from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.errors import CancelledByUser
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.records import RecordStore
 from vllm_sleep_tui.fleet.snapshot import Progress
+from vllm_sleep_tui.fleet.store.records import RecordStore
 
 
 def plan_of(*passes: tuple[Mode, int], **more: Any) -> Plan:

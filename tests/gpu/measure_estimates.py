@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import msgspec
 from gpu_config import PAIR
 
-from vllm_sleep_tui.config import ModelConfig
-from vllm_sleep_tui.config_file import LoadedConfig, load
-from vllm_sleep_tui.fleet.checkpoint import INDEX
-from vllm_sleep_tui.fleet.estimate import Estimate, checkpoint_of, estimate
-from vllm_sleep_tui.fleet.footprints import Footprint, digest, is_on
-from vllm_sleep_tui.fleet.view import read_once
+from vllm_sleep_tui.config.load import LoadedConfig, load
+from vllm_sleep_tui.config.types import ModelConfig
+from vllm_sleep_tui.fleet.observe.snapshotter import read_once
+from vllm_sleep_tui.sizing.checkpoint import INDEX
+from vllm_sleep_tui.sizing.estimate import Estimate, checkpoint_of, estimate
+from vllm_sleep_tui.sizing.footprints import Footprint, digest, is_on
 
 GIB = 2**30
 FP8 = "quantization", "fp8"

@@ -27,9 +27,9 @@ from command_line import write_config
 from gpu_config import PASSED_ON, missing
 from raw_server import RawServer
 
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.fleet.store.records import RecordStore
 
 MODELS = {
     "sb": ("VLLM_GPU_MODEL_B", "stock"),

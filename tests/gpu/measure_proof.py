@@ -1,4 +1,4 @@
-"""How far a woken model's proof is from its reference, and how far garbage is: for `fleet/proof.py`.
+"""How far a woken model's proof is from its reference, and how far garbage is: for `engine/proof.py`.
 
     python tests/gpu/measure_proof.py --config FILE --state DIR --out FILE [--wakes 100] [MODEL …]
 
@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.engine import proof
 from vllm_sleep_tui.engine.client import VllmClient
-from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.records import Record, RecordStore
+from vllm_sleep_tui.fleet.store.records import Record, RecordStore
 
 SECONDS = 120.0
 

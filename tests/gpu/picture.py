@@ -15,12 +15,12 @@ from pathlib import Path
 
 from textual.pilot import Pilot
 
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.app import PanelApp
-from vllm_sleep_tui.tui.chat import ChatPane
 from vllm_sleep_tui.tui.theme import package_folder
+from vllm_sleep_tui.tui.widgets.chat import ChatPane
 
 SIZE = (120, 40)
 DEADLINE = 30.0

@@ -9,8 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_sleep_tui.fleet import proof
-from vllm_sleep_tui.fleet.records import Record
+from vllm_sleep_tui.engine import proof
+from vllm_sleep_tui.fleet.store.records import Record
 
 CALL_SECONDS = 120
 WAKES = {

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.command_lines import PARSED, lines
-from vllm_sleep_tui.config_flags import SHIPPED, decode_table
+from vllm_sleep_tui.config.flags import SHIPPED, decode_table
 from vllm_sleep_tui.engine.installed_flags import DUMPER
 
 VERSIONS = {"0.24": "0.24.0", "0.26": "0.26.0", "0.32": None, "0.33": "0.33.0"}

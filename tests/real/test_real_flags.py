@@ -11,7 +11,7 @@ import pytest
 
 from tests.command_line import CommandLine
 from tests.command_lines import lines
-from vllm_sleep_tui.config_flags import decode_table
+from vllm_sleep_tui.config.flags import decode_table
 from vllm_sleep_tui.engine.installed_flags import DUMPER
 
 pytestmark = pytest.mark.real

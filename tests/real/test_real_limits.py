@@ -15,9 +15,9 @@ import pytest
 from command_line import CommandLine
 
 from tests.real.conftest import CHEAP, SAME_ANSWER, command_line, model_config
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.engine.loaders import CANNOT_RELOAD
-from vllm_sleep_tui.fleet.records import Record, RecordStore
+from vllm_sleep_tui.fleet.store.records import Record, RecordStore
 
 pytestmark = pytest.mark.real
 START_SECONDS = 900.0

@@ -9,12 +9,9 @@ from typing import Any
 
 import msgspec
 
-from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError
-from vllm_sleep_tui.fleet.advice import Advice
-from vllm_sleep_tui.fleet.history import History
-from vllm_sleep_tui.fleet.locks import Holder
-from vllm_sleep_tui.fleet.processes import HeldProcess
+from vllm_sleep_tui.fleet.observe.processes import HeldProcess
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
     FleetSnapshot,
@@ -27,6 +24,9 @@ from vllm_sleep_tui.fleet.snapshot import (
     SwitchTimes,
 )
 from vllm_sleep_tui.fleet.states import StartPhase, State
+from vllm_sleep_tui.fleet.store.history import History
+from vllm_sleep_tui.fleet.store.locks import Holder
+from vllm_sleep_tui.sizing.advice import Advice
 
 GIB = 1024**3
 NOW = 1_764_000_000.0

@@ -12,8 +12,8 @@ from scripted_fleet import NOW, ScriptedFleet, four_models, gib, starting
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.snapshot import HostSnapshot, LastFailure, Progress
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.dashboard import Dashboard
-from vllm_sleep_tui.tui.logs import WrappedLog
+from vllm_sleep_tui.tui.screens.dashboard import Dashboard
+from vllm_sleep_tui.tui.screens.logs import WrappedLog
 
 
 def line_with(lines: list[str], *words: str) -> str:

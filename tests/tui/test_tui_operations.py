@@ -11,8 +11,8 @@ from scripted_fleet import ScriptedFleet
 
 from vllm_sleep_tui.errors import OperationError, PanelError
 from vllm_sleep_tui.fleet.snapshot import Progress
-from vllm_sleep_tui.tui.operations import Operations
-from vllm_sleep_tui.tui.view import Report, Running
+from vllm_sleep_tui.tui.state.operations import Operations
+from vllm_sleep_tui.tui.state.view import Report, Running
 
 
 class Ends:

@@ -10,9 +10,9 @@ import pytest
 from screen_text import lines_of, panel, text_of, until, until_seen
 from scripted_fleet import TIMES, ScriptedFleet
 
-from vllm_sleep_tui.fleet.locks import Holder
 from vllm_sleep_tui.fleet.snapshot import Serving
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.store.locks import Holder
 
 
 @pytest.fixture

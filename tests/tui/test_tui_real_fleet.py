@@ -12,7 +12,7 @@ from screen_text import lines_of, text_of, until, until_seen
 from textual.pilot import Pilot
 
 from vllm_sleep_tui.cli.demo import write_demo
-from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.app import PanelApp

@@ -14,7 +14,7 @@ from textual.pilot import Pilot
 
 from vllm_sleep_tui.fleet.snapshot import Serving
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.timeline import Timeline
+from vllm_sleep_tui.tui.widgets.timeline import Timeline
 
 ANSWERING = Serving(
     running=1,

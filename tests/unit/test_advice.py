@@ -8,12 +8,13 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sleep_tui.fleet.advice import Advice, ModelAdvice, Verdict, advise, changes
-from vllm_sleep_tui.fleet.budget import MARGIN
-from vllm_sleep_tui.fleet.estimate import ACTIVATIONS
-from vllm_sleep_tui.fleet.figures import Figures, Machine
-from vllm_sleep_tui.fleet.footprints import AWAKE_OVERHEAD, GIB
-from vllm_sleep_tui.fleet.sharing import asleep_on, largest_set, share_out
+from vllm_sleep_tui.sizing.advice import Advice, ModelAdvice, Verdict, advise, changes
+from vllm_sleep_tui.sizing.budget import MARGIN
+from vllm_sleep_tui.sizing.estimate import ACTIVATIONS
+from vllm_sleep_tui.sizing.figures import Figures, Machine
+from vllm_sleep_tui.sizing.footprints import AWAKE_OVERHEAD
+from vllm_sleep_tui.sizing.sharing import asleep_on, largest_set, share_out
+from vllm_sleep_tui.units import GIB
 
 
 def gib(size: float) -> int:

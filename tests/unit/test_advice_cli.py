@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.unit.made_checkpoints import PHI, QWEN, cache_model, write_model
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.edit import difference, edited
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import RefusedError
-from vllm_sleep_tui.fleet.config_edit import difference, edited
 
 COMMAND = [sys.executable, "-m", "vllm_sleep_tui"]
 CONFIG = """\

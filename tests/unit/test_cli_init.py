@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from vllm_sleep_tui.cli.init import Surroundings, config_text, gpus_needed, short_name
-from vllm_sleep_tui.config_file import load
-from vllm_sleep_tui.fleet.discovery import CachedModel, VllmEnvironment
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.fleet.observe.discovery import CachedModel, VllmEnvironment
 from vllm_sleep_tui.telemetry.gpus import GpuReading
 
 GIB = 2**30

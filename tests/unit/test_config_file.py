@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sleep_tui.config import IdleConfig
-from vllm_sleep_tui.config_file import LoadedConfig, load, parse_bytes, parse_duration, schema, write_schema
+from vllm_sleep_tui.config.load import LoadedConfig, load, parse_bytes, parse_duration, schema, write_schema
+from vllm_sleep_tui.config.types import IdleConfig
 from vllm_sleep_tui.errors import UsageError
 
 FULL = """\

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sleep_tui.config import CONFIG_NAME
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.config.types import CONFIG_NAME
 from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.files import trust, trusted, write_private
 from vllm_sleep_tui.paths import config_dir, find_config, state_dir

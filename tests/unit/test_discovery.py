@@ -13,16 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sleep_tui.fleet.discovery import (
+from vllm_sleep_tui.fleet.keeper_client import LAUNCH_VARIABLE
+from vllm_sleep_tui.fleet.observe.discovery import (
     find_command,
     find_foreign_servers,
     find_models,
     find_vllm,
-    has_token,
-    hub_cache,
     vllm_version,
 )
-from vllm_sleep_tui.fleet.keeping import LAUNCH_VARIABLE
+from vllm_sleep_tui.sizing.hub import has_token, hub_cache
 from vllm_sleep_tui.telemetry.gpus import GpuReading
 from vllm_sleep_tui.telemetry.processes import ProcessId, start_ticks
 

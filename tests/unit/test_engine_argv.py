@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_sleep_tui.config_flags import RESERVED
+from vllm_sleep_tui.config.flags import RESERVED
 from vllm_sleep_tui.engine.argv import (
     NEVER_INHERITED,
     ServeSpec,

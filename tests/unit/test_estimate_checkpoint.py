@@ -9,8 +9,8 @@ import pytest
 
 from tests.unit.made_checkpoints import PHI, QWEN, shapes_of, write_model, write_safetensors
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.fleet.checkpoint import Task, find_checkpoint, read_checkpoint
-from vllm_sleep_tui.fleet.pinning import segments
+from vllm_sleep_tui.sizing.checkpoint import Task, find_checkpoint, read_checkpoint
+from vllm_sleep_tui.sizing.pinned_memory import segments
 
 MIB = 2**20
 

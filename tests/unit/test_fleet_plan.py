@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sleep_tui.fleet.budget import MARGIN
-from vllm_sleep_tui.fleet.plan import Neighbour, Room, make_room
+from vllm_sleep_tui.sizing.budget import MARGIN
+from vllm_sleep_tui.sizing.placement import Neighbour, Room, make_room
 
 GIB = 2**30
 sizes = st.integers(0, 80 * GIB)

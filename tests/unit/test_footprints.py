@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from vllm_sleep_tui.fleet.footprints import FootprintStore
+from vllm_sleep_tui.sizing.footprints import FootprintStore
 
 
 def test_what_is_noted_while_an_earlier_note_is_written_is_kept(tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_sleep_tui.config import Config, GatewayConfig, IdleConfig, ModelConfig, SimulatedGpuConfig
-from vllm_sleep_tui.config_file import LoadedConfig, load
-from vllm_sleep_tui.config_flags import RESERVED
+from vllm_sleep_tui.config.flags import RESERVED
+from vllm_sleep_tui.config.load import LoadedConfig, load
+from vllm_sleep_tui.config.types import Config, GatewayConfig, IdleConfig, ModelConfig, SimulatedGpuConfig
 from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv, serve_environment
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.fleet.budget import fixed_utilization, level_for, utilization
-from vllm_sleep_tui.fleet.estimate import estimated_weights
-from vllm_sleep_tui.fleet.footprints import digest
-from vllm_sleep_tui.fleet.idle import poll_seconds
+from vllm_sleep_tui.fleet.supervision.idle import poll_seconds
+from vllm_sleep_tui.sizing.budget import fixed_utilization, level_for, utilization
+from vllm_sleep_tui.sizing.estimate import estimated_weights
+from vllm_sleep_tui.sizing.footprints import digest
 
 KINDS = (Config, ModelConfig, IdleConfig, GatewayConfig, SimulatedGpuConfig)
 KEYS = sorted({name for kind in KINDS for name in kind.__struct_fields__})

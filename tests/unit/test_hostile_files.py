@@ -12,17 +12,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.engine.causes import diagnose
 from vllm_sleep_tui.engine.logs import LogTail, PhaseReader
-from vllm_sleep_tui.fleet.footprints import FootprintStore
-from vllm_sleep_tui.fleet.keeping import Word, read_word
-from vllm_sleep_tui.fleet.locks import decode_holder
-from vllm_sleep_tui.fleet.orphans import find_orphans
-from vllm_sleep_tui.fleet.records import Record, RecordStore, encode
-from vllm_sleep_tui.fleet.rooms import describe
+from vllm_sleep_tui.fleet.keeper_client import Word, read_word
+from vllm_sleep_tui.fleet.observe.orphans import find_orphans
+from vllm_sleep_tui.fleet.observe.snapshotter import read_once
+from vllm_sleep_tui.fleet.operations.acquire import describe
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.fleet.view import read_once
+from vllm_sleep_tui.fleet.store.locks import decode_holder
+from vllm_sleep_tui.fleet.store.records import Record, RecordStore, encode
+from vllm_sleep_tui.sizing.footprints import FootprintStore
 from vllm_sleep_tui.telemetry import prometheus
 from vllm_sleep_tui.text import clean
 

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.chat import ChatDelta
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
-from vllm_sleep_tui.fleet.sighting import look_at
+from vllm_sleep_tui.fleet.attached.probe import look_at
 from vllm_sleep_tui.fleet.states import State
 
 LIMIT = 5.0

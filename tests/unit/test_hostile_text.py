@@ -16,7 +16,7 @@ import pytest
 
 from tests.hostile_text import PAYLOAD, SHOWN, HostileServer, assert_harmless
 from tests.unit.test_cli_usage import COMMAND, CONFIG, on_terminal
-from vllm_sleep_tui.fleet.locks import gpu_lock_path
+from vllm_sleep_tui.fleet.store.locks import gpu_lock_path
 
 NAME = "vllm-sleep-tui.yaml"
 

@@ -13,38 +13,25 @@ import pytest
 import vllm_sleep_tui
 
 PACKAGE = Path(vllm_sleep_tui.__file__).parent
-BASE = {"text", "errors", "regular", "files", "__init__"}
-CONFIG = BASE | {
-    "config",
-    "config_file",
-    "config_yaml",
-    "config_checks",
-    "config_flags",
-    "config_values",
-    "paths",
-}
-CORE = CONFIG | {"fleet"}
+BASE = {"text", "errors", "files", "units"}
+DOWN_TO_ENGINE = BASE | {"config", "engine", "telemetry"}
+CORE = BASE | {"paths", "config", "fleet"}
 ALLOWED: dict[str, set[str]] = {
     "text": set(),
+    "units": set(),
     "errors": {"text"},
-    "regular": set(),
-    "files": {"text", "errors", "regular"},
-    "config": BASE,
-    "config_yaml": CONFIG,
-    "config_checks": CONFIG,
-    "config_flags": CONFIG,
-    "config_values": CONFIG,
-    "config_file": CONFIG,
-    "config_edit": CONFIG,
-    "paths": CONFIG,
+    "files": {"text", "errors"},
+    "paths": BASE | {"config"},
     "leaving": set(),
     "simulator": set(),
-    "engine": CONFIG,
-    "telemetry": CONFIG | {"simulator.devices"},
-    "fleet": CONFIG | {"engine", "telemetry", "simulator.devices"},
+    "config": BASE,
+    "engine": BASE | {"config"},
+    "telemetry": BASE | {"config", "simulator.devices"},
+    "sizing": DOWN_TO_ENGINE,
+    "fleet": DOWN_TO_ENGINE | {"sizing", "simulator.devices"},
     "bench": CORE,
-    "tui": CORE | {"bench", "leaving", "engine.logs", "telemetry.ring"},
-    "cli": CORE | {"bench", "leaving", "tui", "telemetry", "engine.logs"},
+    "tui": CORE | {"bench", "leaving", "engine.logs", "telemetry.ring", "sizing"},
+    "cli": CORE | {"bench", "leaving", "tui", "telemetry", "engine.logs", "sizing"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -112,7 +99,7 @@ def test_our_sleep_mode_runs_inside_vllm_and_needs_nothing_of_ours() -> None:
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("vllm_sleep_tui.fleet.view", {"httpx", "textual", "rich"}),
+        ("vllm_sleep_tui.fleet.observe.snapshotter", {"httpx", "textual", "rich"}),
         ("vllm_sleep_tui.fleet.fleet", {"textual"}),
         ("vllm_sleep_tui.cli", {"httpx", "textual", "rich"}),
     ],

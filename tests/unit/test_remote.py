@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv, serve_environment
 from vllm_sleep_tui.errors import UsageError
 

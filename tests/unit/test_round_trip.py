@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.command_lines import PARSED, lines
-from vllm_sleep_tui.config_flags import shipped_tables
+from vllm_sleep_tui.config.flags import shipped_tables
 from vllm_sleep_tui.engine.argv import check_args
 
 TABLES = {".".join(table.version.split(".")[:2]): table for table in shipped_tables()}

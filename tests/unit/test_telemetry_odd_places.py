@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.planning import GpuMemory, held_here, needed_to_wake, share_of
-from vllm_sleep_tui.fleet.predict import memory_in
-from vllm_sleep_tui.fleet.records import Record
+from vllm_sleep_tui.fleet.observe.predict import memory_in
+from vllm_sleep_tui.fleet.operations.room import GpuMemory, held_here, needed_to_wake, share_of
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.telemetry.gpus import GpuReading
 from vllm_sleep_tui.telemetry.processes import ProcessId
 

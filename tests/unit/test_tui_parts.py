@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from textual.color import Color
 
-from vllm_sleep_tui.tui.bars import HATCHED, MARK, SOLID, Part, cells_of, stacked, waterfall
-from vllm_sleep_tui.tui.blocks import Blocks
+from vllm_sleep_tui.tui.drawing.bars import HATCHED, MARK, SOLID, Part, cells_of, stacked, waterfall
+from vllm_sleep_tui.tui.drawing.blocks import Blocks
+from vllm_sleep_tui.tui.drawing.paint import cut, line_width, spread, wrap
 from vllm_sleep_tui.tui.keys import KEYS
-from vllm_sleep_tui.tui.paint import cut, line_width, spread, wrap
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, read_theme
 from vllm_sleep_tui.tui.words import clock, gib, took
 

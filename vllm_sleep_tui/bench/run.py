@@ -16,13 +16,13 @@ import msgspec
 
 from vllm_sleep_tui import __version__
 from vllm_sleep_tui.bench import machine, restore
-from vllm_sleep_tui.bench.bed import check_changes, open_bed, recorded_models
+from vllm_sleep_tui.bench.bench_fleet import check_changes, open_bed, recorded_models
 from vllm_sleep_tui.bench.figures import FIRST_ANSWER
 from vllm_sleep_tui.bench.plan import MAX_TOKENS, Mode, PassKey, Plan
 from vllm_sleep_tui.bench.results import Load, Memory, Pass, Run, Step, write
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.operation import Report
+from vllm_sleep_tui.fleet.operations.operation import Report
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Progress
 from vllm_sleep_tui.fleet.states import RUNNING, StartPhase, State
 

@@ -22,21 +22,22 @@ from vllm_sleep_tui.cli.common import (
     put_json,
     say,
 )
-from vllm_sleep_tui.config import ModelConfig
-from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.config.edit import difference
+from vllm_sleep_tui.config.load import LoadedConfig
+from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.errors import CancelledByUser, RefusedError, UsageError
-from vllm_sleep_tui.fleet.advice import Advice, ModelAdvice, advise_fleet
-from vllm_sleep_tui.fleet.advice_config import AFTERWARDS, apply_text, proposed_text
-from vllm_sleep_tui.fleet.budget import HIGHEST_UTILIZATION
-from vllm_sleep_tui.fleet.config_edit import difference
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.discovery import find_command
-from vllm_sleep_tui.fleet.estimate import Estimate, checkpoint_of, estimate
-from vllm_sleep_tui.fleet.history import History
-from vllm_sleep_tui.fleet.predict import time_text
-from vllm_sleep_tui.fleet.sharing import GpuAdvice, listed
+from vllm_sleep_tui.fleet.observe.discovery import find_command
+from vllm_sleep_tui.fleet.observe.figures import advise_fleet
+from vllm_sleep_tui.fleet.store.history import History
 from vllm_sleep_tui.paths import here, state_dir
+from vllm_sleep_tui.sizing.advice import Advice, ModelAdvice
+from vllm_sleep_tui.sizing.advice_config import AFTERWARDS, apply_text, proposed_text
+from vllm_sleep_tui.sizing.budget import HIGHEST_UTILIZATION
+from vllm_sleep_tui.sizing.estimate import Estimate, checkpoint_of, estimate
+from vllm_sleep_tui.sizing.sharing import GpuAdvice, listed
 from vllm_sleep_tui.telemetry.gpus import GpuReading, open_reader
+from vllm_sleep_tui.units import time_text
 
 
 @click.command()

@@ -28,7 +28,7 @@ from vllm_sleep_tui.paths import absolute, state_dir
 if TYPE_CHECKING:
     from vllm_sleep_tui.bench.plan import PassKey, Plan
     from vllm_sleep_tui.bench.results import Run, Step
-    from vllm_sleep_tui.config_file import LoadedConfig
+    from vllm_sleep_tui.config.load import LoadedConfig
     from vllm_sleep_tui.fleet.fleet import Fleet
     from vllm_sleep_tui.fleet.snapshot import Progress
 

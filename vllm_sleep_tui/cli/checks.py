@@ -15,24 +15,20 @@ import msgspec
 
 from vllm_sleep_tui.cli.common import in_words
 from vllm_sleep_tui.cli.init import Surroundings, best_environment
-from vllm_sleep_tui.config import CONFIG_NAME, ModelConfig
-from vllm_sleep_tui.config_file import LoadedConfig
-from vllm_sleep_tui.config_flags import FlagTable
+from vllm_sleep_tui.config.flags import FlagTable
+from vllm_sleep_tui.config.load import LoadedConfig
+from vllm_sleep_tui.config.types import CONFIG_NAME, ModelConfig
 from vllm_sleep_tui.errors import PanelError
-from vllm_sleep_tui.fleet.arguments import complaints, flags_of, simulated_flags
 from vllm_sleep_tui.fleet.core import simulated_folder
-from vllm_sleep_tui.fleet.discovery import (
-    VllmEnvironment,
-    find_command,
-    find_foreign_servers,
-    hub_cache,
-)
-from vllm_sleep_tui.fleet.keeping import is_kept
+from vllm_sleep_tui.fleet.keeper_client import is_kept
 from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
-from vllm_sleep_tui.fleet.orphans import find_orphans
-from vllm_sleep_tui.fleet.records import RecordStore
-from vllm_sleep_tui.fleet.templates import TEMPLATE_CURE, lacks_template
+from vllm_sleep_tui.fleet.observe.discovery import VllmEnvironment, find_command, find_foreign_servers
+from vllm_sleep_tui.fleet.observe.orphans import find_orphans
+from vllm_sleep_tui.fleet.operations.arguments import complaints, flags_of, simulated_flags
+from vllm_sleep_tui.fleet.store.records import RecordStore
 from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.sizing.chat_template import TEMPLATE_CURE, lacks_template
+from vllm_sleep_tui.sizing.hub import hub_cache
 from vllm_sleep_tui.telemetry.gpus import VISIBLE, fault_of, is_hidden
 from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import holder_of_port

@@ -15,15 +15,15 @@ from typing import Any, TextIO, TypeVar
 
 import click
 
-from vllm_sleep_tui.config import CONFIG_NAME
-from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.config.load import LoadedConfig, load
+from vllm_sleep_tui.config.types import CONFIG_NAME
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError, UsageError
 from vllm_sleep_tui.files import trust, trusted
 from vllm_sleep_tui.paths import config_dir, find_config, state_dir
 from vllm_sleep_tui.text import OBEYED, clean, one_line
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-_GIVEN = "vllm_sleep_tui.config"
+_GIVEN = "vllm_sleep_tui.config.types"
 
 
 def config_option(function: Command) -> Command:

@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 
 from vllm_sleep_tui.cli.common import need_terminal, put_done, say
-from vllm_sleep_tui.config import CONFIG_NAME, SCHEMA_NAME
-from vllm_sleep_tui.config_file import load, write_schema
-from vllm_sleep_tui.config_yaml import MAX_BYTES
+from vllm_sleep_tui.config.load import load, write_schema
+from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
+from vllm_sleep_tui.config.yaml import MAX_BYTES
 from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
 from vllm_sleep_tui.files import is_taken, is_text, private_dir, read_own, trust, write_private
 from vllm_sleep_tui.paths import state_dir

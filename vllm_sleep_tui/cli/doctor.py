@@ -9,7 +9,7 @@ import click
 from vllm_sleep_tui.cli.checks import Check, Verdict, check_config, check_flags, check_machine, check_models
 from vllm_sleep_tui.cli.common import config_option, given_config, is_agreed, json_option, put, put_json
 from vllm_sleep_tui.cli.init import look_around
-from vllm_sleep_tui.config_file import load
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.paths import find_config, here
 

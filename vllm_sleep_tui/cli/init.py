@@ -11,19 +11,13 @@ from pathlib import Path
 import click
 
 from vllm_sleep_tui.cli.common import config_option, given_config, in_words, put_done, say
-from vllm_sleep_tui.config import CONFIG_NAME, SCHEMA_NAME
-from vllm_sleep_tui.config_file import load, write_schema
+from vllm_sleep_tui.config.load import load, write_schema
+from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.files import is_taken, is_text, trust, write_private
-from vllm_sleep_tui.fleet.discovery import (
-    CachedModel,
-    VllmEnvironment,
-    find_models,
-    find_vllm,
-    has_token,
-    hub_cache,
-)
+from vllm_sleep_tui.fleet.observe.discovery import CachedModel, VllmEnvironment, find_models, find_vllm
 from vllm_sleep_tui.paths import here, state_dir
+from vllm_sleep_tui.sizing.hub import has_token, hub_cache
 from vllm_sleep_tui.telemetry.gpus import GpuFault, GpuReading, open_reader
 
 MAX_MODELS = 8

@@ -10,7 +10,7 @@ import click
 from vllm_sleep_tui.cli.common import config_option, load_config, put
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.files import path_of
-from vllm_sleep_tui.fleet.records import RecordStore
+from vllm_sleep_tui.fleet.store.records import RecordStore
 from vllm_sleep_tui.paths import state_dir
 
 POLL_SECONDS = 0.2
@@ -28,7 +28,7 @@ def logs(ctx: click.Context, name: str, follow: bool, count: int) -> None:
     If its server died and was started again, the last lines of the one that died come first, once.
     """
     from vllm_sleep_tui.engine.logs import LogTail
-    from vllm_sleep_tui.fleet.died import last_words, seen
+    from vllm_sleep_tui.fleet.store.last_failure import last_words, seen
 
     loaded = load_config(ctx, only_looks=True)
     loaded.model(name)

@@ -17,7 +17,7 @@ from vllm_sleep_tui.cli.common import (
 )
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.cli.status import model_json
-from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.paths import state_dir
 
@@ -143,7 +143,7 @@ def _operate(
     loaded: LoadedConfig, names: Sequence[str], act: Callable[[Fleet], Awaitable[Any]]
 ) -> list[ModelSnapshot]:
     """Carry the operation out; how the models are afterwards."""
-    from vllm_sleep_tui.fleet.view import read_once
+    from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 
     with_fleet(loaded, act)
     snapshot = read_once(loaded, state_dir())

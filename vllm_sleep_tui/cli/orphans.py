@@ -9,8 +9,8 @@ import click
 
 from vllm_sleep_tui.cli.common import confirm, in_words, json_option, put, put_json, say
 from vllm_sleep_tui.errors import RefusedError
-from vllm_sleep_tui.fleet.discovery import ForeignServer, find_foreign_servers
-from vllm_sleep_tui.fleet.orphans import Orphan, end_orphans, find_orphans
+from vllm_sleep_tui.fleet.observe.discovery import ForeignServer, find_foreign_servers
+from vllm_sleep_tui.fleet.observe.orphans import Orphan, end_orphans, find_orphans
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.telemetry.gpus import open_reader
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from vllm_sleep_tui.cli.common import say
-from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import CancelledByUser
 from vllm_sleep_tui.fleet.snapshot import Progress
 from vllm_sleep_tui.paths import state_dir

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 from vllm_sleep_tui.cli.common import config_option, given_config, is_agreed, load_config
-from vllm_sleep_tui.config import Config
-from vllm_sleep_tui.config_file import LoadedConfig, load
+from vllm_sleep_tui.config.load import LoadedConfig, load
+from vllm_sleep_tui.config.types import Config
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import RUNNING, State

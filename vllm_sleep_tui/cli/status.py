@@ -60,7 +60,7 @@ def status(ctx: click.Context, watch: bool, prometheus: bool, as_json: bool) -> 
     """Show every model and GPU."""
     if prometheus and (watch or as_json):
         raise click.UsageError("--prometheus goes with neither --watch nor --json.")
-    from vllm_sleep_tui.fleet.view import looking
+    from vllm_sleep_tui.fleet.observe.snapshotter import looking
 
     loaded = load_config(ctx, only_looks=True)
     with looking(loaded, state_dir()) as look:

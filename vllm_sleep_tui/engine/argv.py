@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from vllm_sleep_tui.config_checks import spans_machines
-from vllm_sleep_tui.config_flags import (
+from vllm_sleep_tui.config.checks import spans_machines
+from vllm_sleep_tui.config.flags import (
     SWITCH,
     WORDS,
     Flag,

@@ -17,10 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_sleep_tui.config_flags import MAX_TABLE_BYTES, FlagTable, decode_table, shipped_table
+from vllm_sleep_tui.config.flags import MAX_TABLE_BYTES, FlagTable, decode_table, shipped_table
 from vllm_sleep_tui.engine.failures import NOT_JSON
-from vllm_sleep_tui.files import private_dir, write_private
-from vllm_sleep_tui.regular import read_regular
+from vllm_sleep_tui.files import private_dir, read_regular, write_private
 
 DUMPER = Path(__file__).with_name("dump_parser.py")
 ASK_SECONDS = 120.0

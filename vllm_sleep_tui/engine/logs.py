@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vllm_sleep_tui.regular import open_regular
+from vllm_sleep_tui.files import open_regular
 
 GIB = 1024**3
 MAX_LINE = 16 * 1024

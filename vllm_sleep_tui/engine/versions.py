@@ -85,3 +85,9 @@ def _note(version: str, release: Release | None) -> str | None:
     if release > NEWEST_KNOWN:
         return f"vLLM {version} is newer than the newest known, {newest}; treated like that."
     return None
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: 0.24.1rc2+cu128 is (0, 24, 1)."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()

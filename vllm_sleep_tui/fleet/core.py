@@ -16,26 +16,26 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from vllm_sleep_tui.config import ModelConfig
-from vllm_sleep_tui.config_file import LoadedConfig, parse_bytes
+from vllm_sleep_tui.config.load import LoadedConfig, parse_bytes
+from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
-from vllm_sleep_tui.fleet.footprints import Footprint, FootprintStore, digest
-from vllm_sleep_tui.fleet.keeping import is_kept
-from vllm_sleep_tui.fleet.locks import check_folder, gpu_lock_path
-from vllm_sleep_tui.fleet.other_ends import check_for_key, check_own
-from vllm_sleep_tui.fleet.records import Record, RecordStore
-from vllm_sleep_tui.fleet.sighting import Sighting, base_of
+from vllm_sleep_tui.fleet.attached.probe import Sighting, base_of
+from vllm_sleep_tui.fleet.keeper_client import is_kept
+from vllm_sleep_tui.fleet.peer_checks import check_for_key, check_own
 from vllm_sleep_tui.fleet.states import Event, next_state
+from vllm_sleep_tui.fleet.store.locks import check_folder, gpu_lock_path
+from vllm_sleep_tui.fleet.store.records import Record, RecordStore
 from vllm_sleep_tui.simulator import devices
+from vllm_sleep_tui.sizing.footprints import Footprint, FootprintStore, digest
 from vllm_sleep_tui.telemetry.gpus import VISIBLE, GpuReader, GpuReading, fault_of, is_hidden, open_reader
 from vllm_sleep_tui.telemetry.processes import memory
 from vllm_sleep_tui.telemetry.simulated import memories
+from vllm_sleep_tui.units import GIB
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.engine.client import VllmClient
-    from vllm_sleep_tui.fleet.history import History
+    from vllm_sleep_tui.fleet.store.history import History
 
-GIB = 2**30
 SIMULATED_RAM = 64 * GIB
 PINNED_NOISE = GIB // 4
 """Shared memory of an engine that never slept: 0.07 GiB on an H100."""
@@ -231,7 +231,7 @@ class Core:
     @functools.cached_property
     def history(self) -> History:
         """The past of this config's models."""
-        from vllm_sleep_tui.fleet.history import History  # `status` needs no database
+        from vllm_sleep_tui.fleet.store.history import History  # `status` needs no database
 
         return History(self.state_dir, self.loaded.path)
 
@@ -299,8 +299,3 @@ class Core:
         if "history" in self.__dict__:
             await asyncio.to_thread(self.history.close)
         self.reader.close()
-
-
-def gib(size: float) -> str:
-    """Bytes as people read them."""
-    return f"{size / GIB:.1f} GiB"

@@ -8,27 +8,29 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from vllm_sleep_tui.config_file import LoadedConfig
+from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.files import path_of
-from vllm_sleep_tui.fleet import actions, attached, died
-from vllm_sleep_tui.fleet.chatting import answer
+from vllm_sleep_tui.fleet.attached import backend as attached
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
-from vllm_sleep_tui.fleet.history import History
-from vllm_sleep_tui.fleet.locks import Holder
-from vllm_sleep_tui.fleet.operation import Operation, Report, actor, to_safe_point
-from vllm_sleep_tui.fleet.predict import memory_in, predict, waits
-from vllm_sleep_tui.fleet.processes import HeldProcess, held_processes
-from vllm_sleep_tui.fleet.serving import ServingPoller
+from vllm_sleep_tui.fleet.observe.predict import memory_in, predict, waits
+from vllm_sleep_tui.fleet.observe.processes import HeldProcess, held_processes
+from vllm_sleep_tui.fleet.observe.serving import ServingPoller
+from vllm_sleep_tui.fleet.observe.snapshotter import Viewer
+from vllm_sleep_tui.fleet.operations import switch as actions
+from vllm_sleep_tui.fleet.operations.chat import answer
+from vllm_sleep_tui.fleet.operations.operation import Operation, Report, actor, to_safe_point
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, FleetSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import StartPhase, State
-from vllm_sleep_tui.fleet.supervision import Leader, Watcher
-from vllm_sleep_tui.fleet.view import Viewer
+from vllm_sleep_tui.fleet.store import last_failure as died
+from vllm_sleep_tui.fleet.store.history import History
+from vllm_sleep_tui.fleet.store.locks import Holder
+from vllm_sleep_tui.fleet.supervision.supervisor import Leader, Watcher
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive
 from vllm_sleep_tui.telemetry.sampler import Sampler
 
 if TYPE_CHECKING:
-    from vllm_sleep_tui.fleet.advice import Advice
+    from vllm_sleep_tui.sizing.advice import Advice
 
 T = TypeVar("T")
 
@@ -161,7 +163,9 @@ class Fleet:
 
     async def advice(self) -> Advice:
         """What to do with each model and GPU, from what was measured here."""
-        from vllm_sleep_tui.fleet.advice import advise_fleet  # reads checkpoints; only whoever asks pays
+        from vllm_sleep_tui.fleet.observe.figures import (
+            advise_fleet,  # reads checkpoints; only whoever asks pays
+        )
 
         return await asyncio.to_thread(lambda: advise_fleet(self._core, self.history.rates()))
 

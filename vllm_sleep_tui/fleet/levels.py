@@ -6,15 +6,15 @@ import contextlib
 import os
 from pathlib import Path
 
-from vllm_sleep_tui.config import ModelConfig
+from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.loaders import RELOADS_SINCE, why_no_reload
 from vllm_sleep_tui.engine.versions import release_of
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.discovery import find_command
-from vllm_sleep_tui.fleet.estimate import checkpoint_of
-from vllm_sleep_tui.fleet.footprints import argument
+from vllm_sleep_tui.fleet.observe.discovery import find_command
 from vllm_sleep_tui.fleet.states import RUNNING
+from vllm_sleep_tui.sizing.estimate import checkpoint_of
+from vllm_sleep_tui.sizing.footprints import argument
 
 
 def installed_version(core: Core, name: str) -> str | None:

@@ -17,7 +17,7 @@ from vllm_sleep_tui.simulator.logs import Log
 from vllm_sleep_tui.simulator.memory import Memory, WorkerDied, WorkerRank
 from vllm_sleep_tui.simulator.processes import Channel, wait_for_ever
 from vllm_sleep_tui.simulator.settings import Settings
-from vllm_sleep_tui.simulator.state import OperationFailed, SleepState, die
+from vllm_sleep_tui.simulator.sleep_state import OperationFailed, SleepState, die
 
 TOKENS_PER_SECOND = 100.0
 FIRST_TOKEN_SECONDS = 0.015

@@ -13,8 +13,7 @@ from vllm_sleep_tui.simulator import generation, http
 from vllm_sleep_tui.simulator.behaviours import Fault
 from vllm_sleep_tui.simulator.client import EngineDead, Generation
 from vllm_sleep_tui.simulator.http import Answer, HttpError, Request
-from vllm_sleep_tui.simulator.server_state import ServerState
-from vllm_sleep_tui.simulator.wanted import (
+from vllm_sleep_tui.simulator.params import (
     Wanted,
     chat_tokens,
     check_length,
@@ -22,6 +21,7 @@ from vllm_sleep_tui.simulator.wanted import (
     max_tokens,
     question,
 )
+from vllm_sleep_tui.simulator.server_state import ServerState
 
 NO_CHAT_TEMPLATE = (
     "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "

@@ -28,7 +28,7 @@ from vllm_sleep_tui.simulator.profiles import (
     weights_bytes,
 )
 from vllm_sleep_tui.simulator.settings import Settings
-from vllm_sleep_tui.simulator.state import SleepState
+from vllm_sleep_tui.simulator.sleep_state import SleepState
 
 CPU_KV_CACHE_BYTES = 4 * GIB
 """What vLLM takes for its cache on the CPU when it is not told."""

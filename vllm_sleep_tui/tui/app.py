@@ -21,21 +21,21 @@ from textual.theme import Theme
 
 from vllm_sleep_tui import files, paths
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.files import read_regular
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.leaving import Leaving, leave_at_once
-from vllm_sleep_tui.regular import read_regular
 from vllm_sleep_tui.tui.cleaned import CLEANED
-from vllm_sleep_tui.tui.dashboard import Dashboard
-from vllm_sleep_tui.tui.gpus import GpuScreen
 from vllm_sleep_tui.tui.keys import KEYS
-from vllm_sleep_tui.tui.operations import Operations
+from vllm_sleep_tui.tui.screens.dashboard import Dashboard
+from vllm_sleep_tui.tui.screens.gpus import GpuScreen
+from vllm_sleep_tui.tui.state.operations import Operations
+from vllm_sleep_tui.tui.state.view import PanelFleet
 from vllm_sleep_tui.tui.terminal import PanelDriver
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, textual_theme
-from vllm_sleep_tui.tui.view import PanelFleet
 
 if TYPE_CHECKING:
-    from vllm_sleep_tui.config_file import LoadedConfig
+    from vllm_sleep_tui.config.load import LoadedConfig
 
 
 READING_SECONDS = 1.0

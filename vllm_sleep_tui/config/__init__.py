@@ -1,0 +1,1 @@
+"""The config file: its types, its reading, its checks."""

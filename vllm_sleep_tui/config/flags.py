@@ -1,0 +1,250 @@
+"""The flags of `vllm serve`: what a parser knows, one spelling of each, and those that are our own.
+
+A table is what one vLLM's parser says of itself. Four are shipped (vLLM 0.24 to 0.33), for reading a
+config and for a vLLM that cannot be asked; `vllm_sleep_tui.engine.installed_flags` asks the installed one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+SHIPPED = Path(__file__).parents[1] / "vllm_flags"
+MAX_TABLE_BYTES = 4 * 2**20
+SWITCH = "switch"
+WORDS = {"true": True, "false": False}
+"""What a switch is, once the file is read."""
+SAID = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
+"""What people write for it, in small letters."""
+
+RESERVED: dict[str, str] = {
+    "model": "Write it as the model's own `model:`.",
+    "host": "Servers listen on 127.0.0.1 alone: remove it.",
+    "port": "Write it as the model's own `port:`.",
+    "uds": "Clients reach a server by its port, the panel by a socket of the guard: remove it.",
+    "served-model-name": "The model's key in this file is its served name; others are its `aliases:`.",
+    "api-key": "It would show in the process list; write the model's own `api_key:` or `api_key_file:`.",
+    "middleware": "The guard is the server's middleware: remove it.",
+    "root-path": "The panel and its guard know vLLM's paths as they are; put a proxy in front.",
+    "api-server-count": "The guard counts requests in one API server: remove it.",
+    "headless": "A headless server answers no requests: remove it.",
+    "grpc": "A gRPC server has no HTTP to sleep, wake or chat through: remove it.",
+    "grpc-port": "It needs a front end that would not load the guard: remove it.",
+    "enable-sleep-mode": "Write `level: auto`, 1 or 2 to have it, `level: none` to go without.",
+    "ssl-keyfile": "Servers are reached over plain HTTP on 127.0.0.1; put a proxy in front for TLS.",
+    "ssl-certfile": "Servers are reached over plain HTTP on 127.0.0.1; put a proxy in front for TLS.",
+    "ssl-ca-certs": "Servers are reached over plain HTTP on 127.0.0.1; put a proxy in front for TLS.",
+    "ssl-cert-reqs": "Servers are reached over plain HTTP on 127.0.0.1; put a proxy in front for TLS.",
+    "ssl-ciphers": "Servers are reached over plain HTTP on 127.0.0.1; put a proxy in front for TLS.",
+    "enable-ssl-refresh": "Servers are reached over plain HTTP on 127.0.0.1; put a proxy in front for TLS.",
+    "hf-token": 'It would show in the process list; write `env: {HF_TOKEN: "${HF_TOKEN}"}`.',
+    "device-ids": "Write the model's GPUs as `gpus: [0]`.",
+    "disable-access-log-for-endpoints": "It is set for what is polled: remove it.",
+    "data-parallel-external-lb": "It makes one server of each replica; write a model of its own for each.",
+    "data-parallel-hybrid-lb": "Its replicas answer on ports of their own: remove it.",
+    "data-parallel-multi-port-external-lb": "Its replicas answer on ports of their own: remove it.",
+    "data-parallel-rank": "It makes one server of each replica; write a model of its own for each.",
+    "data-parallel-start-rank": "Its replicas answer on ports of their own: remove it.",
+    "omni": "Another program than `vllm serve` would start: start it yourself and use `url:`.",
+}
+"""Flags that `args:` may not set, and what to do instead."""
+
+_ONE = re.compile(r"-{0,2}[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+\+?)?")
+_LEVEL = re.compile(r"-{0,2}O=?([0-9]?)")
+
+
+class Flag(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One flag as a parser knows it."""
+
+    names: tuple[str, ...]
+    """Every spelling, with its dashes; first the long one that turns on."""
+    type: str = "text"
+    """switch (takes no value), text, int, float, size (32k), json or object (vLLM's own kinds)."""
+    off: tuple[str, ...] = ()
+    """Of a switch: the spellings that turn it off."""
+    nargs: str | int | None = None
+    """As argparse has it: + and * take a list, ? may stand alone."""
+    choices: tuple[str, ...] = ()
+    default: Any = None
+    const: Any = None
+    repeats: bool = False
+    """Given again, it adds up."""
+
+    @property
+    def name(self) -> str:
+        """Its long name without dashes."""
+        return next((name for name in self.names if name.startswith("--")), self.names[0]).lstrip("-")
+
+    @property
+    def takes_list(self) -> bool:
+        """Whether several values may follow."""
+        return self.nargs in ("+", "*") or isinstance(self.nargs, int)
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """What a spelling means."""
+
+    name: str
+    """The flag's long name without dashes, and behind a dot what it sets of it."""
+    flag: Flag | None
+    """None if no table has it."""
+    is_off: bool = False
+    """It is the flag's `--no-…`."""
+
+    @property
+    def head(self) -> str:
+        """The flag's name without what follows a dot."""
+        return self.name.partition(".")[0]
+
+
+class AmbiguousError(Exception):
+    """An abbreviation of several flags, which are the text."""
+
+
+class FlagTable:
+    """The flags of one vLLM."""
+
+    def __init__(self, version: str, flags: Iterable[Flag], *, is_asked: bool = False) -> None:
+        self.version = version
+        self.is_asked = is_asked
+        """It is the installed vLLM's own word, not a shipped table that is thought to be near."""
+        self.flags = tuple(flags)
+        self._by_name = {name: flag for flag in self.flags for name in flag.names}
+
+    def find(self, name: str) -> Flag | None:
+        """The flag of a name without dashes, which may go on behind a dot."""
+        return self._by_name.get(f"--{name.partition('.')[0]}")
+
+    def find_dashed(self, dashed: str) -> Flag | None:
+        """The flag of a name with its dashes."""
+        return self._by_name.get(dashed)
+
+    def spelled(self, text: str) -> Spelling:
+        """What `text` means, as vLLM's parser would read it; raises AmbiguousError."""
+        return _spelled(text, [self])
+
+    def nearest(self, name: str) -> str | None:
+        """The flag that looks most like `name`, without dashes; None if none does."""
+        known = [spelling.lstrip("-") for spelling in self._by_name if spelling.startswith("--")]
+        found = difflib.get_close_matches(name.partition(".")[0], known, n=1, cutoff=0.6)
+        return found[0] if found else None
+
+    def starting(self, dashed: str) -> dict[str, Flag]:
+        """The spellings that begin like this one."""
+        return {name: flag for name, flag in self._by_name.items() if name.startswith(dashed)}
+
+
+class _Dumped(msgspec.Struct):
+    version: str
+    flags: list[Flag]
+
+
+def decode_table(content: bytes, *, is_asked: bool) -> FlagTable:
+    """A table from its JSON; raises msgspec.DecodeError."""
+    dumped = msgspec.json.decode(content, type=_Dumped)
+    return FlagTable(dumped.version, dumped.flags, is_asked=is_asked)
+
+
+@functools.cache
+def shipped_tables() -> tuple[FlagTable, ...]:
+    """The tables that come with this program, the oldest first."""
+    files = sorted(SHIPPED.glob("*.json"), key=lambda file: _numbers(file.stem))
+    return tuple(decode_table(file.read_bytes(), is_asked=False) for file in files)
+
+
+def shipped_table(version: str | None = None) -> FlagTable:
+    """The shipped table nearest below this version, else the oldest; the newest for a version not known."""
+    tables = shipped_tables()
+    if version is None:
+        return tables[-1]
+    wanted = _numbers(version)[:2]
+    return next((table for table in reversed(tables) if _numbers(table.version)[:2] <= wanted), tables[0])
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def spelled(text: str) -> Spelling:
+    """What `text` means in any of the shipped tables, the newest first; raises AmbiguousError.
+
+    A flag that none of them has keeps its name: the installed vLLM may be newer.
+    """
+    return _spelled(text, list(reversed(shipped_tables())))
+
+
+def is_name(text: str) -> bool:
+    """Whether it can be the name of a flag: `max-model-len`, `-tp`, `compilation-config.mode`."""
+    return _ONE.fullmatch(text) is not None
+
+
+def _spelled(text: str, tables: list[FlagTable]) -> Spelling:
+    body = text.lstrip("-")
+    head, dot, tail = body.partition(".")
+    if _LEVEL.fullmatch(text):
+        head = "optimization-level"
+    long, short = f"--{head.replace('_', '-')}", f"-{head}"
+    is_short = text.startswith("-") and not text.startswith("--")
+    for table in tables:
+        for dashed in (short, long) if is_short else (long, short):
+            if found := table.find_dashed(dashed):
+                return Spelling(found.name + dot + tail, found, dashed in found.off)
+    # argparse takes a beginning for the whole, if only one flag begins so.
+    begun: dict[tuple[str, bool], Flag] = {}
+    for table in reversed(tables):
+        begun |= {(flag.name, name in flag.off): flag for name, flag in table.starting(long).items()}
+    if len(begun) > 1:
+        raise AmbiguousError(", ".join(sorted({f"no-{name}" if off else name for name, off in begun})))
+    for (name, off), flag in begun.items():
+        return Spelling(name + dot + tail, flag, off)
+    return Spelling(long.lstrip("-") + dot + tail, None)
+
+
+def why_reserved(name: str) -> str | None:
+    """What to do instead of setting this flag; None if it may be set."""
+    head = name.partition(".")[0]
+    head = head.lower()
+    return RESERVED.get(head) or RESERVED.get(head.removeprefix("no-"))
+
+
+def wrong_value(flag: Flag, value: str | tuple[str, ...]) -> str | None:
+    """Why vLLM's parser would refuse this value, in words; None if it would not."""
+    if flag.type == SWITCH:
+        return None if value in WORDS else "takes no value: write true or false"
+    if isinstance(value, tuple) and not (flag.takes_list or flag.repeats):
+        return "takes one value, not a list"
+    for item in value if isinstance(value, tuple) else (value,):
+        if item in ("None", ""):
+            continue
+        if flag.choices and item not in flag.choices and flag.type == "text":
+            return f"{item!r} is none of: {', '.join(flag.choices)}"
+        if (reads := _READS.get(flag.type)) and not reads(item):
+            return f"{item!r} is not {_KINDS[flag.type]}"
+    return None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
+
+
+_READS: Mapping[str, Any] = {
+    "int": re.compile(r"\s*[+-]?\d[\d_]*\s*").fullmatch,
+    "float": re.compile(
+        r"\s*[+-]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][+-]?\d+)?\s*|[+-]?(inf|nan)", re.I
+    ).fullmatch,
+    "size": re.compile(r"\s*([+-]?\d[\d_]*|\d+(\.\d+)?[kKmMgGtT]|auto)\s*", re.I).fullmatch,
+    "json": _is_json,
+}
+_KINDS = {"int": "a whole number", "float": "a number", "size": "a size such as 8192 or 32k", "json": "JSON"}

@@ -1,0 +1,1 @@
+"""What is known now, read without changing anything."""

@@ -1,0 +1,222 @@
+"""What is left of servers of ours that nobody looks after: found, named, ended on request.
+
+Only this user's processes, only those of a launch of ours; a process is ended by pid and start time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.engine.failures import NOT_JSON
+from vllm_sleep_tui.errors import OperationError, UsageError
+from vllm_sleep_tui.files import path_of
+from vllm_sleep_tui.fleet.keeper_client import Word, read_word
+from vllm_sleep_tui.fleet.observe.discovery import launch_of
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.store.records import Record, read_record
+from vllm_sleep_tui.telemetry.processes import (
+    ProcessId,
+    ProcessTable,
+    command_of,
+    is_alive,
+    memory,
+    signal_process,
+)
+
+GIB = 2**30
+KIND_SECONDS = 15.0
+"""For a keeper to stop its server; a killed engine frees tens of GiB within this too."""
+END_SECONDS = 25.0
+NOTED_GIB = 0.1
+"""Less than this that orphans hold is not told."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orphan:
+    """A process of a server of ours that nobody looks after."""
+
+    process: ProcessId
+    launch: str
+    command: str
+    why: str
+    ram_bytes: int
+    """What it holds, pinned memory included: NVML does not show that of a sleeper."""
+    is_keeper: bool = False
+
+
+def find_orphans(state_dir: Path) -> tuple[Orphan, ...]:
+    """Processes of this user whose keeper is gone, or whose keeper no record or config speaks for."""
+    table = ProcessTable.read()
+    mine = [pid for pid in table.parents if is_mine(pid)]
+    launches = {pid: launch for pid in mine if (launch := launch_of(pid))}
+    keepers = {pid: launch for pid, launch in launches.items() if is_keeper(pid)}
+    found: dict[int, Orphan] = {}
+    for pid, launch in keepers.items():
+        why = fault_of(pid, launch)
+        if why is not None:
+            for member in (pid, *table.descendants(pid)):
+                note(found, table, member, launch, why, member == pid)
+    folders = {state_dir / "records", *(file.parent for pid in keepers if (file := keeper_file(pid)))}
+    left = {**dict(recorded(folders, table, mine)), **launches}
+    for pid, launch in left.items():
+        if launch not in keepers.values():
+            note(found, table, pid, launch, "its keeper is gone", False)
+    return tuple(found[pid] for pid in sorted(found))
+
+
+def note(
+    found: dict[int, Orphan], table: ProcessTable, pid: int, launch: str, why: str, is_keeper: bool
+) -> None:
+    """Add a process that still lives."""
+    process = table.id_of(pid)
+    if process is None or not is_alive(process) or pid in found:
+        return
+    held = memory(pid)
+    found[pid] = Orphan(
+        process=process,
+        launch=launch,
+        command=command_of(pid) or "",
+        why=why,
+        ram_bytes=held.private_bytes + held.pinned_bytes if held else 0,
+        is_keeper=is_keeper,
+    )
+
+
+def is_mine(pid: int) -> bool:
+    """Whether the process runs as this user."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid == os.getuid()
+    except OSError:
+        return False
+
+
+def is_keeper(pid: int) -> bool:
+    """Whether the process is a keeper, by its command line."""
+    try:
+        return b"vllm_sleep_tui/fleet/keeper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def open_files(pid: int) -> list[str]:
+    """The paths of a process's open files; empty if they cannot be seen."""
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
+    return found
+
+
+def keeper_file(pid: int) -> Path | None:
+    """The file that a keeper holds locked; None if it holds none yet. A removed one ends in " (deleted)"."""
+    files = [path for path in open_files(pid) if path.removesuffix(" (deleted)").endswith(".keeper")]
+    return Path(files[0]) if files else None
+
+
+def fault_of(pid: int, launch: str) -> str | None:
+    """Why nobody looks after a living keeper; None if somebody does."""
+    file = keeper_file(pid)
+    if file is None:
+        return None  # it has only just been started
+    if file.name.endswith(" (deleted)"):
+        return "its state folder was removed"
+    try:
+        record = read_record(file.with_suffix(".json"))
+    except (OSError, ValueError, *NOT_JSON):
+        return "it has no record"
+    if record.launch != launch or record.state in (State.STOPPED, State.FAILED):
+        return "its record tells of another server, or of none"
+    return fault_of_config(record)
+
+
+def fault_of_config(record: Record) -> str | None:
+    """Whether the config of a record still names its model; a config that cannot be read may."""
+    path = path_of(record.config)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return f"its config {path} is gone"
+    except OSError:
+        return None
+    try:
+        model = load(path).config.models.get(record.name)
+    except UsageError:
+        return None
+    if model is None:
+        return f"{path} no longer names {record.name}"
+    return None if model.url is None else f"{path} gives {record.name} by `url:` now"
+
+
+def recorded(folders: Iterable[Path], table: ProcessTable, mine: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """The living processes that records and keepers' words speak of, each with its launch, and those below.
+
+    An engine may have wiped its environment: then it was written down while it lived. Nobody is
+    believed for the number of his session, which is given anew once its processes are gone.
+    """
+    alive = {table.id_of(pid) for pid in mine}
+    for folder in folders:
+        for launch, processes in spoken_of(folder):
+            for process in processes:
+                if process in alive and is_alive(process):
+                    yield from ((pid, launch) for pid in (process.pid, *table.descendants(process.pid)))
+
+
+def spoken_of(folder: Path) -> Iterator[tuple[str, tuple[ProcessId, ...]]]:
+    """The launches of a records folder that have not ended: id, its processes."""
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, *NOT_JSON):
+            record = read_record(path)
+            if record.launch is not None and record.state not in (State.STOPPED, State.FAILED):
+                yield record.launch, processes_of(record)
+    for path in folder.glob("*.keeper"):
+        with contextlib.suppress(OperationError):
+            word = read_word(path)
+            if word.launch is not None and word.exit is None:
+                yield word.launch, processes_of(word)
+
+
+def processes_of(told: Record | Word) -> tuple[ProcessId, ...]:
+    """Server and engines, as a record or a keeper tells of them."""
+    return (*([told.server] if told.server else []), *told.engines)
+
+
+def summary(found: Sequence[Orphan]) -> tuple[str, ...]:
+    """One line on orphans for the screen; none if there is none."""
+    if not found:
+        return ()
+    held = sum(orphan.ram_bytes for orphan in found) / GIB
+    what = "process is" if len(found) == 1 else "processes are"
+    left = f"{len(found)} {what} left of lost servers"
+    left += f" and hold {held:.1f} GiB of RAM" if held >= NOTED_GIB else ""
+    return (f"{left}: see `vllm-sleep-tui orphans`.",)
+
+
+def end_orphans(found: Sequence[Orphan]) -> None:
+    """End them and wait until they are gone; raises OperationError for any that stays END_SECONDS.
+
+    A keeper is asked to stop its server; where there is none, nobody is left to be asked.
+    """
+    kept = {orphan.launch for orphan in found if orphan.is_keeper}
+    for orphan in found:
+        if orphan.is_keeper or orphan.launch not in kept:
+            signal_process(orphan.process, signal.SIGTERM if orphan.is_keeper else signal.SIGKILL)
+    began = time.monotonic()
+    while left := [orphan for orphan in found if is_alive(orphan.process)]:
+        waited = time.monotonic() - began
+        if waited > END_SECONDS:
+            raise OperationError(
+                f"Still there after {END_SECONDS:.0f} s: pid {', '.join(str(o.process.pid) for o in left)}.",
+                "A process that waits for its driver ends late: look again in a minute.",
+            )
+        if waited > KIND_SECONDS:
+            for orphan in left:
+                signal_process(orphan.process, signal.SIGKILL)
+        time.sleep(0.05)

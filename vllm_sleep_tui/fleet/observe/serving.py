@@ -1,0 +1,288 @@
+"""How awake models serve, by their `/metrics`, while a panel or `serve` is open.
+
+The leader keeps what they served in the history. A sleeper is not asked, but for one page when it has fallen
+asleep: what it still answered while it was drained is counted there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vllm_sleep_tui.engine import proof
+from vllm_sleep_tui.engine.failures import EngineError
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.snapshot import Serving
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.store.records import Record
+from vllm_sleep_tui.fleet.supervision.go_on import GoOn
+from vllm_sleep_tui.telemetry import prometheus
+from vllm_sleep_tui.telemetry.prometheus import Buckets, Scrape
+
+INTERVAL = 2.0
+"""Seconds between two looks at a model."""
+ANSWER_LIMIT = 1.5
+"""Seconds that one page may take; 0.01 to 0.1 s measured (vLLM 0.32)."""
+WINDOW = 300.0
+"""Seconds over which percentiles and hits are taken."""
+OWED_PAGES = 3
+"""Looks within which our own question must have been counted."""
+MARK_EVERY = 10.0
+"""Seconds between two pages that are kept for the window."""
+_TTFT = "vllm:time_to_first_token_seconds"
+_INTER_TOKEN = "vllm:inter_token_latency_seconds"
+_COUNTERS = {
+    "requests": "vllm:request_success_total",
+    "prompt": "vllm:prompt_tokens_total",
+    "generated": "vllm:generation_tokens_total",
+    "queries": "vllm:prefix_cache_queries_total",
+    "hits": "vllm:prefix_cache_hits_total",
+}
+_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+_CONFIG = "vllm:cache_config_info"
+_WANTED = frozenset({*_COUNTERS.values(), *_GAUGES, _CONFIG, f"{_TTFT}_bucket", f"{_INTER_TOKEN}_bucket"})
+
+
+class Work(NamedTuple):
+    """What was asked and answered."""
+
+    requests: int = 0
+    """That ended, however they ended."""
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+
+NOTHING = Work()
+PROOF = Work(1, len(proof.PROMPT), 1)
+"""What we ask at the end of a wake."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What one page of `/metrics` told, and when (seconds of the monotonic clock)."""
+
+    time: float
+    scrape: Scrape
+    ttft: Buckets
+    inter_token: Buckets
+
+    @classmethod
+    def read(cls, text: str, now: float) -> Page:
+        """The page, reduced to what is shown."""
+        scrape = prometheus.parse(text, _WANTED)
+        ttft, inter_token = (prometheus.buckets(scrape, name) for name in (_TTFT, _INTER_TOKEN))
+        kept = {name: samples for name, samples in scrape.items() if not name.endswith("_bucket")}
+        return cls(now, kept, ttft, inter_token)
+
+    def count(self, what: str) -> float | None:
+        """A counter by its short name; None if the server has it not."""
+        return prometheus.total(self.scrape, _COUNTERS[what])
+
+    @property
+    def fresh(self) -> float | None:
+        """Tokens that were computed since the launch, each of which went into the cache."""
+        prompt, generated = self.count("prompt"), self.count("generated")
+        if prompt is None or generated is None:
+            return None
+        return prompt + generated - (self.count("hits") or 0.0)
+
+    @property
+    def cache_tokens(self) -> float | None:
+        """Tokens that the KV cache holds when full; None if it is not told."""
+        sizes = [_cache_size(labels) for labels, _ in self.scrape.get(_CONFIG, ())]
+        return sum(size or 0.0 for size in sizes) if sizes and None not in sizes else None
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether answered requests stay in the cache; vLLM's default, told from 0.11 on."""
+        configs = self.scrape.get(_CONFIG, ())
+        return all(labels.get("enable_prefix_caching", "True") == "True" for labels, _ in configs)
+
+
+def _cache_size(labels: prometheus.Labels) -> float | None:
+    """vLLM's own figure (0.32), else blocks times their size, which is too high for hybrid models."""
+    try:
+        return float(labels["kv_cache_size_tokens"])
+    except (KeyError, ValueError):
+        pass
+    try:
+        return float(labels["num_gpu_blocks"]) * float(labels["block_size"])
+    except (KeyError, ValueError):
+        return None
+
+
+def cached_tokens(page: Page, before: float) -> int | None:
+    """At most so many tokens does the cache hold, of which `before` had been computed before it was emptied.
+
+    `kv_cache_usage_perc` alone would not do: it counts the blocks of running requests, and those that are
+    kept for later prompts as free (vLLM 0.32, metrics-idle.txt: 0 after many requests).
+    """
+    size = page.cache_tokens
+    if size is None:
+        return None
+    in_use = size * (prometheus.total(page.scrape, "vllm:kv_cache_usage_perc") or 0.0)
+    if page.keeps_prefixes and page.fresh is not None:
+        in_use = max(in_use, min(size, page.fresh - before))
+    return round(in_use)
+
+
+def work_between(last: Page, page: Page, ours: Work) -> tuple[Work, Work]:
+    """What others asked from one page of a launch to the next, and what of `ours` is not counted there yet.
+
+    vLLM counts an answer after it has been given, so that a page may come in between.
+    """
+    grown = [
+        round(prometheus.increase(last.count(what) or 0.0, page.count(what) or 0.0))
+        for what in ("requests", "prompt", "generated")
+    ]
+    others = Work(*(max(0, more - own) for more, own in zip(grown, ours, strict=True)))
+    return others, Work(*(max(0, own - more) for more, own in zip(grown, ours, strict=True)))
+
+
+class Watch:
+    """The pages of one launch."""
+
+    def __init__(self) -> None:
+        self._marks: deque[Page] = deque(maxlen=round(WINDOW / MARK_EVERY))
+        self._last: Page | None = None
+        self._since: float | None = None
+        self._before = 0.0
+        self._owed, self._owed_pages = NOTHING, 0
+        self.work = NOTHING
+        """Between the last two pages; what was before the first is not known."""
+
+    def see(self, page: Page, since: float, ours: Work = NOTHING) -> Serving:
+        """Take one more page of a model in its state since then (UTC seconds); what it comes to.
+
+        `ours` is what we asked ourselves when it entered the state.
+        """
+        last, self._last = self._last, page
+        entered = since != self._since
+        if entered:
+            self._owed, self._owed_pages = (ours if last else NOTHING), OWED_PAGES
+        elif self._owed_pages == 0:
+            self._owed = NOTHING  # it was never counted, and must not hide what others ask
+        self._owed_pages = max(0, self._owed_pages - 1)
+        self.work, self._owed = work_between(last, page, self._owed) if last else (NOTHING, NOTHING)
+        if entered:
+            # A sleep empties the cache and counts nothing, so the last page before it tells what is gone.
+            self._before = (last.fresh or 0.0) if last else 0.0
+            self._since = since
+        base = self._marks[0] if self._marks else page
+        if not self._marks or page.time - self._marks[-1].time >= MARK_EVERY:
+            self._marks.append(page)
+        return _serving(last or page, base, page, self._before)
+
+
+def _serving(last: Page, base: Page, page: Page, before: float) -> Serving:
+    ttft = prometheus.buckets_since(base.ttft, page.ttft)
+    inter_token = prometheus.buckets_since(base.inter_token, page.inter_token)
+    seconds = page.time - last.time
+    running, waiting, kv_use = (prometheus.total(page.scrape, name) for name in _GAUGES)
+    return Serving(
+        running=None if running is None else round(running),
+        waiting=None if waiting is None else round(waiting),
+        kv_use=kv_use,
+        prompt_tokens_per_s=prometheus.rate(last.count("prompt"), page.count("prompt"), seconds),
+        generation_tokens_per_s=prometheus.rate(last.count("generated"), page.count("generated"), seconds),
+        ttft_p50=prometheus.percentile(ttft, 0.5),
+        ttft_p95=prometheus.percentile(ttft, 0.95),
+        inter_token_p50=prometheus.percentile(inter_token, 0.5),
+        inter_token_p95=prometheus.percentile(inter_token, 0.95),
+        prefix_hit_share=_hit_share(base, page),
+        cached_tokens=cached_tokens(page, before),
+    )
+
+
+def _hit_share(base: Page, page: Page) -> float | None:
+    counts = [each.count(what) for what in ("hits", "queries") for each in (base, page)]
+    hits_before, hits, queries_before, queries = (count or 0.0 for count in counts)
+    asked = prometheus.increase(queries_before, queries)
+    return prometheus.increase(hits_before, hits) / asked if asked else None
+
+
+class ServingPoller:
+    """Looks at every awake model; `figures` is what is known now, by model.
+
+    While `keeps` says so, what was served goes into the history.
+    """
+
+    def __init__(
+        self, core: Core, interval: float = INTERVAL, *, keeps: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._core = core
+        self._interval = interval
+        self._keeps = keeps
+        self._seen_awake: set[str] = set()
+        self._watches: dict[str, tuple[str | None, Watch]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._go_on = GoOn()
+        self.figures: dict[str, Serving] = {}
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._task = asyncio.create_task(self._run(), name="serving")
+
+    async def close(self) -> None:
+        """Stop looking."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(self._interval)
+
+    async def look(self) -> None:
+        """One look at every model that is awake, and at those that fell asleep since the last one."""
+        records = [record for name in list(self._core.config.models) if (record := self._record(name))]
+        awake = [record for record in records if record.state is State.AWAKE and record.launch]
+        fallen = [
+            record for record in records if record.state is State.ASLEEP and record.name in self._seen_awake
+        ]
+        on_their_way = {record.name for record in records if record.state is State.FALLING_ASLEEP}
+        self._seen_awake = {record.name for record in awake} | (self._seen_awake & on_their_way)
+        self.figures = {
+            record.name: self.figures[record.name] for record in awake if record.name in self.figures
+        }
+        await asyncio.gather(*(self._look_at(record) for record in (*awake, *fallen)))
+
+    def _record(self, name: str) -> Record | None:
+        """The model's record; None while it cannot be read."""
+        with self._go_on.after(f"the look at how {name} serves"):
+            return self._core.records.read(name)
+        return None
+
+    async def _look_at(self, record: Record) -> None:
+        """One model's page; what cannot be made sense of costs that page."""
+        with self._go_on.after(f"the look at how {record.name} serves"):
+            await self._read_page(record)
+
+    async def _read_page(self, record: Record) -> None:
+        try:
+            text = await self._core.client(record).metrics(timeout=ANSWER_LIMIT)
+        except EngineError:
+            self.figures.pop(record.name, None)
+            return
+        page = Page.read(text, time.monotonic())
+        launch, watch = self._watches.get(record.name, (None, Watch()))
+        if launch != record.launch:
+            watch = Watch()
+            self._watches[record.name] = (record.launch, watch)
+        if record.state is State.AWAKE:
+            self.figures[record.name] = watch.see(page, record.since, PROOF if record.reference else NOTHING)
+            self._keep(record.name, watch.work, time.time())
+        else:
+            watch.see(page, record.since)
+            self._keep(record.name, watch.work, record.since)
+
+    def _keep(self, name: str, work: Work, at: float) -> None:
+        if work != NOTHING and self._keeps():
+            self._core.note(lambda past: past.record_served(name, *work, at=at))

@@ -1,0 +1,1 @@
+"""What is done to models, each from its locks to its end."""

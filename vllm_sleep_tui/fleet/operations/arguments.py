@@ -1,0 +1,81 @@
+"""The arguments of a model against the vLLM that will read them, before anything is started for them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from vllm_sleep_tui.config.checks import replicas_flag, spans_machines
+from vllm_sleep_tui.config.flags import FlagTable, shipped_table
+from vllm_sleep_tui.config.types import ModelConfig
+from vllm_sleep_tui.engine.argv import check_args
+from vllm_sleep_tui.engine.installed_flags import Installed, ask_flags, installed, kept_flags
+from vllm_sleep_tui.errors import UsageError
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.observe.discovery import find_command
+from vllm_sleep_tui.fleet.operations.operation import Operation
+from vllm_sleep_tui.fleet.states import StartPhase
+
+SIMULATED_VERSION = "0.32.0"
+ASKING = "asking vLLM for its flags, once"
+
+
+def vllm_of(command: Sequence[str]) -> Installed | None:
+    """The vLLM of a `vllm_command`; None if it is not there."""
+    found = find_command(command, os.environ)
+    return installed(command, found.version if found else None, os.environ)
+
+
+def known_flags(core: Core, name: str) -> FlagTable:
+    """What the model's vLLM knows, as far as that is known without running it."""
+    if core.simulated is not None:
+        return simulated_flags({**os.environ, **core.model(name).env})
+    return kept_flags(vllm_of(core.vllm_command(name)), core.state_dir)
+
+
+def flags_of(command: Sequence[str], state_dir: Path, *, may_ask: bool) -> FlagTable:
+    """What the vLLM of a `vllm_command` knows, asked if it may be; outside of any event loop."""
+    vllm = vllm_of(command)
+    return asyncio.run(ask_flags(vllm, state_dir, os.environ)) if may_ask else kept_flags(vllm, state_dir)
+
+
+def complaints(model: ModelConfig, flags: FlagTable) -> Iterator[tuple[str, str, str]]:
+    """What this vLLM would refuse of the model's arguments: the flag, what is wrong, what to do."""
+    return check_args(model.args, flags)
+
+
+def simulated_flags(environ: Mapping[str, str]) -> FlagTable:
+    """What the demo's stand-in knows in this environment."""
+    version = environ.get("VLLM_SIM_VERSION", SIMULATED_VERSION)
+    return FlagTable(version, shipped_table(version).flags, is_asked=True)
+
+
+async def learn_flags(core: Core, name: str, operation: Operation) -> FlagTable:
+    """The same, after asking a vLLM that was never asked before."""
+    known = known_flags(core, name)
+    if known.is_asked:
+        return known
+    operation.tell(name, StartPhase.LOADING, ASKING)
+    return await ask_flags(vllm_of(core.vllm_command(name)), core.state_dir, os.environ)
+
+
+def check_arguments(core: Core, name: str, flags: FlagTable) -> None:
+    """Raises UsageError for the first argument that the model's vLLM would refuse half a minute later.
+
+    A shipped table speaks for no installed vLLM, so by it alone nothing is refused.
+    """
+    if not flags.is_asked:
+        return
+    for flag, wrong, cure in complaints(core.model(name), flags):
+        key = f"models.{name}.args.{flag}"
+        line = core.loaded.lines.get(key) or core.loaded.lines.get(f"models.{name}.args", 1)
+        raise UsageError(f"{core.loaded.path}:{line}: {key}: {wrong}.", cure)
+
+
+def replicas(core: Core, name: str) -> int:
+    """How many data parallel replicas of the model its server holds on this machine."""
+    args = core.model(name).args
+    given = args.get(replicas_flag(args)) or "1"
+    return 1 if spans_machines(args) or not str(given).isdigit() else max(1, int(given))

@@ -1,0 +1,259 @@
+"""Getting a model's weights into the Hugging Face cache before a GPU is locked for its start.
+
+Only what is plain is got beforehand: a hub name that vLLM would download itself, file for file as it would,
+by `hf` (older: `huggingface-cli`) of the environment that holds vLLM, so that the cache, its locks and its
+credentials are vLLM's own. All else, and whatever fails here, is vLLM's to get, in its own words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from vllm_sleep_tui.config.types import ModelConfig
+from vllm_sleep_tui.engine.causes import diagnose_download
+from vllm_sleep_tui.errors import UsageError
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.operations.operation import Operation
+from vllm_sleep_tui.fleet.states import StartPhase
+from vllm_sleep_tui.sizing.hub import hub_cache
+from vllm_sleep_tui.sizing.model_files import REF_LIMIT, is_weights_name, read_config, read_whole
+from vllm_sleep_tui.text import clean
+from vllm_sleep_tui.units import GIB
+
+TOOLS = ("hf", "huggingface-cli")
+POLL_SECONDS = 0.5
+ENDING_SECONDS = 5.0
+SPOKEN_BYTES = 64 * 1024
+INDEX_BYTES = 64 * 2**20
+INDEX = "model.safetensors.index.json"
+"""Where it is there, it alone says which safetensors are loaded."""
+IGNORED = "original/**/*"
+"""vLLM's own `--ignore-patterns`."""
+PATTERNS: Mapping[str, tuple[str, ...]] = {
+    "auto": ("consolidated*.safetensors", INDEX, "*.safetensors", "*.bin", "*.pt"),
+    "hf": (INDEX, "*.safetensors", "*.bin", "*.pt"),
+    "safetensors": (INDEX, "*.safetensors"),
+    "fastsafetensors": (INDEX, "*.safetensors"),
+    "instanttensor": (INDEX, "*.safetensors"),
+    "mistral": ("consolidated*.safetensors",),
+    "npcache": ("*.bin", "*.pt"),
+    "pt": ("*.pt",),
+}
+"""What vLLM's default loader looks for, by load format; the first that there is (source, 0.24 to 0.32)."""
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TRUE = ("1", "true", "yes", "on")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The weights that vLLM would download, and where it would put them."""
+
+    name: str
+    revision: str | None
+    patterns: tuple[str, ...]
+    ignored: tuple[str, ...]
+    cache: Path
+    given_cache: bool
+    """`download-dir` is set; the cache is the environment's otherwise."""
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder in the cache."""
+        return self.cache / f"models--{self.name.replace('/', '--')}"
+
+    def snapshot(self) -> Path | None:
+        """The folder of the revision's files; None if nothing of it has come."""
+        commit = self.revision or "main"
+        if not _COMMIT.fullmatch(commit):
+            try:
+                commit = read_whole(self.folder / "refs" / commit, REF_LIMIT).decode().strip()
+            except (UsageError, UnicodeDecodeError):
+                return None
+        return self.folder / "snapshots" / commit
+
+    def files(self, pattern: str) -> list[str]:
+        """The files of the snapshot that match, as the hub matches them: in its folders as well."""
+        root = self.snapshot()
+        if root is None:
+            return []
+        names = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        kept = (name for name in names if not any(fnmatch(name, one) for one in self.ignored))
+        return [name for name in kept if fnmatch(name, pattern)]
+
+    def indexed(self) -> list[str] | None:
+        """The files that the index names; None without an index that can be read."""
+        root = self.snapshot()
+        if root is None:
+            return None
+        try:
+            found = read_config(root / INDEX, INDEX_BYTES)["weight_map"].values()
+            return sorted({name for name in found if isinstance(name, str) and is_weights_name(name)}) or None
+        except (UsageError, KeyError, TypeError, AttributeError):
+            return None
+
+    def is_here(self) -> bool:
+        """Whether the cache holds all that vLLM would load."""
+        if any(self.folder.glob("blobs/*.incomplete")):
+            return False
+        for pattern in self.patterns:
+            if pattern == INDEX and (names := self.indexed()):
+                root = self.snapshot()
+                return root is not None and all((root / name).exists() for name in names)
+            if pattern != INDEX and self.files(pattern):
+                return True
+        return False
+
+
+async def fetch(core: Core, name: str, operation: Operation) -> None:
+    """Download the model's weights if vLLM would and the cache does not hold them.
+
+    A download that fails is told and left to vLLM. Raises CancelledByUser if it was cancelled; what was
+    loaded stays in the cache and is not loaded again.
+    """
+    model = core.model(name)
+    environ = {**os.environ, **model.env}
+    base = core.loaded.path.resolve().parent
+    tool, wanted = downloader(core, name, environ), wanted_of(model, base, environ)
+    if tool is None or wanted is None or await asyncio.to_thread(wanted.is_here):
+        return
+    for pattern in wanted.patterns:
+        failed = await download(tool, wanted, pattern, base, environ, name, operation)
+        if failed is None and pattern == INDEX and (names := wanted.indexed()):
+            failed = await download(tool, wanted, names, base, environ, name, operation)
+            if failed is None:
+                return
+        if failed is not None:
+            operation.tell(name, "not fetched", f"{failed} vLLM tries it itself.")
+            return
+        if pattern != INDEX and wanted.files(pattern):
+            return
+
+
+def wanted_of(model: ModelConfig, base: Path, environ: Mapping[str, str]) -> Wanted | None:
+    """What vLLM would download of the model; None if that is not for us to say. `base`: the config's folder.
+
+    ModelScope, object stores, GGUF files of a repository, folders and loaders that stream are vLLM's own.
+    """
+    source = model.model or ""
+    load_format = str(model.args.get("load-format") or "auto").lower()
+    if (
+        environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in _TRUE
+        or not _HUB_NAME.fullmatch(source)
+        or source.lower().endswith(".gguf")
+        or (base / source).is_dir()
+        or load_format not in PATTERNS
+    ):
+        return None
+    ignored = model.args.get("ignore-patterns") or IGNORED
+    revision, folder = model.args.get("revision"), model.args.get("download-dir")
+    return Wanted(
+        name=source,
+        revision=None if revision is None else str(revision),
+        patterns=PATTERNS[load_format],
+        ignored=(ignored,) if isinstance(ignored, str) else tuple(map(str, ignored)),
+        cache=base / Path(str(folder)).expanduser() if folder else base / hub_cache(environ),
+        given_cache=bool(folder),
+    )
+
+
+def downloader(core: Core, name: str, environ: Mapping[str, str]) -> str | None:
+    """The download tool beside the vLLM binary; None offline, in the demo, or if there is none."""
+    offline = any(
+        environ.get(key, "").strip().lower() in _TRUE for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+    program = shutil.which(core.vllm_command(name)[0], path=environ.get("PATH"))
+    if offline or core.simulated is not None or program is None:
+        return None
+    folders = dict.fromkeys([Path(program).parent, Path(program).resolve().parent])
+    places = [folder / tool for folder in folders for tool in TOOLS]
+    return next((str(place) for place in places if os.access(place, os.X_OK)), None)
+
+
+async def download(
+    tool: str,
+    wanted: Wanted,
+    what: str | Sequence[str],
+    base: Path,
+    environ: Mapping[str, str],
+    name: str,
+    operation: Operation,
+) -> str | None:
+    """Have the tool get the files that match a pattern, or those named; None if it did, else its reason."""
+    words = [tool, "download", wanted.name]
+    if isinstance(what, str):
+        words += ["--include", what]
+        words += [word for one in wanted.ignored for word in ("--exclude", one)]
+    else:
+        words += what
+    words += ["--revision", wanted.revision] if wanted.revision else []
+    words += ["--cache-dir", str(wanted.cache)] if wanted.given_cache else []
+    process = await asyncio.create_subprocess_exec(
+        *words,
+        env=environ,
+        cwd=base,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    said = asyncio.ensure_future(last_words(process))
+    try:
+        await follow(process, wanted.folder, name, operation)
+    except BaseException:
+        await end(process)
+        raise
+    finally:
+        spoken = await said
+    return diagnose_download(spoken) if process.returncode else None
+
+
+async def follow(process: asyncio.subprocess.Process, folder: Path, name: str, operation: Operation) -> None:
+    """Tell how much has come and how fast until the download ends."""
+    began, had = time.monotonic(), await asyncio.to_thread(size_of, folder)
+    while process.returncode is None:
+        have = await asyncio.to_thread(size_of, folder)
+        speed = (have - had) / max(0.1, time.monotonic() - began)
+        operation.tell(name, StartPhase.FETCHING, f"{have / GIB:.2f} GiB, {speed / 2**20:.0f} MiB/s")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), POLL_SECONDS)
+        operation.checkpoint()
+
+
+def size_of(folder: Path) -> int:
+    """Bytes that have arrived; files may come and go meanwhile."""
+    total = 0
+    for path in folder.glob("blobs/*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
+async def last_words(process: asyncio.subprocess.Process) -> str:
+    """The end of what the tool said, read as it comes so that it never blocks on a full pipe."""
+    assert process.stderr is not None
+    said = b""
+    while part := await process.stderr.read(4096):
+        said = (said + part)[-SPOKEN_BYTES:]
+    return clean(said.decode(errors="replace"))
+
+
+async def end(process: asyncio.subprocess.Process) -> None:
+    """End the download's group, kindly first; it goes on where it was the next time."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), ENDING_SECONDS)

@@ -1,0 +1,402 @@
+"""What happened and how long it took: switches, states, cold starts and what was served, in ``history.db``.
+
+All of it runs on one thread of its own, in order: `record_…` returns at once, a question waits for what was
+recorded before it. A database that is locked, full or broken costs its entries and one note, never an
+operation; who holds it for too long, a process that was stopped say, is named there and not waited for again
+for a while, so that the end of a verb does not wait once for each entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import msgspec
+
+from vllm_sleep_tui.files import as_text
+from vllm_sleep_tui.fleet.snapshot import SwitchTimes
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.store.history_tables import ADD, BUCKET, DAY, drop_old, prepare
+from vllm_sleep_tui.fleet.store.locks import (
+    Holder,
+    LockBusyError,
+    cure_for,
+    describe,
+    lock_soon,
+    locking,
+    process_as_holder,
+)
+
+Value = str | float | None
+
+RATE_DAYS = 30
+RATE_MINIMUM_DAYS = 7
+LOCK_SECONDS = 0.5
+"""How long another process's write is waited for."""
+BUSY_SECONDS = 5.0
+"""How long nobody is waited for after that was in vain."""
+
+
+class PastSwitch(msgspec.Struct, frozen=True, kw_only=True):
+    """One switch that went well."""
+
+    time: float
+    """UTC seconds of its end."""
+    model: str
+    level: int | None
+    """The level it slept at; None if it was started instead."""
+    from_state: State
+    times: SwitchTimes
+    left: tuple[str, ...]
+    """Who made room."""
+
+
+class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a model's switches took, in seconds."""
+
+    count: int
+    p50: float
+    p95: float
+
+
+class Saved(msgspec.Struct, frozen=True, kw_only=True):
+    """What sleeping saved against stopping and starting the same models."""
+
+    switches: int
+    """Of sleepers; a start saves nothing."""
+    seconds: float
+    unknown: int = 0
+    """Switches that are not counted in `seconds`: their model's cold start is not known."""
+
+
+class StateSpan(msgspec.Struct, frozen=True, kw_only=True):
+    """A model was in a state from one moment to another, UTC seconds."""
+
+    model: str
+    state: State
+    level: int | None
+    start: float
+    end: float
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model was asked and answered in a stretch of time; one without anything is left out."""
+
+    model: str
+    time: float
+    """UTC seconds of its beginning."""
+    seconds: float
+    requests: int
+    """That ended, however they ended."""
+    prompt_tokens: int
+    generated_tokens: int
+
+
+class History:
+    """The past of one config's models; opened when it is first needed, `close` writes what is left.
+
+    What is too old is dropped then, and every `drop_every` seconds while it stays open.
+    """
+
+    def __init__(self, state_dir: Path, config: Path | str = "", *, drop_every: float = DAY) -> None:
+        self._path = state_dir / "history.db"
+        self._config = as_text(config)
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="history")
+        self._connection: sqlite3.Connection | None = None
+        self._note: str | None = None
+        self._drop_every = drop_every
+        self._next_drop = 0.0
+        self._impatient_until = 0.0
+
+    @property
+    def note(self) -> str | None:
+        """One line on what is wrong with the history; None if all is well."""
+        return self._note
+
+    def close(self) -> None:
+        """Write what was recorded and let go of the file; nothing may be called after it."""
+        self._worker.submit(self._disconnect)
+        self._worker.shutdown()
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def record_switch(
+        self,
+        model: str,
+        times: SwitchTimes,
+        *,
+        level: int | None,
+        from_state: State,
+        left: Sequence[str] = (),
+        at: float | None = None,
+    ) -> None:
+        """Keep a switch to `model` that went well; `at` is its end, now unless told."""
+        phases = msgspec.json.encode(times.phases).decode()
+        others = msgspec.json.encode(tuple(left)).decode()
+        self._write("switches", at, model, level, from_state.value, phases, times.total, others)
+
+    def record_state(
+        self, model: str, state: State, level: int | None = None, *, at: float | None = None
+    ) -> None:
+        """Keep that `model` entered a state."""
+        self._write("states", at, model, state.value, level)
+
+    def record_cold_start(self, model: str, seconds: float, *, at: float | None = None) -> None:
+        """Keep how long a start took, until the model could answer."""
+        self._write("cold_starts", at, model, seconds)
+
+    def record_served(
+        self, model: str, requests: int, prompt_tokens: int, generated_tokens: int, *, at: float | None = None
+    ) -> None:
+        """Keep what `model` served, on top of what is known of the same `BUCKET` seconds."""
+        now = int(time.time() if at is None else at)
+        self._write(
+            "served", now - now % BUCKET, model, requests, prompt_tokens, generated_tokens, ending=ADD
+        )
+
+    # ── questions ────────────────────────────────────────────────────────────────────────────────────────
+
+    def percentiles(self, model: str) -> dict[int, Percentiles]:
+        """The seconds of switches to `model` from asleep, by level; a level that was not used is left out."""
+        rows = self._read(
+            "SELECT level, total FROM switches WHERE config = ? AND model = ? AND from_state = ?",
+            (self._config, model, State.ASLEEP.value),
+        )
+        by_level: dict[int, list[float]] = {}
+        for level, total in rows:
+            if level is not None:
+                by_level.setdefault(level, []).append(total)
+        return {level: _percentiles(by_level[level]) for level in sorted(by_level)}
+
+    def switches_since(self, start: float) -> list[PastSwitch]:
+        """The switches from a moment on, the oldest first."""
+        rows = self._read(
+            "SELECT time, model, level, from_state, phases, total, left FROM switches "
+            "WHERE config = ? AND time >= ? ORDER BY time",
+            (self._config, start),
+        )
+        return [_past_switch(row) for row in rows]
+
+    def switches_today(self) -> list[PastSwitch]:
+        """The switches since midnight, local time."""
+        return self.switches_since(midnight(time.time()))
+
+    def rates(self) -> dict[str, float]:
+        """Switches to each model a day, over the last 30 days; empty until there is a week of them."""
+        now = time.time()
+        past = self.switches_since(now - RATE_DAYS * DAY)
+        days = (now - past[0].time) / DAY if past else 0.0
+        if days < RATE_MINIMUM_DAYS:
+            return {}
+        return {model: count / days for model, count in Counter(each.model for each in past).items()}
+
+    def saved_since(self, start: float) -> Saved:
+        """What the switches since then saved, each against the usual cold start of its own model."""
+        slept = [past for past in self.switches_since(start) if past.from_state is State.ASLEEP]
+        usual = {model: self.usual_cold_start(model) for model in {past.model for past in slept}}
+        gains = [cold - past.times.total for past in slept if (cold := usual[past.model]) is not None]
+        return Saved(switches=len(slept), seconds=sum(gains), unknown=len(slept) - len(gains))
+
+    def usual_cold_start(self, model: str) -> float | None:
+        """The median of a model's cold starts, in seconds; None if none is known."""
+        rows = self._read(
+            "SELECT seconds FROM cold_starts WHERE config = ? AND model = ? ORDER BY time DESC LIMIT 50",
+            (self._config, model),
+        )
+        return median(row[0] for row in rows) if rows else None
+
+    def states_between(self, start: float, end: float) -> list[StateSpan]:
+        """Who was in which state when, cut to these moments; by model, the oldest first."""
+        rows = self._read(
+            "SELECT model, time, state, level FROM states WHERE config = ?1 AND time < ?3 AND time >= "
+            "COALESCE((SELECT MAX(time) FROM states AS earlier WHERE earlier.config = ?1 "
+            "AND earlier.model = states.model AND earlier.time <= ?2), ?2) ORDER BY model, time, rowid",
+            (self._config, start, end),
+        )
+        spans = []
+        for row, following in zip(rows, [*rows, None][1:], strict=True):
+            model, began, state, level = row
+            ended = following[1] if following is not None and following[0] == model else end
+            if ended > max(began, start):
+                spans.append(
+                    StateSpan(
+                        model=model, state=State(state), level=level, start=max(began, start), end=ended
+                    )
+                )
+        return spans
+
+    def served_between(self, start: float, end: float, step: int = BUCKET) -> list[Served]:
+        """What was served in stretches of `step` seconds, a multiple of `BUCKET`; by model, oldest first."""
+        rows = self._read(
+            "SELECT model, time - time % ?4, SUM(requests), SUM(prompt_tokens), SUM(generated_tokens) "
+            "FROM served WHERE config = ?1 AND time > ?2 AND time < ?3 GROUP BY 1, 2 ORDER BY 1, 2",
+            (self._config, start - BUCKET, end, step),
+        )
+        return [
+            Served(
+                model=model,
+                time=began,
+                seconds=step,
+                requests=asked,
+                prompt_tokens=read,
+                generated_tokens=told,
+            )
+            for model, began, asked, read, told in rows
+        ]
+
+    # ── on the thread ────────────────────────────────────────────────────────────────────────────────────
+
+    def _write(self, table: str, at: float | None, *values: Value, ending: str = "") -> None:
+        row = (time.time() if at is None else at, self._config, *values)
+        statement = f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))}) {ending}"
+        self._worker.submit(self._guarded, statement, row)
+
+    def _read(self, query: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
+        return self._worker.submit(self._asked, query, values).result()
+
+    def _asked(self, query: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
+        """The answer; to ask makes no file."""
+        if self._connection is None and not os.path.exists(self._path):
+            return []
+        return self._guarded(query, values)
+
+    def _guarded(self, statement: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
+        """Run one statement; nothing that the database does gets out of here."""
+        for _ in range(2):
+            try:
+                with self._connected() as connection:
+                    return connection.execute(statement, values).fetchall()
+            except LockBusyError as error:
+                self._is_held(error.holder, error.path)
+                break
+            except (sqlite3.Error, OSError) as error:
+                if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+                    self._is_held(self._who_writes(), self._path)
+                    break
+                if not self._is_broken(error):
+                    self._tell(f"The history cannot be kept: {error}.")
+                    break
+                self._set_aside()
+        return []
+
+    def _connected(self) -> sqlite3.Connection:
+        """The open database; raises sqlite3.Error or OSError."""
+        if self._connection is None:
+            with self._alone():
+                connection = sqlite3.connect(self._path, timeout=LOCK_SECONDS, check_same_thread=False)
+                try:
+                    prepare(connection)
+                except BaseException:
+                    connection.close()
+                    raise
+            self._connection = connection
+            self._next_drop = 0.0
+        self._connection.execute(f"PRAGMA busy_timeout = {int(self._patience() * 1000)}")
+        if time.monotonic() >= self._next_drop:
+            self._next_drop = time.monotonic() + self._drop_every
+            with contextlib.suppress(sqlite3.OperationalError), self._connection:
+                drop_old(self._connection)  # a file that is locked or full is not worth an entry
+        return self._connection
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Open one at a time: SQLite refuses at once if two processes change a new file to WAL together."""
+        descriptor = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            lock_soon(descriptor, self._path.with_suffix(".lock"), self._patience())
+            with contextlib.suppress(FileExistsError):
+                # Never a file that is there: closing it would drop the locks of SQLite in this process.
+                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _is_broken(self, error: Exception) -> bool:
+        """Whether the file is no database any more."""
+        code = getattr(error, "sqlite_errorcode", None)
+        return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+    def _set_aside(self) -> None:
+        """Put the broken file out of the way, unless another process has; a new one takes its place."""
+        self._disconnect()
+        aside = self._path.with_name(f"{self._path.name}.broken-{int(time.time())}")
+        with contextlib.suppress(OSError, LockBusyError), self._alone():
+            if not _is_sound(self._path):
+                self._path.rename(aside)
+                for ending in ("-wal", "-shm"):
+                    self._path.with_name(self._path.name + ending).unlink(missing_ok=True)
+        self._tell(f"The history was broken; it was kept as {aside.name} and begins anew.")
+
+    def _is_held(self, who: Holder | None, path: Path) -> None:
+        """Somebody was waited for in vain: say who."""
+        if self._patience():
+            self._impatient_until = time.monotonic() + BUSY_SECONDS
+        by = f"{describe(who)}. {cure_for(who, path)}" if who else "another process."
+        self._tell(f"The history has gaps: it is locked by {by}")
+
+    def _patience(self) -> float:
+        """How long to wait now, in seconds."""
+        return LOCK_SECONDS if time.monotonic() >= self._impatient_until else 0.0
+
+    def _who_writes(self) -> Holder | None:
+        """Who holds SQLite's own locks; None if the kernel does not show it."""
+        files = []
+        for path in (self._path, self._path.with_name(f"{self._path.name}-shm")):
+            with contextlib.suppress(OSError):
+                files.append(os.stat(path))
+        # In WAL mode every open connection holds a shared lock: only one that writes is in the way.
+        pids = [pid for pid in locking(*files, exclusive=True) if pid != os.getpid()]
+        return process_as_holder(pids[0]) if pids else None
+
+    def _tell(self, sentence: str) -> None:
+        """Say the first thing that is wrong; what follows is most often the same."""
+        self._note = self._note or sentence
+
+
+def midnight(now: float) -> float:
+    """UTC seconds at which the local day of `now` began."""
+    local = datetime.fromtimestamp(now).astimezone()
+    return local.replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a file is a database that can be read."""
+    with contextlib.closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as connection:
+        try:
+            return bool(connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
+        except sqlite3.DatabaseError as error:
+            return isinstance(error, sqlite3.OperationalError)
+
+
+def _percentiles(totals: Sequence[float]) -> Percentiles:
+    """By the nearest rank."""
+    ranked = sorted(totals)
+
+    def rank(share: float) -> float:
+        return ranked[max(0, math.ceil(share * len(ranked)) - 1)]
+
+    return Percentiles(count=len(ranked), p50=rank(0.5), p95=rank(0.95))
+
+
+def _past_switch(row: Sequence[Any]) -> PastSwitch:
+    ended, model, level, from_state, phases, total, left = row
+    times = SwitchTimes(phases=msgspec.json.decode(phases, type=dict[str, float | None]), total=total)
+    others = msgspec.json.decode(left, type=tuple[str, ...])
+    return PastSwitch(
+        time=ended, model=model, level=level, from_state=State(from_state), times=times, left=others
+    )

@@ -1,0 +1,1 @@
+"""What is looked after while a panel or `serve` is open."""

@@ -1,0 +1,118 @@
+"""Servers that look well and answer nobody: requests are under way and nothing in the engine moves.
+
+`/health` says 200 while the engine is stuck (vLLM 0.32, 06-frozen-engine.txt), so its counters are compared,
+and before the verdict it is asked for one token itself: a client that sends its request slowly hangs too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_sleep_tui.engine import proof
+from vllm_sleep_tui.engine.client import Gate, VllmClient
+from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
+from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.operations.acquire import locked
+from vllm_sleep_tui.fleet.operations.end import fail
+from vllm_sleep_tui.fleet.operations.operation import Operation
+from vllm_sleep_tui.fleet.store.records import Record
+from vllm_sleep_tui.telemetry import prometheus
+
+SIGNS = frozenset(
+    {
+        "vllm:generation_tokens_total",
+        "vllm:prompt_tokens_total",
+        "vllm:kv_cache_usage_perc",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+    }
+)
+"""What moves while an engine works; a long prompt moves only the use of the KV cache (vLLM 0.32)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Still:
+    launch: str | None
+    signs: tuple[float | None, ...]
+    since: float
+
+
+class HangWatch:
+    """Remembers of each model since when nothing moved."""
+
+    def __init__(self, limit: float, probe: float) -> None:
+        self.limit = limit
+        self._probe = probe
+        self._still: dict[str, _Still] = {}
+        self._deaf: dict[str, tuple[tuple[str | None, float], float]] = {}
+
+    def is_deaf(self, record: Record) -> bool:
+        """Whether a server that just did not answer has not answered for `limit` seconds.
+
+        A silence ends with a sleep or a wake: in between nobody looked.
+        """
+        stay = (record.launch, record.since)
+        known, since = self._deaf.get(record.name, (None, 0.0))
+        if known != stay:
+            since = time.monotonic()
+            self._deaf[record.name] = (stay, since)
+        return time.monotonic() - since >= self.limit
+
+    def hears(self, record: Record) -> None:
+        """It has just answered."""
+        self._deaf.pop(record.name, None)
+
+    async def is_hung(self, client: VllmClient, record: Record, gate: Gate) -> bool:
+        """Whether requests have been under way for `limit` seconds without anything moving."""
+        if not gate.in_flight:
+            self._still.pop(record.name, None)
+            return False
+        signs = await read_signs(client)
+        known = self._still.get(record.name)
+        if known is None or (known.launch, known.signs) != (record.launch, signs):
+            self._still[record.name] = _Still(record.launch, signs, time.monotonic())
+            return False
+        if time.monotonic() - known.since < self.limit:
+            return False
+        if not await self._answers(client, record):
+            return True
+        self._still.pop(record.name)
+        return False
+
+    async def _answers(self, client: VllmClient, record: Record) -> bool:
+        """Whether it gives one token; a refusal is an answer, though none of the engine's."""
+        try:
+            await client.complete(proof.WARM_UP, model=record.name, max_tokens=1, timeout=self._probe)
+        except EngineRefused:
+            return True
+        except EngineError:
+            return False
+        return True
+
+
+async def read_signs(client: VllmClient) -> tuple[float | None, ...]:
+    """The signs of life; all None if the metrics do not come, which is no sign either."""
+    try:
+        scrape = prometheus.parse(await client.metrics(), SIGNS)
+    except EngineError:
+        scrape = {}
+    return tuple(prometheus.total(scrape, name) for name in sorted(SIGNS))
+
+
+async def end_hung(
+    core: Core, record: Record, symptom: str, limit: float, leads: Callable[[], bool] = lambda: True
+) -> None:
+    """End a hung server and write down why."""
+    async with locked(core, record.name, Operation("restart", record.name), make_room=False):
+        now = core.records.read(record.name)
+        if (now.launch, now.state, now.since) != (record.launch, record.state, record.since) or not leads():
+            return  # it ended, or has slept and was proven since
+        await fail(
+            core,
+            now,
+            f"It hung: {symptom} for {limit:.0f} s.",
+            "Look at its log, then start it again.",
+            fell=now.state,
+        )

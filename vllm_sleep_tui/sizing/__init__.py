@@ -1,0 +1,1 @@
+"""What models need, and who fits beside whom: arithmetic over files and measurements."""

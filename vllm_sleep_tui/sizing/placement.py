@@ -1,0 +1,114 @@
+"""What must sleep so that a model fits: arithmetic over measured numbers, no I/O.
+
+Several models stay awake together where they fit. Who is asked to sleep first: the longest idle, among those
+that hold memory on a GPU that is short of it; nobody more than is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from vllm_sleep_tui.sizing.budget import MARGIN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Neighbour:
+    """An awake model that could make room."""
+
+    name: str
+    awake: Mapping[int, int]
+    """VRAM it holds now, bytes by GPU index."""
+    asleep: Mapping[int, int]
+    """VRAM it would keep, bytes by GPU index."""
+    idle_since: float
+    """UTC seconds of its last request, or of its wake."""
+    answering: bool = False
+    stops: bool = False
+    """It cannot sleep (`level: none`): it is stopped and gives back everything."""
+    sleeps_already: bool = False
+    """It sleeps at level 0 and would give up its weights as well; whoever is awake goes first."""
+
+    def gives(self, gpu: int) -> int:
+        """Bytes that its sleep frees on a GPU."""
+        kept = 0 if self.stops else self.asleep.get(gpu, 0)
+        return max(0, self.awake.get(gpu, 0) - kept)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """The plan: who makes room, and what is free then."""
+
+    sleeps: tuple[str, ...]
+    stops: tuple[str, ...]
+    free: Mapping[int, int]
+    """Bytes free by GPU index once they sleep."""
+    missing: Mapping[int, int]
+    """Bytes still missing by GPU index; empty if the target fits."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the target fits after the plan."""
+        return not self.missing
+
+    @property
+    def leaving(self) -> tuple[str, ...]:
+        """Everybody who makes room, in order."""
+        return (*self.sleeps, *self.stops)
+
+
+def make_room(
+    need: Mapping[int, int], free: Mapping[int, int | None], neighbours: Sequence[Neighbour]
+) -> Room:
+    """Choose who sleeps so that `need` bytes by GPU index are free, with a margin.
+
+    A GPU whose free memory is not known (None) counts as full of its neighbours: all of them make room.
+    """
+    shortage = {gpu: bytes_ + MARGIN - (free.get(gpu) or 0) for gpu, bytes_ in need.items()}
+    blind = {gpu for gpu in need if free.get(gpu) is None}
+    chosen: list[Neighbour] = []
+    for neighbour in sorted(neighbours, key=lambda n: (n.sleeps_already, n.answering, n.idle_since, n.name)):
+        holds = {gpu for gpu in need if neighbour.gives(gpu) > 0}
+        if any(shortage[gpu] > 0 or gpu in blind for gpu in holds) or (
+            blind & set(neighbour.awake) & set(need)
+        ):
+            chosen.append(neighbour)
+            for gpu in holds:
+                shortage[gpu] -= neighbour.gives(gpu)
+    chosen = spare(chosen, shortage, blind)
+    return conclude(need, free, chosen, blind)
+
+
+def spare(chosen: list[Neighbour], shortage: dict[int, int], blind: Iterable[int]) -> list[Neighbour]:
+    """Leave awake whoever turned out not to be needed, the most recently used first."""
+    kept = list(chosen)
+    for neighbour in reversed(chosen):
+        gives = {gpu: neighbour.gives(gpu) for gpu in shortage}
+        if set(blind) & set(neighbour.awake):
+            continue
+        if all(shortage[gpu] + gives[gpu] <= 0 or gives[gpu] == 0 for gpu in shortage):
+            kept.remove(neighbour)
+            for gpu in shortage:
+                shortage[gpu] += gives[gpu]
+    return kept
+
+
+def conclude(
+    need: Mapping[int, int],
+    free: Mapping[int, int | None],
+    chosen: Sequence[Neighbour],
+    blind: Iterable[int],
+) -> Room:
+    """What is free, and what is still missing, once everybody chosen has made room."""
+    after = {gpu: (free.get(gpu) or 0) + sum(n.gives(gpu) for n in chosen) for gpu in need}
+    missing = {
+        gpu: need[gpu] + MARGIN - after[gpu]
+        for gpu in need
+        if gpu not in set(blind) and need[gpu] + MARGIN > after[gpu]
+    }
+    return Room(
+        sleeps=tuple(n.name for n in chosen if not n.stops),
+        stops=tuple(n.name for n in chosen if n.stops),
+        free=after,
+        missing=missing,
+    )

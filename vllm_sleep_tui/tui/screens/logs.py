@@ -1,0 +1,148 @@
+"""The log of one model, followed while it is looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, cast
+
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.events import Resize
+from textual.screen import Screen
+from textual.timer import Timer
+from textual.widgets import RichLog, Static
+
+from vllm_sleep_tui.engine.logs import LogTail
+from vllm_sleep_tui.fleet.snapshot import LastFailure
+from vllm_sleep_tui.fleet.store.last_failure import last_words
+from vllm_sleep_tui.text import clean
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.tui.app import PanelApp
+    from vllm_sleep_tui.tui.theme import Palette
+
+KEPT_LINES = 1_000
+STEP_LINES = 300
+"""Of a flood no more are laid out in a step: a line takes a tenth of a millisecond that nobody else gets."""
+STEP_SECONDS = 0.2
+_LEVEL = re.compile(r"^(\(\w[\w-]* pid=\d+\) )?(WARNING|ERROR|CRITICAL)\b")
+_PAINTS = {"WARNING": "warning", "ERROR": "bad", "CRITICAL": "bad bold"}
+
+
+def painted(lines: Iterable[str], palette: Palette) -> Text:
+    """Lines of a log, warnings and errors in their colours, as one text: each that is laid out costs."""
+    text = Text(end="")
+    for number, line in enumerate(lines):
+        level = _LEVEL.match(line)
+        style = palette.style(_PAINTS[level[2]]) if level else ""
+        text.append(f"\n{line}" if number else line, style)
+    return text
+
+
+class WrappedLog(RichLog):
+    """A log whose long lines are broken at the edge, anew for each width; follows only at its end."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(max_lines=4 * KEPT_LINES, wrap=True, min_width=1, id=id)
+        self._kept: deque[str] = deque(maxlen=KEPT_LINES)
+        self._laid_out_for = 0
+
+    def write_lines(self, lines: Iterable[str]) -> None:
+        """Append; of more than can be kept the last are."""
+        new = list(lines)[-KEPT_LINES:]
+        self._kept.extend(new)
+        palette = cast("PanelApp", self.app).palette
+        self.write(painted(new, palette), scroll_end=self.is_vertical_scroll_end)
+
+    def on_resize(self, event: Resize) -> None:
+        """Break the lines anew for another width; RichLog's own handler runs besides."""
+        width = self.scrollable_content_region.width
+        if width != self._laid_out_for and self._laid_out_for and self._kept:
+            kept = list(self._kept)
+            self.clear()
+            self.write_lines(kept)
+        self._laid_out_for = width
+
+
+class LogScreen(Screen[None]):
+    """The whole screen for one log."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,l,q", "close", "back", show=False),
+        Binding("end,G", "end", "end", show=False),
+    ]
+
+    def __init__(self, model: str, path: Path, died: LastFailure | None = None) -> None:
+        """The log at `path`, below the last words of the server that died before, if one did."""
+        super().__init__()
+        self._died = died
+        self._model = model
+        self._path = path
+        self._tail = LogTail(path)
+        self._timer: Timer | None = None
+        self._is_empty = True
+        self._is_reading = False
+        self._read = self._first
+
+    def compose(self) -> ComposeResult:
+        """The log and its keys."""
+        log = WrappedLog(id="log")
+        log.border_title = f"Log of {self._model}"
+        yield log
+        yield Static("esc back   ↑ ↓ page up page down scroll   end follow", id="log-keys", markup=False)
+
+    def on_mount(self) -> None:
+        """Follow."""
+        log = self.query_one(WrappedLog)
+        log.border_subtitle = "nothing is written yet"
+        log.focus()
+        self._timer = self.set_interval(STEP_SECONDS, self._step)
+        self.call_after_refresh(self._step)
+
+    def on_screen_suspend(self) -> None:
+        """Rest while nobody looks."""
+        if self._timer is not None:
+            self._timer.pause()
+
+    def on_screen_resume(self) -> None:
+        """Go on."""
+        if self._timer is not None:
+            self._timer.resume()
+
+    async def _step(self) -> None:
+        if self._is_reading:
+            return
+        log = self.query_one(WrappedLog)
+        self._is_reading, read, self._read = True, self._read, self._tail.read_new
+        try:
+            lines = await asyncio.to_thread(read)
+        except OSError as error:
+            log.border_subtitle = f"cannot be read: {error.strerror}"
+            return
+        finally:
+            self._is_reading = False
+        if lines:
+            if self._is_empty:
+                self._is_empty = False
+                log.border_subtitle = str(self._path).replace("[", r"\[")
+            elif (left_out := len(lines) - STEP_LINES) > 0:
+                lines = [f"… {left_out:,} lines are left out here; the file has them", *lines[left_out:]]
+            log.write_lines(clean(line).expandtabs(4) for line in lines[-KEPT_LINES:])
+
+    def _first(self) -> list[str]:
+        """What is there when the screen opens: the end of a long log, not its beginning."""
+        words = last_words(self._died, KEPT_LINES // 2)
+        return [*words, *self._tail.last(KEPT_LINES - len(words))]
+
+    def action_end(self) -> None:
+        """To the end, and follow again."""
+        self.query_one(WrappedLog).scroll_end(animate=False)
+
+    def action_close(self) -> None:
+        """Back to the dashboard."""
+        self.dismiss()

@@ -1,0 +1,1 @@
+"""What the panel knows beside the fleet."""

@@ -1,0 +1,116 @@
+"""The first and the last line of the screen."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import ClassVar
+
+from textual import events
+from textual.geometry import Size
+
+from vllm_sleep_tui.fleet.snapshot import GpuSnapshot
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, line_width, spread
+from vllm_sleep_tui.tui.keys import KEYS, Key
+from vllm_sleep_tui.tui.state.view import View
+from vllm_sleep_tui.tui.words import GIB
+
+
+def hardware(gpus: tuple[GpuSnapshot, ...]) -> str:
+    """The GPUs in a few words: `2 × Demo 24 GiB`."""
+    if not gpus:
+        return "no GPU"
+    kinds: dict[str, int] = {}
+    for gpu in gpus:
+        name = gpu.name.removeprefix("NVIDIA ")
+        is_sized = gpu.total_bytes is None or re.search(r"\d ?Gi?B", name)
+        size = "" if is_sized else f" {(gpu.total_bytes or 0) / GIB:.0f} GiB"
+        kinds[name + size] = kinds.get(name + size, 0) + 1
+    return ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in kinds.items())
+
+
+class TopBand(Painted):
+    """Product, hardware, who is awake, the time."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._view: View | None = None
+
+    def show(self, view: View) -> None:
+        """Show this moment."""
+        self._view = view
+        self.repaint()
+
+    def paint(self, size: Size) -> list[Line]:
+        """The one line; the badge of a simulation is never dropped."""
+        view = self._view
+        if view is None:
+            return []
+        badge: list[Span] = (
+            [(" SIMULATED ", "ink-warning on-warning bold"), ("  ", "")] if view.is_simulated else []
+        )
+        product: list[Span] = [*badge, ("vllm-sleep-tui", "accent bold")]
+        if view.bench:
+            product += [("   ", ""), (view.bench, "warning")]
+        long = [*product, ("   ", ""), (hardware(view.snapshot.gpus), "muted")]
+        awake = self._awake(view)
+        clock = (time.strftime("%H:%M", time.localtime(view.snapshot.time)), "muted")
+        for start in (long, product, badge):
+            if line_width(start) + line_width(awake) + 9 <= size.width:
+                return [spread(start, [*awake, ("   ", ""), clock], size.width)]
+        return [cut_line([*badge, *awake], size.width)]
+
+    def _awake(self, view: View) -> list[Span]:
+        if not view.awake:
+            return [("no model awake", "muted")]
+        spans: list[Span] = []
+        for model in view.awake:
+            spans += [("  ● ", "good"), (model.name, f"{view.colors[model.name]} bold")]
+        return [*spans, (" awake", "good")]
+
+
+class BottomBand(Painted):
+    """The keys, as many as fit; a click presses one."""
+
+    KEYS_THAT_STAY: ClassVar[tuple[str, ...]] = ("question_mark", "q")
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._typing = ""
+        self._places: list[tuple[int, int, Key]] = []
+
+    def show_typing(self, hint: str) -> None:
+        """While an input has the focus, letters are text: show its own keys instead."""
+        if hint != self._typing:
+            self._typing = hint
+            self.repaint()
+
+    def paint(self, size: Size) -> list[Line]:
+        """The keys, or the hint of the input that has the focus."""
+        self._places = []
+        if self._typing:
+            return [((self._typing, "muted"),)]
+        spans: list[Span] = []
+        at = 0
+        for key in self._keys_that_fit(size.width):
+            text = f"{key.cap} {key.short}"
+            spans += [(key.cap, "accent bold"), (f" {key.short}  ", "muted")]
+            self._places.append((at, at + len(text), key))
+            at += len(text) + 2
+        return [tuple(spans)]
+
+    def _keys_that_fit(self, width: int) -> list[Key]:
+        keys = [key for key in KEYS if key.in_footer]
+        while sum(len(key.cap) + len(key.short) + 3 for key in keys) - 2 > width:
+            droppable = [key for key in keys if key.key not in self.KEYS_THAT_STAY]
+            if not droppable:
+                break
+            keys.remove(droppable[-1])
+        return keys
+
+    async def on_click(self, event: events.Click) -> None:
+        """Do what the clicked key does."""
+        x = event.get_content_offset_capture(self).x
+        for start, end, key in self._places:
+            if start <= x < end:
+                await self.screen.run_action(key.action)

@@ -1,0 +1,240 @@
+"""The chat pane: ask the selected model; asleep, it is switched to first."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, cast
+
+from rich.text import Text
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.message import Message
+from textual.timer import Timer
+from textual.widgets import ContentSwitcher, TextArea
+
+from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.snapshot import ChatEvent, Progress
+from vllm_sleep_tui.tui.state.operations import Operations, expected
+from vllm_sleep_tui.tui.state.view import PanelFleet, View
+from vllm_sleep_tui.tui.widgets.turns import Answer, Conversation
+from vllm_sleep_tui.tui.words import took
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.tui.app import PanelApp
+
+FLUSH_SECONDS = 0.1
+
+
+class ChatInput(TextArea):
+    """Where the question is typed; enter and ctrl+j send it, a pasted text keeps its lines."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+j", "send", "send", show=False)]
+
+    class Sent(Message):
+        """The person sent a question."""
+
+        def __init__(self, text: str) -> None:
+            super().__init__()
+            self.text = text
+
+    async def _on_key(self, event: events.Key) -> None:
+        if event.key == "enter":
+            event.prevent_default()
+            event.stop()
+            self.action_send()
+        else:
+            await super()._on_key(event)
+
+    def action_send(self) -> None:
+        """Send what is typed, if anything is."""
+        if self.text.strip():
+            self.post_message(self.Sent(self.text.strip()))
+            self.clear()
+
+
+@dataclass(slots=True)
+class Pace:
+    """When an answer's pieces came."""
+
+    switch_seconds: float | None = None
+    ttft: float | None = None
+    first: float | None = None
+    last: float | None = None
+    tokens: int | None = None
+    finish_reason: str | None = None
+
+    def see(self, event: ChatEvent) -> None:
+        """Take the figures of one event."""
+        now = time.monotonic()
+        if event.text or event.reasoning:
+            self.first = self.first or now
+            self.last = now
+        self.switch_seconds = self.switch_seconds if event.switch_seconds is None else event.switch_seconds
+        self.ttft = self.ttft if event.ttft is None else event.ttft
+        self.tokens = self.tokens if event.completion_tokens is None else event.completion_tokens
+        self.finish_reason = event.finish_reason or self.finish_reason
+
+    def words(self, *, was_started: bool) -> str:
+        """`woke in 0.36 s · TTFT 26 ms · 212 tok/s`, as far as it is known."""
+        parts = []
+        if self.switch_seconds is not None:
+            parts.append(f"{'started' if was_started else 'woke'} in {took(self.switch_seconds)}")
+        if self.ttft is not None:
+            parts.append(f"TTFT {took(self.ttft)}")
+        if self.tokens and self.tokens > 1 and self.first and self.last and self.last > self.first:
+            parts.append(f"{(self.tokens - 1) / (self.last - self.first):.0f} tok/s")
+        if self.finish_reason == "length":
+            parts.append("cut off at the token limit")
+        return " · ".join(parts)
+
+
+class ChatPane(Vertical):
+    """A conversation for each model, and one input for the selected one."""
+
+    def __init__(self, fleet: PanelFleet, operations: Operations, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._fleet = fleet
+        self._operations = operations
+        self._conversations: dict[str, Conversation] = {}
+        self._answering: dict[str, asyncio.Task[PanelError | None]] = {}
+        self._model: str | None = None
+        self._view: View | None = None
+        self._flush_timer: Timer | None = None
+
+    def compose(self) -> ComposeResult:
+        """The conversations, one visible, and the input."""
+        yield ContentSwitcher(id="conversations")
+        yield ChatInput(id="question", compact=True, highlight_cursor_line=False)
+
+    def on_mount(self) -> None:
+        """The timer that shows what streamed in; it runs only while something streams."""
+        self._flush_timer = self.set_interval(FLUSH_SECONDS, self._flush, pause=True)
+
+    @property
+    def input(self) -> ChatInput:
+        """Where the person types."""
+        return self.query_one(ChatInput)
+
+    @property
+    def is_answering(self) -> bool:
+        """True while any answer is under way."""
+        return bool(self._answering)
+
+    async def show(self, view: View) -> None:
+        """Turn to the selected model."""
+        self._view = view
+        if view.selected is None or view.selected == self._model:
+            return
+        self._model = name = view.selected
+        await self._conversation(name)
+        self.query_one(ContentSwitcher).current = self._conversations[name].id
+        self._title(view)
+
+    def _title(self, view: View) -> None:
+        name = self._model or ""
+        color = self._paint(view.colors[name])
+        self.border_title = Text.assemble("Chat with ", (name, f"bold {color}")).markup
+        self.input.placeholder = f"Ask {name} …"
+
+    def recolor(self) -> None:
+        """Follow a change of theme."""
+        if self._view is not None and self._model is not None:
+            self._title(self._view)
+
+    def _paint(self, paint: str) -> str:
+        color = cast("PanelApp", self.app).palette.style(paint).color
+        return color.name if color is not None else "default"
+
+    async def _conversation(self, name: str) -> Conversation:
+        if name not in self._conversations:
+            conversation = self._conversations[name] = Conversation(name)
+            await self.query_one(ContentSwitcher).add_content(conversation)
+        return self._conversations[name]
+
+    def on_chat_input_sent(self, message: ChatInput.Sent) -> None:
+        """Ask the selected model."""
+        message.stop()
+        name, view = self._model, self._view
+        if name is None or view is None:
+            return
+        if name in self._answering:
+            self.notify(f"{name} is still answering; escape stops it.", markup=False)
+            self.input.text = message.text
+            return
+        conversation = self._conversations[name]
+        color, own = self._paint(view.colors[name]), self._paint("muted")
+        answer = conversation.ask(message.text, model=name, color=color, own_color=own)
+        was_started = view.prediction is not None and view.prediction.action == "start"
+        pace = Pace()
+        task = self._operations.spawn(self._stream(name, conversation, answer, pace))
+        self._answering[name] = task
+        # The end is a callback for the reason that `Operations` gives.
+        task.add_done_callback(
+            lambda done: self._ended(name, conversation, answer, pace.words(was_started=was_started), done)
+        )
+        if self._flush_timer is not None:
+            self._flush_timer.resume()
+
+    async def _stream(self, name: str, talk: Conversation, answer: Answer, pace: Pace) -> PanelError | None:
+        """Take the pieces as they come; the error that came in the middle, if one did."""
+        error = None
+        chat = self._fleet.chat(name, list(talk.messages), report=lambda step: self._step(answer, step))
+        async for event in chat:
+            pace.see(event)
+            answer.add(event.text, event.reasoning)
+            if event.error is not None:
+                error = PanelError(event.error)
+        return error
+
+    def _ended(
+        self, name: str, talk: Conversation, answer: Answer, words: str, task: asyncio.Task[PanelError | None]
+    ) -> None:
+        del self._answering[name]
+        raised = asyncio.CancelledError() if task.cancelled() else task.exception()
+        error = task.result() if raised is None else expected(raised)
+        if self.is_attached:
+            self._finish(talk, answer, words, error, stopped=raised is not None and error is None)
+
+    def _step(self, answer: Answer, step: Progress) -> None:
+        words = f"{step.model}: {step.phase} {step.detail}".rstrip()
+        if step.fraction is not None:
+            words += f"  {step.fraction * 100:.0f} %"
+        answer.say(Text(words))
+
+    def _finish(
+        self, talk: Conversation, answer: Answer, words: str, error: PanelError | None, *, stopped: bool
+    ) -> None:
+        note = Text(words)
+        if stopped:
+            note.append(f"{' · ' if words else ''}stopped")
+        if error is not None:
+            note.append("\n" if words else "")
+            note.append(error.what, style=self._paint("bad"))
+            note.append(f"\n{error.cure}" if error.cure else "")
+        answer.finish(note)
+        talk.close_answer()
+        if not self._answering and self._flush_timer is not None:
+            self._flush_timer.pause()
+
+    def _flush(self) -> None:
+        for name in self._answering:
+            answer = self._conversations[name].answer
+            if answer is not None:
+                answer.flush()
+
+    def stop_answer(self) -> bool:
+        """Stop one answer, the visible model's first, keeping what was said; False if there is none."""
+        if not self._answering:
+            return False
+        name = self._model if self._model in self._answering else next(iter(self._answering))
+        self._answering[name or ""].cancel()
+        return True
+
+    def last_answer(self) -> str | None:
+        """The visible model's last answer, as it was written; None if there is none."""
+        talk = self._conversations.get(self._model or "")
+        return talk.answer.text if talk is not None and talk.answer is not None and talk.answer.text else None

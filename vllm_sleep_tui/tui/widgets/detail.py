@@ -1,0 +1,279 @@
+"""Below the table: what went wrong, what is under way, what enter would do, and what the last switch took."""
+
+from __future__ import annotations
+
+from textual.geometry import Size
+
+from vllm_sleep_tui.fleet.operations.acquire import waiting_words
+from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, SwitchTimes
+from vllm_sleep_tui.fleet.states import SETTLED, StartPhase, State
+from vllm_sleep_tui.tui.drawing.bars import progress, waterfall
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, cut_line, wrap
+from vllm_sleep_tui.tui.state.past import Past
+from vllm_sleep_tui.tui.state.view import Running, View
+from vllm_sleep_tui.tui.words import PARTS_OF_WAKE, clock, long_time, phases_of, took
+
+_INDENT = "  "
+_START = [phase.value for phase in StartPhase]
+NOTED_SHARE = 0.05
+"""Time of a switch that belongs to no phase is shown when it is more than this share of it."""
+AIRY_HEIGHT = 36
+"""Terminals of this height have room for a blank line between sections."""
+
+
+def rule(title: list[Span], width: int) -> Line:
+    """A thin line with a title, across the box."""
+    line = cut_line((("─ ", "border"), *title, (" ", "")), width)
+    used = sum(len(text) for text, _ in line)
+    return (*line, ("─" * max(0, width - used), "border"))
+
+
+def _wrapped(text: str, width: int, paint: str) -> list[Line]:
+    return [((_INDENT, ""), (line, paint)) for line in wrap(text, width - len(_INDENT))]
+
+
+def failure_lines(model: ModelSnapshot, width: int) -> list[Line]:
+    """The reason and the cure of a model that failed, or of which something else is wrong, in full."""
+    if model.state is not State.FAILED and not model.reason:
+        return death_lines(model, width)
+    failed = model.state is State.FAILED
+    title = f"why {model.name} failed" if failed else f"what is wrong with {model.name}"
+    lines = [rule([(title, "bad bold")], width)]
+    lines += _wrapped(model.reason or "No reason is known; the log (l) may tell.", width, "text")
+    lines += _wrapped(model.cure, width, "accent") if model.cure else []
+    return lines + death_lines(model, width)
+
+
+def death_lines(model: ModelSnapshot, width: int) -> list[Line]:
+    """Why the server before this one died, until the person has looked at its log."""
+    died = model.last_failure
+    if died is None:
+        return []
+    lines = [rule([(f"{model.name} died at {died.clock} and was started again", "bad bold")], width)]
+    lines += _wrapped(died.reason or "No reason is known.", width, "text")
+    return lines + _wrapped("Its last words: key l, which also lets this go.", width, "accent")
+
+
+def trouble_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:
+    """The last refusal or failed operation of this panel, unless the model's own reason says the same."""
+    trouble = view.troubles.get(model.name)
+    if trouble is None or (model.reason and model.reason in trouble.what):
+        return []
+    lines = [rule([(f"{trouble.verb} {model.name} did not work", "bad bold")], width)]
+    lines += _wrapped(trouble.what, width, "text")
+    return lines + (_wrapped(trouble.cure, width, "accent") if trouble.cure else [])
+
+
+def running_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:
+    """Every operation under way: this panel's, and what others do to the selected model."""
+    lines: list[Line] = []
+    for running in view.running.values():
+        lines += _running(view, running, width)
+    operation = model.operation
+    if operation is not None and not view.running:
+        elapsed = view.snapshot.time - operation.since
+        fraction = min(0.99, elapsed / operation.eta) if operation.eta else None
+        title = [
+            (f"{operation.name} {model.name}", "warning bold"),
+            (f"  {_times(elapsed, operation.eta)}", "muted"),
+        ]
+        lines.append(rule(title, width))
+        lines += _step(str(model.phase or ""), model.progress or "", fraction, width)
+    return lines
+
+
+def _running(view: View, running: Running, width: int) -> list[Line]:
+    model = view.snapshot.model(running.model)
+    latest = running.progress
+    acting = view.snapshot.model(latest.model) if latest is not None and _knows(view, latest.model) else model
+    eta = model.operation.eta if model.operation else None
+    elapsed = view.snapshot.time - running.since
+    color = view.colors[running.model]
+    title: list[Span] = [
+        (f"{running.verb} ", "warning bold"),
+        (running.model, f"{color} bold"),
+        (f"  {_times(elapsed, eta)}", "muted"),
+    ]
+    if running.cancelled:
+        title.append(("  stops at the next safe point", "warning"))
+    phase = latest.phase if latest else str(acting.phase or "")
+    if acting is not model and phase:
+        phase = f"{acting.name}: {phase}"
+    detail = (latest.detail if latest else "") or acting.progress or ""
+    fraction = latest.fraction if latest else None
+    if fraction is None and eta:
+        fraction = min(0.99, elapsed / eta)
+    return [rule(title, width), *_step(phase, detail, fraction, width)]
+
+
+def _knows(view: View, name: str) -> bool:
+    return any(model.name == name for model in view.snapshot.models)
+
+
+def _times(elapsed: float, eta: float | None) -> str:
+    return clock(elapsed) if eta is None else f"{clock(elapsed)} of about {clock(eta + 0.5)}"
+
+
+def _step(phase: str, detail: str, fraction: float | None, width: int) -> list[Line]:
+    if fraction is None and phase in _START:
+        # A first start is of unknown length, but its phases are known.
+        lines: list[Line] = [cut_line(((_INDENT, ""), *_track(phase)), width)]
+        return [*lines, ((_INDENT, ""), (cut(detail, width - len(_INDENT)), "text"))] if detail else lines
+    per_cent = "" if fraction is None else f" {fraction * 100:3.0f} %"
+    bar = progress(fraction, width - len(_INDENT) - len(per_cent) - 1)
+    words = cut(f"{phase}  {detail}".strip() or "working", width - len(_INDENT))
+    return [((_INDENT, ""), (words, "text")), ((_INDENT, ""), *bar, (per_cent, "muted"))]
+
+
+def _track(phase: str) -> list[Span]:
+    """The phases of a start, those that are over and the one under way marked."""
+    at = _START.index(phase)
+    spans: list[Span] = []
+    for number, name in enumerate(_START):
+        paint = "warning bold" if number == at else "muted" if number < at else "faint"
+        spans += [(" › ", "faint")] if spans else []
+        spans.append((name, paint))
+    return spans
+
+
+def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
+    """What enter would do, with its numbers."""
+    color = view.colors.get(prediction.target, "text")
+    title: list[Span] = [("enter → ", "accent bold"), (prediction.target, f"{color} bold")]
+    if prediction.seconds is not None and prediction.action not in {"nothing", "refused"}:
+        title.append((f"  ≈ {took(prediction.seconds)}", "text bold"))
+    paint = "warning" if prediction.action == "refused" else "text"
+    lines = [rule(title, width), *_wrapped(prediction.sentence, width, paint)]
+    if view.waits is not None and prediction.action not in {"nothing", "refused"}:
+        lines += _wrapped(f"First it {waiting_words(view.waits)}.", width, "warning")
+    return lines
+
+
+def last_switch_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:
+    """The phases of the last switch to the model, as a waterfall."""
+    if model.last_switch is None:
+        return []
+    color = view.colors[model.name]
+    phases = phases_of(model.last_switch)
+    was_start = _was_start(model.last_switch)
+    title: list[Span] = [
+        ("last start of " if was_start else "last switch to ", "muted"),
+        (model.name, f"{color} bold"),
+        (f"  {took(model.last_switch.total)}", "text bold"),
+    ]
+    if not phases:
+        return [rule(title, width)]
+    rest = model.last_switch.total - sum(seconds for name, seconds in phases if name not in PARTS_OF_WAKE)
+    if rest > model.last_switch.total * NOTED_SHARE:
+        phases.append(("start" if was_start else "rest", rest))
+    bars = waterfall(phases, width - len(_INDENT), color, parts=PARTS_OF_WAKE)
+    return [rule(title, width), *(((_INDENT, ""), *bar) for bar in bars)]
+
+
+def _was_start(times: SwitchTimes) -> bool:
+    return times.phases.get("wake") is None
+
+
+def past_lines(past: Past, model: ModelSnapshot, width: int) -> list[Line]:
+    """What the last switch saved, what the day's did, and what switches to the model take as a rule."""
+    cold, last = past.cold_starts.get(model.name), model.last_switch
+    saved = []
+    if cold is not None and last is not None and not _was_start(last) and cold > last.total:
+        saved.append(f"{took(cold - last.total)} saved")
+    if past.switches_today:
+        saved.append(_today(past))
+    lines = _wrapped(" · ".join(saved), width, "muted") if saved else []
+    level = {"0": 0, "1": 1, "2": 2}.get(model.resolved_level or "")
+    usual = None if level is None else past.percentiles.get(model.name, {}).get(level)
+    if usual is not None:
+        words = (
+            f"p50 {took(usual.p50)} · p95 {took(usual.p95)} over {_switches(usual.count)} at level {level}"
+        )
+        lines += _wrapped(words, width, "muted")
+    return lines
+
+
+def _today(past: Past) -> str:
+    seconds = past.saved_today.seconds
+    return f"today {_switches(past.switches_today)}" + (
+        f", {long_time(seconds)} saved" if seconds > 0 else ""
+    )
+
+
+def _switches(count: int) -> str:
+    return "1 switch" if count == 1 else f"{count} switches"
+
+
+def serving_lines(model: ModelSnapshot, width: int) -> list[Line]:
+    """How an awake model serves, as far as it is known."""
+    serving = model.serving
+    if serving is None:
+        return []
+    words = [f"{serving.running} running"] if serving.running is not None else []
+    if serving.waiting:
+        words.append(f"{serving.waiting} waiting")
+    if serving.kv_use is not None:
+        words.append(f"KV {serving.kv_use * 100:.0f} %")
+    if serving.generation_tokens_per_s is not None:
+        words.append(f"{serving.generation_tokens_per_s:.0f} tok/s")
+    if serving.ttft_p50 is not None and serving.ttft_p95 is not None:
+        words.append(f"TTFT p50 {took(serving.ttft_p50)}, p95 {took(serving.ttft_p95)}")
+    if serving.prefix_hit_share is not None:
+        words.append(f"prefix hits {serving.prefix_hit_share * 100:.0f} %")
+    if serving.cached_tokens:
+        words.append(f"{serving.cached_tokens:,} tokens cached")
+    return _wrapped(" · ".join(words), width, "text") if words else []
+
+
+def facts_line(model: ModelSnapshot, width: int) -> list[Line]:
+    """One quiet line: where the model comes from, its level, its process, its proof."""
+    level = model.configured_level
+    if level == "auto" and model.resolved_level is not None:
+        level = f"auto ({model.resolved_level})"
+    words = [model.source, f"level {level}"]
+    if model.sleep_backend == "own":
+        words.append("fast sleep mode")
+    if model.gpus:
+        words.append(f"GPU {', '.join(map(str, model.gpus))}")
+    if model.port is not None:
+        words.append(f"port {model.port}")
+    if model.pid is not None:
+        words.append(f"pid {model.pid}")
+    if model.proof:
+        words.append(model.proof)
+    if not model.frees_memory:
+        words.append("sleeping frees no memory here")
+    return _wrapped(" · ".join(word for word in words if word), width, "muted")
+
+
+class Detail(Painted):
+    """All that is to be said about the selected model."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._view: View | None = None
+
+    def show(self, view: View) -> None:
+        """Show this moment."""
+        self._view = view
+        self.repaint()
+
+    def paint(self, size: Size) -> list[Line]:
+        """The sections that have something to say, the most pressing first."""
+        view = self._view
+        if view is None or view.model is None:
+            return []
+        model, width = view.model, size.width
+        sections = [failure_lines(model, width), trouble_lines(view, model, width)]
+        sections.append(running_lines(view, model, width))
+        # While the model is on its way, what happens now is the answer to what enter would do.
+        if view.prediction is not None and model.state in SETTLED and model.name not in view.running:
+            sections.append(enter_lines(view, view.prediction, width))
+        sections.append([*last_switch_lines(view, model, width), *past_lines(view.past, model, width)])
+        sections.append([*serving_lines(model, width), *facts_line(model, width)])
+        lines: list[Line] = []
+        airy = self.app.size.height >= AIRY_HEIGHT
+        for section in filter(None, sections):
+            lines += [((" ", ""),)] if airy and lines else []
+            lines += section
+        return lines

@@ -1,0 +1,197 @@
+"""The memory box: one stacked bar for each GPU, one for the RAM."""
+
+from __future__ import annotations
+
+from textual.geometry import Size
+
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.sizing.budget import ram_margin
+from vllm_sleep_tui.text import clean
+from vllm_sleep_tui.tui.drawing.bars import (
+    FREE,
+    HATCHED,
+    MARK,
+    MARK_PAINT,
+    SOLID,
+    Part,
+    cells_of,
+    is_labelled,
+    legend,
+    stacked,
+)
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, left, line_width, right, spread
+from vllm_sleep_tui.tui.state.view import View
+from vllm_sleep_tui.tui.widgets.processes import short
+from vllm_sleep_tui.tui.words import GIB, UNKNOWN, gib, gib_short
+
+_NAME_WIDTH = 7
+_TOTAL_WIDTH = 17
+_NAMED, _NAMED_WIDTH = 3, 22
+"""How many strangers on a GPU are named, and in how many cells."""
+SHOWN = GIB // 20
+"""What rounds to 0.0 GiB is nobody's stretch of a bar."""
+
+
+def gpu_parts(gpu: GpuSnapshot, models: tuple[ModelSnapshot, ...], colors: dict[str, str]) -> list[Part]:
+    """Who holds the GPU's memory: the models in the order of the file, then everybody else."""
+    parts: list[Part] = []
+    ours = 0
+    for model in models:
+        held = (model.vram_by_gpu or {}).get(str(gpu.index), 0)
+        if held <= 0:
+            continue
+        ours += held
+        fill = HATCHED if model.state is State.ASLEEP else SOLID
+        parts.append(Part(f"{model.name} {gib(held)}", held, colors[model.name], fill))
+    others = (gpu.used_bytes or 0) - ours
+    for process in sorted(gpu.others, key=lambda other: -(other.bytes or 0))[:_NAMED]:
+        held = min(process.bytes or 0, others)
+        if held > SHOWN:
+            who = cut(f"{process.user}: {short(clean(process.command))}", _NAMED_WIDTH)
+            parts.append(Part(f"{who} {gib(held)}", held, "others", SOLID))
+            others -= held
+    if others > SHOWN:
+        parts.append(Part(f"others {gib(others)}", others, "others", SOLID))
+    return parts
+
+
+def ram_parts(snapshot: FleetSnapshot, colors: dict[str, str]) -> list[Part]:
+    """Who holds the RAM: pinned pools by model, our servers' private memory, everybody else."""
+    total, available = snapshot.host.ram_total_bytes, snapshot.host.ram_available_bytes
+    parts: list[Part] = []
+    private = 0
+    for model in snapshot.models:
+        pinned = model.pinned_bytes or 0
+        pinned = pinned if pinned > SHOWN else 0
+        private += max(0, (model.ram_bytes or 0) - pinned)
+        if pinned:
+            parts.append(Part(f"{model.name} {gib(pinned)}", pinned, colors[model.name], HATCHED))
+    if private > 0:
+        parts.append(Part(f"private {gib(private)}", private, "muted", SOLID))
+    if total is not None and available is not None:
+        others = total - available - private - sum(part.size for part in parts if part.fill == HATCHED)
+        if others > SHOWN:
+            parts.append(Part(f"others {gib(int(others))}", others, "others", SOLID))
+    return parts
+
+
+def _totals(used: int | None, total: int | None) -> str:
+    return f"{gib_short(used)} / {gib_short(total)} GiB"
+
+
+def _readings(gpu: GpuSnapshot) -> list[Span]:
+    parts = [gpu.name]
+    if gpu.utilization is not None:
+        parts.append(f"{gpu.utilization:.0f} %")
+    if gpu.power_watts is not None:
+        parts.append(f"{gpu.power_watts:.0f} W")
+    if gpu.temperature is not None:
+        parts.append(f"{gpu.temperature:.0f} °C")
+    return [("  ".join(parts), "muted")]
+
+
+def _free_words(used: int | None, total: int | None) -> list[Part]:
+    if used is None or total is None:
+        return []
+    return [Part(f"free {gib(total - used)}", total - used, "faint", FREE)]
+
+
+def gpu_lines(view: View, gpu: GpuSnapshot, width: int, *, compact: bool) -> list[Line]:
+    """The bar of a GPU, and below it who is who and what the card reads."""
+    name = left(f"GPU {gpu.index}", _NAME_WIDTH)
+    if gpu.used_bytes is None or gpu.total_bytes is None:
+        return [((name, "text bold"), (f"{gpu.name}: memory unknown ({UNKNOWN})", "muted"))]
+    parts = gpu_parts(gpu, view.snapshot.models, view.colors)
+    prediction = view.prediction
+    moves = prediction is not None and prediction.action in {"wake", "switch", "start"}
+    after = prediction.used_after.get(str(gpu.index)) if prediction is not None and moves else None
+    room = width - _NAME_WIDTH - _TOTAL_WIDTH
+    bar = stacked(parts, gpu.total_bytes, room, mark=after)
+    first: Line = (
+        (name, "text bold"),
+        *bar,
+        (right(_totals(gpu.used_bytes, gpu.total_bytes), _TOTAL_WIDTH), "text"),
+    )
+    if compact:
+        return [first]
+    return [first, _below(_unlabelled(parts, gpu.total_bytes, room), gpu, after, width)]
+
+
+def _unlabelled(parts: list[Part], total: int, width: int) -> list[Part]:
+    """The parts whose names did not fit into the bar."""
+    cells = cells_of([part.size for part in parts], total, width)
+    return [part for part, count in zip(parts, cells, strict=True) if not is_labelled(part, count)]
+
+
+def _below(parts: list[Part], gpu: GpuSnapshot, after: int | None, width: int) -> Line:
+    readings = _readings(gpu)
+    mark: list[Span] = []
+    if after is not None:
+        mark = [(f"{MARK} ", MARK_PAINT), (f"{gib(after)} after enter   ", "text")]
+    room = width - _NAME_WIDTH - line_width(readings) - line_width(mark) - 1
+    names = legend([*parts, *_free_words(gpu.used_bytes, gpu.total_bytes)], room)
+    return spread([(" " * _NAME_WIDTH, ""), *names, *mark], readings, width)
+
+
+def ram_lines(view: View, width: int, *, compact: bool) -> list[Line]:
+    """The bar of the RAM, and below it who holds it."""
+    host = view.snapshot.host
+    total, available = host.ram_total_bytes, host.ram_available_bytes
+    name = left("RAM", _NAME_WIDTH)
+    if total is None or available is None:
+        return [((name, "text bold"), (f"unknown ({UNKNOWN})", "muted"))]
+    parts = ram_parts(view.snapshot, view.colors)
+    limit = total - ram_margin(total) if _may_pin(view.snapshot) else None
+    first: Line = (
+        (name, "text bold"),
+        *stacked(parts, total, width - _NAME_WIDTH - _TOTAL_WIDTH, mark=limit),
+        (right(_totals(total - available, total), _TOTAL_WIDTH), "text"),
+    )
+    if compact:
+        return [first]
+    hatched = [
+        part._replace(label=f"{part.label} pinned") if part.fill == HATCHED else part for part in parts
+    ]
+    words: list[Span] = []
+    if limit is not None:
+        words = [(f"{MARK} ", MARK_PAINT), (f"level 1 up to {gib(limit)}", "muted")]
+    room = width - _NAME_WIDTH - line_width(words) - 1
+    names = legend([*hatched, *_free_words(total - available, total)], room)
+    return [first, spread([(" " * _NAME_WIDTH, ""), *names], words, width)]
+
+
+def _may_pin(snapshot: FleetSnapshot) -> bool:
+    """Whether any model could be put to sleep at level 1: only that is refused for want of RAM."""
+    return any(
+        model.frees_memory and not model.is_attached and model.configured_level in {"auto", "1"}
+        for model in snapshot.models
+    )
+
+
+class MemoryPanel(Painted):
+    """All bars; compact (one line each) when the screen is low."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.border_title = "Memory"
+        self._view: View | None = None
+
+    def show(self, view: View) -> None:
+        """Show this moment."""
+        self._view = view
+        self.repaint()
+
+    def paint(self, size: Size) -> list[Line]:
+        """The bars and the notes on what cannot be known."""
+        view = self._view
+        if view is None:
+            return []
+        height = self.app.size.height
+        compact = height < 30 or 2 * len(view.snapshot.gpus) + 2 > height // 3
+        lines: list[Line] = []
+        for gpu in view.snapshot.gpus:
+            lines += gpu_lines(view, gpu, size.width, compact=compact)
+        lines += ram_lines(view, size.width, compact=compact)
+        lines += [((cut(note, size.width), "warning"),) for note in view.snapshot.notes]
+        return lines

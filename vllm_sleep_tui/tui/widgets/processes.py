@@ -1,0 +1,173 @@
+"""The table of processes: ours as trees under their models, then everybody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.text import Text
+from textual.geometry import Size
+
+from vllm_sleep_tui.fleet.observe.processes import HeldProcess
+from vllm_sleep_tui.text import clean
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, cut, left, right
+from vllm_sleep_tui.tui.words import NONE, UNKNOWN, gib_short
+
+_WIDTHS = {"pid": 8, "user": 10, "GPU": 6, "VRAM": 7, "RAM": 7}
+_NARROW = 90
+
+
+class Order(NamedTuple):
+    """A column to sort by, largest or first first."""
+
+    name: str
+    key: Callable[[HeldProcess], float | str]
+
+
+ORDERS = (
+    Order("VRAM", lambda held: -(held.vram_bytes or 0)),
+    Order("RAM", lambda held: -(held.ram_bytes or 0)),
+    Order("pid", lambda held: held.pid),
+    Order("user", lambda held: held.user),
+)
+
+
+class Row(NamedTuple):
+    """One line of the table: a process with its place in the tree, or the sums of a model."""
+
+    title: str
+    color: str
+    pid: str
+    user: str
+    gpus: str
+    vram: int | None
+    ram: int | None
+
+
+def rows(held: Sequence[HeldProcess], order: Order, colors: dict[str, str]) -> list[Row]:
+    """The models by the chosen column of their sums, each with its tree; the strangers last."""
+    found: list[Row] = []
+    by_model = {name: [each for each in held if each.model == name] for name in colors}
+    shown = [name for name in colors if by_model[name]]
+    if order.name in {"VRAM", "RAM"}:
+        attribute = f"{order.name.lower()}_bytes"
+        shown.sort(key=lambda name: -(_sum(getattr(each, attribute) for each in by_model[name]) or 0))
+    for name in shown:
+        tree = by_model[name]
+        vram, ram = _sum(each.vram_bytes for each in tree), _sum(each.ram_bytes for each in tree)
+        found.append(Row(f"● {name}", f"{colors[name]} bold", "", "", _gpus(tree), vram, ram))
+        for process, branch in _branches(tree, order):
+            found.append(_row(process, branch))
+    strangers = sorted((each for each in held if each.model is None), key=order.key)
+    if strangers:
+        vram, ram = (
+            _sum(each.vram_bytes for each in strangers),
+            _sum(each.ram_bytes for each in strangers),
+        )
+        found.append(Row("● others", "others bold", "", "", _gpus(strangers), vram, ram))
+        found += [_row(process, "  ") for process in strangers]
+    return found
+
+
+def _branches(tree: Sequence[HeldProcess], order: Order) -> list[tuple[HeldProcess, str]]:
+    """The processes, parents first, each with the lines that lead to it."""
+    children: dict[int | None, list[HeldProcess]] = {}
+    for process in sorted(tree, key=order.key):
+        children.setdefault(process.parent, []).append(process)
+    found: list[tuple[HeldProcess, str]] = []
+
+    def walk(parent: int | None, before: str) -> None:
+        siblings = children.get(parent, [])
+        for process in siblings:
+            is_last = process is siblings[-1]
+            found.append((process, f"{before}{'└ ' if is_last else '├ '}"))
+            walk(process.pid, f"{before}{'  ' if is_last else '│ '}")
+
+    walk(None, "  ")
+    return found
+
+
+def _row(process: HeldProcess, branch: str) -> Row:
+    command = branch + short(clean(process.command))
+    return Row(
+        command,
+        "text",
+        str(process.pid),
+        process.user,
+        _gpus([process]),
+        process.vram_bytes,
+        process.ram_bytes,
+    )
+
+
+def short(command: str) -> str:
+    """A command without the folders of its program and its scripts, which say little and take much room."""
+    program, *rest = command.split(" ")
+    names = [Path(word).name if word.startswith("/") and word.endswith(".py") else word for word in rest]
+    return " ".join([Path(program).name, *names]) if program else command
+
+
+def _sum(amounts: Iterable[int | None]) -> int | None:
+    known = list(amounts)
+    return None if None in known else sum(amount or 0 for amount in known)
+
+
+def _gpus(held: Iterable[HeldProcess]) -> str:
+    return ",".join(sorted({gpu for each in held for gpu in each.vram_by_gpu}, key=int)) or NONE
+
+
+def _amount(count: int | None) -> str:
+    return UNKNOWN if count is None else NONE if count == 0 else gib_short(count)
+
+
+class ProcessTable(Painted):
+    """The processes, sorted by one column."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.order = ORDERS[0]
+        self._held: Sequence[HeldProcess] | None = None
+        self._colors: dict[str, str] = {}
+
+    def show(self, held: Sequence[HeldProcess], colors: dict[str, str]) -> None:
+        """Show these processes."""
+        self._held, self._colors = held, colors
+        self.repaint()
+
+    def turn(self) -> None:
+        """Sort by the next column."""
+        self.order = ORDERS[(ORDERS.index(self.order) + 1) % len(ORDERS)]
+        self.repaint()
+
+    def paint(self, size: Size) -> list[Line]:
+        """The titles, and a line for each model and process."""
+        if self._held is None:
+            return [(("looking …", "muted"),)]
+        shown = [name for name in _WIDTHS if size.width >= _NARROW or name not in {"user", "GPU"}]
+        room = max(10, size.width - sum(_WIDTHS[name] for name in shown) - 1)
+        titles = [(left("process", room) + " ", "muted")]
+        titles += [
+            (right(name, _WIDTHS[name]), "accent bold" if name == self.order.name else "muted")
+            for name in shown
+        ]
+        lines: list[Line] = [tuple(titles)]
+        for row in rows(self._held, self.order, self._colors):
+            cells = {
+                "pid": row.pid,
+                "user": row.user,
+                "GPU": row.gpus,
+                "VRAM": _amount(row.vram),
+                "RAM": _amount(row.ram),
+            }
+            numbers = "".join(right(cut(cells[name], _WIDTHS[name] - 1), _WIDTHS[name]) for name in shown)
+            is_sum = not row.pid
+            lines.append(
+                ((left(row.title, room) + " ", row.color), (numbers, "text bold" if is_sum else "muted"))
+            )
+        return lines if len(lines) > 1 else [*lines, (("Nothing of ours runs, nobody holds VRAM.", "muted"),)]
+
+    @property
+    def title(self) -> str:
+        """For the border, as markup."""
+        return Text(f"Processes by {self.order.name}").markup
