@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": BASE | {"config"},
     "telemetry": BASE | {"config", "simulator.devices"},
     "sizing": DOWN_TO_ENGINE,
-    "fleet": DOWN_TO_ENGINE | {"sizing", "simulator.devices"},
+    "fleet": DOWN_TO_ENGINE | {"paths", "sizing", "simulator.devices"},
     "bench": CORE,
     "tui": CORE | {"bench", "leaving", "engine.logs", "telemetry.ring", "sizing"},
     "cli": CORE | {"bench", "leaving", "tui", "telemetry", "engine.logs", "sizing"},
