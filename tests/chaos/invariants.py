@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.keeper_client import is_kept, read_word
+from vllm_sleep_tui.fleet.keeper_client import is_kept, read_status
 from vllm_sleep_tui.fleet.observe.orphans import find_orphans, is_keeper, keeper_file
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record
@@ -71,7 +71,7 @@ def running(core: Core, record: Record) -> Iterator[str]:
     path = core.keeper_file(record.name)
     if record.state not in (State.AWAKE, State.ASLEEP) or record.intent is not None:
         yield f"{record.name} is not settled: {record.state}, {record.intent}"
-    if not is_kept(path) or read_word(path).launch != record.launch:
+    if not is_kept(path) or read_status(path).launch != record.launch:
         yield f"{record.name} is {record.state} and has no keeper of its own"
     if not record.engines or not all(is_alive(engine) for engine in record.engines):
         yield f"{record.name} is {record.state} and an engine is gone"

@@ -24,7 +24,7 @@ from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.keeper_client import Order, is_kept, launch, members, read_word
+from vllm_sleep_tui.fleet.keeper_client import KeeperSpec, is_kept, launch, members, read_status
 from vllm_sleep_tui.fleet.operations import switch as actions
 from vllm_sleep_tui.fleet.operations.acquire import locked
 from vllm_sleep_tui.fleet.operations.operation import Operation, to_safe_point
@@ -79,7 +79,7 @@ async def begin_verb(machine: Box, *arguments: str) -> subprocess.Popen[bytes]:
 def test_a_keepers_file_of_garbage_is_no_word(tmp_path: Path, garbage: bytes) -> None:
     path = tmp_path / "a.keeper"
     path.write_bytes(garbage)
-    assert read_word(path).launch is None
+    assert read_status(path).launch is None
 
 
 def test_a_lock_that_another_user_filled_with_garbage_has_an_unknown_holder() -> None:
@@ -336,7 +336,7 @@ async def test_a_keeper_that_cannot_write_its_word_starts_nothing(tmp_path: Path
     lock = tmp_path / "a.keeper"
     lock.symlink_to("/dev/full")  # a link, and each write through it: no space left on device
     mark = tmp_path / "ran"
-    order = Order(
+    order = KeeperSpec(
         argv=(sys.executable, "-c", f"open({str(mark)!r}, 'w'); import time; time.sleep(120)"),
         env=dict(os.environ),
         cwd=str(tmp_path),
@@ -434,7 +434,7 @@ def test_a_lock_folder_that_only_root_may_write_to_is_nobodys(tmp_path: Path) ->
 
 
 def test_an_order_shows_no_value_of_its_environment() -> None:
-    order = Order(argv=(), env={"S": "hush"}, cwd="", launch="", log="", lock="", tmp_dir="")
+    order = KeeperSpec(argv=(), env={"S": "hush"}, cwd="", launch="", log="", lock="", tmp_dir="")
     assert "hush" not in repr(order)
 
 

@@ -21,14 +21,14 @@ from tests.conftest import MARKER
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet import keeper
 from vllm_sleep_tui.fleet.keeper_client import (
+    KeeperStatus,
     Order,
-    Word,
     ask_to_stop,
     end_members,
     is_kept,
     launch,
     members,
-    read_word,
+    read_status,
 )
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive, start_ticks
 
@@ -57,16 +57,16 @@ class Kept:
             **order,  # type: ignore[arg-type]
         )
 
-    async def start(self) -> Word:
+    async def start(self) -> KeeperStatus:
         word = await launch(self.order)
         await until(lambda: self.log.exists() and b"up" in self.log.read_bytes())
         return word
 
     @property
-    def word(self) -> Word:
-        return read_word(self.lock)
+    def word(self) -> KeeperStatus:
+        return read_status(self.lock)
 
-    async def ended(self) -> Word:
+    async def ended(self) -> KeeperStatus:
         await until(lambda: not is_kept(self.lock))
         return self.word
 
@@ -158,7 +158,7 @@ async def test_a_second_keeper_for_the_same_model_is_refused(tmp_path: Path) -> 
     word = await kept.start()
     with pytest.raises(OperationError, match="keeper"):
         await launch(kept.order)
-    assert read_word(kept.lock).server == word.server
+    assert read_status(kept.lock).server == word.server
     ask_to_stop(word, at_once=True)
     await kept.ended()
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.fleet.conftest import until
 from vllm_sleep_tui.fleet.store.locks import Holder, LockBusyError, hold, holder, open_shared, read_holder
-from vllm_sleep_tui.fleet.supervision.leader import Seat
+from vllm_sleep_tui.fleet.supervision.leader import LeaderLock
 
 
 async def test_only_one_holds_it_and_the_holder_can_be_read(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ async def test_a_lock_that_is_held_does_not_look_old(tmp_path: Path) -> None:
 
 def test_a_leader_whose_seat_was_removed_gives_way_to_the_next(tmp_path: Path) -> None:
     path = tmp_path / "leader.lock"
-    first, second = Seat(path), Seat(path)
+    first, second = LeaderLock(path), LeaderLock(path)
     assert first.take()
     path.unlink()
     assert second.take()
@@ -193,12 +193,12 @@ def test_many_who_make_a_lock_file_at_once_open_the_same_one(tmp_path: Path) -> 
 
 
 def test_a_full_disk_does_not_keep_the_leaders_seat_empty(tmp_path: Path) -> None:
-    seat = Seat(tmp_path / "leader.lock")
+    seat = LeaderLock(tmp_path / "leader.lock")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # every write to a file fails
     try:
         assert seat.take()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not Seat(tmp_path / "leader.lock").take()
+    assert not LeaderLock(tmp_path / "leader.lock").take()
     seat.leave()

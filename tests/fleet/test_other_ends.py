@@ -20,7 +20,7 @@ import pytest
 from tests.fleet.conftest import SIMULATOR, Box, seen, until
 from tests.squatter import UNUSED_UID, needs_root, squatter
 from vllm_sleep_tui.config.load import load
-from vllm_sleep_tui.fleet.keeper_client import Order, Word, launch
+from vllm_sleep_tui.fleet.keeper_client import KeeperSpec, KeeperStatus, launch
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record, RecordStore
 
@@ -160,7 +160,7 @@ async def start_as_before(machine: Box, argv: list[str], port: int, secret: str)
     }
     log = machine.state_dir / "logs" / "a.log"
     log.parent.mkdir(exist_ok=True)
-    order = Order(
+    order = KeeperSpec(
         argv=tuple(argv),
         env=env,
         cwd="/",
@@ -169,7 +169,7 @@ async def start_as_before(machine: Box, argv: list[str], port: int, secret: str)
         lock=str(store.path("a", "keeper")),
         tmp_dir=tmp_dir,
     )
-    word: Word = await launch(order)
+    word: KeeperStatus = await launch(order)
     record = Record(
         config=store.config,
         name="a",

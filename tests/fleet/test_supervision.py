@@ -25,7 +25,7 @@ from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.fleet.supervision.hang import HangWatch
 from vllm_sleep_tui.fleet.supervision.idle import Idleness, due
-from vllm_sleep_tui.fleet.supervision.leader import Seat
+from vllm_sleep_tui.fleet.supervision.leader import LeaderLock
 from vllm_sleep_tui.fleet.supervision.supervisor import Leader, Limits
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive
 
@@ -64,7 +64,7 @@ async def until_restarted(fleet: Fleet, name: str, old: int) -> None:
 
 
 def test_one_seat_has_one_holder_and_is_free_when_it_leaves(tmp_path: Path) -> None:
-    first, second = Seat(tmp_path / "leader.lock"), Seat(tmp_path / "leader.lock")
+    first, second = LeaderLock(tmp_path / "leader.lock"), LeaderLock(tmp_path / "leader.lock")
     assert first.take()
     assert first.take()
     assert not second.take()
@@ -74,7 +74,7 @@ def test_one_seat_has_one_holder_and_is_free_when_it_leaves(tmp_path: Path) -> N
     first.leave()
     assert second.take()
     second.leave()
-    assert not Seat(tmp_path / "none" / "leader.lock").take()
+    assert not LeaderLock(tmp_path / "none" / "leader.lock").take()
 
 
 # ── restarts ─────────────────────────────────────────────────────────────────────────────────────────────

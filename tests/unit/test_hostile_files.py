@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.engine.causes import diagnose
 from vllm_sleep_tui.engine.logs import LogTail, PhaseReader
-from vllm_sleep_tui.fleet.keeper_client import Word, read_word
+from vllm_sleep_tui.fleet.keeper_client import KeeperStatus, read_status
 from vllm_sleep_tui.fleet.observe.orphans import find_orphans
 from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 from vllm_sleep_tui.fleet.operations.acquire import describe
@@ -153,7 +153,7 @@ def test_any_keepers_file_is_a_word_or_an_empty_one(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "a.keeper"
     path.write_bytes(content)
-    assert isinstance(read_word(path), Word)
+    assert isinstance(read_status(path), KeeperStatus)
 
 
 @settings(max_examples=100)

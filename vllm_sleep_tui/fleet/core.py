@@ -6,30 +6,25 @@ import asyncio
 import contextlib
 import difflib
 import functools
-import os
 import threading
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from vllm_sleep_tui.config.load import LoadedConfig, parse_bytes
 from vllm_sleep_tui.config.types import ModelConfig
-from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
-from vllm_sleep_tui.fleet.attached.probe import Sighting, base_of
+from vllm_sleep_tui.engine.causes import Diagnosis
+from vllm_sleep_tui.errors import OperationError, UsageError
+from vllm_sleep_tui.fleet.attached.probe import ProbeResult, base_of
 from vllm_sleep_tui.fleet.keeper_client import is_kept
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.peer_checks import check_for_key, check_own
-from vllm_sleep_tui.fleet.states import Event, next_state
 from vllm_sleep_tui.fleet.store.locks import check_folder, gpu_lock_path
 from vllm_sleep_tui.fleet.store.records import Record, RecordStore
 from vllm_sleep_tui.simulator import devices
-from vllm_sleep_tui.sizing.footprints import Footprint, FootprintStore, digest
-from vllm_sleep_tui.telemetry.gpus import VISIBLE, GpuReader, GpuReading, fault_of, is_hidden, open_reader
-from vllm_sleep_tui.telemetry.processes import memory
-from vllm_sleep_tui.telemetry.simulated import memories
+from vllm_sleep_tui.sizing.footprints import FootprintStore, digest
+from vllm_sleep_tui.telemetry.gpus import GpuReader, GpuReading, open_reader
 from vllm_sleep_tui.units import GIB
 
 if TYPE_CHECKING:
@@ -37,8 +32,6 @@ if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.store.history import History
 
 SIMULATED_RAM = 64 * GIB
-PINNED_NOISE = GIB // 4
-"""Shared memory of an engine that never slept: 0.07 GiB on an H100."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +89,9 @@ class Core:
         self._clients: dict[tuple[str | None, ...], VllmClient] = {}
         self._launched: dict[str, tuple[str, VllmClient]] = {}
         self._retired: list[VllmClient] = []
-        self.sightings: dict[str, Sighting] = {}
+        self.causes: dict[tuple[str | None, bool], Diagnosis] = {}
+        """Why servers ended, by launch and whether the server itself is gone: a log is read once for it."""
+        self.probes: dict[str, ProbeResult] = {}
         """Of the attached models: how each server was when it was last looked at."""
         self._gpus = {reading.index: reading for reading in self.reader.read()}
 
@@ -106,8 +101,17 @@ class Core:
         self.config = loaded.config
         self._digests.clear()
 
-    def model(self, name: str) -> ModelConfig:
-        """The model's config; raises UsageError with the nearest name if there is none."""
+    def model(self, name: str) -> Model:
+        """A handle of the model; raises UsageError with the nearest name if the config has none."""
+        self.model_config(name)
+        return Model(self, name)
+
+    def models(self) -> list[Model]:
+        """A handle of each model, in the config's order."""
+        return [Model(self, name) for name in self.config.models]
+
+    def model_config(self, name: str) -> ModelConfig:
+        """What the config says of a model; raises UsageError with the nearest name if there is none."""
         try:
             return self.config.models[name]
         except KeyError:
@@ -115,83 +119,27 @@ class Core:
             cure = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(self.config.models)}."
             raise UsageError(f"{self.loaded.path}: no model is called {name!r}.", cure) from None
 
-    def vllm_command(self, name: str) -> tuple[str, ...]:
-        """The vllm of the model."""
-        return self.model(name).vllm_command or self.config.vllm_command
-
-    def footprint(self, name: str) -> Footprint:
-        """What was measured of the model with its present arguments."""
-        return self.footprints.get(self.digest(name), self.records.vllm_version(name))
-
     def digest(self, name: str) -> str:
         """Names the model with its present arguments."""
-        known = self._digests.get(name)
-        if known is None:
-            known = self._digests[name] = digest(self.model(name))
-        return known
-
-    def remember(self, record: Record, change: Callable[[Footprint], Footprint]) -> None:
-        """Keep a measurement of the record's launch; it is written after the operation."""
-        name = record.digest or self.digest(record.name)
-        self.footprints.note(name, record.vllm_version, change)
-
-    def pinned_now(self, record: Record) -> int:
-        """Bytes of RAM that the record's engines have pinned; 0 if they never slept at level 1."""
-        pinned = 0
-        held = memories(self.simulated) if self.simulated else {}
-        for engine in record.engines:
-            found = held.get(engine.pid) or memory(engine.pid)
-            pinned += found.pinned_bytes if found else 0
-        return pinned if pinned > PINNED_NOISE else 0
+        if name not in self._digests:
+            self._digests[name] = digest(self.model_config(name))
+        return self._digests[name]
 
     def total(self, gpu: int) -> int | None:
         """The memory of a GPU in bytes; None if it is not known."""
-        reading = self._known_gpus({gpu}).get(gpu)
+        reading = self.gpus({gpu}).get(gpu)
         return reading.total_bytes if reading else None
 
-    def _known_gpus(self, wanted: Iterable[int]) -> dict[int, GpuReading]:
+    def gpus(self, wanted: Iterable[int]) -> dict[int, GpuReading]:
         """The GPUs by index; read again while one that is wanted is missing: the driver may load later."""
         if not self._gpus.keys() >= set(wanted):
             self._gpus |= {reading.index: reading for reading in self.reader.read()}
         return self._gpus
 
-    def check_gpus(self, name: str) -> None:
-        """Raises UsageError if the model names a GPU that this machine does not have.
-
-        Raises RefusedError if the GPU or the driver does not answer, is not this user's or not this shell's.
-        """
-        if self.reader.faults:
-            self.reader.read()  # it may be well again
-        known_gpus = self._known_gpus(self.model(name).gpus)
-        for gpu in self.model(name).gpus:
-            if fault := fault_of(self.reader.faults, gpu):
-                raise RefusedError(f"Cannot start {name}: {fault.what}", fault.cure)
-        for gpu in self.model(name).gpus:
-            self.check_visible(name, known_gpus.get(gpu))
-        if not known_gpus:
-            return  # without NVML nothing is known; vLLM will say
-        for gpu in self.model(name).gpus:
-            if gpu not in known_gpus:
-                known = ", ".join(map(str, sorted(known_gpus)))
-                raise UsageError(
-                    f"{self.loaded.path}: models.{name}.gpus: there is no GPU {gpu}.",
-                    f"This machine has: {known}.",
-                )
-
-    def check_visible(self, name: str, gpu: GpuReading | None) -> None:
-        """Raises RefusedError if the shell was given other GPUs: by a scheduler, or by agreement."""
-        visible = os.environ.get(VISIBLE)
-        if gpu is None or gpu.simulated or not is_hidden(gpu, visible):
-            return
-        raise RefusedError(
-            f"Cannot start {name}: GPU {gpu.index} is not this shell's; {VISIBLE} is {visible!r} here.",
-            f"Give it one of those under `gpus:`, or unset {VISIBLE} if GPU {gpu.index} is yours.",
-        )
-
     def gpu_locks(self, gpus: set[int]) -> list[Path]:
         """The lock files of these GPUs, in PCI order."""
-        known = self._known_gpus(gpus)
-        uuids = [(gpu, known[gpu].uuid if gpu in known else f"index-{gpu}") for gpu in gpus]
+        readings = self.gpus(gpus)
+        uuids = [(gpu, readings[gpu].uuid if gpu in readings else f"index-{gpu}") for gpu in gpus]
         return [gpu_lock_path(uuid) for _, uuid in sorted(uuids)]
 
     def ram_lock(self) -> Path:
@@ -199,30 +147,16 @@ class Core:
         simulated = next((gpu.uuid.rpartition("-")[0] for gpu in self._gpus.values() if gpu.simulated), None)
         return gpu_lock_path("ram" if simulated is None else f"ram-{simulated}")
 
-    def model_locks(self, names: set[str]) -> list[Path]:
-        """The lock files of these models, by name."""
-        return [self.records.path(name, "lock") for name in sorted(names)]
-
-    def readable(self) -> list[Record]:
-        """The records of all models whose files can be read: what is wrong with those of one is its trouble
-        alone, and its server, if it runs, counts as a stranger's."""
-        found = []
-        for name in self.config.models:
+    def readable(self) -> list[Model]:
+        """The models whose files can be read, with their records: what is wrong with those of one is its
+        trouble alone, and its server, if it runs, counts as a stranger's."""
+        models = []
+        for model in self.models():
             with contextlib.suppress(OperationError):
-                is_kept(self.keeper_file(name))
-                found.append(self.records.read(name))
-        return found
-
-    def keeper_file(self, name: str) -> Path:
-        """Where the model's keeper says how its server is."""
-        return self.records.path(name, "keeper")
-
-    def enter(self, record: Record, event: Event, **changes: object) -> Record:
-        """Move the record by `event`, with other fields changed, and write it."""
-        state, now = next_state(record.state, event), time.time()
-        entered = self.write(record, state=state, since=now, **changes)
-        self.note(lambda past: past.record_state(record.name, state, entered.level, at=now))
-        return entered
+                is_kept(model.keeper_file)
+                model.read()
+                models.append(model)
+        return models
 
     def note(self, happened: Callable[[History], None]) -> None:
         """Keep something for the history; it is written by `flush`, off the path of an operation."""
@@ -242,18 +176,6 @@ class Core:
             happened, self._happened = self._happened, []
             for tell in happened:
                 tell(self.history)
-
-    def write(self, record: Record, **changes: object) -> Record:
-        """Write the record with some fields changed; raises OperationError if the disk refuses."""
-        changed = msgspec.structs.replace(record, **changes)
-        try:
-            self.records.write(changed)
-        except OSError as error:
-            raise OperationError(
-                f"Could not write {self.records.path(record.name)}: {error.strerror}.",
-                "Make room or give write permission there; the servers run on.",
-            ) from error
-        return changed
 
     def client(self, record: Record) -> VllmClient:
         """The client of the record's running server, one per launch."""

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.files import path_of
-from vllm_sleep_tui.fleet.attached import backend as attached
+from vllm_sleep_tui.fleet.attached.backend import prober
+from vllm_sleep_tui.fleet.backend import Backend, backend_of
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
-from vllm_sleep_tui.fleet.observe.predict import memory_in, predict, waits
+from vllm_sleep_tui.fleet.observe.predict import memory_in, waits
 from vllm_sleep_tui.fleet.observe.processes import HeldProcess, held_processes
 from vllm_sleep_tui.fleet.observe.serving import ServingPoller
-from vllm_sleep_tui.fleet.observe.snapshotter import Viewer
-from vllm_sleep_tui.fleet.operations import switch as actions
+from vllm_sleep_tui.fleet.observe.snapshotter import Snapshotter
+from vllm_sleep_tui.fleet.operations import groups
 from vllm_sleep_tui.fleet.operations.chat import answer
 from vllm_sleep_tui.fleet.operations.operation import Operation, Report, actor, to_safe_point
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, FleetSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import StartPhase, State
-from vllm_sleep_tui.fleet.store import last_failure as died
+from vllm_sleep_tui.fleet.store import last_failure
 from vllm_sleep_tui.fleet.store.history import History
 from vllm_sleep_tui.fleet.store.locks import Holder
 from vllm_sleep_tui.fleet.supervision.supervisor import Leader, Watcher
@@ -54,19 +55,19 @@ class Fleet:
         self.loaded = loaded
         self.state_dir = state_dir
         self._core = Core(loaded, state_dir, limits)
-        self._viewer = Viewer(self._core)
+        self._snapshotter = Snapshotter(self._core)
         self._sampler = Sampler(self._core.reader, self._core.simulated)
         self._watcher = Watcher(self._core)
-        self._attached = attached.Watch(self._core)
+        self._prober = prober(self._core)
         self._leader = Leader(self._core) if leads else None
         self._serving = ServingPoller(self._core, keeps=lambda: self.is_leader)
         self._flushing: set[asyncio.Future[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._sampler.set_roots(self._viewer.roots())
+        self._sampler.set_roots(self._snapshotter.roots())
         self._sampler.start()
         self._watcher.start()
-        self._attached.start()
+        self._prober.start()
         if self._leader:
             self._leader.start()
             self._serving.start()
@@ -76,7 +77,7 @@ class Fleet:
         await self.resign()
         await self._serving.close()
         await self._watcher.close()
-        await self._attached.close()
+        await self._prober.close()
         self._sampler.close()
         await asyncio.gather(*self._flushing)
         await self._core.close()
@@ -85,10 +86,10 @@ class Fleet:
 
     def snapshot(self) -> FleetSnapshot:
         """Everything as of now; reads a few small files and the latest sample."""
-        self._sampler.set_roots(self._viewer.roots())
+        self._sampler.set_roots(self._snapshotter.roots())
         notes = self._leader.notes if self._leader else ()
         notes += tuple(filter(None, [self.history_note]))
-        return self._viewer.snapshot(self._sampler.latest(), notes, self._serving.figures)
+        return self._snapshotter.snapshot(self._sampler.latest(), notes, self._serving.figures)
 
     @property
     def is_leader(self) -> bool:
@@ -102,12 +103,12 @@ class Fleet:
 
     async def measured(self) -> FleetSnapshot:
         """Everything, with memory that is read after this call."""
-        self._sampler.set_roots(self._viewer.roots())
-        return self._viewer.snapshot(await asyncio.to_thread(self._sampler.sample_once))
+        self._sampler.set_roots(self._snapshotter.roots())
+        return self._snapshotter.snapshot(await asyncio.to_thread(self._sampler.sample_once))
 
     def vllm_version(self, name: str) -> str | None:
         """The vLLM that the model's last launch ran on; None before the first."""
-        return self._core.records.read(name).vllm_version
+        return self._core.model(name).record.vllm_version
 
     @property
     def history(self) -> History:
@@ -131,11 +132,11 @@ class Fleet:
 
     def _starts(self) -> Iterator[tuple[str, ProcessId]]:
         """Models that start, each with its starter; a record that cannot be read tells of none."""
-        for name in self._core.config.models:
+        for model in self._core.models():
             with contextlib.suppress(OperationError):
-                record = self._core.records.read(name)
+                record = model.read()
                 if record.state is State.STARTING and record.intent is not None:
-                    yield name, record.intent.actor
+                    yield model.name, record.intent.actor
 
     async def resign(self) -> None:
         """Act unasked no more, and let somebody else lead."""
@@ -144,22 +145,15 @@ class Fleet:
 
     def predict(self, name: str) -> Prediction:
         """What a switch to the model would do; refused where a record cannot be read."""
+        backend = backend_of(self._core.model(name))
         try:
-            return self._predict(name)
+            return backend.predict(memory_in(self._sampler.latest().gpus), self._serving.figures)
         except OperationError as error:
             return Prediction(target=name, action="refused", sentence=error.what)
 
-    def _predict(self, name: str) -> Prediction:
-        if self._core.model(name).url is not None:
-            return attached.predict(self._core, name)
-        record = self._core.records.read(name)
-        state, _ = self._viewer.observe(record)
-        memory = memory_in(self._sampler.latest().gpus)
-        return predict(self._core, name, state, memory, self._serving.figures)
-
     def waits(self, name: str) -> Holder | None:
         """Whom an operation on the model would have to wait for; None if it could begin at once."""
-        return waits(self._core, name)
+        return waits(self._core.model(name))
 
     async def advice(self) -> Advice:
         """What to do with each model and GPU, from what was measured here."""
@@ -171,17 +165,17 @@ class Fleet:
 
     async def processes(self) -> tuple[HeldProcess, ...]:
         """The processes of our servers, and all others that hold VRAM."""
-        roots = self._viewer.roots()
+        roots = self._snapshotter.roots()
         return await asyncio.to_thread(held_processes, self._sampler.latest(), roots, self._core.simulated)
 
     def log_path(self, name: str) -> Path:
         """The model's log file, which need not exist yet."""
-        record = self._core.records.read(name)
-        return path_of(record.log) if record.log else self._core.records.log_path(name)
+        model = self._core.model(name)
+        return path_of(model.record.log) if model.record.log else model.log_path
 
     async def seen(self, name: str) -> None:
         """The person has looked at why the model's last server died; it is not told of any longer."""
-        await died.seen(self._core.records, name)
+        await last_failure.seen(self._core.records, name)
 
     # ── what can be done ─────────────────────────────────────────────────────────────────────────────────
 
@@ -196,22 +190,21 @@ class Fleet:
 
         `skip` leaves out WARMING (its wakes are unproven then) or PRIMING, to measure without them.
         """
-        await self._run(
-            "start", ", ".join(names), report, lambda op: actions.start_all(self._core, names, op), skip
-        )
+        models = [self._core.model(name) for name in names]
+        await self._run("start", ", ".join(names), report, lambda op: groups.start_all(models, op), skip)
 
     async def stop(self, names: Sequence[str], *, force: bool = False, report: Report | None = None) -> None:
         """Stop these models and see their memory gone; `force` waits for no answer."""
-        await self._run(
-            "stop", ", ".join(names), report, lambda op: actions.stop_all(self._core, names, op, force)
-        )
+        models = [self._core.model(name) for name in names]
+        await self._run("stop", ", ".join(names), report, lambda op: groups.stop_all(models, op, force))
 
     async def restart(
         self, names: Sequence[str], *, force: bool = False, report: Report | None = None
     ) -> None:
         """Stop, then start; one that could not be started again is left as it is, and named in the end."""
-        chosen, _ = await asyncio.to_thread(actions.startable, self._core, names)
-        await self.stop(chosen, force=force, report=report)
+        models = [self._core.model(name) for name in names]
+        chosen, _ = await asyncio.to_thread(groups.startable, models)
+        await self.stop([model.name for model in chosen], force=force, report=report)
         await self.start(names, report=report)
 
     async def sleep(
@@ -220,20 +213,18 @@ class Fleet:
         """Put a model to sleep, at its own level unless told; the ledger of it. Done already is done."""
 
         async def work(operation: Operation) -> SwitchTimes:
-            await actions.sleep(self._core, name, level, operation, force=force)
+            await self._backend(name).sleep(level, operation, force=force)
             return operation.ledger()
 
         return await self._run("sleep", name, report, work)
 
     async def wake(self, name: str, *, report: Report | None = None) -> None:
         """Wake a sleeper, others sleeping first where room is needed; a stopped model is refused."""
-        await self._run("wake", name, report, lambda op: actions.wake(self._core, name, op))
+        await self._run("wake", name, report, lambda op: self._backend(name).wake(op))
 
     async def switch(self, name: str, *, force: bool = False, report: Report | None = None) -> SwitchTimes:
         """Make a model awake, from wherever it is; the ledger of what it took."""
-        return await self._run(
-            "switch", name, report, lambda op: actions.switch(self._core, name, op, force=force)
-        )
+        return await self._run("switch", name, report, lambda op: self._backend(name).switch(op, force=force))
 
     async def chat(
         self,
@@ -244,8 +235,11 @@ class Fleet:
         report: Report | None = None,
     ) -> AsyncIterator[ChatEvent]:
         """Stream an answer; a model that is not awake is switched to first. Close the iterator to stop it."""
-        async for event in answer(self, self._core, name, messages, params or {}, report):
+        async for event in answer(self, self._core.model(name), messages, params or {}, report):
             yield event
+
+    def _backend(self, name: str) -> Backend:
+        return backend_of(self._core.model(name))
 
     async def _run(
         self,

@@ -42,7 +42,7 @@ class Exit(msgspec.Struct, frozen=True):
     at: float
 
 
-class Word(msgspec.Struct, frozen=True):
+class KeeperStatus(msgspec.Struct, frozen=True):
     """What a keeper says of itself and its server."""
 
     launch: str | None = None
@@ -57,7 +57,7 @@ class Word(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Order:
+class KeeperSpec:
     """What a keeper is to keep."""
 
     argv: tuple[str, ...]
@@ -76,15 +76,15 @@ class Order:
     log_bytes: int = LOG_BYTES
 
 
-def read_word(path: Path) -> Word:
-    """The last word in the keeper's file; an empty one if there is none, or none that could be a keeper's.
+def read_status(path: Path) -> KeeperStatus:
+    """The last status in the keeper's file; an empty one if there is none, or none that could be a keeper's.
 
     Raises OperationError if the file cannot be read.
     """
     try:
-        return msgspec.json.decode(read_regular(path, MAX_WORD).strip() or b"{}", type=Word)
+        return msgspec.json.decode(read_regular(path, MAX_WORD).strip() or b"{}", type=KeeperStatus)
     except (FileNotFoundError, NotAFileError, *NOT_JSON):
-        return Word()
+        return KeeperStatus()
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -114,7 +114,7 @@ def unreadable(path: Path, error: OSError) -> OperationError:
     return OperationError(f"The keeper's file {path} cannot be read: {error.strerror}.", cure)
 
 
-async def launch(order: Order) -> Word:
+async def launch(spec: KeeperSpec) -> KeeperStatus:
     """Start a keeper with its server; raises OperationError if either cannot be started."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -125,40 +125,40 @@ async def launch(order: Order) -> Word:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        env={"PATH": os.defpath, LAUNCH_VARIABLE: order.launch},
+        env={"PATH": os.defpath, LAUNCH_VARIABLE: spec.launch},
     )
     try:
         answer, _ = await asyncio.wait_for(
-            process.communicate(json.dumps(asdict(order)).encode()), KEEPER_SECONDS
+            process.communicate(json.dumps(asdict(spec)).encode()), KEEPER_SECONDS
         )
     except TimeoutError:
         raise OperationError(
             f"The keeper said nothing for {KEEPER_SECONDS:.0f} s.",
             "The machine may be overloaded: look at its load, then start it again.",
         ) from None
-    word = msgspec.json.decode(answer or b"{}", type=Word)
-    if word.error is None and word.server is not None:
-        return word
-    if word.launch is None and word.error is not None:
+    status = msgspec.json.decode(answer or b"{}", type=KeeperStatus)
+    if status.error is None and status.server is not None:
+        return status
+    if status.launch is None and status.error is not None:
         raise OperationError(
-            f"The keeper could not write {order.lock}: {word.error}.",
+            f"The keeper could not write {spec.lock}: {status.error}.",
             "Make room or give write permission there, then start it again.",
         )
-    if word.launch is None:
+    if status.launch is None:
         raise OperationError(
             "Another keeper still holds this model's place.",
             "Wait a moment and try again; `vllm-sleep-tui orphans` names what is left.",
         )
     raise OperationError(
-        f"Could not run {order.argv[0]}: {word.error}.", "Check `vllm_command` in the config."
+        f"Could not run {spec.argv[0]}: {status.error}.", "Check `vllm_command` in the config."
     )
 
 
-def ask_to_stop(word: Word, *, at_once: bool) -> bool:
+def ask_to_stop(status: KeeperStatus, *, at_once: bool) -> bool:
     """Ask a keeper to stop its server, or to kill it at once; False if it is gone."""
-    if word.keeper is None:
+    if status.keeper is None:
         return False
-    return signal_process(word.keeper, signal.SIGINT if at_once else signal.SIGTERM)
+    return signal_process(status.keeper, signal.SIGINT if at_once else signal.SIGTERM)
 
 
 def members(launch: str, *recorded: ProcessId | None) -> tuple[ProcessId, ...]:

@@ -9,20 +9,21 @@ from pathlib import Path
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.loaders import RELOADS_SINCE, why_no_reload
 from vllm_sleep_tui.engine.versions import release_of
-from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.errors import RefusedError, UsageError
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.discovery import find_command
 from vllm_sleep_tui.fleet.states import RUNNING
+from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.sizing.estimate import checkpoint_of
 from vllm_sleep_tui.sizing.footprints import argument
 
 
-def installed_version(core: Core, name: str) -> str | None:
+def installed_version(model: Model) -> str | None:
     """The vLLM that runs the model, else the one that would; None if neither is known."""
-    record = core.records.read(name)
+    record = model.read()
     if record.state in RUNNING and record.vllm_version:
         return record.vllm_version
-    vllm = find_command(core.vllm_command(name), os.environ)
+    vllm = find_command(model.vllm_command, os.environ)
     return (vllm.version if vllm else None) or record.vllm_version
 
 
@@ -53,3 +54,12 @@ def _quantization(model: ModelConfig, version: str | None, base: Path) -> str | 
     with contextlib.suppress(UsageError):
         return checkpoint_of(model, base).quantization
     return None
+
+
+def check_same_level(record: Record, level: int | None) -> None:
+    """Raises RefusedError if a sleeper is asked to sleep at another level."""
+    if level is not None and level != record.level:
+        raise RefusedError(
+            f"{record.name} sleeps at level {record.level}; vLLM cannot go to level {level} without a wake.",
+            f"Wake it first, then sleep it at level {level}; its pinned RAM stays until it is stopped.",
+        )

@@ -10,41 +10,48 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from vllm_sleep_tui.engine import proof
-from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout
+from vllm_sleep_tui.engine import proof, sleeping
+from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout, StillAsleep
+from vllm_sleep_tui.engine.loaders import why_no_reload
+from vllm_sleep_tui.engine.metrics import Page
+from vllm_sleep_tui.engine.plain_client import CLOSED
 from vllm_sleep_tui.engine.proof import Reference, Verdict
 from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet.attached.probe import (
-    CLOSED,
     LOOK,
-    Sighting,
+    ProbeResult,
     after,
-    look_at,
     owns_server,
+    probe_all,
     resolved,
+    snapshot_of,
     wants_key,
 )
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.operations.acquire import held
+from vllm_sleep_tui.fleet.levels import check_same_level
+from vllm_sleep_tui.fleet.model import Model
+from vllm_sleep_tui.fleet.operations.acquire import locked
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
-from vllm_sleep_tui.fleet.snapshot import Prediction, SwitchTimes
+from vllm_sleep_tui.fleet.operations.room import GpuMemory
+from vllm_sleep_tui.fleet.operations.supervised import Supervised
+from vllm_sleep_tui.fleet.poller import Poller
+from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, Serving, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import holder
 from vllm_sleep_tui.fleet.store.records import Intent
-from vllm_sleep_tui.fleet.supervision.go_on import GoOn
-from vllm_sleep_tui.telemetry import prometheus
+from vllm_sleep_tui.telemetry.attribution import ModelMemory
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
     from vllm_sleep_tui.engine.client import VllmClient
 
 INTERVAL = 2.0
-"""Seconds between two looks of the panel."""
-LOOK_SECONDS = 1.5
+"""Seconds between two probes for the panel."""
+PROBE_SECONDS = 1.5
 ASK_SECONDS = 60.0
 SURE_SECONDS = 10.0
 """For a server to say or show whether it sleeps, before it is called unknown."""
@@ -52,323 +59,327 @@ MOVE_SECONDS = 900.0
 """For a sleep or a wake: the size of the weights is not known here."""
 DRAIN_SECONDS = 30.0
 DRAIN_POLL = 0.1
-UNDER_WAY = frozenset({"vllm:num_requests_running", "vllm:num_requests_waiting"})
 
 
-class Watch:
-    """Looks at the attached servers every `INTERVAL` seconds, for the screen."""
-
-    def __init__(self, core: Core) -> None:
-        self._core = core
-        self._task: asyncio.Task[None] | None = None
-        self._go_on = GoOn()
-
-    def start(self) -> None:
-        """Begin to look."""
-        self._task = asyncio.create_task(self._run(), name="attached")
-
-    async def close(self) -> None:
-        """Stop looking."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
-
-    async def _run(self) -> None:
-        while True:
-            with self._go_on.after("the look at attached servers"):
-                await look(self._core, list(self._core.config.models))
-            await asyncio.sleep(INTERVAL)
+def prober(core: Core) -> Poller:
+    """Probes the attached servers again and again, for the screen."""
+    return Poller("the probe of attached servers", INTERVAL, lambda: probe(core.models()))
 
 
-async def look(core: Core, names: list[str]) -> None:
-    """Look at those of the models that are attached, and keep what is seen."""
-    models = {name: model for name in names if (model := core.model(name)).url is not None}
-    if models:
-        for name, seen in (await asyncio.to_thread(look_at, models, LOOK_SECONDS)).items():
-            core.sightings[name] = after(core.sightings.get(name), seen)
+async def probe(models: Sequence[Model]) -> None:
+    """Probe those of the models that are attached, and keep what is seen."""
+    configs = {model.name: model.config for model in models if model.config.url is not None}
+    if configs:
+        results = models[0].core.probes
+        for name, result in (await asyncio.to_thread(probe_all, configs, PROBE_SECONDS)).items():
+            results[name] = after(results.get(name), result)
 
 
-async def see(core: Core, name: str) -> Sighting:
-    """How the server is now; raises RefusedError if it does not answer."""
-    await look(core, [name])
-    seen = core.sightings[name]
-    if seen.state is State.STOPPED:
-        raise RefusedError(f"{name}: {seen.reason}", seen.cure or LOOK)
-    return seen
+class Attached:
+    """The backend of a model that the config gives by `url:`."""
 
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.name = model.name
 
-def has_own_server(core: Core, name: str) -> bool:
-    """Whether a server that was started here before the model got its `url:` still runs."""
-    return core.model(name).url is not None and owns_server(core.records.read(name))
+    @property
+    def client(self) -> VllmClient:
+        """The client of its server."""
+        return self.model.core.client_at(self.model.config)
 
+    @property
+    def last_probe(self) -> ProbeResult | None:
+        """How the server was when it was last probed; None if it was not yet."""
+        return self.model.core.probes.get(self.name)
 
-def refuse_control(core: Core, name: str) -> None:
-    """Raises RefusedError for an attached model: it cannot be started or stopped from here."""
-    url = core.model(name).url
-    if url is not None:
+    # ── observed ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def observe(self, memory: ModelMemory | None, serving: Serving | None) -> ModelSnapshot:
+        """How it was at the last probe; what it holds and serves is not seen from here."""
+        return snapshot_of(self.model.read(), self.model.config, self.last_probe)
+
+    def predict(self, memory: Mapping[int, GpuMemory], serving: Mapping[str, Serving]) -> Prediction:
+        """What `switch` would do: nobody else is touched."""
+        name, seen = self.name, self.last_probe
+        if seen is None or seen.state is State.STOPPED:
+            why = seen.reason if seen and seen.reason else "It has not been looked at yet."
+            return Prediction(target=name, action="refused", sentence=f"{name} cannot be started here. {why}")
+        if seen.state is State.AWAKE:
+            return Prediction(target=name, action="nothing", sentence=f"{name} is awake.")
+        return Prediction(target=name, action="wake", sentence=f"Wakes {name} on its own server.")
+
+    async def state(self) -> State:
+        """Its state, asked now; raises RefusedError if its server does not answer."""
+        return (await self.probe()).state
+
+    async def probe(self) -> ProbeResult:
+        """How the server is now; raises RefusedError if it does not answer."""
+        await probe([self.model])
+        result = self.model.core.probes[self.name]
+        if result.state is State.STOPPED:
+            raise RefusedError(f"{self.name}: {result.reason}", result.cure or LOOK)
+        return result
+
+    async def endpoint(self) -> tuple[VllmClient, str]:
+        """Its client, and what the server calls the model; raises OperationError if it does not tell."""
+        return self.client, await self.served_name()
+
+    async def served_name(self) -> str:
+        """What the server calls the model: our name if it has it, else its first; raises OperationError."""
+        with self.allowed("ask"):
+            cards = await self.client.models()
+        names = [card.id for card in cards]
+        if not names:
+            raise OperationError(f"{self.name}: its server serves no model.", LOOK)
+        return self.name if self.name in names else names[0]
+
+    # ── start, stop ──────────────────────────────────────────────────────────────────────────────────────
+
+    def check_startable(self) -> None:
+        """Raises RefusedError: it cannot be started from here."""
         raise RefusedError(
-            f"{name} is attached by `url: {url}`: its server is not ours to start or stop.",
+            f"{self.name} is attached by `url: {self.model.config.url}`: its server is not ours to start or stop.",
             "Do it where that server was started, or give `model:` instead of `url:`.",
         )
 
+    async def start(self, operation: Operation) -> None:
+        """Raises RefusedError, see `check_startable`."""
+        self.check_startable()
 
-def client_of(core: Core, name: str) -> VllmClient:
-    """The client of the attached server."""
-    return core.client_at(core.model(name))
+    def check_stoppable(self) -> None:
+        """Raises RefusedError unless a server that was started here before it got its `url:` still runs."""
+        if not owns_server(self.model.read()):
+            self.check_startable()
 
+    async def stop(self, operation: Operation, *, force: bool) -> None:
+        """End the server that was started here before the model got its `url:`; RefusedError without one."""
+        self.check_stoppable()
+        await Supervised(self.model).stop(operation, force=force)
 
-async def served_name(core: Core, name: str) -> str:
-    """What the server calls the model: our name if it has it, else its first; raises OperationError."""
-    with _allowed(core, name, "ask"):
-        cards = await client_of(core, name).models()
-    names = [card.id for card in cards]
-    if not names:
-        raise OperationError(f"{name}: its server serves no model.", LOOK)
-    return name if name in names else names[0]
+    # ── switch, wake ─────────────────────────────────────────────────────────────────────────────────────
 
+    async def switch(self, operation: Operation, *, force: bool = False) -> SwitchTimes:
+        """Make it awake; nobody else is put to sleep for it."""
+        async with self.alone(operation):
+            seen = await self.probe()
+            if seen.state is State.ASLEEP or (not seen.tells_sleep and await self.sleeps(operation)):
+                await self.wake_from(seen.level or self.model.record.level or 1, operation)
+            return operation.ledger()
 
-async def switch(core: Core, name: str, operation: Operation) -> SwitchTimes:
-    """Make it awake; nobody else is put to sleep for it."""
-    async with alone(core, name, operation):
-        seen = await see(core, name)
-        if seen.state is State.ASLEEP or (not seen.tells_sleep and await _sleeps(core, name, operation)):
-            await _wake(core, name, seen.level or core.records.read(name).level or 1, operation)
-        return operation.ledger()
+    async def wake(self, operation: Operation) -> None:
+        """The same: what runs elsewhere is awake or asleep."""
+        await self.switch(operation)
 
+    async def sleeps(self, operation: Operation) -> bool:
+        """Whether it sleeps, of a server that did not tell at once; raises OperationError if that stays so.
 
-async def _sleeps(core: Core, name: str, operation: Operation) -> bool:
-    """Whether it sleeps, of a server that did not tell at once; raises OperationError if it cannot be known.
-
-    `/is_sleeping` waits while the engine falls asleep or wakes. Where it is closed an answer is the proof: a
-    sleeper never gives one.
-    """
-    operation.tell(name, "asking", "whether it sleeps")
-    client = client_of(core, name)
-    with contextlib.suppress(EngineRefused):
+        `/is_sleeping` waits while the engine falls asleep or wakes. Where it is closed an answer is the proof:
+        a sleeper never gives one.
+        """
+        operation.tell(self.name, "asking", "whether it sleeps")
+        with contextlib.suppress(EngineRefused):
+            try:
+                return await self.client.is_sleeping(SURE_SECONDS)
+            except EngineTimeout as error:
+                raise self.unsure() from error
         try:
-            return await client.is_sleeping(SURE_SECONDS)
+            await proof.one_token(self.client, await self.served_name(), SURE_SECONDS)
         except EngineTimeout as error:
-            raise _unsure(name) from error
-    try:
-        await client.complete(
-            proof.WARM_UP, model=await served_name(core, name), max_tokens=1, timeout=SURE_SECONDS
+            raise self.unsure() from error
+        return False
+
+    def unsure(self) -> OperationError:
+        """What to tell of a server that does not say whether it sleeps."""
+        return OperationError(
+            f"{self.name}: its server answers, and does not tell within {SURE_SECONDS:.0f} s whether it sleeps.",
+            "It may be asleep, or on its way: try again, or wake it where it was started.",
         )
-    except EngineTimeout as error:
-        raise _unsure(name) from error
-    except EngineRefused:
-        pass  # a task without completions, a key that is not known: it speaks, and a sleeper would not
-    return False
 
+    async def wake_from(self, level: int, operation: Operation) -> None:
+        """The wake of a sleeper, and its proof."""
+        self.intend(operation, "wake", level)
+        with operation.timed("wake"), self.allowed("wake"):
+            try:
+                await sleeping.wake(self.client, level, MOVE_SECONDS, operation.timed, quick=ASK_SECONDS)
+            except StillAsleep as error:
+                what = f"{self.name}: its server said yes and still sleeps."
+                raise OperationError(what, "Look at its log.") from error
+        with operation.timed("prove"), self.allowed("answer"):
+            verdict = await self.prove()
+        self.model.write(level=None, proof=verdict, last_switch=operation.ledger())
 
-def _unsure(name: str) -> OperationError:
-    return OperationError(
-        f"{name}: its server answers, and does not tell within {SURE_SECONDS:.0f} s whether it sleeps.",
-        "It may be asleep, or on its way: try again, or wake it where it was started.",
-    )
+    async def prove(self) -> Verdict:
+        """The answer compared with the one before the sleep; raises OperationError if it is nonsense."""
+        reference = self.model.record.reference
+        if reference is None:
+            return Verdict.UNPROVEN
+        for _ in range(2):  # the first answer after a wake may be computed in another order
+            if proof.is_same(await self.ask(), reference.logprobs):
+                return Verdict.PROVEN
+        raise OperationError(
+            f"{self.name} woke and does not answer as before it slept.", "Restart it where it was started."
+        )
 
+    # ── sleep ────────────────────────────────────────────────────────────────────────────────────────────
 
-async def sleep(
-    core: Core,
-    name: str,
-    level: int | None,
-    operation: Operation,
-    *,
-    force: bool = False,
-    unless: Callable[[], Awaitable[None]] | None = None,
-) -> None:
-    """Put it to sleep where its server allows it; done if it sleeps at this level.
+    async def sleep(
+        self,
+        level: int | None,
+        operation: Operation,
+        *,
+        force: bool = False,
+        unless: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Put it to sleep where its server allows it; done if it sleeps at this level.
 
-    If `unless`, asked at once and when no answer is under way, raises PanelError, it stays awake.
-    """
-    from vllm_sleep_tui.fleet.operations.switch import check_same_level
+        If `unless`, asked at once and when no answer is under way, raises PanelError, it stays awake.
+        """
+        async with self.alone(operation):
+            seen = await self.probe()
+            if seen.state is State.ASLEEP:
+                if at := seen.level or self.model.record.level:
+                    check_same_level(self.model.write(level=at), level)
+                return
+            wanted = self.own_level() if level is None else level
+            if wanted == 0:
+                raise RefusedError(
+                    f"{self.name} was not started by the panel: its weights cannot stay in VRAM (level 0).",
+                    "Sleep it at level 1 or 2.",
+                )
+            version = await self.check_version()
+            if wanted == 2:
+                await self.check_reload(version)
+            if unless is not None:
+                await unless()
+            await self.drain(operation, force=force)
+            if unless is not None:
+                await unless()
+            await self.take_reference()
+            await self.fall_asleep(wanted, operation)
 
-    async with alone(core, name, operation):
-        seen = await see(core, name)
-        record = core.records.read(name)
-        if seen.state is State.ASLEEP:
-            if seen.level or record.level:
-                check_same_level(core.write(record, level=seen.level or record.level), level)
-            return
-        wanted = _own_level(core, name) if level is None else level
-        if wanted == 0:
+    def own_level(self) -> int:
+        """The level of its config; raises RefusedError for `level: none`."""
+        level = resolved(self.model.config)
+        if level == "none":
             raise RefusedError(
-                f"{name} was not started by the panel: its weights cannot stay in VRAM (level 0).",
-                "Sleep it at level 1 or 2.",
+                f"{self.name} has `level: none` and is attached: it cannot be stopped from here instead.",
+                "Name a level: --level 1 or 2, or write it in the config.",
             )
-        await _check_version(core, name)
-        if unless is not None:
-            await unless()
-        await drain(core, name, operation, force=force)
-        if unless is not None:
-            await unless()
-        await _take_reference(core, name)
-        await _sleep(core, name, wanted, operation)
+        return int(level)
 
+    async def check_version(self) -> str:
+        """Its version; raises RefusedError for a vLLM whose sleep is not reliable."""
+        with self.allowed("sleep"):
+            version = await self.client.version()
+        why_not = capabilities(version, None).why_not
+        if why_not is not None:
+            raise RefusedError(f"{self.name}: {why_not}", "Run a newer vLLM there.")
+        return version
 
-@contextlib.asynccontextmanager
-async def alone(core: Core, name: str, operation: Operation) -> AsyncIterator[None]:
-    """Hold the model's lock; what is under way ends with it, and what is seen then is seen at once."""
-    async with held(core.model_locks({name}), holder(operation.name, name), operation, name):
+    async def check_reload(self, version: str) -> None:
+        """Raises RefusedError if its server says that it loads the model in a way that level 2 cannot repeat."""
+        with self.allowed("sleep"):
+            configured = await self.client.configured(ASK_SECONDS)
+        if configured is None:
+            return
+        model, args = configured.model_config, {"load-format": configured.load_config.load_format}
+        if configured.lora_config is not None:
+            args["enable-lora"] = "true"
+        if never := why_no_reload(model.model, args, version, model.quantization):
+            raise RefusedError(f"Level 2 could not bring {self.name} back: {never}.", "Sleep it at level 1.")
+
+    async def drain(self, operation: Operation, *, force: bool) -> None:
+        """Wait for answers under way; there is no gate, so after DRAIN_SECONDS it is refused, unless forced."""
+        if force:
+            return
+        deadline = time.monotonic() + DRAIN_SECONDS
+        self.intend(operation, "drain")
+        with operation.timed("drain"):
+            while count := await self.under_way():
+                operation.tell(self.name, "drain", f"{count:.0f} answers under way")
+                if time.monotonic() > deadline:
+                    raise RefusedError(
+                        f"{self.name} still gives {count:.0f} answers after {DRAIN_SECONDS:.0f} s.",
+                        "Wait until they end, or use --force, which breaks them off.",
+                    )
+                await operation.pause(DRAIN_POLL)
+
+    async def under_way(self) -> float:
+        """Answers that the server gives now; 0 where it does not tell."""
+        try:
+            metrics = await self.client.metrics()
+        except EngineRefused:
+            return 0.0
+        return Page.read(metrics, time.monotonic()).under_way or 0.0
+
+    async def take_reference(self) -> None:
+        """The proof's answer while it is well; its cache is emptied first, as the sleep would."""
+        logprobs = None
+        # A task without completions cannot be asked, nor a server whose key is not known.
+        with contextlib.suppress(EngineRefused, RefusedError):
+            await self.client.reset_prefix_cache(ASK_SECONDS)
+            logprobs = await self.ask()
+        self.model.write(reference=None if logprobs is None else Reference(logprobs=logprobs))
+
+    async def ask(self) -> tuple[float, ...] | None:
+        """The answer to the proof's question."""
+        answer = await self.client.complete(
+            proof.PROMPT, model=await self.served_name(), prompt_logprobs=1, timeout=ASK_SECONDS
+        )
+        return answer.prompt_logprobs
+
+    async def fall_asleep(self, level: int, operation: Operation) -> None:
+        """The call, and the question whether it happened."""
+        self.intend(operation, "sleep", level)
+        with operation.timed("sleep"), self.allowed("sleep"):
+            await sleeping.sleep(self.client, level, MOVE_SECONDS)
+            sleeps = await self.client.is_sleeping(MOVE_SECONDS)
+        if not sleeps:
+            raise OperationError(
+                f"{self.name}: its server said yes and does not sleep.",
+                "It was started without --enable-sleep-mode, or is in use again.",
+            )
+        # That it sleeps is known; what it freed, on a machine that is not seen from here, is not.
+        self.model.write(level=level, proof=Verdict.UNVERIFIED)
+
+    # ── around each ──────────────────────────────────────────────────────────────────────────────────────
+
+    @contextlib.asynccontextmanager
+    async def alone(self, operation: Operation) -> AsyncIterator[None]:
+        """Hold the model's lock; what is under way ends with it, and what is seen then is seen at once."""
+        async with locked([self.model.lock], holder(operation.name, self.name), operation, self.name):
+            self.model.read()
+            try:
+                yield
+            finally:
+                if self.model.read().intent is not None:
+                    self.model.write(intent=None)
+                await probe([self.model])
+
+    @contextlib.contextmanager
+    def allowed(self, verb: str) -> Iterator[None]:
+        """Name the model in what goes wrong; RefusedError where the endpoint is closed or not there."""
         try:
             yield
-        finally:
-            record = core.records.read(name)
-            if record.intent is not None:
-                core.write(record, intent=None)
-            await look(core, [name])
-
-
-def _own_level(core: Core, name: str) -> int:
-    """The level of its config; raises RefusedError for `level: none`."""
-    level = resolved(core.model(name))
-    if level == "none":
-        raise RefusedError(
-            f"{name} has `level: none` and is attached: it cannot be stopped from here instead.",
-            "Name a level: --level 1 or 2, or write it in the config.",
-        )
-    return int(level)
-
-
-async def _check_version(core: Core, name: str) -> None:
-    """Raises RefusedError for a vLLM whose sleep is not reliable."""
-    with _allowed(core, name, "sleep"):
-        version = await client_of(core, name).version()
-    why_not = capabilities(version, None).why_not
-    if why_not is not None:
-        raise RefusedError(f"{name}: {why_not}", "Run a newer vLLM there.")
-
-
-async def drain(core: Core, name: str, operation: Operation, *, force: bool) -> None:
-    """Wait for answers under way; there is no gate, so after DRAIN_SECONDS it is refused, unless forced."""
-    if force:
-        return
-    client, deadline = client_of(core, name), time.monotonic() + DRAIN_SECONDS
-    _intend(core, name, operation, "drain")
-    with operation.timed("drain"):
-        while count := await _under_way(client):
-            operation.tell(name, "drain", f"{count:.0f} answers under way")
-            if time.monotonic() > deadline:
+        except EngineRefused as error:
+            if error.status == HTTPStatus.UNAUTHORIZED:
+                reason, cure = wants_key(self.model.config)
+                raise RefusedError(f"{self.name}: {reason}", cure) from error
+            if error.status in CLOSED:
                 raise RefusedError(
-                    f"{name} still gives {count:.0f} answers after {DRAIN_SECONDS:.0f} s.",
-                    "Wait until they end, or use --force, which breaks them off.",
-                )
-            await operation.pause(DRAIN_POLL)
+                    f"{self.name}: its server lets nobody from here {verb} it ({error.status}).",
+                    "It must run with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1; "
+                    "one that another vllm-sleep-tui started obeys that one alone.",
+                ) from error
+            raise OperationError(f"{self.name} could not {verb}: {error.what}", "Look at its log.") from error
+        except EngineError as error:
+            raise OperationError(f"{self.name} could not {verb}: {error.what}", error.cure) from error
 
-
-async def _under_way(client: VllmClient) -> float:
-    """Answers that the server gives now; 0 where it does not tell."""
-    try:
-        metrics = await client.metrics()
-    except EngineRefused:
-        return 0.0
-    scrape = prometheus.parse(metrics, UNDER_WAY)
-    return sum(prometheus.total(scrape, sign) or 0.0 for sign in UNDER_WAY)
-
-
-async def _take_reference(core: Core, name: str) -> None:
-    """The proof's answer while it is well; its cache is emptied first, as the sleep would."""
-    client, logprobs = client_of(core, name), None
-    # A task without completions cannot be asked, nor a server whose key is not known.
-    with contextlib.suppress(EngineRefused, RefusedError):
-        await client.reset_prefix_cache(ASK_SECONDS)
-        logprobs = await _ask(core, name)
-    reference = None if logprobs is None else Reference(logprobs=logprobs)
-    core.write(core.records.read(name), reference=reference)
-
-
-async def _ask(core: Core, name: str) -> tuple[float, ...] | None:
-    answer = await client_of(core, name).complete(
-        proof.PROMPT, model=await served_name(core, name), prompt_logprobs=1, timeout=ASK_SECONDS
-    )
-    return answer.prompt_logprobs
-
-
-async def _sleep(core: Core, name: str, level: int, operation: Operation) -> None:
-    """The call, and the question whether it happened."""
-    _intend(core, name, operation, "sleep", level)
-    client = client_of(core, name)
-    with operation.timed("sleep"), _allowed(core, name, "sleep"):
-        await client.sleep(level, MOVE_SECONDS)
-        sleeps = await client.is_sleeping(MOVE_SECONDS)
-    if not sleeps:
-        raise OperationError(
-            f"{name}: its server said yes and does not sleep.",
-            "It was started without --enable-sleep-mode, or is in use again.",
+    def intend(self, operation: Operation, phase: str, level: int | None = None) -> None:
+        """Write and tell what is being done."""
+        self.model.write(
+            intent=Intent(
+                operation=operation.name, phase=phase, since=operation.since, actor=actor(), level=level
+            )
         )
-    # That it sleeps is known; what it freed, on a machine that is not seen from here, is not.
-    core.write(core.records.read(name), level=level, proof=Verdict.UNVERIFIED)
-
-
-async def _wake(core: Core, name: str, level: int, operation: Operation) -> None:
-    """The call, or the four steps of level 2; then the proof."""
-    _intend(core, name, operation, "wake", level)
-    client = client_of(core, name)
-    with operation.timed("wake"), _allowed(core, name, "wake"):
-        if level == 2:
-            with operation.timed("weights"):
-                await client.wake_up(("weights",), timeout=MOVE_SECONDS)
-            with operation.timed("reload"):
-                await client.collective_rpc("reload_weights", MOVE_SECONDS)
-            with operation.timed("kv_cache"):
-                await client.wake_up(("kv_cache",), timeout=MOVE_SECONDS)
-            with operation.timed("reset"):
-                await client.reset_prefix_cache(ASK_SECONDS)
-        else:
-            await client.wake_up(timeout=MOVE_SECONDS)
-        sleeps = await client.is_sleeping(MOVE_SECONDS)
-    if sleeps:
-        raise OperationError(f"{name}: its server said yes and still sleeps.", "Look at its log.")
-    with operation.timed("prove"), _allowed(core, name, "answer"):
-        verdict = await _prove(core, name)
-    core.write(core.records.read(name), level=None, proof=verdict, last_switch=operation.ledger())
-
-
-async def _prove(core: Core, name: str) -> Verdict:
-    """The answer compared with the one before the sleep; raises OperationError if it is nonsense."""
-    reference = core.records.read(name).reference
-    if reference is None:
-        return Verdict.UNPROVEN
-    for _ in range(2):
-        if proof.is_same(await _ask(core, name), reference.logprobs):
-            return Verdict.PROVEN
-    raise OperationError(
-        f"{name} woke and does not answer as before it slept.", "Restart it where it was started."
-    )
-
-
-@contextlib.contextmanager
-def _allowed(core: Core, name: str, verb: str) -> Iterator[None]:
-    """Name the model in what goes wrong; RefusedError where the endpoint is closed or not there."""
-    try:
-        yield
-    except EngineRefused as error:
-        if error.status == HTTPStatus.UNAUTHORIZED:
-            reason, cure = wants_key(core.model(name))
-            raise RefusedError(f"{name}: {reason}", cure) from error
-        if error.status in CLOSED:
-            raise RefusedError(
-                f"{name}: its server lets nobody from here {verb} it ({error.status}).",
-                "It must run with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1; "
-                "one that another vllm-sleep-tui started obeys that one alone.",
-            ) from error
-        raise OperationError(f"{name} could not {verb}: {error.what}", "Look at its log.") from error
-    except EngineError as error:
-        raise OperationError(f"{name} could not {verb}: {error.what}", error.cure) from error
-
-
-def _intend(core: Core, name: str, operation: Operation, phase: str, level: int | None = None) -> None:
-    """Write and tell what is being done."""
-    intent = Intent(operation=operation.name, phase=phase, since=operation.since, actor=actor(), level=level)
-    core.write(core.records.read(name), intent=intent)
-    operation.tell(name, phase)
-
-
-def predict(core: Core, name: str) -> Prediction:
-    """What a switch to an attached model would do: nobody else is touched."""
-    seen = core.sightings.get(name)
-    if seen is None or seen.state is State.STOPPED:
-        why = seen.reason if seen and seen.reason else "It has not been looked at yet."
-        return Prediction(target=name, action="refused", sentence=f"{name} cannot be started here. {why}")
-    if seen.state is State.AWAKE:
-        return Prediction(target=name, action="nothing", sentence=f"{name} is awake.")
-    return Prediction(target=name, action="wake", sentence=f"Wakes {name} on its own server.")
+        operation.tell(self.name, phase)

@@ -12,21 +12,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm_sleep_tui.config.types import IdleConfig
 from vllm_sleep_tui.engine.failures import EngineError
+from vllm_sleep_tui.engine.metrics import Page
 from vllm_sleep_tui.errors import PanelError
-from vllm_sleep_tui.fleet.attached import backend as attached
-from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.attached.backend import Attached
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import LockBusyError, hold, holder
 from vllm_sleep_tui.fleet.store.records import Hang
 from vllm_sleep_tui.fleet.supervision import idle
-from vllm_sleep_tui.fleet.supervision.hang import SIGNS
-from vllm_sleep_tui.telemetry import prometheus
 
-USE = SIGNS | {"vllm:request_success_total"}
-"""The last is for tasks without tokens of their own, such as embeddings."""
 log = logging.getLogger(__name__)
 
 
@@ -45,35 +41,34 @@ class _Still:
     """On the monotonic clock: nothing has moved since."""
 
 
-async def read_use(core: Core, name: str) -> Use | None:
+async def read_use(model: Model) -> Use | None:
     """The server's use now; None if it does not tell."""
     try:
-        scrape = prometheus.parse(await attached.client_of(core, name).metrics(), USE)
+        page = Page.read(await Attached(model).client.metrics(), time.monotonic())
     except EngineError:
         return None
-    under_way = [prometheus.total(scrape, gauge) for gauge in sorted(attached.UNDER_WAY)]
-    known = [count for count in under_way if count is not None]
-    return Use(sum(known), tuple(prometheus.total(scrape, sign) for sign in sorted(USE))) if known else None
+    if page.under_way is None:
+        return None
+    return Use(page.under_way, (*page.signs_of_life, page.requests))
 
 
 class AttachedCare:
     """Remembers of each attached server since when nothing moved."""
 
-    def __init__(self, core: Core, hang_limit: float, leads: Callable[[], bool] = lambda: True) -> None:
-        self._core = core
+    def __init__(self, hang_limit: float, leads: Callable[[], bool] = lambda: True) -> None:
         self._leads = leads
         self._hang_limit = hang_limit
         self._still: dict[str, _Still] = {}
         self._refused: dict[str, float | None] = {}
 
-    async def look(self, name: str, config: IdleConfig) -> None:
+    async def look(self, model: Model) -> None:
         """Does it hang, is it idle? Raises PanelError if it is and cannot be put to sleep."""
-        seen = self._core.sightings.get(name)
+        name, seen = model.name, Attached(model).last_probe
         if seen is None or seen.state is not State.AWAKE:
             self._still.pop(name, None)
-            await self._tell(name, None)
+            await self._note_hang(model, None)
             return
-        use = await read_use(self._core, name)
+        use = await read_use(model)
         seconds = self._seconds(name, use)
         unsure = 0.0 if seen.unsure_since is None else time.monotonic() - seen.unsure_since
         symptom = None
@@ -81,10 +76,10 @@ class AttachedCare:
             symptom = f"{use.under_way:.0f} requests under way and no token"
         elif unsure >= self._hang_limit:
             symptom = "no word on whether it sleeps"
-        await self._tell(name, symptom)
+        await self._note_hang(model, symptom)
         is_idle = use is not None and not use.under_way and seen.unsure_since is None
-        if use is not None and is_idle and idle.due(config, State.AWAKE, seconds) == "sleep":
-            await self._put_away(name, use, seen.since)
+        if use is not None and is_idle and idle.due(model.config.idle, State.AWAKE, seconds) == "sleep":
+            await self._put_away(model, use, seen.since)
 
     def _seconds(self, name: str, use: Use | None) -> float:
         """Seconds since anything moved; 0 where it is not known."""
@@ -97,31 +92,33 @@ class AttachedCare:
             return 0.0
         return now - known.since
 
-    async def _put_away(self, name: str, use: Use, since: float | None) -> None:
+    async def _put_away(self, model: Model, use: Use, since: float | None) -> None:
+        name = model.name
         if self._refused.get(name, 0.0) == since:
             return
 
         async def still_idle() -> None:
-            if await read_use(self._core, name) != use or not self._leads():
+            if await read_use(model) != use or not self._leads():
                 raise idle.InUseAgainError(f"{name} is in use again.", "It stays awake.")
 
         log.info("%s: sleep, nobody has used it for a while", name)
         try:
             with contextlib.suppress(idle.InUseAgainError):
-                await attached.sleep(self._core, name, None, Operation("sleep", name), unless=still_idle)
+                await Attached(model).sleep(None, Operation("sleep", name), unless=still_idle)
         except PanelError:
             self._refused[name] = since  # no sleep mode, say: once is enough
             raise
 
-    async def _tell(self, name: str, symptom: str | None) -> None:
+    async def _note_hang(self, model: Model, symptom: str | None) -> None:
         """Write down that it hangs, or no longer; left for the next look while somebody operates on it."""
-        known = self._core.records.read(name).hang
+        name, known = model.name, model.read().hang
         if symptom == (known and known.symptom) and (known is None or known.by == actor()):
             return
         with contextlib.suppress(LockBusyError):
-            async with hold(self._core.model_locks({name}), holder("looking", name), limit=0.0):
+            async with hold([model.lock], holder("looking", name), limit=0.0):
                 since = time.time() - self._hang_limit
                 hang = None if symptom is None else Hang(symptom=symptom, since=since, by=actor())
-                self._core.write(self._core.records.read(name), hang=hang)
+                model.read()
+                model.write(hang=hang)
             if symptom is not None:
                 log.warning("%s: it hangs: %s", name, symptom)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.levels import why_no_level2
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.discovery import find_command
 from vllm_sleep_tui.fleet.operations.room import held_here, read_memory, shares_of
 from vllm_sleep_tui.fleet.states import RUNNING
@@ -32,15 +32,15 @@ def advise_fleet(core: Core, per_day: Mapping[str, float] | None = None) -> Advi
 
 def read_machine(core: Core) -> Machine:
     """The machine as it is, without what our own models hold now."""
-    records = core.readable()
-    used = {gpu for model in core.config.models.values() for gpu in model.gpus}
+    models = core.readable()
+    used = {gpu for config in core.config.models.values() for gpu in config.gpus}
     memory = {gpu: now for gpu, now in read_memory(core, used).items() if now.total is not None}
-    ours = {gpu: sum(held_here(core, record, now, gpu) for record in records) for gpu, now in memory.items()}
+    ours = {gpu: sum(held_here(model, now, gpu) for model in models) for gpu, now in memory.items()}
     host = host_memory(core.simulated)
     ram = None
     if host.available_bytes is not None and host.total_bytes is not None:
-        stopped = sum(bool(core.model(r.name).gpus) and r.state not in RUNNING for r in records)
-        pinned = sum(core.pinned_now(record) for record in records)
+        stopped = sum(bool(each.config.gpus) and each.record.state not in RUNNING for each in models)
+        pinned = sum(model.pinned_now() for model in models)
         ram = host.available_bytes + pinned - stopped * PRIVATE_BYTES - budget.ram_margin(host.total_bytes)
     return Machine(
         totals={gpu: now.total for gpu, now in memory.items() if now.total is not None},
@@ -51,61 +51,62 @@ def read_machine(core: Core) -> Machine:
 
 def read_figures(core: Core, per_day: Mapping[str, float] | None = None) -> list[Figures]:
     """The figures of every model of the config, in its order; `per_day` are its switches where known."""
-    memory = read_memory(core, {gpu for model in core.config.models.values() for gpu in model.gpus})
-    commands = {core.vllm_command(name) for name in core.config.models}
+    models = core.models()
+    memory = read_memory(core, {gpu for model in models for gpu in model.config.gpus})
+    commands = {model.vllm_command for model in models}
     versions = {command: vllm.version for command in commands if (vllm := find_command(command, os.environ))}
-    shares = shares_of(core, [key for key, model in core.config.models.items() if model.model], memory)
+    shares = shares_of([model for model in models if model.config.model], memory)
     return [
         _figures(
-            core, name, shares.get(name), versions.get(core.vllm_command(name)), (per_day or {}).get(name)
+            model,
+            shares.get(model.name),
+            versions.get(model.vllm_command),
+            (per_day or {}).get(model.name),
         )
-        for name in core.config.models
+        for model in models
     ]
 
 
-def _figures(
-    core: Core, name: str, share: float | None, version: str | None, per_day: float | None
-) -> Figures:
-    model, known = core.model(name), core.footprint(name)
-    expected, unreadable = _estimate(core, model, share, version)
-    seconds = _times(known, expected.times or _times_of(known, model))
-    pinned = known.pinned or expected.pinned_bytes or budget.pinned_estimate(known, expected.weights_bytes)
-    awake = _awake(core, model, known, expected, share)
-    measured = {what for what in seconds if known.typical(what) is not None}
-    measured |= {"memory"} if set(known.awake) >= {str(gpu) for gpu in model.gpus} else set()
-    measured |= {"pinned"} if known.pinned else set()
+def _figures(model: Model, share: float | None, version: str | None, per_day: float | None) -> Figures:
+    config, measured = model.config, model.footprint
+    expected, unreadable = _estimate(model, share, version)
+    seconds = _times(measured, expected.times or _times_of(measured, config))
+    pinned = (
+        measured.pinned or expected.pinned_bytes or budget.pinned_estimate(measured, expected.weights_bytes)
+    )
+    certain = {what for what in seconds if measured.typical(what) is not None}
+    certain |= {"memory"} if set(measured.awake) >= {str(gpu) for gpu in config.gpus} else set()
+    certain |= {"pinned"} if measured.pinned else set()
     return Figures(
-        name=name,
-        gpus=model.gpus,
-        configured=str(model.level),
-        is_attached=model.url is not None,
-        awake=awake,
-        asleep={gpu: budget.asleep_estimate(known, model, gpu) for gpu in model.gpus},
-        weights=_share_of_weights(known, model) or expected.weights_per_gpu,
+        name=model.name,
+        gpus=config.gpus,
+        configured=str(config.level),
+        is_attached=config.url is not None,
+        awake=_awake(model, expected, share),
+        asleep={gpu: budget.asleep_estimate(measured, config, gpu) for gpu in config.gpus},
+        weights=_share_of_weights(measured, config) or expected.weights_per_gpu,
         context=expected.context_bytes,
         pinned=pinned,
         start=seconds["start"],
         wake1=seconds["wake1"],
         wake2=seconds["wake2"],
-        estimated=frozenset({"memory", "pinned", *seconds} - measured),
-        no_level2=why_no_level2(model, version, core.loaded.path.parent),
+        estimated=frozenset({"memory", "pinned", *seconds} - certain),
+        no_level2=why_no_level2(config, version, model.base),
         per_day=per_day,
-        unreadable=None if known.weights or known.pinned else unreadable,
+        unreadable=None if measured.weights or measured.pinned else unreadable,
     )
 
 
-def _estimate(
-    core: Core, model: ModelConfig, share: float | None, version: str | None
-) -> tuple[Estimate, str | None]:
+def _estimate(model: Model, share: float | None, version: str | None) -> tuple[Estimate, str | None]:
     """The estimate, an empty one without files; and why the files that are here are no checkpoint."""
-    total = min((size for gpu in model.gpus if (size := core.total(gpu))), default=None)
-    base: Path = core.loaded.path.parent
+    config, base = model.config, model.base
+    total = min((size for gpu in config.gpus if (size := model.core.total(gpu))), default=None)
     try:
-        found = estimate(model, base, total=total, utilization=share, version=version)
+        expected = estimate(config, base, total=total, utilization=share, version=version)
     except UsageError as error:
-        is_here = model.model is not None and find_checkpoint(model.model, base, os.environ | model.env)
+        is_here = config.model is not None and find_checkpoint(config.model, base, os.environ | config.env)
         return Estimate(), error.what if is_here else None
-    return found, found.unknown.get("weights")
+    return expected, expected.unknown.get("weights")
 
 
 def _times(known: Footprint, expected: Times | None) -> dict[str, float | None]:
@@ -135,15 +136,13 @@ def _times_of(known: Footprint, model: ModelConfig) -> Times | None:
     )
 
 
-def _awake(
-    core: Core, model: ModelConfig, known: Footprint, expected: Estimate, share: float | None
-) -> dict[int, int]:
+def _awake(model: Model, expected: Estimate, share: float | None) -> dict[int, int]:
     """VRAM by GPU, measured or estimated; empty if a GPU's size is not known."""
-    found = {}
-    for gpu in model.gpus:
-        measured, total = known.awake.get(str(gpu)), core.total(gpu)
+    sizes = {}
+    for gpu in model.config.gpus:
+        measured, total = model.footprint.awake.get(str(gpu)), model.core.total(gpu)
         if measured is None and total is None:
             return {}
         guess = expected.awake_per_gpu or budget.awake_estimate(share, total or 0)
-        found[gpu] = guess if measured is None else measured
-    return found
+        sizes[gpu] = guess if measured is None else measured
+    return sizes

@@ -17,7 +17,7 @@ from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.files import path_of
-from vllm_sleep_tui.fleet.keeper_client import Word, read_word
+from vllm_sleep_tui.fleet.keeper_client import KeeperStatus, read_status
 from vllm_sleep_tui.fleet.observe.discovery import launch_of
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record, read_record
@@ -178,12 +178,12 @@ def spoken_of(folder: Path) -> Iterator[tuple[str, tuple[ProcessId, ...]]]:
                 yield record.launch, processes_of(record)
     for path in folder.glob("*.keeper"):
         with contextlib.suppress(OperationError):
-            word = read_word(path)
+            word = read_status(path)
             if word.launch is not None and word.exit is None:
                 yield word.launch, processes_of(word)
 
 
-def processes_of(told: Record | Word) -> tuple[ProcessId, ...]:
+def processes_of(told: Record | KeeperStatus) -> tuple[ProcessId, ...]:
     """Server and engines, as a record or a keeper tells of them."""
     return (*([told.server] if told.server else []), *told.engines)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.levels import why_no_level2
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.room import GpuMemory, needed, own_level, plan_for, too_large
 from vllm_sleep_tui.fleet.snapshot import Prediction, Serving
 from vllm_sleep_tui.fleet.states import State
@@ -30,23 +31,23 @@ def memory_in(readings: Sequence[GpuReading]) -> dict[int, GpuMemory]:
 
 
 def predict(
-    core: Core,
-    name: str,
+    model: Model,
     state: State,
     memory: Mapping[int, GpuMemory],
     serving: Mapping[str, Serving],
 ) -> Prediction:
-    """What a switch to `name` in `state` would do with the memory as it is and what is being served."""
+    """What a switch to the model in `state` would do, with the memory as it is and what is being served."""
+    name = model.name
     if state is State.AWAKE:
         return Prediction(target=name, action="nothing", sentence=f"{name} is awake.")
     if state in BUSY:
         return Prediction(target=name, action="nothing", sentence=f"{name} is {state}.")
-    if state is not State.ASLEEP and (large := too_large(core, name, memory)) is not None:
+    if state is not State.ASLEEP and (large := too_large(model, memory)) is not None:
         return Prediction(target=name, action="refused", sentence=large)
-    room = plan_for(core, name, memory=memory)
-    need = needed(core, name, memory)
+    room = plan_for(model, memory=memory)
+    need = needed(model, memory)
     action = action_of(state, room)
-    seconds = seconds_of(core, name, state, room)
+    seconds = seconds_of(model, state, room)
     return Prediction(
         target=name,
         action=action,
@@ -58,14 +59,14 @@ def predict(
         used_after=used_after(memory, room, need),
         sentence=sentence(name, action, seconds, room, need)
         + cache_lost(room, serving)
-        + level_2_risks(core, room)
-        + failed_so(core, name, state),
+        + level_2_risks(model.core, room)
+        + failed_so(model, state),
     )
 
 
-def waits(core: Core, name: str) -> Holder | None:
-    """Who holds a lock that an operation on `name` needs; None if it could begin at once."""
-    paths = [*core.gpu_locks(set(core.model(name).gpus)), *core.model_locks({name})]
+def waits(model: Model) -> Holder | None:
+    """Who holds a lock that an operation on the model needs; None if it could begin at once."""
+    paths = [*model.core.gpu_locks(set(model.config.gpus)), model.lock]
     return next((who for path in paths if (who := read_holder(path)) is not None), None)
 
 
@@ -78,17 +79,16 @@ def action_of(state: State, room: Room) -> str:
     return "switch" if room.leaving else "wake"
 
 
-def seconds_of(core: Core, name: str, state: State, room: Room) -> float | None:
+def seconds_of(model: Model, state: State, room: Room) -> float | None:
     """How long it took here before, all of it; None if a part of it was never measured."""
     parts: list[float | None] = []
     for leaving in room.sleeps:
-        record = core.records.read(leaving)
-        known = core.footprint(leaving)
-        level = own_level(record)
-        parts.append(known.typical(f"sleep{level}") or known.typical("sleep1-first"))
-    footprint = core.footprint(name)
+        other = model.core.model(leaving)
+        measured = other.footprint
+        parts.append(measured.typical(f"sleep{own_level(other.record)}") or measured.typical("sleep1-first"))
+    footprint = model.footprint
     if state is State.ASLEEP:
-        at = core.records.read(name).level
+        at = model.record.level
         parts.append(footprint.typical(f"wake{1 if at is None else at}"))
     else:
         parts.append(footprint.typical("start"))
@@ -120,24 +120,25 @@ def sentence(name: str, action: str, seconds: float | None, room: Room, need: Ma
     return f"{about}{', '.join(steps)}{figures}."
 
 
-def failed_so(core: Core, name: str, state: State) -> str:
+def failed_so(model: Model, state: State) -> str:
     """Says of a model whose last start failed that its settings are the same still."""
-    record = core.records.read(name)
+    record = model.record
     never_ran = record.reference is None and record.fell is None and record.reason is not None
-    same = never_ran and record.digest == core.digest(name)
+    same = never_ran and record.digest == model.digest
     return " Its last start failed with the same settings." if state is State.FAILED and same else ""
 
 
 def level_2_risks(core: Core, room: Room) -> str:
     """What level 2 may lose of the models that would sleep at it, in words."""
-    base, told = core.loaded.path.parent, []
+    sentences = []
     for name in room.sleeps:
-        record = core.records.read(name)
+        model = core.model(name)
+        record = model.record
         if record.resolved_level == "2" and (
-            risk := why_no_level2(core.model(name), record.vllm_version, base)
+            risk := why_no_level2(model.config, record.vllm_version, model.base)
         ):
-            told.append(f" Level 2 of {name}: {risk}.")
-    return "".join(told)
+            sentences.append(f" Level 2 of {name}: {risk}.")
+    return "".join(sentences)
 
 
 def cache_lost(room: Room, serving: Mapping[str, Serving]) -> str:

@@ -9,62 +9,65 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 from vllm_sleep_tui.errors import RefusedError
-from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.operation import Operation
-from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished, recover
+from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished, reconcile
 from vllm_sleep_tui.fleet.operations.room import plan_for
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import Holder, LockBusyError, cure_for, describe, hold, holder
 from vllm_sleep_tui.sizing.placement import Room
 
 GATE_LIMIT = 1.0
+"""Seconds for a neighbour's guard: the answer only ranks who was idle longest."""
 NO_ROOM_NEEDED = Room(sleeps=(), stops=(), free={}, missing={})
 
 
-def others_on(core: Core, name: str) -> set[str]:
-    """The other models of the config that share a GPU with `name` and whose files can be read."""
-    mine = set(core.model(name).gpus)
-    models = core.config.models
-    near = {key for key, model in models.items() if key != name and mine & set(model.gpus)}
-    return near & {record.name for record in core.readable()} if near else near
+def others_on(model: Model) -> list[Model]:
+    """The other models of the config that share a GPU with this one and whose files can be read."""
+    mine = set(model.config.gpus)
+    near = {other.name for other in model.core.models() if mine & set(other.config.gpus)} - {model.name}
+    return [other for other in model.core.readable() if other.name in near] if near else []
 
 
-async def idle_of(core: Core, name: str) -> dict[str, tuple[float, bool]]:
+async def idle_of(model: Model) -> dict[str, tuple[float, bool]]:
     """Of each awake neighbour its last request and whether it is answering, where there is a choice at all.
 
     A guard that does not answer within a second leaves the time of the wake as the best that is known.
     """
-    records = [core.records.read(key) for key in others_on(core, name)]
-    awake = [record for record in records if record.state is State.AWAKE and record.launch]
+    awake = [other for other in others_on(model) if is_awake(other) and other.record.launch]
     if len(awake) < 2:
         return {}
     gates = await asyncio.gather(
-        *(core.client(record).gate(GATE_LIMIT) for record in awake), return_exceptions=True
+        *(other.client().gate(GATE_LIMIT) for other in awake), return_exceptions=True
     )
     return {
-        record.name: (max(record.since, gate.last_request or 0.0), gate.in_flight > 0)
-        for record, gate in zip(awake, gates, strict=True)
+        other.name: (max(other.record.since, gate.last_request or 0.0), gate.in_flight > 0)
+        for other, gate in zip(awake, gates, strict=True)
         if not isinstance(gate, BaseException)
     }
 
 
-def awake_on(core: Core, name: str) -> set[str]:
+def is_awake(model: Model) -> bool:
+    """Whether its record says so."""
+    return model.record.state is State.AWAKE
+
+
+def awake_on(model: Model) -> set[str]:
     """The others that are awake there, or asleep with their weights: any of them may have to make room."""
-    records = [core.records.read(key) for key in others_on(core, name)]
     return {
-        record.name
-        for record in records
-        if record.state is State.AWAKE or (record.state is State.ASLEEP and record.level == 0)
+        other.name
+        for other in others_on(model)
+        if is_awake(other) or (other.record.state is State.ASLEEP and other.record.level == 0)
     }
 
 
-def gpus_of(core: Core, names: set[str]) -> set[int]:
+def gpus_of(models: Iterable[Model]) -> set[int]:
     """The GPUs that these models are to use, and those that they do use."""
-    return {gpu for key in names for gpu in (*core.model(key).gpus, *core.records.read(key).gpus)}
+    return {gpu for model in models for gpu in (*model.config.gpus, *model.read().gpus)}
 
 
 def waiting_words(who: Holder | None) -> str:
@@ -74,44 +77,47 @@ def waiting_words(who: Holder | None) -> str:
 
 
 @contextlib.asynccontextmanager
-async def locked(
-    core: Core, name: str, operation: Operation, *, make_room: bool, seconds: float | None = None
+async def acquire(
+    model: Model, operation: Operation, *, make_room: bool, seconds: float | None = None
 ) -> AsyncIterator[Room]:
-    """Hold what an operation on `name` touches; yields the plan, made under the locks.
+    """Hold what an operation on the model touches; yields the plan, made under the locks.
 
     Raises RefusedError if somebody else holds on for too long.
     """
-    names = {name}
-    word = holder(operation.name, name, seconds)
+    core, names = model.core, {model.name}
+    this = holder(operation.name, model.name, seconds)
+    # Once more whenever the locks turn out to be too few: nobody waits for a GPU while holding a model.
     while True:
         if make_room:
-            names |= awake_on(core, name)
-        names |= {key for key in others_on(core, name) if is_unfinished(core, key)}
-        gpus = gpus_of(core, names)
-        paths = [*core.gpu_locks(gpus), *core.model_locks(names)]
-        async with held(paths, word, operation, name):
-            if not gpus_of(core, names) <= gpus:
+            names |= awake_on(model)
+        names |= {other.name for other in others_on(model) if is_unfinished(other)}
+        touched = [core.model(name) for name in sorted(names)]
+        gpus = gpus_of(touched)
+        paths = [*core.gpu_locks(gpus), *(each.lock for each in touched)]
+        async with locked(paths, this, operation, model.name):
+            if not gpus_of(touched) <= gpus:
                 continue  # somebody whose config differs has moved one to another GPU meanwhile
-            for key in sorted(names):
-                await recover(core, key, operation)
-            room = plan_for(core, name, idle=await idle_of(core, name)) if make_room else NO_ROOM_NEEDED
-            touched = {*room.leaving, *(awake_on(core, name) if make_room else ())}
-            if touched <= names:
+            for each in touched:
+                await reconcile(each, operation)
+            model.read()  # it may have been reconciled by another handle
+            room = plan_for(model, idle=await idle_of(model)) if make_room else NO_ROOM_NEEDED
+            needed = {*room.leaving, *(awake_on(model) if make_room else ())}
+            if needed <= names:
                 yield room
                 return
-            names |= touched
+            names |= needed
 
 
 @contextlib.asynccontextmanager
-async def held(paths: list[Path], word: Holder, operation: Operation, name: str) -> AsyncIterator[None]:
-    """The locks themselves, cancellable while they are waited for."""
+async def locked(paths: list[Path], this: Holder, operation: Operation, name: str) -> AsyncIterator[None]:
+    """The locks themselves, cancellable while they are waited for; RefusedError that names who holds on."""
 
     def waiting(who: Holder | None) -> None:
         operation.tell(name, "waiting", waiting_words(who))
 
     began = time.monotonic()
     try:
-        async with hold(paths, word, waiting=waiting, checkpoint=operation.checkpoint):
+        async with hold(paths, this, waiting=waiting, checkpoint=operation.checkpoint):
             operation.waited(time.monotonic() - began)
             yield
     except LockBusyError as error:

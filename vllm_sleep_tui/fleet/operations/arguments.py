@@ -13,7 +13,7 @@ from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.argv import check_args
 from vllm_sleep_tui.engine.installed_flags import Installed, ask_flags, installed, kept_flags
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.discovery import find_command
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.states import StartPhase
@@ -28,11 +28,11 @@ def vllm_of(command: Sequence[str]) -> Installed | None:
     return installed(command, found.version if found else None, os.environ)
 
 
-def known_flags(core: Core, name: str) -> FlagTable:
+def known_flags(model: Model) -> FlagTable:
     """What the model's vLLM knows, as far as that is known without running it."""
-    if core.simulated is not None:
-        return simulated_flags({**os.environ, **core.model(name).env})
-    return kept_flags(vllm_of(core.vllm_command(name)), core.state_dir)
+    if model.core.simulated is not None:
+        return simulated_flags({**os.environ, **model.config.env})
+    return kept_flags(vllm_of(model.vllm_command), model.core.state_dir)
 
 
 def flags_of(command: Sequence[str], state_dir: Path, *, may_ask: bool) -> FlagTable:
@@ -52,30 +52,30 @@ def simulated_flags(environ: Mapping[str, str]) -> FlagTable:
     return FlagTable(version, shipped_table(version).flags, is_asked=True)
 
 
-async def learn_flags(core: Core, name: str, operation: Operation) -> FlagTable:
+async def learn_flags(model: Model, operation: Operation) -> FlagTable:
     """The same, after asking a vLLM that was never asked before."""
-    known = known_flags(core, name)
-    if known.is_asked:
-        return known
-    operation.tell(name, StartPhase.LOADING, ASKING)
-    return await ask_flags(vllm_of(core.vllm_command(name)), core.state_dir, os.environ)
+    flags = known_flags(model)
+    if flags.is_asked:
+        return flags
+    operation.tell(model.name, StartPhase.LOADING, ASKING)
+    return await ask_flags(vllm_of(model.vllm_command), model.core.state_dir, os.environ)
 
 
-def check_arguments(core: Core, name: str, flags: FlagTable) -> None:
+def check_arguments(model: Model, flags: FlagTable) -> None:
     """Raises UsageError for the first argument that the model's vLLM would refuse half a minute later.
 
     A shipped table speaks for no installed vLLM, so by it alone nothing is refused.
     """
     if not flags.is_asked:
         return
-    for flag, wrong, cure in complaints(core.model(name), flags):
-        key = f"models.{name}.args.{flag}"
-        line = core.loaded.lines.get(key) or core.loaded.lines.get(f"models.{name}.args", 1)
-        raise UsageError(f"{core.loaded.path}:{line}: {key}: {wrong}.", cure)
+    for flag, wrong, cure in complaints(model.config, flags):
+        key = f"models.{model.name}.args.{flag}"
+        line = model.core.loaded.lines.get(key) or model.core.loaded.lines.get(f"models.{model.name}.args", 1)
+        raise UsageError(f"{model.core.loaded.path}:{line}: {key}: {wrong}.", cure)
 
 
-def replicas(core: Core, name: str) -> int:
+def replicas(model: Model) -> int:
     """How many data parallel replicas of the model its server holds on this machine."""
-    args = core.model(name).args
+    args = model.config.args
     given = args.get(replicas_flag(args)) or "1"
     return 1 if spans_machines(args) or not str(given).isdigit() else max(1, int(given))

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from vllm_sleep_tui.engine.chat import refusal
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import PanelError
-from vllm_sleep_tui.fleet.attached import backend as attached
-from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.operations.end import is_whole
+from vllm_sleep_tui.fleet.backend import backend_of
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.operation import Report
-from vllm_sleep_tui.fleet.operations.reconcile import lives
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
-
-if TYPE_CHECKING:
-    from vllm_sleep_tui.engine.client import VllmClient
 
 FIRST_LIMIT = 300.0
 """Seconds to the first piece of an answer: a long prompt is computed in it."""
@@ -33,18 +28,18 @@ class Switcher(Protocol):
 
 async def answer(
     switcher: Switcher,
-    core: Core,
-    name: str,
+    model: Model,
     messages: Sequence[Mapping[str, Any]],
     params: Mapping[str, Any],
     report: Report | None,
 ) -> AsyncIterator[ChatEvent]:
     """The pieces of an answer; what goes wrong in the middle comes as the last event's `error`."""
-    if await state_of(core, name) is not State.AWAKE:
+    name, backend = model.name, backend_of(model)
+    if await backend.state() is not State.AWAKE:
         ledger = await switcher.switch(name, report=report)
         yield ChatEvent(model=name, switch_seconds=ledger.total)
     began, first = time.monotonic(), True
-    client, served = await endpoint(core, name)
+    client, served = await backend.endpoint()
     stream = client.chat(messages, model=served, params=params, first_timeout=FIRST_LIMIT)
     try:
         async for delta in stream:
@@ -66,20 +61,3 @@ async def answer(
         yield ChatEvent(model=name, error=f"{error.what} {error.cure}".strip())
     finally:
         await stream.aclose()
-
-
-async def state_of(core: Core, name: str) -> State:
-    """The model's state; of an attached one, asked now: RefusedError if its server does not answer."""
-    if core.model(name).url is not None:
-        return (await attached.see(core, name)).state
-    record = core.records.read(name)
-    if record.state is State.AWAKE and not (lives(core, record) and is_whole(record)):
-        return State.FAILED  # nobody has written it down yet, and somebody else may be on its port by now
-    return record.state
-
-
-async def endpoint(core: Core, name: str) -> tuple[VllmClient, str]:
-    """Who is asked, and by which name; raises OperationError if an attached server does not tell it."""
-    if core.model(name).url is not None:
-        return attached.client_of(core, name), await attached.served_name(core, name)
-    return core.client(core.records.read(name)), name

@@ -8,13 +8,14 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from vllm_sleep_tui.engine.causes import Diagnosis, diagnose, diagnose_engine
 from vllm_sleep_tui.engine.failures import EngineRefused, EngineUnreachable
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.files import open_regular, path_of
-from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.keeper_client import Word, ask_to_stop, end_members, is_kept, read_word
+from vllm_sleep_tui.fleet.keeper_client import KeeperStatus, ask_to_stop, end_members, is_kept, read_status
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.failures import CURES, Failure
 from vllm_sleep_tui.fleet.operations.room import read_memory
 from vllm_sleep_tui.fleet.states import Event, State
@@ -37,41 +38,29 @@ DEATH_LIMIT = 1.0
 LOG_TAIL_BYTES = 512 * 1024
 
 
-async def end_server(core: Core, record: Record, *, at_once: bool) -> None:
+async def end_server(model: Model, *, at_once: bool) -> None:
     """End the server's whole group and see its memory gone; raises OperationError if something survives."""
-    path = core.keeper_file(record.name)
-    word = read_word(path)
-    recorded = [record.keeper, record.server, *record.engines]
-    if word.launch == record.launch:
-        ask_to_stop(word, at_once=at_once)
-        await gone(path, STOP_LIMIT)
-        word = read_word(path)
-        recorded += [word.keeper, word.server, *word.engines]
-    if record.launch is not None and not await end_members(record.launch, *recorded):
+    path, record = model.keeper_file, model.record
+    status = read_status(path)
+    processes = [record.keeper, record.server, *record.engines]
+    if status.launch == record.launch:
+        ask_to_stop(status, at_once=at_once)
+        await keeper_gone(path, STOP_LIMIT)
+        status = read_status(path)
+        processes += [status.keeper, status.server, *status.engines]
+    if record.launch is not None and not await end_members(record.launch, *processes):
         raise OperationError(
-            f"Processes of {record.name} do not end.",
+            f"Processes of {model.name} do not end.",
             "The driver may hang: look at `dmesg`, restart the machine.",
         )
-    await memory_gone(core, record)
+    await memory_gone(model)
     await asyncio.to_thread(remove_tmp_dir, record)  # a cache of compiled code may be in it
 
 
-async def stop_server(core: Core, record: Record, *, at_once: bool) -> Record:
+async def stop_server(model: Model, *, at_once: bool) -> None:
     """The end of a stop, whoever brings it there: the server ended, and nothing told of it any longer."""
-    await end_server(core, record, at_once=at_once)
-    return core.enter(
-        record,
-        Event.EXITED,
-        level=None,
-        intent=None,
-        keeper=None,
-        server=None,
-        engines=(),
-        reason=None,
-        cure=None,
-        proof=None,
-        fell=None,
-    )
+    await end_server(model, at_once=at_once)
+    model.enter(Event.EXITED)
 
 
 def remove_tmp_dir(record: Record) -> None:
@@ -84,7 +73,7 @@ def remove_tmp_dir(record: Record) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-async def gone(path: Path, limit: float) -> bool:
+async def keeper_gone(path: Path, limit: float) -> bool:
     """Wait until no keeper holds `path`; False after `limit` seconds."""
     deadline = time.monotonic() + limit
     while is_kept(path):
@@ -94,44 +83,39 @@ async def gone(path: Path, limit: float) -> bool:
     return True
 
 
-async def memory_gone(core: Core, record: Record) -> None:
+async def memory_gone(model: Model) -> None:
     """Wait until NVML no longer shows the server's processes, MEMORY_LIMIT seconds at most."""
-    deadline = time.monotonic() + MEMORY_LIMIT
+    deadline, record = time.monotonic() + MEMORY_LIMIT, model.record
     while record.engines and time.monotonic() < deadline:
-        memory = await asyncio.to_thread(read_memory, core, set(record.gpus))
+        memory = await asyncio.to_thread(read_memory, model.core, set(record.gpus))
         if not any(now.held_by(record) for now in memory.values()):
             return
         await asyncio.sleep(0.02)
 
 
-async def fail(core: Core, record: Record, reason: str, cure: str, *, fell: State | None = None) -> Record:
+async def fail(model: Model, reason: str, cure: str, *, died_from: State | None = None) -> None:
     """End the server and write it down as failed, with the reason and the cure.
 
-    `fell` is the state from which it died by itself: the leader may start it again.
+    `died_from` is the state in which it died by itself: the leader may start it again.
     """
-    await end_server(core, record, at_once=True)
-    return core.enter(
-        record,
-        Event.FAIL,
-        intent=None,
-        level=None,
-        reason=reason,
-        cure=cure,
-        keeper=None,
-        server=None,
-        engines=(),
-        fell=fell,
+    await end_server(model, at_once=True)
+    model.enter(Event.FAIL, reason=reason, cure=cure, fell=died_from)
+
+
+async def fail_as(model: Model, failure: Failure, why: object = "") -> NoReturn:
+    """The end after a failure in an operation: its row's reason, or the log's if the server died.
+
+    Raises OperationError with it.
+    """
+    is_engine_dead = await is_dead(model.record, why)
+    reason, cure = CURES[Failure.ENGINE_DEAD if is_engine_dead else failure].told(
+        *(() if is_engine_dead else (why,))
     )
-
-
-async def fail_as(core: Core, record: Record, failure: Failure, why: object = "") -> Record:
-    """The record after a failure in an operation: its row's reason, or the log's if the server died."""
-    dead = await is_dead(record, why)
-    reason, cure = CURES[Failure.ENGINE_DEAD].told() if dead else CURES[failure].told(why)
-    found = cause_in_log(core, record, read_word(core.keeper_file(record.name)))
-    if found is not None:
-        reason, cure = found.reason if dead else f"{reason} {found.reason}", found.cure
-    return await fail(core, record, reason, cure)
+    cause = cause_in_log(model, read_status(model.keeper_file))
+    if cause is not None:
+        reason, cure = cause.reason if is_engine_dead else f"{reason} {cause.reason}", cause.cure
+    await fail(model, reason, cure)
+    raise OperationError(f"{model.name}: {reason}", cure)
 
 
 async def is_dead(record: Record, why: object) -> bool:
@@ -150,19 +134,19 @@ def is_whole(record: Record) -> bool:
     return all(is_alive(engine) for engine in record.engines)
 
 
-def cause_in_log(core: Core, record: Record, word: Word) -> Diagnosis | None:
+def cause_in_log(model: Model, status: KeeperStatus) -> Diagnosis | None:
     """Why the server or its engine ended, as far as the log tells; None if both live or are not known."""
-    found = _told_by_log(record, word)
-    model = core.config.models.get(record.name)
-    is_planned = model is not None and bool(model.gpus) and fixed_utilization(model) is None
-    return found.for_planned() if found is not None and is_planned else found
+    cause = _cause_in_log(model.record, status)
+    config = model.core.config.models.get(model.name)
+    is_planned = config is not None and bool(config.gpus) and fixed_utilization(config) is None
+    return cause.for_planned() if cause is not None and is_planned else cause
 
 
-def _told_by_log(record: Record, word: Word) -> Diagnosis | None:
-    if record.log is None or word.launch != record.launch:
+def _cause_in_log(record: Record, status: KeeperStatus) -> Diagnosis | None:
+    if record.log is None or status.launch != record.launch:
         return None
-    if word.exit is not None:
-        return diagnose(read_tail(path_of(record.log)), exit_code=word.exit.code)
+    if status.exit is not None:
+        return diagnose(read_tail(path_of(record.log)), exit_code=status.exit.code)
     if not is_whole(record):
         return diagnose_engine(read_tail(path_of(record.log))) or ENGINE_DIED
     return None

@@ -22,7 +22,7 @@ from pathlib import Path
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.causes import diagnose_download
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.states import StartPhase
 from vllm_sleep_tui.sizing.hub import hub_cache
@@ -115,26 +115,25 @@ class Wanted:
         return False
 
 
-async def fetch(core: Core, name: str, operation: Operation) -> None:
+async def fetch(model: Model, operation: Operation) -> None:
     """Download the model's weights if vLLM would and the cache does not hold them.
 
     A download that fails is told and left to vLLM. Raises CancelledByUser if it was cancelled; what was
     loaded stays in the cache and is not loaded again.
     """
-    model = core.model(name)
-    environ = {**os.environ, **model.env}
-    base = core.loaded.path.resolve().parent
-    tool, wanted = downloader(core, name, environ), wanted_of(model, base, environ)
+    environ = {**os.environ, **model.config.env}
+    base = model.core.loaded.path.resolve().parent
+    tool, wanted = downloader(model, environ), wanted_of(model.config, base, environ)
     if tool is None or wanted is None or await asyncio.to_thread(wanted.is_here):
         return
     for pattern in wanted.patterns:
-        failed = await download(tool, wanted, pattern, base, environ, name, operation)
+        failed = await download(tool, wanted, pattern, base, environ, model.name, operation)
         if failed is None and pattern == INDEX and (names := wanted.indexed()):
-            failed = await download(tool, wanted, names, base, environ, name, operation)
+            failed = await download(tool, wanted, names, base, environ, model.name, operation)
             if failed is None:
                 return
         if failed is not None:
-            operation.tell(name, "not fetched", f"{failed} vLLM tries it itself.")
+            operation.tell(model.name, "not fetched", f"{failed} vLLM tries it itself.")
             return
         if pattern != INDEX and wanted.files(pattern):
             return
@@ -167,13 +166,13 @@ def wanted_of(model: ModelConfig, base: Path, environ: Mapping[str, str]) -> Wan
     )
 
 
-def downloader(core: Core, name: str, environ: Mapping[str, str]) -> str | None:
+def downloader(model: Model, environ: Mapping[str, str]) -> str | None:
     """The download tool beside the vLLM binary; None offline, in the demo, or if there is none."""
     offline = any(
         environ.get(key, "").strip().lower() in _TRUE for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )
-    program = shutil.which(core.vllm_command(name)[0], path=environ.get("PATH"))
-    if offline or core.simulated is not None or program is None:
+    program = shutil.which(model.vllm_command[0], path=environ.get("PATH"))
+    if offline or model.core.simulated is not None or program is None:
         return None
     folders = dict.fromkeys([Path(program).parent, Path(program).resolve().parent])
     places = [folder / tool for folder in folders for tool in TOOLS]

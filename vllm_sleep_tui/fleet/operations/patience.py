@@ -12,25 +12,25 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from vllm_sleep_tui.engine.failures import EngineTimeout
-from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.telemetry.processes import Effort, ProcessTable, effort
 
 T = TypeVar("T")
 
 
-async def patiently(core: Core, record: Record, ask: Callable[[], Awaitable[T]]) -> T:
+async def patiently(model: Model, ask: Callable[[], Awaitable[T]]) -> T:
     """The answer to `ask`, which may be asked twice; again while the server works, `limits.call` s in all.
 
     Raises what `ask` raises: EngineTimeout at once if the server did nothing meanwhile.
     """
-    deadline = time.monotonic() + core.limits.call
+    deadline = time.monotonic() + model.core.limits.call
     while True:
-        before = await asyncio.to_thread(efforts, record)
+        before = await asyncio.to_thread(efforts, model.record)
         try:
             return await ask()
         except EngineTimeout:
-            after = await asyncio.to_thread(efforts, record)
+            after = await asyncio.to_thread(efforts, model.record)
             if time.monotonic() >= deadline or not is_working(before, after):
                 raise
 
@@ -41,7 +41,7 @@ def efforts(record: Record) -> dict[int, Effort]:
         return {}
     engines = frozenset(engine.pid for engine in record.engines)
     pids = (record.server.pid, *ProcessTable.read().descendants(record.server.pid, stop_at=engines))
-    return {pid: found for pid in pids if (found := effort(pid)) is not None}
+    return {pid: now for pid in pids if (now := effort(pid)) is not None}
 
 
 def is_working(before: dict[int, Effort], after: dict[int, Effort]) -> bool:

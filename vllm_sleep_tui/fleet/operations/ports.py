@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 from vllm_sleep_tui.errors import RefusedError
-from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.telemetry.processes import holder_of_port
 
 CURE = "End it, choose another `port:`, or use that server with `url:`; it is not touched."
@@ -33,13 +33,13 @@ def taken(port: int, name: str) -> str:
     )
 
 
-def choose_port(core: Core, name: str) -> int:
+def choose_port(model: Model) -> int:
     """The configured port, or a free one; raises RefusedError that names who has the configured one."""
-    wanted = core.model(name).port
+    wanted = model.config.port
     if wanted is None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             return int(probe.getsockname()[1])
     if port_is_free(wanted):
         return wanted
-    raise RefusedError(taken(wanted, name), CURE)
+    raise RefusedError(taken(wanted, model.name), CURE)

@@ -1,34 +1,58 @@
 """What somebody left unfinished: settled by whoever holds the locks next, before anything else.
 
 The truth is the keeper (does the server live?) and the server (does it sleep?), never the record's hope.
+
+A server whose record was lost is taken back: its keeper lives, and the server knows the rest itself. Its
+environment and command line, which only this user can read, tell its socket, GPUs and port; whether it sleeps,
+it is asked. What cannot be taken back is ended, because nobody could drive it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
+from pathlib import Path
+
+import msgspec
+
+from vllm_sleep_tui.engine.client import VllmClient
+from vllm_sleep_tui.engine.failures import EngineError
+from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
-from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.keeper_client import is_kept, read_word
+from vllm_sleep_tui.files import as_text
+from vllm_sleep_tui.fleet.keeper_client import KeeperStatus, is_kept, read_status
+from vllm_sleep_tui.fleet.model import Model
+from vllm_sleep_tui.fleet.observe.discovery import launch_of
+from vllm_sleep_tui.fleet.observe.orphans import is_keeper, is_mine, keeper_file, open_files
 from vllm_sleep_tui.fleet.operations.end import (
     SERVER_GONE,
     cause_in_log,
+    end_server,
     fail,
     is_whole,
     stop_server,
 )
-from vllm_sleep_tui.fleet.operations.lost import is_lost, take_back
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
-from vllm_sleep_tui.fleet.operations.server import Server
+from vllm_sleep_tui.fleet.operations.patience import patiently
+from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server
+from vllm_sleep_tui.fleet.operations.start import Start
 from vllm_sleep_tui.fleet.states import Event, State
 from vllm_sleep_tui.fleet.store.records import Record
-from vllm_sleep_tui.telemetry.processes import is_alive
+from vllm_sleep_tui.telemetry import prometheus
+from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, is_alive
+
+ASK_LIMIT = 60.0
+OLD_SECRET_VARIABLE = "VLLM_SLEEP_TUI_SECRET"
+"""Of a server that the version before started."""
+SLEEP_STATE = "vllm:engine_sleep_state"
 
 
-def is_unfinished(core: Core, name: str) -> bool:
+def is_unfinished(model: Model) -> bool:
     """Whether the record tells of an operation, or of a server that is no more."""
-    record = core.records.read(name)
+    record = model.read()
     if record.state in (State.STOPPED, State.FAILED):
-        return record.intent is not None or is_lost(core, record)
-    return record.intent is not None or owes_sleep(record) or not lives(core, record) or not is_whole(record)
+        return record.intent is not None or is_lost(model)
+    return record.intent is not None or owes_sleep(record) or not lives(model) or not is_whole(record)
 
 
 def owes_sleep(record: Record) -> bool:
@@ -36,109 +60,105 @@ def owes_sleep(record: Record) -> bool:
     return record.state is State.AWAKE and record.fell is State.ASLEEP
 
 
-def needs_care(core: Core, name: str) -> bool:
+def needs_care(model: Model) -> bool:
     """Whether it is unfinished and nobody else is at it; within this process the locks tell."""
-    if not is_unfinished(core, name):
+    if not is_unfinished(model):
         return False
-    intent = core.records.read(name).intent
+    intent = model.record.intent
     return intent is None or intent.actor == actor() or not is_alive(intent.actor)
 
 
-def lives(core: Core, record: Record) -> bool:
+def lives(model: Model) -> bool:
     """Whether the record's server has its keeper."""
-    path = core.keeper_file(record.name)
-    return is_kept(path) and read_word(path).launch == record.launch
+    path = model.keeper_file
+    return is_kept(path) and read_status(path).launch == model.record.launch
 
 
-async def recover(core: Core, name: str, operation: Operation) -> None:
-    """Settle what is unfinished on `name`; the caller holds its lock and its GPUs' locks."""
-    if not is_unfinished(core, name):
+async def reconcile(model: Model, operation: Operation) -> None:
+    """Settle what is unfinished on the model; the caller holds its lock and its GPUs' locks."""
+    if not is_unfinished(model):
         return
-    record = core.records.read(name)
-    operation.tell(name, "settling", "what an earlier operation left")
-    if is_lost(core, record):
-        await take_back(core, record, operation)
+    record = model.record
+    operation.tell(model.name, "settling", "what an earlier operation left")
+    if is_lost(model):
+        await take_back(model, operation)
     elif record.state in (State.STOPPED, State.FAILED):
-        core.write(record, intent=None)  # others were making room for it
+        model.write(intent=None)  # others were making room for it
     elif record.state is State.STOPPING:
-        await finish_stop(core, record)
-    elif not lives(core, record) or not is_whole(record):
-        await bury(core, record)
+        await finish_stop(model)
+    elif not lives(model) or not is_whole(record):
+        await record_death(model)
     elif record.state is State.STARTING:
-        await carry_on_start(core, record, operation)
+        await carry_on_start(model, operation)
     elif record.intent is not None:
-        await settle(core, record, operation)
-    if owes_sleep(core.records.read(name)):
-        await back_to_sleep(core, name, operation)
+        await settle(model, operation)
+    if owes_sleep(model.read()):
+        await back_to_sleep(model, operation)
 
 
-async def back_to_sleep(core: Core, name: str, operation: Operation) -> None:
+async def back_to_sleep(model: Model, operation: Operation) -> None:
     """The end of a restart; a model that cannot sleep stays awake, because nobody would wait for it."""
-    from vllm_sleep_tui.fleet.operations.switch import step_aside
-
     try:
-        await step_aside(core, name, operation, force=False)
+        await Server(model, operation).step_aside(force=False)
     except PanelError as error:
-        record = core.records.read(name)
+        record = model.read()
         if owes_sleep(record) and not operation.is_cancelled:
-            core.write(record, fell=None)
-        operation.tell(name, record.state, error.what)
+            model.write(fell=None)
+        operation.tell(model.name, record.state, error.what)
 
 
-async def bury(core: Core, record: Record) -> None:
+async def record_death(model: Model) -> None:
     """The server or its engine is gone: end what is left of it, write down why."""
-    word = read_word(core.keeper_file(record.name))
-    if word.launch == record.launch and word.exit is not None and word.exit.asked:
-        await finish_stop(core, record)
+    record, status = model.record, read_status(model.keeper_file)
+    if status.launch == record.launch and status.exit is not None and status.exit.asked:
+        await finish_stop(model)
         return
-    found = cause_in_log(core, record, word) or SERVER_GONE
-    await fail(core, record, found.reason, found.cure, fell=fell_from(record))
+    cause = cause_in_log(model, status) or SERVER_GONE
+    await fail(model, cause.reason, cause.cure, died_from=died_from(record))
 
 
-def fell_from(record: Record) -> State | None:
+def died_from(record: Record) -> State | None:
     """The state to come back to after a restart; a start that failed is not tried again."""
     return None if record.state is State.STARTING else record.fell or record.state
 
 
-async def finish_stop(core: Core, record: Record) -> None:
+async def finish_stop(model: Model) -> None:
     """Somebody was stopping it."""
-    if record.state is not State.STOPPING:
-        record = core.enter(record, Event.STOP)
-    await stop_server(core, record, at_once=False)
+    if model.record.state is not State.STOPPING:
+        model.enter(Event.STOP)
+    await stop_server(model, at_once=False)
 
 
-async def carry_on_start(core: Core, record: Record, operation: Operation) -> None:
+async def carry_on_start(model: Model, operation: Operation) -> None:
     """A start whose starter died goes on where it is; its end is its own and not the operation's.
 
     Raises CancelledByUser if the operation is cancelled; the start is then left to whoever comes next.
     """
-    from vllm_sleep_tui.fleet.operations.start import Start
-
     try:
-        await Start(core, record.name, operation).carry_on()
+        await Start(model, operation).carry_on()
     except CancelledByUser:
         if operation.is_cancelled:
             raise
-        operation.tell(record.name, "stopped", "somebody stopped its start")
+        operation.tell(model.name, "stopped", "somebody stopped its start")
     except (OperationError, RefusedError) as error:
-        operation.tell(record.name, "failed", error.what)
+        operation.tell(model.name, "failed", error.what)
 
 
-async def settle(core: Core, record: Record, operation: Operation) -> None:
+async def settle(model: Model, operation: Operation) -> None:
     """A sleep, wake or switch was cut off: ask what became of it, and finish what must not stay half."""
-    server = Server(core, record, operation)
+    server, state = Server(model, operation), model.record.state
     try:
         sleeping = await server.is_sleeping()
-        if record.state is State.FALLING_ASLEEP:
+        if state is State.FALLING_ASLEEP:
             await after_sleep(server, sleeping=sleeping)
-        elif record.state is State.WAKING:
+        elif state is State.WAKING:
             await after_wake(server, sleeping=sleeping)
         else:
-            if record.state is State.AWAKE:
+            if state is State.AWAKE:
                 await server.open_gate()
-            server.record = core.write(server.record, intent=None)
+            model.write(intent=None)
     except OperationError as error:
-        operation.tell(record.name, "failed", error.what)  # it is recorded as failed
+        operation.tell(model.name, "failed", error.what)  # it is recorded as failed
 
 
 async def after_sleep(server: Server, *, sleeping: bool) -> None:
@@ -146,17 +166,140 @@ async def after_sleep(server: Server, *, sleeping: bool) -> None:
     if not sleeping:
         await server.undo_sleep()
         return
-    level = server.record.intent.level if server.record.intent else None
-    server.record = server.core.enter(
-        server.record, Event.SLEPT, level=1 if level is None else level, intent=None, fell=None
-    )
+    intent = server.model.record.intent
+    level = intent.level if intent else None
+    server.model.enter(Event.SLEPT, level=1 if level is None else level)
 
 
 async def after_wake(server: Server, *, sleeping: bool) -> None:
     """A wake from level 2 is run through again, each step may be repeated; one from level 1 is proven."""
     await server.set_gate(closed=True)  # it may have been cut off after it was opened
-    if sleeping or server.record.level == 2:
-        await server.bring_back(1 if server.record.level is None else server.record.level)
+    level = server.model.record.level
+    if sleeping or level == 2:
+        await server.bring_back(1 if level is None else level)
     verdict = await server.prove()
     await server.open_gate()
-    server.record = server.core.enter(server.record, Event.WOKE, level=None, intent=None, proof=verdict)
+    server.model.enter(Event.WOKE, proof=verdict)
+
+
+# ── a lost record ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_lost(model: Model) -> bool:
+    """Whether a record that tells of no server is wrong: its model's keeper lives."""
+    return model.record.state in (State.STOPPED, State.FAILED) and is_kept(model.keeper_file)
+
+
+async def take_back(model: Model, operation: Operation) -> None:
+    """Put the record together again, or end the server and say so; the caller holds the locks."""
+    status = read_status(model.keeper_file)
+    garbled = status.launch is None
+    if garbled:
+        status = await asyncio.to_thread(find_keeper, model.keeper_file)
+    model.record = msgspec.structs.replace(
+        model.record,
+        launch=status.launch,
+        keeper=status.keeper,
+        server=status.server,
+        intent=None,
+        restarts=(),
+    )
+    try:
+        if garbled:
+            raise ValueError("nor can its keeper's file be read")
+        model.record = identify(model, status)
+        await ask(model, operation)
+    except (EngineError, PanelError, OSError, ValueError) as error:
+        await end_server(model, at_once=True)
+        reason = f"Its record was lost and its server could not be taken back ({error}): it was ended."
+        model.record = model.record.reset(Event.FAIL)
+        # No transition: it may have been recorded as stopped or failed all along.
+        model.write(state=State.FAILED, since=time.time(), reason=reason, cure="Start it again.")
+
+
+def find_keeper(path: Path) -> KeeperStatus:
+    """A living keeper whose word cannot be read, by the file that it has open; an empty word if none has."""
+    table = ProcessTable.read()
+    for pid in table.parents:
+        if is_mine(pid) and is_keeper(pid) and keeper_file(pid) == path.resolve():
+            server = next(iter(table.descendants(pid)), 0)
+            return KeeperStatus(launch=launch_of(pid), keeper=table.id_of(pid), server=table.id_of(server))
+    return KeeperStatus()
+
+
+def identify(model: Model, status: KeeperStatus) -> Record:
+    """The record with what the server's process tells; raises OSError or ValueError if it does not."""
+    if status.server is None or status.keeper is None or not is_alive(status.server):
+        raise ValueError("its process is gone")
+    folder = Path(f"/proc/{status.server.pid}")
+    environment = dict(
+        line.split("=", 1)
+        for line in (folder / "environ").read_text(errors="replace").split("\0")
+        if "=" in line
+    )
+    argv = (folder / "cmdline").read_text(errors="replace").split("\0")
+    socket, secret = environment.get(SOCKET_VARIABLE), environment.get(OLD_SECRET_VARIABLE)
+    if (socket or secret) is None or "--port" not in argv:
+        raise ValueError("its process does not tell how to reach it")
+    return msgspec.structs.replace(
+        model.record,
+        port=int(argv[argv.index("--port") + 1]),
+        socket=socket,
+        secret=None if socket else secret,
+        gpus=tuple(int(gpu) for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu),
+        tmp_dir=environment.get("TMPDIR"),
+        log=as_text(log_of(status.keeper) or model.log_path),
+        digest=model.digest,
+    )
+
+
+def log_of(keeper: ProcessId) -> str | None:
+    """The log that a keeper has open."""
+    return next((path for path in open_files(keeper.pid) if path.endswith(".log")), None)
+
+
+async def ask(model: Model, operation: Operation) -> None:
+    """Ask the server how it is and write that down; raises if it does not answer as ours would."""
+    client = model.client()
+    if not await client.health(model.core.limits.call):
+        raise OperationError("it was not ready")
+    start = Start(model, operation)
+    await start.check_listener(client)
+    sleeping = await client.is_sleeping(ASK_LIMIT)
+    if start.wants_own_backend():
+        model.record = await with_backend(model.record, client)
+    level = await sleep_level(client, model.record) if sleeping else None
+    await patiently(model, lambda: client.set_gate(sleeping, GATE_LIMIT))
+    # No transition: this is the state it has been in all along.
+    model.write(
+        state=State.ASLEEP if sleeping else State.AWAKE,
+        since=time.time(),
+        level=level,
+        resolved_level=start.resolve_level() if level is None else str(level),
+        reference=None,
+        reason=None,
+        cure=None,
+        fell=None,
+    )
+    if not sleeping:
+        await Server(model, operation).take_reference()
+
+
+async def with_backend(record: Record, client: VllmClient) -> Record:
+    """The record with whose sleep mode it is, as its workers say; vLLM's own does not know the question."""
+    try:
+        facts = await client.collective_rpc("panel_sleep_facts", ASK_LIMIT)
+    except EngineError:
+        facts = []
+    is_own = bool(facts) and all(answer.get("state") == "own" for answer in facts)
+    return msgspec.structs.replace(record, sleep_backend="own" if is_own else "stock")
+
+
+async def sleep_level(client: VllmClient, record: Record) -> int:
+    """The level of a sleeper: as our sleep mode says, else by vLLM's own gauge (0.12 and newer)."""
+    if record.sleep_backend == "own":
+        facts = await client.collective_rpc("panel_sleep_facts", ASK_LIMIT)
+        if facts and isinstance(level := facts[0].get("level"), int):
+            return level
+    scrape = prometheus.parse(await client.metrics(), frozenset({SLEEP_STATE}))
+    return 2 if prometheus.total(scrape, SLEEP_STATE, sleep_state="discard_all") else 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.levels import installed_version, never_level2
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.sizing import budget
@@ -44,46 +45,44 @@ class GpuMemory:
 
 def read_memory(core: Core, gpus: set[int]) -> dict[int, GpuMemory]:
     """The memory of these GPUs now; blocks for a millisecond or so."""
-    found = {}
-    for gpu in gpus:
-        used, by_pid = core.reader.memory(gpu)
-        found[gpu] = GpuMemory(total=core.total(gpu), used=used, by_pid=by_pid)
-    return found
+    readings = {gpu: core.reader.memory(gpu) for gpu in gpus}
+    return {
+        gpu: GpuMemory(total=core.total(gpu), used=used, by_pid=by_pid)
+        for gpu, (used, by_pid) in readings.items()
+    }
 
 
-def has_gone(
-    core: Core, record: Record, before: GpuMemory, now: GpuMemory, gpu: int, level: int
-) -> bool | None:
+def has_gone(model: Model, before: GpuMemory, now: GpuMemory, gpu: int, level: int) -> bool | None:
     """Whether a GPU shows the sleep, by our processes, else by the device; None if neither is known."""
-    held_before, held_now = before.held_by(record), now.held_by(record)
+    held_before, held_now = before.held_by(model.record), now.held_by(model.record)
     if level == 0 and held_before is not None and held_now is not None:
         return held_before - held_now >= GIB / 2  # the KV cache's: what stays is most of a large model
     if held_before is not None and held_now is not None:
-        known = core.footprint(record.name).asleep.get(str(gpu))
-        return held_now <= (held_before / 2 if known is None else known * 1.1 + GIB / 4)
+        measured = model.footprint.asleep.get(str(gpu))
+        return held_now <= (held_before / 2 if measured is None else measured * 1.1 + GIB / 4)
     if before.used is None or now.used is None:
         return None
     return before.used - now.used >= GIB / 2
 
 
-def needed_to_wake(core: Core, record: Record, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
+def needed_to_wake(model: Model, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
     """Further bytes on each GPU that the sleeper will take when it wakes."""
-    need = {}
+    record, need = model.record, {}
     for gpu in record.gpus:
         held = memory[gpu].held_by(record) if gpu in memory else None
         if held is None:
-            held = asleep_bytes(core, record, gpu, record.level)
-        need[gpu] = max(0, awake_bytes(core, record.name, gpu) - held)
+            held = asleep_bytes(model, gpu, record.level)
+        need[gpu] = max(0, awake_bytes(model, gpu) - held)
     return need
 
 
-def needed_to_start(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
+def needed_to_start(model: Model, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
     """Bytes on each GPU that must be free for a start: vLLM checks its share before it loads."""
-    footprint = core.footprint(name)
-    share = share_of(core, name, memory) or budget.HIGHEST_UTILIZATION
+    footprint = model.footprint
+    share = share_of(model, memory) or budget.HIGHEST_UTILIZATION
     need = {}
-    for gpu in core.model(name).gpus:
-        total = core.total(gpu)
+    for gpu in model.config.gpus:
+        total = model.core.total(gpu)
         if total is not None:
             need[gpu] = max(
                 int(share * total), footprint.awake.get(str(gpu), budget.awake_estimate(share, total))
@@ -91,110 +90,106 @@ def needed_to_start(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> d
     return need
 
 
-def asleep_bytes(core: Core, record: Record, gpu: int, level: int | None) -> int:
+def asleep_bytes(model: Model, gpu: int, level: int | None) -> int:
     """What the model leaves on a GPU at a sleep level: measured, else estimated; at 0 with its weights."""
-    footprint = core.footprint(record.name)
+    footprint = model.footprint
     if level == 0:
-        weights = weights_of(core, record.name)
-        return budget.resident_estimate(footprint, core.model(record.name), gpu, weights)
-    return budget.asleep_estimate(footprint, core.model(record.name), gpu)
+        weights = weights_of(model)
+        return budget.resident_estimate(footprint, model.config, gpu, weights)
+    return budget.asleep_estimate(footprint, model.config, gpu)
 
 
-def awake_bytes(core: Core, name: str, gpu: int) -> int:
+def awake_bytes(model: Model, gpu: int) -> int:
     """What the model holds on a GPU while awake: measured, else estimated."""
-    measured = core.footprint(name).awake.get(str(gpu))
-    total = core.total(gpu)
+    measured = model.footprint.awake.get(str(gpu))
+    total = model.core.total(gpu)
     if measured is not None or total is None:
         return measured or 0
-    return budget.awake_estimate(budget.fixed_utilization(core.model(name)), total)
+    return budget.awake_estimate(budget.fixed_utilization(model.config), total)
 
 
-def share_of(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> float | None:
+def share_of(model: Model, memory: Mapping[int, GpuMemory]) -> float | None:
     """The model's `gpu-memory-utilization`: its own, else planned over all models of its GPUs."""
-    return shares_of(core, [name], memory)[name]
+    return shares_of([model], memory)[model.name]
 
 
-def shares_of(core: Core, names: Sequence[str], memory: Mapping[int, GpuMemory]) -> dict[str, float | None]:
-    """`share_of` each of these models; the records of all are read once."""
-    found = {name: budget.fixed_utilization(core.model(name)) for name in names}
-    planned = [name for name in names if found[name] is None and core.model(name).gpus]
+def shares_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[str, float | None]:
+    """`share_of` each of these models, by name; the records of all are read once."""
+    shares = {model.name: budget.fixed_utilization(model.config) for model in models}
+    planned = [model for model in models if shares[model.name] is None and model.config.gpus]
     if not planned:
-        return found
-    records = core.readable()
+        return shares
+    core = planned[0].core
+    everybody = core.readable()
     asleep = {}
-    for record in records:
-        left = core.footprint(record.name).asleep
-        if core.model(record.name).level == 0:
-            asleep[record.name] = max(
-                (asleep_bytes(core, record, gpu, 0) for gpu in core.model(record.name).gpus), default=0
-            )
+    for model in everybody:
+        left = model.footprint.asleep
+        if model.config.level == 0:
+            asleep[model.name] = max((asleep_bytes(model, gpu, 0) for gpu in model.config.gpus), default=0)
         elif left:
-            asleep[record.name] = max(left.values())
+            asleep[model.name] = max(left.values())
     others = {}
     for gpu, now in memory.items():
-        ours = [held_here(core, record, now, gpu) for record in records]
+        ours = [held_here(model, now, gpu) for model in everybody]
         others[gpu] = max(0, (now.used or 0) - sum(ours))
-    for name in planned:
-        totals = {gpu: total for gpu in core.model(name).gpus if (total := core.total(gpu)) is not None}
-        found[name] = budget.utilization(name, core.config, totals, others, asleep)
-    return found
+    for model in planned:
+        totals = {gpu: total for gpu in model.config.gpus if (total := core.total(gpu)) is not None}
+        shares[model.name] = budget.utilization(model.name, core.config, totals, others, asleep)
+    return shares
 
 
 def plan_for(
-    core: Core,
-    name: str,
+    model: Model,
     *,
     memory: Mapping[int, GpuMemory] | None = None,
     idle: Mapping[str, tuple[float, bool]] | None = None,
 ) -> Room:
-    """Who must make room so that `name` can be awake.
+    """Who must make room so that the model can be awake.
 
     `memory` is read now unless given; `idle` tells of each model its last request and whether one is running.
     """
     if memory is None:
-        memory = read_memory(core, set(core.model(name).gpus))
-    free = {gpu: memory[gpu].free for gpu in core.model(name).gpus if gpu in memory}
-    return make_room(needed(core, name, memory), free, neighbours(core, name, memory, idle or {}))
+        memory = read_memory(model.core, set(model.config.gpus))
+    free = {gpu: memory[gpu].free for gpu in model.config.gpus if gpu in memory}
+    return make_room(needed(model, memory), free, neighbours(model, memory, idle or {}))
 
 
-def needed(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
+def needed(model: Model, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
     """Further bytes on each GPU that the model takes to be awake, from where it is now."""
-    record = core.records.read(name)
+    record = model.read()
     if record.state in (State.ASLEEP, State.WAKING):
-        return needed_to_wake(core, record, memory)
-    return needed_to_start(core, name, memory)
+        return needed_to_wake(model, memory)
+    return needed_to_start(model, memory)
 
 
 def neighbours(
-    core: Core, name: str, memory: Mapping[int, GpuMemory], idle: Mapping[str, tuple[float, bool]]
+    model: Model, memory: Mapping[int, GpuMemory], idle: Mapping[str, tuple[float, bool]]
 ) -> list[Neighbour]:
-    """The models that share a GPU with `name` and hold more than they must: awake, or asleep at level 0."""
-    found = []
-    mine = set(core.model(name).gpus)
-    for record in core.readable():
-        key = record.name
+    """The others on the model's GPUs that hold more than they must: awake, or asleep at level 0."""
+    near = []
+    mine = set(model.config.gpus)
+    for other in model.core.readable():
+        record = other.record
         resident = record.state is State.ASLEEP and record.level == 0
-        if key == name or not mine & set(record.gpus) or not (record.state is State.AWAKE or resident):
+        if other.name == model.name or not mine & set(record.gpus):
+            continue
+        if not (record.state is State.AWAKE or resident):
             continue
         level = 1 if resident else own_level(record)
-        last, answering = idle.get(key, (record.since, False))
-        found.append(
+        last, answering = idle.get(other.name, (record.since, False))
+        held = held_here if resident else held_awake
+        near.append(
             Neighbour(
-                name=key,
-                awake={
-                    gpu: held_here(core, record, memory[gpu], gpu) if gpu in memory else 0
-                    for gpu in record.gpus
-                }
-                if resident
-                else {gpu: held_awake(core, record, memory, gpu) for gpu in record.gpus},
-                asleep={gpu: asleep_bytes(core, record, gpu, level) for gpu in record.gpus},
+                name=other.name,
+                awake={gpu: held(other, memory.get(gpu), gpu) for gpu in record.gpus},
+                asleep={gpu: asleep_bytes(other, gpu, level) for gpu in record.gpus},
                 idle_since=last,
                 answering=answering,
                 stops=record.resolved_level == "none",
                 sleeps_already=resident,
             )
         )
-    return found
+    return near
 
 
 def own_level(record: Record) -> int:
@@ -202,25 +197,30 @@ def own_level(record: Record) -> int:
     return int(record.resolved_level) if record.resolved_level in ("0", "2") else 1
 
 
-def held_here(core: Core, record: Record, now: GpuMemory, gpu: int) -> int:
-    """What a model holds on a GPU: seen, else as measured before in its state; 0 if it does not run there."""
-    held = now.held_by(record)
+def held_here(model: Model, now: GpuMemory | None, gpu: int) -> int:
+    """What a model holds on a GPU: seen, else as measured before in its state; 0 if it does not run there.
+
+    0 as well where the GPU's memory `now` is not known.
+    """
+    if now is None:
+        return 0
+    record, held = model.record, now.held_by(model.record)
     if held is not None:
         return held
     if gpu not in record.gpus or record.state not in (State.AWAKE, State.ASLEEP):
         return 0
     if record.state is State.AWAKE:
-        return awake_bytes(core, record.name, gpu)
-    return asleep_bytes(core, record, gpu, record.level)
+        return awake_bytes(model, gpu)
+    return asleep_bytes(model, gpu, record.level)
 
 
-def held_awake(core: Core, record: Record, memory: Mapping[int, GpuMemory], gpu: int) -> int:
+def held_awake(model: Model, now: GpuMemory | None, gpu: int) -> int:
     """What an awake model holds on a GPU: seen now, else as measured before."""
-    held = memory[gpu].held_by(record) if gpu in memory else None
-    return held if held else awake_bytes(core, record.name, gpu)
+    held = now.held_by(model.record) if now is not None else None
+    return held if held else awake_bytes(model, gpu)
 
 
-def refuse_without_room(core: Core, name: str, room: Room) -> None:
+def refuse_without_room(model: Model, room: Room) -> None:
     """Raises RefusedError with the numbers if the target does not fit even after the plan."""
     if room.fits:
         return
@@ -228,34 +228,35 @@ def refuse_without_room(core: Core, name: str, room: Room) -> None:
     free = room.free[gpu]
     asleep = f" even with {' and '.join(room.leaving)} asleep" if room.leaving else ""
     what = (
-        f"{name} needs {gib(free + missing - budget.MARGIN)} on GPU {gpu} and {gib(budget.MARGIN)} to spare; "
+        f"{model.name} needs {gib(free + missing - budget.MARGIN)} on GPU {gpu} and {gib(budget.MARGIN)} to spare; "
         f"{gib(free)} are free{asleep}."
     )
-    raise RefusedError(what, who_else(core, gpu) or give_it_less(core, name, gpu))
+    raise RefusedError(what, who_else(model.core, gpu) or give_it_less(model, gpu))
 
 
-def give_it_less(core: Core, name: str, gpu: int) -> str:
+def give_it_less(model: Model, gpu: int) -> str:
     """What a person can do about a model that is too large for a GPU."""
-    if budget.fixed_utilization(core.model(name)) is not None:
+    if budget.fixed_utilization(model.config) is not None:
         return "Give it less: lower its gpu-memory-utilization."
     return f"Stop a model on GPU {gpu}, or give this one another GPU."  # its share is planned, not set
 
 
-def too_large(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> str | None:
+def too_large(model: Model, memory: Mapping[int, GpuMemory]) -> str | None:
     """Why a start of the model will fail, in a sentence; None if it may succeed.
 
     vLLM keeps its weights within its share of the GPU. What they take it told in an earlier launch, which may
     have failed over just that. It is no reason to refuse a start: the files may have changed since.
     """
-    model, weights = core.model(name), core.footprint(name).weights
-    share = share_of(core, name, memory)
-    if weights is None or share is None or not model.gpus:
+    gpus, weights = model.config.gpus, model.footprint.weights
+    share = share_of(model, memory)
+    if weights is None or share is None or not gpus:
         return None
-    each = weights // len(model.gpus)
-    for gpu in model.gpus:
-        total = core.total(gpu)
+    each = weights // len(gpus)
+    for gpu in gpus:
+        total = model.core.total(gpu)
         if total is not None and each >= share * total:
-            given = "are planned for it" if budget.fixed_utilization(model) is None else "are its share"
+            is_planned = budget.fixed_utilization(model.config) is None
+            given = "are planned for it" if is_planned else "are its share"
             return (
                 f"Does not fit: its weights take {gib(each)} of GPU {gpu} and {gib(share * total)} {given}."
             )
@@ -265,7 +266,7 @@ def too_large(core: Core, name: str, memory: Mapping[int, GpuMemory]) -> str | N
 def who_else(core: Core, gpu: int) -> str | None:
     """Names the processes that hold memory on a GPU and are none of ours."""
     _, by_pid = core.reader.memory(gpu)
-    ours = {engine.pid for record in core.readable() for engine in record.engines}
+    ours = {engine.pid for model in core.readable() for engine in model.record.engines}
     strangers = sorted(
         ((size or 0, pid) for pid, size in (by_pid or {}).items() if pid not in ours), reverse=True
     )
@@ -285,29 +286,29 @@ def server_of(pid: int) -> int:
     return pid
 
 
-def weights_of(core: Core, name: str) -> int | None:
+def weights_of(model: Model) -> int | None:
     """Bytes of weights: measured, else the size of a local checkpoint; None if neither is known."""
-    measured = core.footprint(name).weights
-    return measured or estimated_weights(core.model(name), core.loaded.path.parent)
+    measured = model.footprint.weights
+    return measured or estimated_weights(model.config, model.base)
 
 
-def check_ram(core: Core, name: str) -> None:
+def check_ram(model: Model) -> None:
     """Raises RefusedError with the numbers if a first level 1 sleep would push the machine into swapping."""
-    need = budget.pinned_estimate(core.footprint(name), weights_of(core, name))
-    host = host_memory(core.simulated)
+    need = budget.pinned_estimate(model.footprint, weights_of(model))
+    host = host_memory(model.core.simulated)
     if need is None or host.available_bytes is None or host.total_bytes is None:
         return
     margin = budget.ram_margin(host.total_bytes)
     if need + margin > host.available_bytes:
         raise RefusedError(
-            f"{name} would pin {gib(need)} of RAM at level 1 and {gib(margin)} must stay free; "
+            f"{model.name} would pin {gib(need)} of RAM at level 1 and {gib(margin)} must stay free; "
             f"{gib(host.available_bytes)} are available.",
             "Sleep it at level 2, which needs no RAM."
-            if never_level2(core.model(name), installed_version(core, name), core.loaded.path.parent) is None
+            if never_level2(model.config, installed_version(model), model.base) is None
             else "Free RAM, or `stop` it instead: level 2 could not bring it back.",
         )
 
 
-def cold_start(core: Core, name: str) -> float | None:
+def cold_start(model: Model) -> float | None:
     """Seconds a start of the model takes here, as measured; None before the first."""
-    return core.footprint(name).typical("start")
+    return model.footprint.typical("start")

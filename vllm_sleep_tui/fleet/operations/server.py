@@ -9,31 +9,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager
-from typing import NoReturn, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import msgspec
 
-from vllm_sleep_tui.engine import proof
-from vllm_sleep_tui.engine.client import Gate, VllmClient, WakeReply
-from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout, EngineUnreachable
+from vllm_sleep_tui.engine import proof, sleeping
+from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
 from vllm_sleep_tui.engine.logs import MAX_WHY
 from vllm_sleep_tui.engine.proof import Verdict
-from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
-from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.levels import why_no_level2
+from vllm_sleep_tui.errors import PanelError, RefusedError
+from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.arguments import replicas
-from vllm_sleep_tui.fleet.operations.end import fail_as
+from vllm_sleep_tui.fleet.operations.end import fail_as, stop_server
 from vllm_sleep_tui.fleet.operations.failures import CURES, Failure, may_wake_again, wake_failure
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
-from vllm_sleep_tui.fleet.operations.ram import room_to_pin
-from vllm_sleep_tui.fleet.operations.room import GpuMemory, has_gone, needed_to_wake, read_memory
-from vllm_sleep_tui.fleet.states import Event
+from vllm_sleep_tui.fleet.operations.room import (
+    GpuMemory,
+    check_ram,
+    has_gone,
+    needed_to_wake,
+    own_level,
+    read_memory,
+)
+from vllm_sleep_tui.fleet.states import Event, State
+from vllm_sleep_tui.fleet.store.locks import LockBusyError, cure_for, describe, hold, holder
 from vllm_sleep_tui.fleet.store.records import Intent, Record
 from vllm_sleep_tui.sizing.footprints import Footprint
 from vllm_sleep_tui.units import GIB, gib
+
+if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
+    from vllm_sleep_tui.engine.client import Gate, VllmClient
 
 SETTLE_POLL = 0.003
 GATE_LIMIT = 5.0
@@ -55,16 +63,21 @@ def no_level_0(record: Record) -> tuple[str, str]:
 class Server:
     """The server of one record; the caller holds the model's lock and its GPUs' locks."""
 
-    def __init__(self, core: Core, record: Record, operation: Operation) -> None:
-        self.core = core
-        self.record = record
+    def __init__(self, model: Model, operation: Operation) -> None:
+        self.model = model
+        self.core = model.core
+        self.name = model.name
         self.operation = operation
-        self.client: VllmClient = core.client(record)
 
     @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.record.name
+    def record(self) -> Record:
+        """What is known of it."""
+        return self.model.record
+
+    @property
+    def client(self) -> VllmClient:
+        """Asks it."""
+        return self.model.client()
 
     @property
     def frees_memory(self) -> bool:
@@ -80,14 +93,14 @@ class Server:
             operation=self.operation.name, phase=phase, since=self.operation.since, actor=actor(), level=level
         )
         if event is None:
-            self.record = self.core.write(self.record, intent=intent)
+            self.model.write(intent=intent)
         else:
-            self.record = self.core.enter(self.record, event, intent=intent)
+            self.model.enter(event, intent=intent)
         self.operation.tell(self.name, phase)
 
     def limit(self) -> float:
         """Seconds that a call which moves the weights may take."""
-        footprint = self.core.footprint(self.name)
+        footprint = self.model.footprint
         weights = footprint.weights or footprint.backed_up or max(footprint.awake.values(), default=0)
         return self.core.limits.call + self.core.limits.call_per_gib * weights / GIB
 
@@ -102,7 +115,7 @@ class Server:
         asked for the end while it was draining; the model is awake then, its gate open. So it is if `unless`,
         awaited between drain and sleep, raises.
         """
-        pool = self.core.pinned_now(self.record)
+        pool = self.model.pinned_now()
         async with self.room_to_pin(level, pool):
             self.intend("drain", level=level, event=Event.SLEEP)
             if level == 2 and (risk := self.level_2_risk()):
@@ -121,26 +134,32 @@ class Server:
                 raise
             verdict, left = await self.sleep_and_settle(level, pool, await before)
             reason, cure = self.kept_memory(verdict, left)
-            self.record = self.core.enter(
-                self.record,
-                Event.SLEPT,
-                level=level,
-                intent=None,
-                proof=verdict,
-                reason=reason,
-                cure=cure,
-                fell=None,
-            )
+            self.model.enter(Event.SLEPT, level=level, proof=verdict, reason=reason, cure=cure)
 
     def level_2_risk(self) -> str | None:
         """What level 2 would lose of it, in words."""
-        base = self.core.loaded.path.parent
-        return why_no_level2(self.core.model(self.name), self.record.vllm_version, base)
+        return why_no_level2(self.model.config, self.record.vllm_version, self.model.base)
 
-    def room_to_pin(self, level: int, pool: int) -> AbstractAsyncContextManager[None]:
-        """RAM for level 1, checked and held; a `pool` pinned before is used again."""
-        needed = self.frees_memory and level == 1 and not pool
-        return room_to_pin(self.core, self.name, self.operation, needed=needed)
+    @contextlib.asynccontextmanager
+    async def room_to_pin(self, level: int, pool: int) -> AsyncIterator[None]:
+        """RAM for level 1, checked and held; a `pool` pinned before is used again.
+
+        One first level 1 sleep at a time on the whole machine: two on different GPUs would both find the RAM
+        free, and the second would fail in the middle of its sleep. Raises RefusedError if it is short.
+        """
+        if not self.frees_memory or level != 1 or pool:
+            yield
+            return
+        lock, this = self.core.ram_lock(), holder("pinning", self.name)
+        try:
+            async with hold([lock], this, checkpoint=self.operation.checkpoint):
+                check_ram(self.model)
+                yield
+        except LockBusyError as error:
+            raise RefusedError(
+                f"{self.name}: the right to pin RAM is held by {describe(error.holder)}.",
+                cure_for(error.holder, error.path),
+            ) from error
 
     async def read_memory(self) -> dict[int, GpuMemory]:
         """The memory of the model's GPUs now."""
@@ -163,7 +182,7 @@ class Server:
             verdict, left = await self.settle(before, level)
         what = "sleep1-first" if level == 1 and not pool else f"sleep{level}"
         asleep = left if verdict == Verdict.PROVEN else {}
-        self.remember_sleep(what, seconds, before, asleep, pool or self.core.pinned_now(self.record), level)
+        self.remember_sleep(what, seconds, before, asleep, pool or self.model.pinned_now(), level)
         return verdict, left
 
     async def prime(self) -> None:
@@ -172,7 +191,7 @@ class Server:
         The first level 1 sleep is up to 29 times slower than the next (H100, vLLM 0.24). Raises RefusedError
         if the RAM for it is not there; nothing was done then.
         """
-        pool = self.core.pinned_now(self.record)
+        pool = self.model.pinned_now()
         async with self.room_to_pin(1, pool):
             self.intend("priming", level=1)
             await self.drain(force=True)
@@ -195,24 +214,24 @@ class Server:
         with contextlib.suppress(EngineError):
             await self.set_gate(closed=False)
             left = None
-        self.record = self.core.enter(self.record, Event.SLEEP_UNDONE, intent=left)
+        self.model.enter(Event.SLEEP_UNDONE, intent=left)
 
     async def deepen(self, level: int) -> None:
         """From level 0 to 1 or 2 without a wake; raises RefusedError without RAM, else as `fall_asleep`.
 
         The level is written before the call: whoever finds the record after a crash wakes it the longer way.
         """
-        pool = self.core.pinned_now(self.record)
+        pool = self.model.pinned_now()
         async with self.room_to_pin(level, pool):
             before = await self.read_memory()
             self.intend("sleep", level=level)
-            self.record = self.core.write(self.record, level=level)
+            self.model.write(level=level)
             with self.operation.timed("sleep"):
                 try:
-                    answers = await self.client.collective_rpc("panel_sleep_deeper", self.limit(), (level,))
+                    deeper = await sleeping.sleep_deeper(self.client, level, self.limit())
                 except EngineError as error:
                     await self.fail(Failure.SLEEP_REFUSED, error)
-            if any(answer.get("level") != level for answer in answers):
+            if not deeper:
                 await self.fail(Failure.SLEEP_REFUSED, "its workers do not sleep at one level.")
             with self.operation.timed("settle"):
                 verdict, left = await self.settle(before, level)
@@ -221,35 +240,29 @@ class Server:
                 0.0,
                 {},
                 left if verdict == Verdict.PROVEN else {},
-                self.core.pinned_now(self.record),
+                self.model.pinned_now(),
                 level,
             )
             reason, cure = self.kept_memory(verdict, left)
-            self.record = self.core.write(self.record, intent=None, proof=verdict, reason=reason, cure=cure)
+            self.model.write(intent=None, proof=verdict, reason=reason, cure=cure)
 
     async def keep_weights(self) -> None:
         """Tell each worker that the sleep that comes now gives up the KV cache alone.
 
         Raises RefusedError if one of them has fallen back to vLLM's own sleep mode meanwhile.
         """
-        answers = await self.client.collective_rpc("panel_keep_weights", FACTS_LIMIT)
-        other = [answer for answer in answers if answer.get("state") != "own"]
-        if other or not answers:
-            why = str(other[0].get("why", ""))[:MAX_WHY] if other else None
-            self.record = self.core.write(self.record, sleep_backend="stock", sleep_backend_why=why)
+        facts = await sleeping.keep_weights(self.client, FACTS_LIMIT)
+        other = [worker for worker in facts if not worker.is_own]
+        if other or not facts:
+            why = (other[0].why or "")[:MAX_WHY] if other else None
+            self.model.write(sleep_backend="stock", sleep_backend_why=why)
             raise RefusedError(*no_level_0(self.record))
 
     async def call_sleep(self, level: int) -> float:
-        """The call itself; seconds it took. A call that timed out may have worked: it is asked after.
-
-        To vLLM level 0 is a sleep at level 1, of which our sleep mode was told to leave the weights.
-        """
+        """The call itself; seconds it took."""
         began = time.perf_counter()
         try:
-            asked = level or 1
-            reply = await self.waited_for(lambda: self.client.sleep(asked, self.limit()), asleep=True)
-            if reply is None and not await self.is_sleeping():
-                await self.fail(Failure.SILENT, "it gave no answer to /sleep and is awake.")
+            await sleeping.sleep(self.client, level, self.limit())
         except EngineRefused as error:
             await self.fail(Failure.SLEEP_REFUSED, error)
         except EngineError as error:
@@ -270,10 +283,7 @@ class Server:
         deadline = time.monotonic() + self.core.limits.settle
         while True:
             now = await self.read_memory()
-            gone = [
-                has_gone(self.core, self.record, before[gpu], now[gpu], gpu, level)
-                for gpu in self.record.gpus
-            ]
+            gone = [has_gone(self.model, before[gpu], now[gpu], gpu, level) for gpu in self.record.gpus]
             if None in gone:
                 return Verdict.UNVERIFIED, {}
             if all(gone) or time.monotonic() > deadline:
@@ -310,7 +320,51 @@ class Server:
                 known = msgspec.structs.replace(known, resident={**known.resident, **left})
             return msgspec.structs.replace(known, pinned=pinned or known.pinned)
 
-        self.core.remember(self.record, change)
+        self.model.remember(change)
+
+    # ── makes room, stops ────────────────────────────────────────────────────────────────────────────────
+
+    async def step_aside(self, *, force: bool, unless: Awaitable[object] | None = None) -> None:
+        """Make room, the way its level says, unless `unless` raises before it is too late."""
+        record = self.record
+        if record.state is State.ASLEEP and record.level == 0:
+            await self.give_up_weights()
+        elif record.state is State.AWAKE and record.resolved_level == "none":
+            await self.stop(force=force, unless=unless)
+        elif record.state is State.AWAKE:
+            await self.fall_asleep(own_level(record), force=force, unless=unless)
+
+    async def give_up_weights(self) -> None:
+        """A sleeper at level 0 moves its weights to RAM, or gives them up where the RAM is short."""
+        try:
+            await self.deepen(1)
+        except RefusedError:
+            if never_level2(self.model.config, self.record.vllm_version, self.model.base):
+                raise
+            await self.deepen(2)
+
+    async def stop(self, *, force: bool, unless: Awaitable[object] | None = None) -> None:
+        """Close the gate, let answers finish unless forced, end the server, see its memory gone.
+
+        If `unless`, awaited before the end, raises PanelError, the model is awake as before.
+        """
+        self.operation.tell(self.name, "stopping")
+        intent = Intent(
+            operation=self.operation.name, phase="drain", since=self.operation.since, actor=actor()
+        )
+        if self.record.state is State.AWAKE:
+            self.model.write(intent=intent)
+            try:
+                with contextlib.suppress(EngineError):  # a server that does not answer is ended all the same
+                    await self.drain(force=force)
+                if unless is not None:
+                    await unless
+            except PanelError:
+                await self.open_gate()
+                self.model.write(intent=None)
+                raise
+        self.model.enter(Event.STOP, intent=intent)
+        await stop_server(self.model, at_once=force)
 
     # ── wake ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -328,21 +382,16 @@ class Server:
         seconds = time.perf_counter() - began
         verdict = await self.prove()
         await self.open_gate()
-        self.core.remember(self.record, lambda known: known.with_time(f"wake{level}", seconds))
-        self.record = self.core.enter(
-            self.record,
+        self.model.remember(lambda known: known.with_time(f"wake{level}", seconds))
+        self.model.enter(
             Event.WOKE,
-            level=None,
-            intent=None,
             proof=verdict,
-            reason=None,
-            cure=None,
             last_switch=self.operation.ledger(),
         )
 
     def check_room(self, memory: Mapping[int, GpuMemory]) -> None:
         """Raises RefusedError if the VRAM is not there: a wake without room wedges the engine (vLLM 0.24)."""
-        for gpu, need in needed_to_wake(self.core, self.record, memory).items():
+        for gpu, need in needed_to_wake(self.model, memory).items():
             free = memory[gpu].free
             if free is not None and need > free:
                 figures = f"{self.name} needs {gib(need)} more on GPU {gpu} to wake; {gib(free)} are free."
@@ -352,7 +401,10 @@ class Server:
         """The wake itself, once more after it ran out of memory; raises OperationError if it failed."""
         for attempt in (1, 2):
             try:
-                await (self.wake_from_2() if level == 2 else self.wake_from_1())
+                with self.operation.timed("wake"):
+                    await sleeping.wake(
+                        self.client, level, self.limit(), self.step, quick=self.core.limits.call
+                    )
                 return
             except EngineRefused as error:
                 again = may_wake_again(self.record, error)
@@ -366,55 +418,12 @@ class Server:
                 with contextlib.suppress(PanelError):
                     await more_room()
 
-    async def wake_from_1(self) -> None:
-        """One call; the weights come back from RAM."""
-        with self.operation.timed("wake"):
-            reply = await self.waited_for(lambda: self.client.wake_up(timeout=self.limit()))
-            await self.check_awake(reply)
-
-    async def wake_from_2(self) -> None:
-        """The four steps that vLLM wants from its client; any of them may be repeated after a crash."""
-        with self.operation.timed("wake"):
-            with self.step("weights"):
-                await self.waited_for(lambda: self.client.wake_up(("weights",), timeout=self.limit()))
-            with self.step("reload"):
-                await self.waited_for(lambda: self.client.collective_rpc("reload_weights", self.limit()))
-            with self.step("kv_cache"):
-                reply = await self.waited_for(
-                    lambda: self.client.wake_up(("kv_cache",), timeout=self.limit())
-                )
-                await self.check_awake(reply)
-            with self.step("reset"):
-                await self.client.reset_prefix_cache(self.core.limits.call)
-
     @contextlib.contextmanager
     def step(self, phase: str) -> Iterator[None]:
         """A step of a longer wake: intended, then timed."""
         self.intend(phase, level=2)
         with self.operation.timed(phase):
             yield
-
-    async def waited_for(self, call: Callable[[], Awaitable[T]], *, asleep: bool = False) -> T | None:
-        """The reply to `call`; None if it was lost, once the engine is through with it.
-
-        A call whose connection broke may never have come there: it is made again if nothing came of it.
-        """
-        try:
-            return await call()
-        except EngineTimeout:
-            await self.is_sleeping()
-            return None
-        except EngineUnreachable as error:
-            if not error.sent:
-                raise
-        return None if await self.is_sleeping() is asleep else await call()
-
-    async def check_awake(self, reply: WakeReply | None) -> None:
-        """Raises EngineRefused if it still sleeps; without a word of that it is asked (before vLLM 0.32)."""
-        status = reply.status if reply is not None else None
-        sleeping = status != "awake" if status is not None else await self.client.is_sleeping(self.limit())
-        if sleeping:
-            raise EngineRefused(200, "it answered 200 and still sleeps", None)
 
     # ── proof ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -423,7 +432,7 @@ class Server:
         with contextlib.suppress(EngineRefused):
             await self.client.reset_prefix_cache(self.core.limits.call)
         reference = await proof.ask(self.client, self.name, self.core.limits.call)
-        self.record = self.core.write(self.record, reference=reference)
+        self.model.write(reference=reference)
 
     async def prove(self) -> str:
         """The first token after a wake, compared with the reference; twice wrong is reloaded, then failed."""
@@ -444,8 +453,7 @@ class Server:
         """The cure of wrong answers, tried once; raises OperationError if they stay wrong."""
         self.operation.tell(self.name, "prove", "wrong answers: its weights are loaded again")
         try:
-            await self.client.collective_rpc("reload_weights", self.limit())
-            await self.client.reset_prefix_cache(self.core.limits.call)
+            await sleeping.reload(self.client, self.limit(), quick=self.core.limits.call)
             if await self.is_itself() and self.record.reference is not None:
                 return proof.proven(self.replicas, self.record.reference)
         except EngineError as error:
@@ -462,7 +470,7 @@ class Server:
     @property
     def replicas(self) -> int:
         """How many data parallel replicas are to be proven."""
-        return replicas(self.core, self.name)
+        return replicas(self.model)
 
     async def set_gate(self, *, closed: bool) -> Gate:
         """Close or open the gate; raises EngineError if the server is silent or refuses."""
@@ -470,7 +478,7 @@ class Server:
 
     async def patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
         """The answer of a server that may have much to do, see `patience`."""
-        return await patiently(self.core, self.record, ask)
+        return await patiently(self.model, ask)
 
     async def open_gate(self) -> None:
         """Let requests in."""
@@ -481,5 +489,4 @@ class Server:
 
     async def fail(self, failure: Failure, why: object = "") -> NoReturn:
         """End the server, keep the reason; raises OperationError with it."""
-        self.record = await fail_as(self.core, self.record, failure, why)
-        raise OperationError(f"{self.name}: {self.record.reason}", self.record.cure or "")
+        await fail_as(self.model, failure, why)

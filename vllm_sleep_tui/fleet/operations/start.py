@@ -31,9 +31,9 @@ from vllm_sleep_tui.engine.logs import Backend, LogTail, PhaseReader
 from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError, UsageError
 from vllm_sleep_tui.files import as_text, path_of
-from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.keeper_client import Order, is_kept, launch, read_word
+from vllm_sleep_tui.fleet.keeper_client import KeeperSpec, is_kept, launch, read_status
 from vllm_sleep_tui.fleet.levels import installed_version, never_level2
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.arguments import check_arguments, known_flags
 from vllm_sleep_tui.fleet.operations.end import TMP_PREFIX, cause_in_log, fail, stop_server
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
@@ -45,6 +45,7 @@ from vllm_sleep_tui.fleet.states import Event, StartPhase, State
 from vllm_sleep_tui.fleet.store.records import Intent, Record
 from vllm_sleep_tui.sizing.budget import level_for, pinned_estimate
 from vllm_sleep_tui.sizing.footprints import Footprint, digest
+from vllm_sleep_tui.telemetry.gpus import VISIBLE, GpuReading, fault_of, is_hidden
 from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, has_listener, listens
 from vllm_sleep_tui.units import GIB
@@ -64,44 +65,78 @@ WARM_UP_LIMIT = 300.0
 """The first request of a fresh server took 26 s on a CPU (vLLM 0.32)."""
 
 
-def check_startable(core: Core, name: str) -> None:
+def check_startable(model: Model) -> None:
     """Raises UsageError if what the config names is not there: the vLLM binary, GPUs, a folder."""
-    check_command(core, name)
-    core.check_gpus(name)
-    check_arguments(core, name, known_flags(core, name))
-    check_source(core, name)
-    check_level(core, name)
+    check_command(model)
+    check_gpus(model)
+    check_arguments(model, known_flags(model))
+    check_source(model)
+    check_level(model)
 
 
-def check_command(core: Core, name: str) -> None:
+def check_command(model: Model) -> None:
     """Raises UsageError if the vLLM binary is not there."""
-    program = core.vllm_command(name)[0]
+    program = model.vllm_command[0]
     if shutil.which(program) is None:
-        own = f"models.{name}." if core.model(name).vllm_command else ""
+        own = f"models.{model.name}." if model.config.vllm_command else ""
         raise UsageError(
-            f"{core.loaded.path}: {own}vllm_command: {program!r} was not found.",
+            f"{model.core.loaded.path}: {own}vllm_command: {program!r} was not found.",
             "Install vLLM in an environment of its own and give the full path of its `vllm` there.",
         )
 
 
-def check_level(core: Core, name: str) -> None:
-    """Raises UsageError for `level: 2` where vLLM's loader could not bring the model back."""
-    model = core.model(name)
-    if model.level != 2:
+def check_gpus(model: Model) -> None:
+    """Raises UsageError if the model names a GPU that this machine does not have.
+
+    Raises RefusedError if the GPU or the driver does not answer, is not this user's or not this shell's.
+    """
+    core, name, wanted = model.core, model.name, model.config.gpus
+    if core.reader.faults:
+        core.reader.read()  # it may be well again
+    gpus = core.gpus(wanted)
+    for gpu in wanted:
+        if fault := fault_of(core.reader.faults, gpu):
+            raise RefusedError(f"Cannot start {name}: {fault.what}", fault.cure)
+    for gpu in wanted:
+        check_visible(name, gpus.get(gpu))
+    if not gpus:
+        return  # without NVML nothing is known; vLLM will say
+    for gpu in wanted:
+        if gpu not in gpus:
+            raise UsageError(
+                f"{core.loaded.path}: models.{name}.gpus: there is no GPU {gpu}.",
+                f"This machine has: {', '.join(map(str, sorted(gpus)))}.",
+            )
+
+
+def check_visible(name: str, gpu: GpuReading | None) -> None:
+    """Raises RefusedError if the shell was given other GPUs: by a scheduler, or by agreement."""
+    visible = os.environ.get(VISIBLE)
+    if gpu is None or gpu.simulated or not is_hidden(gpu, visible):
         return
-    if never := never_level2(model, installed_version(core, name), core.loaded.path.parent):
+    raise RefusedError(
+        f"Cannot start {name}: GPU {gpu.index} is not this shell's; {VISIBLE} is {visible!r} here.",
+        f"Give it one of those under `gpus:`, or unset {VISIBLE} if GPU {gpu.index} is yours.",
+    )
+
+
+def check_level(model: Model) -> None:
+    """Raises UsageError for `level: 2` where vLLM's loader could not bring the model back."""
+    if model.config.level != 2:
+        return
+    if never := never_level2(model.config, installed_version(model), model.base):
         raise UsageError(
-            f"{core.loaded.path}: models.{name}.level: 2 could not bring it back: {never}.",
+            f"{model.core.loaded.path}: models.{model.name}.level: 2 could not bring it back: {never}.",
             "Set `level: 1` or `level: auto`.",
         )
 
 
-def check_source(core: Core, name: str) -> None:
+def check_source(model: Model) -> None:
     """Raises UsageError if the model is a path of this machine where nothing is."""
-    source = core.model(name).model or ""
+    source = model.config.model or ""
     if source.startswith("/") and not os.path.exists(source):
         raise UsageError(
-            f"{core.loaded.path}: models.{name}.model: there is no {source}.",
+            f"{model.core.loaded.path}: models.{model.name}.model: there is no {source}.",
             "Correct the path, or write a hub name such as Qwen/Qwen3-0.6B.",
         )
 
@@ -120,33 +155,29 @@ def backend_of(told: Backend | None) -> dict[str, str | None]:
 class Start:
     """One start of one model."""
 
-    def __init__(self, core: Core, name: str, operation: Operation) -> None:
-        self.core = core
-        self.name = name
-        self.model = core.model(name)
+    def __init__(self, model: Model, operation: Operation) -> None:
+        self.model = model
+        self.name = model.name
+        self.config = model.config
         self.operation = operation
-        self.record: Record = core.records.read(name)
         self.began = time.monotonic()
         self.is_carried_on = False
-        self.told: tuple[str, str, float | None] | None = None
+        self.last_step: tuple[str, str, float | None] | None = None
 
-    async def run(self, *, fell: State | None = None) -> Server:
+    @property
+    def record(self) -> Record:
+        """How far it is."""
+        return self.model.record
+
+    async def run(self, *, died_from: State | None = None) -> Server:
         """Start, warm up, measure, prime; raises OperationError and leaves nothing running if it fails.
 
-        `fell` is ASLEEP for a restart that is to end there.
+        `died_from` is ASLEEP for a restart that is to end there.
         """
-        check_startable(self.core, self.name)
-        port = choose_port(self.core, self.name)
-        self.record = self.core.enter(
-            self.record,
-            Event.START,
-            reason=None,
-            cure=None,
-            level=None,
-            proof=None,
-            fell=fell,
-            intent=self.intent("loading"),
-        )
+        check_startable(self.model)
+        port = choose_port(self.model)
+        self.model.read()
+        self.model.enter(Event.START, fell=died_from, intent=self.intent("loading"))
         return await self.guarded(self.launch(port))
 
     async def carry_on(self) -> Server:
@@ -155,27 +186,26 @@ class Start:
 
     async def adopt(self) -> None:
         """Take the keeper's word for what the dead starter could not write down."""
-        word = read_word(self.core.keeper_file(self.name))
-        self.record = self.core.write(self.record, keeper=word.keeper, server=word.server)
+        status = read_status(self.model.keeper_file)
+        self.model.write(keeper=status.keeper, server=status.server)
         self.is_carried_on = True
 
-    async def rouse(self) -> None:
+    async def undo_priming(self) -> None:
         """Undo a first sleep that was cut off with the starter: a request to a sleeper never ends."""
-        server = Server(self.core, self.record, self.operation)
+        server = Server(self.model, self.operation)
         if await server.is_sleeping():
             await server.bring_back(1)
             await server.prove()
         await server.open_gate()
-        self.record = server.record
 
     async def guarded(self, begin: Coroutine[None, None, None]) -> Server:
         """`begin`, then all the rest of a start; whatever goes wrong, nothing is left running."""
         try:
             await begin
-            client = self.core.client(self.record)
+            client = self.model.client()
             await self.wait_until_ready(client)
-            if self.is_carried_on and self.model.level != "none":
-                await self.rouse()
+            if self.is_carried_on and self.config.level != "none":
+                await self.undo_priming()
             return await self.settle_in(client)
         except CancelledByUser as error:
             if not self.is_carried_on:
@@ -185,24 +215,22 @@ class Start:
             cure = f"{self.name} starts on, as it did before; `stop {self.name}` ends that."
             raise CancelledByUser(error.what, cure) from error
         except EngineError as error:
-            self.record = await fail(self.core, self.record, f"It did not start well: {error}", error.cure)
-            raise OperationError(f"{self.name}: {self.record.reason}", self.record.cure or "") from error
+            reason = f"It did not start well: {error}"
+            await fail(self.model, reason, error.cure)
+            raise OperationError(f"{self.name}: {reason}", error.cure) from error
         except (OperationError, RefusedError) as error:
             await self.give_up(error)
             raise
         except OSError as error:
             reason, cure = f"Its start broke off: {error}.", "Make room or give permission; start it again."
-            self.record = await fail(self.core, self.core.records.read(self.name), reason, cure)
+            self.model.read()
+            await fail(self.model, reason, cure)
             raise OperationError(f"{self.name}: {reason}", cure) from error
         except asyncio.CancelledError:
             raise  # this process leaves; whoever comes next carries the start on
         except BaseException as error:
-            await fail(
-                self.core,
-                self.core.records.read(self.name),
-                f"Its start broke off: {error!r}.",
-                "Start it again.",
-            )
+            self.model.read()
+            await fail(self.model, f"Its start broke off: {error!r}.", "Start it again.")
             raise
 
     def intent(self, phase: str, detail: str | None = None) -> Intent:
@@ -212,93 +240,93 @@ class Start:
             phase=phase,
             since=self.operation.since,
             actor=actor(),
-            eta=self.core.footprint(self.name).typical("start"),
+            eta=self.model.footprint.typical("start"),
             detail=detail,
         )
 
     def enter_phase(self, phase: str, detail: str = "", fraction: float | None = None) -> None:
         """Tell and write down what the start is doing, unless that was the last thing told."""
         step = (phase, detail, None if fraction is None else round(fraction, 1))
-        if step == self.told:
+        if step == self.last_step:
             return
-        self.told = step
-        self.record = self.core.write(self.record, intent=self.intent(phase, detail or None))
+        self.last_step = step
+        self.model.write(intent=self.intent(phase, detail or None))
         self.operation.tell(self.name, phase, detail, fraction)
 
     async def launch(self, port: int) -> None:
         """Hand the server to a keeper."""
-        memory = await asyncio.to_thread(read_memory, self.core, set(self.model.gpus))
+        config = self.config
+        memory = await asyncio.to_thread(read_memory, self.model.core, set(config.gpus))
         tmp_dir = Path(tempfile.mkdtemp(prefix=Path(TMP_PREFIX).name, dir=Path(TMP_PREFIX).parent))
         spec = ServeSpec(
-            command=self.core.vllm_command(self.name),
-            model=self.model.model or "",
+            command=self.model.vllm_command,
+            model=config.model or "",
             served_name=self.name,
             port=port,
-            args=self.model.args,
-            env=self.model.env,
-            gpus=self.model.gpus,
-            utilization=share_of(self.core, self.name, memory),
+            args=config.args,
+            env=config.env,
+            gpus=config.gpus,
+            utilization=share_of(self.model, memory),
             guard_dir=tmp_dir / "guard",
             tmp_dir=tmp_dir,
             socket=tmp_dir / "panel.sock",
             launch_id=secrets.token_hex(16),
-            sleep_mode=self.model.level != "none",
-            aliases=self.model.aliases,
-            api_key=self.model.api_key,
-            flags=known_flags(self.core, self.name),
+            sleep_mode=config.level != "none",
+            aliases=config.aliases,
+            api_key=config.api_key,
+            flags=known_flags(self.model),
             own_backend=self.wants_own_backend(),
         )
-        log = self.core.records.log_path(self.name)
-        self.record = self.core.write(
-            self.record,
+        log = self.model.log_path
+        self.model.write(
             launch=spec.launch_id,
             port=port,
             socket=str(spec.socket),
             secret=None,
-            gpus=self.model.gpus,
+            gpus=config.gpus,
             log=as_text(log),
             tmp_dir=str(tmp_dir),
-            digest=digest(self.model),
+            digest=digest(config),
             engines=(),
             reference=None,
-            sleep_backend="stock" if self.model.gpus and spec.sleep_mode else None,
+            sleep_backend="stock" if config.gpus and spec.sleep_mode else None,
             sleep_backend_why=None,
         )
         copy_guard(spec.guard_dir)
         if spec.own_backend:
             copy_backend(spec.guard_dir)
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        word = await launch(self.order(spec, log))
-        self.record = self.core.write(self.record, keeper=word.keeper, server=word.server)
+        status = await launch(self.keeper_spec(spec, log))
+        self.model.write(keeper=status.keeper, server=status.server)
 
     def wants_own_backend(self) -> bool:
         """Whether our sleep mode is to be tried: it decides itself whether it fits this vLLM.
 
         A worker on another machine, or one that ray starts, would not find it.
         """
-        far = spans_machines(self.model.args)
-        sleeps = bool(self.model.gpus) and self.model.level != "none"
-        return sleeps and self.model.sleep_backend == "auto" and not far
+        far = spans_machines(self.config.args)
+        sleeps = bool(self.config.gpus) and self.config.level != "none"
+        return sleeps and self.config.sleep_backend == "auto" and not far
 
-    def order(self, spec: ServeSpec, log: Path) -> Order:
+    def keeper_spec(self, spec: ServeSpec, log: Path) -> KeeperSpec:
         """What the keeper is to keep."""
         base = dict(os.environ)
-        if self.core.simulated:
-            base["VLLM_SLEEP_TUI_SIMULATED_GPUS"] = str(self.core.simulated)
-        return Order(
+        if self.model.core.simulated:
+            base["VLLM_SLEEP_TUI_SIMULATED_GPUS"] = str(self.model.core.simulated)
+        return KeeperSpec(
             argv=tuple(serve_argv(spec)),
             env=serve_environment(spec, base, ready_seconds=self.limit()),
-            cwd=str(self.core.loaded.path.resolve().parent),
+            cwd=str(self.model.core.loaded.path.resolve().parent),
             launch=spec.launch_id,
             log=str(log),
-            lock=str(self.core.keeper_file(self.name)),
+            lock=str(self.model.keeper_file),
             tmp_dir=str(spec.tmp_dir),
             mark=("--port", str(spec.port)),
         )
 
     def limit(self) -> float:
         """Seconds that this start may take."""
-        return READY_LIMIT + READY_PER_GIB * (weights_of(self.core, self.name) or 0) / GIB
+        return READY_LIMIT + READY_PER_GIB * (weights_of(self.model) or 0) / GIB
 
     # ── readiness ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -313,7 +341,7 @@ class Start:
             for line in tail.read_new():
                 if (seen := phases.feed(line)) is not None:
                     self.enter_phase(seen.name, seen.detail, seen.fraction)
-            if self.is_asked_to_stop() or not is_kept(self.core.keeper_file(self.name)):
+            if self.is_asked_to_stop() or not is_kept(self.model.keeper_file):
                 self.remember_log(phases)  # who fails for want of memory has told what it takes
                 raise OperationError(f"{self.name} ended while it started.", "Look at its log.")
             if await client.health(timeout=1.0):
@@ -330,7 +358,7 @@ class Start:
         await self.check_listener(client)
         self.remember_log(phases)
         if self.wants_own_backend():
-            self.record = self.core.write(self.record, **backend_of(phases.facts.backend))
+            self.model.write(**backend_of(phases.facts.backend))
 
     async def check_listener(self, client: VllmClient) -> None:
         """Raises OperationError if the port is answered by anybody but this launch, or without its guard."""
@@ -348,11 +376,11 @@ class Start:
             await self.operation.pause(READY_POLL)
         await self.check_guard()
         engines = [pid for pid in family if (command_of(pid) or "").startswith("VLLM::")]
-        identities = tuple(found for pid in engines if (found := table.id_of(pid)))
-        version = await patiently(self.core, self.record, client.version)
+        identities = tuple(process for pid in engines if (process := table.id_of(pid)))
+        version = await patiently(self.model, client.version)
         # What wraps it may have ended since: the keeper tells whose process it is now.
-        server = read_word(self.core.keeper_file(self.name)).server
-        self.record = self.core.write(self.record, server=server, engines=identities, vllm_version=version)
+        server = read_status(self.model.keeper_file).server
+        self.model.write(server=server, engines=identities, vllm_version=version)
 
     async def check_guard_came(self) -> None:
         """Raises OperationError if the server takes requests and its guard opened no socket for the panel."""
@@ -382,38 +410,34 @@ class Start:
         """Keep what the log told of the weights."""
         weights = phases.facts.weights_bytes
         if weights is not None:
-            self.core.remember(self.record, lambda known: known.with_weights(weights))
+            self.model.remember(lambda known: known.with_weights(weights))
 
     # ── warm, reference, measure, prime ──────────────────────────────────────────────────────────────────
 
     async def settle_in(self, client: VllmClient) -> Server:
         """From the first good health to awake: nothing of it is paid by the first real switch."""
         warm = StartPhase.WARMING not in self.operation.skip
-        await patiently(
-            self.core, self.record, lambda: client.set_gate(True)
-        )  # a stranger's request must neither be cut by priming nor spoil figures
+        # A stranger's request must neither be cut by priming nor spoil figures.
+        await patiently(self.model, lambda: client.set_gate(True))
         if warm:
             await self.warm_up(client)
         self.operation.checkpoint()
         level = self.resolve_level()
-        self.record = self.core.write(self.record, resolved_level=level)
-        server = Server(self.core, self.record, self.operation)
+        self.model.write(resolved_level=level)
+        server = Server(self.model, self.operation)
         if self.is_asked_to_stop():
             raise OperationError(f"{self.name} was asked to stop.")
         if warm:
             await server.take_reference()
-        await self.measure(server)
+        await self.measure()
         seconds = time.monotonic() - self.began
-        self.core.remember(server.record, lambda known: known.with_time("start", seconds))
-        self.core.note(lambda past: past.record_cold_start(self.name, seconds))
+        self.model.remember(lambda known: known.with_time("start", seconds))
+        self.model.core.note(lambda past: past.record_cold_start(self.name, seconds))
         self.operation.checkpoint()
         if level == "1" and server.frees_memory and StartPhase.PRIMING not in self.operation.skip:
             await self.prime(server)
         await server.open_gate()
-        server.record = self.core.enter(
-            server.record, Event.READY, intent=None, last_switch=self.operation.ledger()
-        )
-        self.record = server.record
+        self.model.enter(Event.READY, last_switch=self.operation.ledger())
         return server
 
     async def warm_up(self, client: VllmClient) -> None:
@@ -427,31 +451,31 @@ class Start:
 
         `level: 0` is taken for `auto` on vLLM's own sleep mode, which always gives up the weights' VRAM.
         """
-        if self.model.level == "none" or not capabilities(self.record.vllm_version or "", None).sleep:
+        if self.config.level == "none" or not capabilities(self.record.vllm_version or "", None).sleep:
             return "none"
-        host = host_memory(self.core.simulated)
-        pinned = pinned_estimate(self.core.footprint(self.name), weights_of(self.core, self.name))
+        host = host_memory(self.model.core.simulated)
+        pinned = pinned_estimate(self.model.footprint, weights_of(self.model))
         never = self.never_level2()
-        if self.model.level == 2 and never:  # the version was not known before it ran
+        if self.config.level == 2 and never:  # the version was not known before it ran
             self.operation.tell(self.name, "level 1", f"in place of 2: {never}")
-        model = self.model
-        if model.level == 0 and self.record.sleep_backend != "own":
-            model = msgspec.structs.replace(model, level="auto")
-        return level_for(model, pinned, host.available_bytes, host.total_bytes, reloads=never is None)
+        config = self.config
+        if config.level == 0 and self.record.sleep_backend != "own":
+            config = msgspec.structs.replace(config, level="auto")
+        return level_for(config, pinned, host.available_bytes, host.total_bytes, reloads=never is None)
 
     def never_level2(self) -> str | None:
         """Why this launch could not come back from level 2, in words; None if it can."""
-        return never_level2(self.model, self.record.vllm_version, self.core.loaded.path.parent)
+        return never_level2(self.config, self.record.vllm_version, self.model.base)
 
-    async def measure(self, server: Server) -> None:
+    async def measure(self) -> None:
         """Keep what the model holds awake."""
-        memory = await asyncio.to_thread(read_memory, self.core, set(self.model.gpus))
-        awake = {str(gpu): held for gpu, now in memory.items() if (held := now.held_by(server.record))}
+        memory = await asyncio.to_thread(read_memory, self.model.core, set(self.config.gpus))
+        awake = {str(gpu): held for gpu, now in memory.items() if (held := now.held_by(self.record))}
 
         def change(known: Footprint) -> Footprint:
             return known.with_memory(awake=awake, asleep={})
 
-        self.core.remember(server.record, change)
+        self.model.remember(change)
 
     async def prime(self, server: Server) -> None:
         """Pay for the first sleep now; without the RAM for it the launch sleeps at level 2, or not at all."""
@@ -459,49 +483,47 @@ class Start:
             await server.prime()
         except RefusedError as error:
             never = self.never_level2()
-            if self.model.level != "auto" and not never:
+            if self.config.level != "auto" and not never:
                 raise
             level = "none" if never else "2"
             self.operation.tell(self.name, StartPhase.PRIMING, f"level {level}: {error.what}")
-            server.record = self.core.write(server.record, resolved_level=level)
+            self.model.write(resolved_level=level)
         self.operation.times.clear()  # the ledger is the switch's, not the priming's
 
     def is_asked_to_stop(self) -> bool:
         """Whether somebody asked this launch's keeper to stop: vLLM may swallow it and become ready."""
-        word = read_word(self.core.keeper_file(self.name))
-        return word.launch == self.record.launch and word.asked
+        status = read_status(self.model.keeper_file)
+        return status.launch == self.record.launch and status.asked
 
     # ── the other ends ───────────────────────────────────────────────────────────────────────────────────
 
     async def abandon(self) -> None:
         """Cancelled: leave nothing half started."""
-        record = self.core.enter(self.core.records.read(self.name), Event.STOP)
-        await stop_server(self.core, record, at_once=False)
+        self.model.read()
+        self.model.enter(Event.STOP)
+        await stop_server(self.model, at_once=False)
 
     async def give_up(self, error: PanelError) -> None:
         """The server ended or never was: stopped if that was asked for, else failed with the log's cause."""
-        now = self.core.records.read(self.name)
-        if now.state is State.FAILED and now.launch == self.record.launch:
+        launch, now = self.record.launch, self.model.read()
+        if now.state is State.FAILED and now.launch == launch:
             return  # what failed has ended the server itself, which its keeper was asked for
-        word = read_word(self.core.keeper_file(self.name))
         if self.is_asked_to_stop():
             await self.abandon()
             raise CancelledByUser(f"The start of {self.name} was stopped.") from error
-        found = cause_in_log(self.core, self.record, word)
-        raced = found is not None and self.was_race(found.port)
-        if found is not None and found.port == OWN_PORT and self.record.port is not None:
-            found = Diagnosis(taken(self.record.port, self.name), CURE)  # vLLM does not say by whom
-        await fail(
-            self.core, self.record, found.reason if found else error.what, found.cure if found else error.cure
-        )
-        if found is not None:
+        cause = cause_in_log(self.model, read_status(self.model.keeper_file))
+        raced = cause is not None and self.was_race(cause.port)
+        if cause is not None and cause.port == OWN_PORT and self.record.port is not None:
+            cause = Diagnosis(taken(self.record.port, self.name), CURE)  # vLLM does not say by whom
+        await fail(self.model, cause.reason if cause else error.what, cause.cure if cause else error.cure)
+        if cause is not None:
             kind = PortRaceError if raced else OperationError
-            raise kind(f"{self.name}: {found.reason}", found.cure) from error
+            raise kind(f"{self.name}: {cause.reason}", cause.cure) from error
 
     def was_race(self, port: str | None) -> bool:
         """Whether the `port` that was taken is none that the config names: the next start picks another."""
-        if port is None or (port == OWN_PORT and self.model.port is not None):
+        if port is None or (port == OWN_PORT and self.config.port is not None):
             return False
         numbers = re.findall(r"\d+", port)
-        named = re.findall(r"\d+", f"{self.model.args} {self.model.env}")
+        named = re.findall(r"\d+", f"{self.config.args} {self.config.env}")
         return port == OWN_PORT or (bool(numbers) and numbers[-1] not in named)

@@ -14,7 +14,9 @@ import os
 import stat
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -23,7 +25,7 @@ from vllm_sleep_tui.engine.proof import Reference
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.files import NotAFileError, as_text, path_of, private_dir, read_regular, write_atomically
 from vllm_sleep_tui.fleet.snapshot import LastFailure, SwitchTimes
-from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.states import Event, State
 from vllm_sleep_tui.paths import file_name
 from vllm_sleep_tui.telemetry.processes import ProcessId
 
@@ -105,6 +107,31 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         return f"Record({self.name!r}, {self.state}, launch={self.launch!r})"
+
+    def is_same_stay(self, other: Record) -> bool:
+        """Whether it is in the same launch and has not left its state in between."""
+        return (self.launch, self.state, self.since) == (other.launch, other.state, other.since)
+
+    def reset(self, event: Event) -> Record:
+        """Without what does not outlive `event`, whoever brings it about; the state itself stays."""
+        ended: dict[str, Any] = dict.fromkeys(ENDS_WITH.get(event, ()))
+        if event in NO_PROCESSES:
+            ended["engines"] = ()
+        return msgspec.structs.replace(self, **ended)
+
+
+_NO_SERVER = ("keeper", "server", "level", "intent", "reason", "cure", "fell")
+ENDS_WITH: Mapping[Event, tuple[str, ...]] = {
+    Event.START: ("level", "reason", "cure", "proof", "fell"),
+    Event.READY: ("intent",),
+    Event.SLEPT: ("intent", "reason", "cure", "fell"),
+    Event.WOKE: ("level", "intent", "reason", "cure"),
+    Event.FAIL: _NO_SERVER,
+    Event.EXITED: (*_NO_SERVER, "proof"),
+}
+"""What is over with each event: the one place that says so."""
+NO_PROCESSES = frozenset({Event.FAIL, Event.EXITED})
+"""After these no process of the launch is left."""
 
 
 class RecordStore:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from vllm_sleep_tui.engine import proof
 from vllm_sleep_tui.engine.client import Gate, VllmClient
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
-from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.operations.acquire import locked
+from vllm_sleep_tui.fleet.model import Model
+from vllm_sleep_tui.fleet.operations.acquire import acquire
 from vllm_sleep_tui.fleet.operations.end import fail
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.store.records import Record
@@ -102,17 +102,16 @@ async def read_signs(client: VllmClient) -> tuple[float | None, ...]:
 
 
 async def end_hung(
-    core: Core, record: Record, symptom: str, limit: float, leads: Callable[[], bool] = lambda: True
+    model: Model, symptom: str, limit: float, leads: Callable[[], bool] = lambda: True
 ) -> None:
     """End a hung server and write down why."""
-    async with locked(core, record.name, Operation("restart", record.name), make_room=False):
-        now = core.records.read(record.name)
-        if (now.launch, now.state, now.since) != (record.launch, record.state, record.since) or not leads():
+    before = model.record
+    async with acquire(model, Operation("restart", model.name), make_room=False):
+        if not model.record.is_same_stay(before) or not leads():
             return  # it ended, or has slept and was proven since
         await fail(
-            core,
-            now,
+            model,
             f"It hung: {symptom} for {limit:.0f} s.",
             "Look at its log, then start it again.",
-            fell=now.state,
+            died_from=model.record.state,
         )

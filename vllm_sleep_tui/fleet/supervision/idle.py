@@ -15,9 +15,8 @@ from typing import Any
 from vllm_sleep_tui.config.types import IdleConfig, parse_duration
 from vllm_sleep_tui.engine.client import Gate
 from vllm_sleep_tui.errors import RefusedError
-from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.operations import switch as actions
-from vllm_sleep_tui.fleet.operations.acquire import locked
+from vllm_sleep_tui.fleet.model import Model
+from vllm_sleep_tui.fleet.operations.acquire import acquire
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.operations.room import own_level
 from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server
@@ -103,24 +102,20 @@ class StillIdle:
         return self.check().__await__()
 
 
-async def put_away(
-    core: Core, record: Record, what: str, seen: Gate, leads: Callable[[], bool] = lambda: True
-) -> None:
+async def put_away(model: Model, what: str, seen: Gate, leads: Callable[[], bool] = lambda: True) -> None:
     """Sleep or stop a model unless it has been used since `seen`; raises PanelError if it fails."""
-    name = record.name
-    operation = Operation(what, name)
-    async with locked(core, name, operation, make_room=False):
-        now = core.records.read(name)
-        if (now.launch, now.state, now.since) != (record.launch, record.state, record.since) or not leads():
+    before, operation = model.record, Operation(what, model.name)
+    async with acquire(model, operation, make_room=False):
+        if not model.record.is_same_stay(before) or not leads():
             return
-        client = core.client(now)
-        still = StillIdle(lambda: client.gate(GATE_LIMIT), seen, name)
+        client, server = model.client(), Server(model, operation)
+        still = StillIdle(lambda: client.gate(GATE_LIMIT), seen, model.name)
         with contextlib.suppress(InUseAgainError):
             await still
-            if what == "stop" or now.resolved_level == "none":
-                await actions.end(core, now, operation, force=False, unless=still)
+            if what == "stop" or model.record.resolved_level == "none":
+                await server.stop(force=False, unless=still)
             else:
-                await Server(core, now, operation).fall_asleep(own_level(now), unless=still)
+                await server.fall_asleep(own_level(model.record), unless=still)
 
 
 def now_idle(idleness: Idleness, record: Record, gate: Gate) -> float:

@@ -39,7 +39,7 @@ LOOK_COUNTS = 1.0
 log = logging.getLogger(__name__)
 
 
-class Seat:
+class LeaderLock:
     """The leader's place; one process at a time has it."""
 
     def __init__(self, path: Path) -> None:

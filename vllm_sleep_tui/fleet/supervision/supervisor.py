@@ -14,22 +14,22 @@ import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 
-from vllm_sleep_tui.config.types import IdleConfig, ModelConfig
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.attached.care import AttachedCare
 from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.orphans import find_orphans, summary
 from vllm_sleep_tui.fleet.operations.acquire import gpus_of
 from vllm_sleep_tui.fleet.operations.operation import Operation
-from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished, needs_care, recover
+from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished, needs_care, reconcile
+from vllm_sleep_tui.fleet.poller import FaultLog, Poller
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import LockBusyError, hold, holder
 from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.fleet.supervision import idle
-from vllm_sleep_tui.fleet.supervision.go_on import GoOn
 from vllm_sleep_tui.fleet.supervision.hang import HangWatch, end_hung
-from vllm_sleep_tui.fleet.supervision.leader import Seat
+from vllm_sleep_tui.fleet.supervision.leader import LeaderLock
 from vllm_sleep_tui.fleet.supervision.restart import PAUSES, Restarter
 
 INTERVAL = 0.5
@@ -82,37 +82,35 @@ class Watcher:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._tasks = Tasks()
-        self._go_on = GoOn()
+        self._faults = FaultLog()
+        self._poller = Poller("the look at what is unfinished", INTERVAL, self._look)
 
     def start(self) -> None:
         """Begin to look."""
-        self._tasks.begin("watcher", self._run())
+        self._poller.start()
 
     async def close(self) -> None:
         """Stop looking; care under way is cut off, to be settled by whoever comes next."""
+        await self._poller.close()
         await self._tasks.close()
 
-    async def _run(self) -> None:
-        while True:
-            for name in list(self._core.config.models):
-                with self._go_on.after(f"the look at {name}"):
-                    if needs_care(self._core, name):
-                        self._tasks.begin(f"care of {name}", self._look_after(name))
-            with self._go_on.after("the writing of measurements"):
-                await self._core.close_retired()
-                await asyncio.to_thread(self._core.flush)
-            await asyncio.sleep(INTERVAL)
+    async def _look(self) -> None:
+        for model in self._core.models():
+            with self._faults.catch(f"the look at {model.name}"):
+                if needs_care(model):
+                    self._tasks.begin(f"care of {model.name}", self._look_after(model))
+        await self._core.close_retired()
+        await asyncio.to_thread(self._core.flush)
 
-    async def _look_after(self, name: str) -> None:
+    async def _look_after(self, model: Model) -> None:
         """Settle one model, unless somebody else holds its locks: then it is in good hands."""
-        core = self._core
-        gpus = gpus_of(core, {name})
-        paths = [*core.gpu_locks(gpus), *core.model_locks({name})]
-        with self._go_on.after(f"the care of {name}"), contextlib.suppress(LockBusyError, PanelError):
+        name, gpus = model.name, gpus_of([model])
+        paths = [*self._core.gpu_locks(gpus), model.lock]
+        with self._faults.catch(f"the care of {name}"), contextlib.suppress(LockBusyError, PanelError):
             async with hold(paths, holder("settling", name), limit=0.0):
-                if is_unfinished(core, name) and gpus_of(core, {name}) <= gpus:
+                if is_unfinished(model) and gpus_of([model]) <= gpus:
                     log.info("%s: settling what an earlier operation left", name)
-                    await recover(core, name, Operation("settling", name))
+                    await reconcile(model, Operation("settling", name))
 
 
 class Leader:
@@ -121,15 +119,16 @@ class Leader:
     def __init__(self, core: Core, limits: Limits | None = None) -> None:
         self._core = core
         self._limits = limits or Limits()
-        self.seat = Seat(core.records.folder.parent / core.records.path("leader", "lock").name)
+        self.seat = LeaderLock(core.records.folder.parent / core.records.path("leader", "lock").name)
         self.notes: tuple[str, ...] = ()
         """What the person should know: orphans."""
         self._tasks = Tasks()
-        self._go_on = GoOn()
-        self._restarter = Restarter(core, self._limits.restart_pauses, self._leads)
+        self._faults = FaultLog()
+        self._poller = Poller("the leader's look", INTERVAL, self._look)
+        self._restarter = Restarter(self._limits.restart_pauses, self._leads)
         self._hangs = HangWatch(self._limits.hang, self._limits.hang_probe)
         self._idleness = idle.Idleness()
-        self._attached = AttachedCare(core, self._limits.hang, self._leads)
+        self._attached = AttachedCare(self._limits.hang, self._leads)
         self._next_look: dict[str, float] = {}
         self._cut_off: dict[str, str | None] = {}
         self._refused: dict[str, tuple[str | None, float]] = {}
@@ -138,18 +137,17 @@ class Leader:
         """Begin to try for the seat."""
         self._is_time("orphans", SETTLING)
         self.seat.take()
-        self._tasks.begin("leader", self._run())
+        self._poller.start()
 
     async def close(self) -> None:
         """Leave the seat, for good; a restart under way is carried on by whoever comes next."""
+        await self._poller.close()
         await self._tasks.close()
         self.seat.leave()
 
-    async def _run(self) -> None:
-        while True:
-            if self.seat.take():
-                self._lead()
-            await asyncio.sleep(INTERVAL)
+    async def _look(self) -> None:
+        if self.seat.take():
+            self._lead()
 
     def _leads(self) -> bool:
         """Asked under the locks, before each act: this process may have been stopped since it decided."""
@@ -158,26 +156,27 @@ class Leader:
     def _lead(self) -> None:
         if self._is_time("orphans", self._limits.orphans_poll):
             self._tasks.begin("orphans", self._look_for_orphans())
-        for name, model in self._core.config.models.items():
-            if not self._tasks.busy(name):
-                with self._go_on.after(f"the leader's look at {name}"):
-                    self._lead_one(name, model)
+        for model in self._core.models():
+            if not self._tasks.busy(model.name):
+                with self._faults.catch(f"the leader's look at {model.name}"):
+                    self._lead_one(model)
 
-    def _lead_one(self, name: str, model: ModelConfig) -> None:
-        poll = idle.poll_seconds(model.idle) or self._limits.hang_poll
-        if model.url is not None:
+    def _lead_one(self, model: Model) -> None:
+        name, config = model.name, model.config
+        poll = idle.poll_seconds(config.idle) or self._limits.hang_poll
+        if config.url is not None:
             if self._is_time(name, poll):
-                self._tasks.begin(name, self._told(name, self._attached.look(name, model.idle)))
+                self._tasks.begin(name, self._logged(name, self._attached.look(model)))
             return
-        record = self._core.records.read(name)
-        if self._restarter.is_due(name):
-            self._tasks.begin(name, self._told(name, self._restarter.act(name)))
+        record = model.read()
+        if self._restarter.is_due(model):
+            self._tasks.begin(name, self._logged(name, self._restarter.act(model)))
         elif (
             record.state in (State.AWAKE, State.ASLEEP)
             and record.intent is None
             and self._is_time(name, poll)
         ):
-            self._tasks.begin(name, self._told(name, self._look_at(record, model.idle)))
+            self._tasks.begin(name, self._logged(name, self._look_at(model)))
 
     def _is_time(self, what: str, interval: float) -> bool:
         """Whether `interval` seconds have passed since this was last True for `what`."""
@@ -187,9 +186,9 @@ class Leader:
         self._next_look[what] = now + interval
         return True
 
-    async def _told(self, name: str, work: Coroutine[None, None, None]) -> None:
+    async def _logged(self, name: str, work: Coroutine[None, None, None]) -> None:
         """`work`, with what went wrong in the log; the record holds it too."""
-        with self._go_on.after(f"the leader's care of {name}"):
+        with self._faults.catch(f"the leader's care of {name}"):
             try:
                 await work
             except EngineError:
@@ -197,18 +196,19 @@ class Leader:
             except PanelError as error:
                 log.warning("%s: %s", name, error.what)
 
-    async def _look_at(self, record: Record, config: IdleConfig) -> None:
+    async def _look_at(self, model: Model) -> None:
         """Is it idle, does it hang?"""
+        record, config = model.record, model.config.idle
         if record.state is State.ASLEEP and not config.stop_after:
             return
-        client = self._core.client(record)
+        client = model.client()
         try:
             gate = await client.gate()
         except EngineError:
             if self._is_cut_off(record):
                 return
             if self._hangs.is_deaf(record):
-                await self._end(record, "not a word from it")
+                await self._end(model, "not a word from it")
             return
         self._hangs.hears(record)
         what = idle.due(config, record.state, idle.now_idle(self._idleness, record, gate))
@@ -216,12 +216,12 @@ class Leader:
         if what is not None and self._refused.get(record.name) != key:
             log.info("%s: %s, nobody has used it for a while", record.name, what)
             try:
-                await idle.put_away(self._core, record, what, gate, self._leads)
+                await idle.put_away(model, what, gate, self._leads)
             except PanelError:
                 self._refused[record.name] = key  # no RAM for level 1, say: once is enough
                 raise
         elif record.state is State.AWAKE and await self._hangs.is_hung(client, record, gate):
-            await self._end(record, f"{gate.in_flight} requests under way and no token")
+            await self._end(model, f"{gate.in_flight} requests under way and no token")
 
     def _is_cut_off(self, record: Record) -> bool:
         """Whether only our way in is gone: clients are served as ever; said once a launch."""
@@ -237,11 +237,11 @@ class Leader:
             )
         return True
 
-    async def _end(self, record: Record, symptom: str) -> None:
-        log.warning("%s: it hangs: %s", record.name, symptom)
-        await end_hung(self._core, record, symptom, self._hangs.limit, self._leads)
+    async def _end(self, model: Model, symptom: str) -> None:
+        log.warning("%s: it hangs: %s", model.name, symptom)
+        await end_hung(model, symptom, self._hangs.limit, self._leads)
 
     async def _look_for_orphans(self) -> None:
-        with self._go_on.after("the look for orphans"):
+        with self._faults.catch("the look for orphans"):
             found = await asyncio.to_thread(find_orphans, self._core.state_dir)
             self.notes = summary(found)

@@ -1,0 +1,151 @@
+"""The handle of one model: its config, its record, what was measured of it, its files and its client.
+
+A handle belongs to one operation or one look. Its `record` is what this handle read or wrote last; the truth
+is on disk, and only who holds the model's lock may write it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vllm_sleep_tui.config.types import ModelConfig
+from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.fleet.states import Event, next_state
+from vllm_sleep_tui.fleet.store.records import Record
+from vllm_sleep_tui.sizing.footprints import Footprint
+from vllm_sleep_tui.telemetry.processes import memory
+from vllm_sleep_tui.telemetry.simulated import memories
+from vllm_sleep_tui.units import GIB
+
+if TYPE_CHECKING:  # the core makes the handles
+    from vllm_sleep_tui.engine.client import VllmClient
+    from vllm_sleep_tui.fleet.core import Core
+
+PINNED_NOISE = GIB // 4
+"""Shared memory of an engine that never slept: 0.07 GiB on an H100."""
+
+
+class Model:
+    """One model of the config."""
+
+    def __init__(self, core: Core, name: str) -> None:
+        self.core = core
+        self.name = name
+        self._record: Record | None = None
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r})"
+
+    # ── config ───────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the config says of it; raises UsageError if a reload has removed it."""
+        return self.core.model_config(self.name)
+
+    @property
+    def vllm_command(self) -> tuple[str, ...]:
+        """The vllm that runs it."""
+        return self.config.vllm_command or self.core.config.vllm_command
+
+    @property
+    def base(self) -> Path:
+        """The config's folder, to which its paths are relative."""
+        return self.core.loaded.path.parent
+
+    # ── record ───────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def record(self) -> Record:
+        """The record as this handle last read or wrote it."""
+        return self._record if self._record is not None else self.read()
+
+    @record.setter
+    def record(self, record: Record) -> None:
+        self._record = record  # put together anew, not on disk yet
+
+    def read(self) -> Record:
+        """The record as it is on disk now; raises OperationError if it cannot be read."""
+        self._record = self.core.records.read(self.name)
+        return self._record
+
+    def write(self, **changes: Any) -> Record:
+        """Write the record with some fields changed; raises OperationError if the disk refuses."""
+        return self._put(msgspec.structs.replace(self.record, **changes))
+
+    def enter(self, event: Event, **changes: Any) -> Record:
+        """Move the record by `event`, see `Record.reset`, with other fields changed, and write it.
+
+        Raises RefusedError if that event cannot happen in this state, and OperationError as `write` does.
+        """
+        state, now = next_state(self.record.state, event), time.time()
+        fields = {"state": state, "since": now, **changes}
+        entered = self._put(msgspec.structs.replace(self.record.reset(event), **fields))
+        self.core.note(lambda past: past.record_state(self.name, state, entered.level, at=now))
+        return entered
+
+    def _put(self, record: Record) -> Record:
+        try:
+            self.core.records.write(record)
+        except OSError as error:
+            raise OperationError(
+                f"Could not write {self.core.records.path(self.name)}: {error.strerror}.",
+                "Make room or give write permission there; the servers run on.",
+            ) from error
+        self._record = record
+        return record
+
+    # ── files ────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def keeper_file(self) -> Path:
+        """Where its keeper says how its server is."""
+        return self.core.records.path(self.name, "keeper")
+
+    @property
+    def lock(self) -> Path:
+        """Its lock file."""
+        return self.core.records.path(self.name, "lock")
+
+    @property
+    def log_path(self) -> Path:
+        """Where the log of its next launch is to be."""
+        return self.core.records.log_path(self.name)
+
+    # ── measurements ─────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def digest(self) -> str:
+        """Names the model with its present arguments."""
+        return self.core.digest(self.name)
+
+    @property
+    def footprint(self) -> Footprint:
+        """What was measured of it with its present arguments."""
+        return self.core.footprints.get(self.digest, self.core.records.vllm_version(self.name))
+
+    def remember(self, change: Callable[[Footprint], Footprint]) -> None:
+        """Keep a measurement of the record's launch; it is written after the operation."""
+        record = self.record
+        self.core.footprints.note(record.digest or self.digest, record.vllm_version, change)
+
+    def pinned_now(self) -> int:
+        """Bytes of RAM that its engines have pinned; 0 if they never slept at level 1."""
+        simulated = self.core.simulated
+        by_pid = memories(simulated) if simulated else {}
+        pinned = 0
+        for engine in self.record.engines:
+            process = by_pid.get(engine.pid) or memory(engine.pid)
+            pinned += process.pinned_bytes if process else 0
+        return pinned if pinned > PINNED_NOISE else 0
+
+    # ── server ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def client(self) -> VllmClient:
+        """The client of its running server, one per launch."""
+        return self.core.client(self.record)

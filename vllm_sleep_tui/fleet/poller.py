@@ -1,0 +1,55 @@
+"""Loops that look again and again, and outlive what nobody foresaw."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+
+log = logging.getLogger(__name__)
+
+
+class FaultLog:
+    """Around one look of a loop; each thing that went wrong in it is logged once."""
+
+    def __init__(self) -> None:
+        self._logged: set[str] = set()
+
+    @contextlib.contextmanager
+    def catch(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong inside is logged, and that is all."""
+        try:
+            yield
+        except Exception as error:
+            fault = f"{what}: {error!r}"
+            if fault not in self._logged:
+                self._logged.add(fault)
+                log.exception("%s went wrong", what)
+
+
+class Poller:
+    """Calls `look` every `interval` seconds from `start` to `close`, the first time at once."""
+
+    def __init__(self, name: str, interval: float, look: Callable[[], Awaitable[None]]) -> None:
+        self._name = name
+        self._interval = interval
+        self._look = look
+        self._faults = FaultLog()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._task = asyncio.create_task(self._run(), name=self._name)
+
+    async def close(self) -> None:
+        """Stop looking; a look under way is cut off."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def _run(self) -> None:
+        while True:
+            with self._faults.catch(self._name):
+                await self._look()
+            await asyncio.sleep(self._interval)
