@@ -17,6 +17,7 @@ BASE = {"text", "errors", "regular", "files", "__init__"}
 CONFIG = BASE | {
     "config",
     "config_file",
+    "config_schema",
     "config_yaml",
     "config_checks",
     "config_flags",
@@ -35,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "config_flags": CONFIG,
     "config_values": CONFIG,
     "config_file": CONFIG,
+    "config_schema": CONFIG,
     "config_edit": CONFIG,
     "paths": CONFIG,
     "leaving": set(),

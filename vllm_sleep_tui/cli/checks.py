@@ -115,7 +115,8 @@ def _table_check(command: tuple[str, ...], flags: FlagTable, *, may_ask: bool) -
         what = f"{len(flags.flags)} of vLLM {flags.version}, by its own parser"
         return Check("flags", Verdict.OK, what)
     what = f"{command[0]} could not be asked for its flags; those of vLLM {flags.version} stand in"
-    cure = f"`{shlex.join(command)} serve --help=all` must show them for every flag to be checked before a start."
+    asked = shlex.join([*command, "serve", "--help=all"])
+    cure = f"Every flag is checked before a start if `{asked}` shows them."
     if not may_ask:
         cure = f"Nobody has agreed to run what this config names; to ask it: --config {CONFIG_NAME} doctor."
     return Check("flags", Verdict.WARN, what, cure)

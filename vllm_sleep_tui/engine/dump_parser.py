@@ -83,7 +83,7 @@ def described(action: argparse.Action, parser: argparse.ArgumentParser) -> dict[
 
 
 def line_of(text: str | None) -> str:
-    """What a flag is for: the first paragraph of its help on one line, of no more than MAX_HELP characters."""
+    """What a flag is for: the first paragraph of its help on one line, cut at MAX_HELP characters."""
     if not text or text == argparse.SUPPRESS:
         return ""
     line = " ".join(text.strip().split("\n\n")[0].replace("%%", "%").split())

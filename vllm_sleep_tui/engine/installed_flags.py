@@ -1,8 +1,9 @@
 """The flags of the vLLM that is installed: its own parser is asked, once per binary, and its word is kept.
 
-Its Python is asked for the parser itself. Where that is not to be found, behind a wrapper, the command is asked
-for its `serve --help=all`, which says less. Either imports vLLM, which takes 10 to 30 s without a GPU being
-touched; so only a start and `doctor` ask, and whoever only wants to know looks at what is kept.
+Its Python is asked for the parser itself. Where that is not to be found, behind a wrapper, the command is
+asked for its `serve --help=all`, which says less. Either imports vLLM, which takes 10 to 30 s without a GPU
+being touched; so only a start, `doctor` and `init --schema` ask, and whoever only wants to know looks at what
+is kept.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ async def _ask_help(vllm: Installed, environ: Mapping[str, str]) -> bytes | None
         return None
     version = vllm.version
     if version is None:
-        told = re.search(rb"\d+\.\d+\.\d+[\w.+-]*", await _said(environ, vllm.folder, *command, "--version") or b"")
+        said = await _said(environ, vllm.folder, *command, "--version")
+        told = re.search(rb"\d+\.\d+\.\d+[\w.+-]*", said or b"")
         version = told[0].decode() if told else None
     near = shipped_table(version)
     is_same = version is not None and release_of(version) == release_of(near.version)
