@@ -135,3 +135,17 @@ def test_a_port_inside_vllm_that_is_taken_is_not_told_as_the_servers_own(
     assert f"A port that vLLM uses inside is taken: {endpoint}." in failed.stderr
     assert "kv-events-config" in failed.stderr
     assert "once more" not in failed.stderr  # the config names it: another start would not help
+
+REPLICAS = 2
+
+
+def test_each_of_two_replicas_is_proven(tmp_path: Path, stopped_after: list[CommandLine]) -> None:
+    panel = tiny(tmp_path, stopped_after, **{"data-parallel-size": REPLICAS})
+    begin(panel)
+    for level in ("1", "2"):
+        panel("sleep", "tiny", "--level", level)
+        assert panel.look("tiny").state == "asleep"
+        panel("wake", "tiny")
+        awake = panel.look("tiny")
+        assert (awake.state, awake.proof) == ("awake", "proven")
+    assert panel("chat", "tiny", "Once upon a time").strip()
