@@ -136,16 +136,28 @@ def test_a_port_inside_vllm_that_is_taken_is_not_told_as_the_servers_own(
     assert "kv-events-config" in failed.stderr
     assert "once more" not in failed.stderr  # the config names it: another start would not help
 
-REPLICAS = 2
-
-
 def test_each_of_two_replicas_is_proven(tmp_path: Path, stopped_after: list[CommandLine]) -> None:
-    panel = tiny(tmp_path, stopped_after, **{"data-parallel-size": REPLICAS})
+    panel = tiny(tmp_path, stopped_after, **{"data-parallel-size": 2})
     begin(panel)
-    for level in ("1", "2"):
-        panel("sleep", "tiny", "--level", level)
-        assert panel.look("tiny").state == "asleep"
+
+    def answered() -> list[float]:
+        """Requests that each replica has answered."""
+        page = ask(record_of(panel), "GET", "/metrics").text
+        counts = [0.0, 0.0]
+        for line in page.splitlines():
+            if line.startswith("vllm:request_success_total{"):
+                counts['engine="1"' in line] += float(line.rpartition(" ")[2])
+        return counts
+
+    for level in (1, 2):
+        panel("sleep", "tiny", "--level", str(level))
+        asleep = panel.look("tiny")
+        assert (asleep.state, asleep.level) == ("asleep", level)
+        before = answered()
         panel("wake", "tiny")
         awake = panel.look("tiny")
         assert (awake.state, awake.proof) == ("awake", "proven")
-    assert panel("chat", "tiny", "Once upon a time").strip()
+        assert answered() == [count + 1 for count in before]
+    asked = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 5}
+    port = record_of(panel).port
+    assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=60).status_code == 200
