@@ -68,6 +68,8 @@ def test_dummy_weights_are_refused_level_2_which_vllm_could_not_bring_back(
     assert refused.returncode == 1
     assert "dummy weights cannot be loaded again" in refused.stderr
     assert panel.look("tiny").state == "awake"
+    told = ask(record_of(panel), "GET", "/server_info?config_format=json").json()["vllm_config"]
+    assert told["load_config"]["load_format"] == "dummy"  # where it is asked of a server that is attached
     answer = ask(record_of(panel), "POST", "/collective_rpc", method="reload_weights")
     assert answer.status_code == 500
     assert f"{CANNOT_RELOAD} `dummy` format" in answer.json()["error"]["message"]

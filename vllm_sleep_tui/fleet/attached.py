@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout
+from vllm_sleep_tui.engine.loaders import why_no_reload
 from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet import proof
@@ -195,7 +196,9 @@ async def sleep(
                 f"{name} was not started by the panel: its weights cannot stay in VRAM (level 0).",
                 "Sleep it at level 1 or 2.",
             )
-        await _check_version(core, name)
+        version = await _check_version(core, name)
+        if wanted == 2:
+            await _check_reload(core, name, version)
         if unless is not None:
             await unless()
         await drain(core, name, operation, force=force)
@@ -229,13 +232,27 @@ def _own_level(core: Core, name: str) -> int:
     return int(level)
 
 
-async def _check_version(core: Core, name: str) -> None:
-    """Raises RefusedError for a vLLM whose sleep is not reliable."""
+async def _check_version(core: Core, name: str) -> str:
+    """Its version; raises RefusedError for a vLLM whose sleep is not reliable."""
     with _allowed(core, name, "sleep"):
         version = await client_of(core, name).version()
     why_not = capabilities(version, None).why_not
     if why_not is not None:
         raise RefusedError(f"{name}: {why_not}", "Run a newer vLLM there.")
+    return version
+
+
+async def _check_reload(core: Core, name: str, version: str) -> None:
+    """Raises RefusedError if its server says that it loads the model in a way that level 2 cannot repeat."""
+    with _allowed(core, name, "sleep"):
+        told = await client_of(core, name).configured(ASK_SECONDS)
+    if told is None:
+        return
+    model, args = told.model_config, {"load-format": told.load_config.load_format}
+    if told.lora_config is not None:
+        args["enable-lora"] = "true"
+    if never := why_no_reload(model.model, args, version, model.quantization):
+        raise RefusedError(f"Level 2 could not bring {name} back: {never}.", "Sleep it at level 1.")
 
 
 async def drain(core: Core, name: str, operation: Operation, *, force: bool) -> None:
