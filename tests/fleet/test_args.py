@@ -265,6 +265,32 @@ def test_a_key_of_our_own_server_is_in_no_command_line_and_is_sent(shell: Comman
     ]
 
 
+@pytest.mark.parametrize(("before", "after"), [("one", "two"), ("one", ""), ("", "two")])
+def test_a_key_that_changed_while_its_server_runs_is_told_and_harms_nobody(
+    shell: CommandLine, before: str, after: str
+) -> None:
+    def config(key: str) -> str:
+        if key:
+            path = shell.config.with_name("a.key")
+            path.write_text(f"{key}\n")
+            path.chmod(0o600)
+        return one("", "api_key_file: a.key\n" if key else "")
+
+    started(shell, config(before))
+    assert shell.status()["a"]["reason"] is None
+    write(shell, config(after))
+    told = shell.status()["a"]
+    assert "the key that it was started with" in told["reason"]
+    assert "restart a" in told["cure"]
+    shell("sleep", "a")
+    shell("wake", "a")
+    assert shell.look("a").proof == "proven"
+    assert shell("chat", "a", "hello").strip()
+    shell("restart", "a")
+    assert shell.status()["a"]["reason"] is None
+    assert shell("chat", "a", "hello").strip()
+
+
 def test_a_model_may_have_a_vllm_of_its_own(shell: CommandLine) -> None:
     models = (
         f"a: {{model: sim/1GiB, vllm_command: {json.dumps(SIMULATOR)}, env: {{VLLM_SIM_TIMES: instant}}}}\n"

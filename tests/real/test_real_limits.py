@@ -138,6 +138,7 @@ def test_a_port_inside_vllm_that_is_taken_is_not_told_as_the_servers_own(
     assert "kv-events-config" in failed.stderr
     assert "once more" not in failed.stderr  # the config names it: another start would not help
 
+
 def test_each_of_two_replicas_is_proven(tmp_path: Path, stopped_after: list[CommandLine]) -> None:
     panel = tiny(tmp_path, stopped_after, **{"data-parallel-size": 2})
     begin(panel)

@@ -66,7 +66,7 @@ class _LoadConfig(msgspec.Struct, frozen=True):
 
 
 class Configured(msgspec.Struct, frozen=True):
-    """Of `/server_info`, what decides whether a model can be loaded again (vLLM 0.32, server_info-json.json)."""
+    """What of `/server_info` decides whether a model can be loaded again (0.32, server_info-json.json)."""
 
     model_config: _ModelConfig
     load_config: _LoadConfig

@@ -24,6 +24,7 @@ from vllm_sleep_tui.fleet.keeping import is_kept
 from vllm_sleep_tui.fleet.locks import check_folder, gpu_lock_path
 from vllm_sleep_tui.fleet.other_ends import check_for_key, check_own
 from vllm_sleep_tui.fleet.records import Record, RecordStore
+from vllm_sleep_tui.fleet.server_keys import key_of
 from vllm_sleep_tui.fleet.sighting import Sighting, base_of
 from vllm_sleep_tui.fleet.states import Event, next_state
 from vllm_sleep_tui.simulator import devices
@@ -265,7 +266,7 @@ class Core:
         if client is None or launch != record.launch:
             if client is not None:
                 self._retired.append(client)
-            key = self.config.models[record.name].api_key if record.name in self.config.models else None
+            key = key_of(record, self.config.models.get(record.name))
             client = VllmClient(
                 record.port, uds=record.socket, secret=record.secret, check=check_own, api_key=key
             )

@@ -16,6 +16,7 @@ from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.ending import RECORD_LOST, SERVER_GONE, cause_in_log
 from vllm_sleep_tui.fleet.keeping import is_kept, read_word
 from vllm_sleep_tui.fleet.records import Intent, Record
+from vllm_sleep_tui.fleet.server_keys import KEY_DIFFERS, differs
 from vllm_sleep_tui.fleet.sighting import QUICK, look_at, snapshot_of
 from vllm_sleep_tui.fleet.snapshot import (
     FleetSnapshot,
@@ -27,6 +28,7 @@ from vllm_sleep_tui.fleet.snapshot import (
     Serving,
 )
 from vllm_sleep_tui.fleet.states import RUNNING, SETTLED, State
+from vllm_sleep_tui.paths import APP
 from vllm_sleep_tui.telemetry.attribution import ModelMemory
 from vllm_sleep_tui.telemetry.processes import is_alive
 from vllm_sleep_tui.telemetry.sampler import Sample, Sampler
@@ -88,6 +90,8 @@ class Viewer:
         settled = state in SETTLED
         intent = None if settled and state is not record.state else record.intent
         holds_nothing = state is State.STOPPED or record.state is State.FAILED
+        if cause is None and state in (State.AWAKE, State.ASLEEP) and differs(record, model):
+            cause = Diagnosis(KEY_DIFFERS, f"To apply the config's: {APP} restart {name}")
         vram = {} if not model.gpus or holds_nothing else vram_of(memory, model.gpus)
         return ModelSnapshot(
             name=name,
