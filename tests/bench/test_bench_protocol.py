@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -96,6 +98,25 @@ def test_each_step_is_kept_whole(pair: MakePair) -> None:
     shown = json.loads(answer)
     assert shown["finished"]
     assert [row["switch"]["count"] for row in shown["summary"]["rows"]] == [2, 3, 2, 3]
+
+
+def test_the_environments_of_both_models_are_kept(pair: MakePair, tmp_path: Path) -> None:
+    commands = {}
+    for name, version, torch in (("small", "0.32.0", "2.13.0"), ("large", "0.31.0", "2.12.0")):
+        site = tmp_path / name / "lib/python3.12/site-packages"
+        (site / f"torch-{torch}.dist-info").mkdir(parents=True)
+        vllm = tmp_path / name / "bin/vllm"
+        vllm.parent.mkdir()
+        vllm.write_text(
+            f'#!/bin/sh\nVLLM_SIM_VERSION={version} exec {sys.executable} -m vllm_sleep_tui.simulator "$@"\n'
+        )
+        vllm.chmod(0o755)
+        commands[name] = {"vllm_command": [str(vllm)]}
+    bench = pair(**commands)
+    bench("bench", "run", "small", "large", "--modes", "cold:1", "--out", str(bench.result))
+    found = read(bench.result).machine
+    assert (found.vllm, found.torch) == ("0.32.0 and 0.31.0", "2.13.0 and 2.12.0")
+    assert found.vllm_python == "3.12"
 
 
 def test_models_end_as_they_were_found_bystanders_too(pair: MakePair) -> None:

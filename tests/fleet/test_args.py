@@ -265,6 +265,32 @@ def test_a_key_of_our_own_server_is_in_no_command_line_and_is_sent(shell: Comman
     ]
 
 
+@pytest.mark.parametrize(("before", "after"), [("one", "two"), ("one", ""), ("", "two")])
+def test_a_key_that_changed_while_its_server_runs_is_told_and_harms_nobody(
+    shell: CommandLine, before: str, after: str
+) -> None:
+    def config(key: str) -> str:
+        if key:
+            path = shell.config.with_name("a.key")
+            path.write_text(f"{key}\n")
+            path.chmod(0o600)
+        return one("", "api_key_file: a.key\n" if key else "")
+
+    started(shell, config(before))
+    assert shell.status()["a"]["reason"] is None
+    write(shell, config(after))
+    told = shell.status()["a"]
+    assert "the key that it was started with" in told["reason"]
+    assert "restart a" in told["cure"]
+    shell("sleep", "a")
+    shell("wake", "a")
+    assert shell.look("a").proof == "proven"
+    assert shell("chat", "a", "hello").strip()
+    shell("restart", "a")
+    assert shell.status()["a"]["reason"] is None
+    assert shell("chat", "a", "hello").strip()
+
+
 def test_a_model_may_have_a_vllm_of_its_own(shell: CommandLine) -> None:
     models = (
         f"a: {{model: sim/1GiB, vllm_command: {json.dumps(SIMULATOR)}, env: {{VLLM_SIM_TIMES: instant}}}}\n"
@@ -314,7 +340,63 @@ def test_the_installed_vllm_is_asked_once_and_its_word_holds(tmp_path: Path) -> 
     assert len(asked.read_text().splitlines()) == 2
 
 
-def test_a_wrapper_cannot_be_asked_and_that_is_said(tmp_path: Path) -> None:
+HELP = Path(__file__).parents[1] / "unit/data/serve-help-0.32.txt"
+"""Of real vLLM, shortened."""
+
+
+def a_wrapper(folder: Path, version: str) -> Path:
+    """A script around vLLM that stands in its config's folder and notes what it is asked."""
+    script = folder / "wrap.sh"
+    script.write_text(
+        f"""#!/bin/bash
+echo "$@" >> asked
+case "$*" in
+  "serve --help=all") cat {HELP} ;;
+  --version) echo {version} ;;
+esac
+"""
+    )
+    script.chmod(0o755)
+    return script
+
+
+@pytest.mark.parametrize("version", ["0.32.0", ""])
+def test_a_wrapper_is_asked_for_its_help_once(tmp_path: Path, version: str) -> None:
+    shell = CommandLine(tmp_path / "models.yaml", tmp_path / "state")
+    a_wrapper(tmp_path, version)
+    wrong = {"max-modle-len": 8, "gdn-prefill-backend": "nope", "max-model-len": "much", "made-up": 1}
+    right = {"enforce-eager": False, "tool-call-parser": "mine", "tp": 1}
+    model = {"model": "x/y", "gpus": [], "args": wrong | right}
+    shell.config.write_text(json.dumps({"vllm_command": ["./wrap.sh"], "models": {"a": model}}))
+    asked = tmp_path / "asked"
+    shell("status")
+    assert not asked.exists()  # who only looks does not pay for it
+    for _ in range(2):
+        done = shell.run("start", "a")
+        assert done.returncode == 2
+        assert f"vLLM {version or 'of a version that it does not tell'} knows no --m" in done.stderr
+    checks = {c["name"]: c for c in json.loads(shell.run("doctor", "--json").stdout)["checks"]}
+    assert checks["flags"]["verdict"] == "ok"
+    failed = {name for name, check in checks.items() if check["verdict"] == "fail"}
+    assert {f"a.args.{name}" for name in wrong} == {name for name in failed if ".args." in name}
+    assert "max-model-len" in checks["a.args.max-modle-len"]["cure"]
+    assert sorted(asked.read_text().splitlines()) == ["--version", "serve --help=all"]
+
+
+def test_a_wrapper_whose_word_is_old_is_asked_again(tmp_path: Path) -> None:
+    shell = CommandLine(tmp_path / "models.yaml", tmp_path / "state")
+    a_wrapper(tmp_path, "0.32.0")
+    model = {"model": "x/y", "gpus": [], "args": {"made-up": 1}}
+    shell.config.write_text(json.dumps({"vllm_command": ["./wrap.sh"], "models": {"a": model}}))
+    assert shell.run("start", "a").returncode == 2
+    (kept,) = tmp_path.rglob("state/**/flags/*.json")
+    two_days_ago = kept.stat().st_mtime - 2 * 86_400
+    os.utime(kept, (two_days_ago, two_days_ago))
+    assert shell.run("start", "a").returncode == 2
+    assert (tmp_path / "asked").read_text().count("--help=all") == 2
+
+
+def test_a_wrapper_that_shows_no_help_stands_aside_and_that_is_said(tmp_path: Path) -> None:
     shell = CommandLine(tmp_path / "models.yaml", tmp_path / "state")
     vllm = tmp_path / "vllm"
     vllm.write_text("#!/bin/sh\nexec true\n")

@@ -83,6 +83,31 @@ async def test_level_2_of_an_attached_server_is_reloaded_and_proven(
             assert seen(fleet, "far").proof == "proven"
 
 
+@pytest.mark.parametrize(
+    ("flags", "version", "why"),
+    [
+        (("--load-format", "sharded_state"), "0.32.0", "`sharded_state` cannot load weights again"),
+        (("--load-format", "dummy"), "0.32.0", "dummy weights"),
+        (("--load-format", "runai_streamer"), "0.26.0", "before 0.32"),
+        (("--enable-lora",), "0.26.0", "LoRA"),
+    ],
+)
+async def test_level_2_is_refused_where_an_attached_server_could_not_come_back(
+    box: MakeBox, free_port: FreePort, flags: tuple[str, ...], version: str, why: str
+) -> None:
+    port = free_port()
+    machine = attached(box, port)
+    with vllm(port, *flags, gpus=gpus_of(machine), VLLM_SIM_VERSION=version):
+        async with machine.open() as fleet:
+            await until_state(fleet, "far", State.AWAKE)
+        refused = await command(machine, "sleep", "far", "--level", "2")
+        assert refused.returncode == 1
+        assert why in refused.stderr
+        assert "Sleep it at level 1" in refused.stderr
+        done = await command(machine, "sleep", "far", "--level", "1")
+        assert done.returncode == 0, done.stderr
+
+
 async def test_a_chat_with_a_sleeping_attached_server_wakes_it_and_sleeps_nobody(
     box: MakeBox, free_port: FreePort
 ) -> None:

@@ -68,6 +68,8 @@ def test_dummy_weights_are_refused_level_2_which_vllm_could_not_bring_back(
     assert refused.returncode == 1
     assert "dummy weights cannot be loaded again" in refused.stderr
     assert panel.look("tiny").state == "awake"
+    told = ask(record_of(panel), "GET", "/server_info?config_format=json").json()["vllm_config"]
+    assert told["load_config"]["load_format"] == "dummy"  # where it is asked of a server that is attached
     answer = ask(record_of(panel), "POST", "/collective_rpc", method="reload_weights")
     assert answer.status_code == 500
     assert f"{CANNOT_RELOAD} `dummy` format" in answer.json()["error"]["message"]
@@ -135,3 +137,30 @@ def test_a_port_inside_vllm_that_is_taken_is_not_told_as_the_servers_own(
     assert f"A port that vLLM uses inside is taken: {endpoint}." in failed.stderr
     assert "kv-events-config" in failed.stderr
     assert "once more" not in failed.stderr  # the config names it: another start would not help
+
+
+def test_each_of_two_replicas_is_proven(tmp_path: Path, stopped_after: list[CommandLine]) -> None:
+    panel = tiny(tmp_path, stopped_after, **{"data-parallel-size": 2})
+    begin(panel)
+
+    def answered() -> list[float]:
+        """Requests that each replica has answered."""
+        page = ask(record_of(panel), "GET", "/metrics").text
+        counts = [0.0, 0.0]
+        for line in page.splitlines():
+            if line.startswith("vllm:request_success_total{"):
+                counts['engine="1"' in line] += float(line.rpartition(" ")[2])
+        return counts
+
+    for level in (1, 2):
+        panel("sleep", "tiny", "--level", str(level))
+        asleep = panel.look("tiny")
+        assert (asleep.state, asleep.level) == ("asleep", level)
+        before = answered()
+        panel("wake", "tiny")
+        awake = panel.look("tiny")
+        assert (awake.state, awake.proof) == ("awake", "proven")
+        assert answered() == [count + 1 for count in before]
+    asked = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 5}
+    port = record_of(panel).port
+    assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=60).status_code == 200

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sleep_tui.config.load import LoadedConfig, load, parse_bytes, parse_duration, schema, write_schema
+from vllm_sleep_tui.config.load import LoadedConfig, load, parse_bytes, parse_duration
 from vllm_sleep_tui.config.types import IdleConfig
 from vllm_sleep_tui.errors import UsageError
 
@@ -368,27 +367,6 @@ def test_no_text_whatever_crashes_the_reader(tmp_path_factory: pytest.TempPathFa
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(UsageError):
         load(path)
-
-
-def test_the_schema_knows_every_key_and_what_is_reserved(tmp_path: Path) -> None:
-    write_schema(tmp_path / "s.json")
-    written = json.loads((tmp_path / "s.json").read_text())
-    assert written == json.loads(json.dumps(schema()))
-    model = written["$defs"]["ModelConfig"]
-    assert set(model["properties"]) >= {
-        "model",
-        "url",
-        "gpus",
-        "level",
-        "args",
-        "env",
-        "port",
-        "autostart",
-        "idle",
-    }
-    assert model["additionalProperties"] is False
-    flags, _ = model["properties"]["args"]["anyOf"]
-    assert "served[-_]model[-_]name" in flags["propertyNames"]["not"]["pattern"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_config_file import ONE, load_text
-from vllm_sleep_tui.config.load import schema
+from vllm_sleep_tui.config.schema import schema
 from vllm_sleep_tui.errors import UsageError
 
 KEYED = "models:\n  far:\n    url: http://127.0.0.1:8000\n"

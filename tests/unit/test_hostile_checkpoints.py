@@ -69,6 +69,12 @@ def many(count: int) -> str:
     return "{" + ",".join(f'"{number}":{{{TENSOR}}}' for number in range(count)) + "}"
 
 
+def to_many(count: int) -> str:
+    """An index that names a file for each of so many tensors."""
+    files = ",".join(f'"{number}":"{number}.safetensors"' for number in range(count))
+    return f'{{"weight_map": {{{files}}}}}'
+
+
 BROKEN: dict[str, tuple[str, Spoil]] = {
     "config nested deep": (CONFIG, config(DEEP)),
     "config nested deep inside": (CONFIG, setting(f'"x": {DEEP}')),
@@ -129,6 +135,13 @@ BROKEN: dict[str, tuple[str, Spoil]] = {
     "header with a thousand dimensions": (WEIGHTS, header(f'{{"a": {{{TENSOR}, "shape": {[1] * 1000}}}}}')),
     "tensors beyond the file": (WEIGHTS, header(f'{{"a": {{{TENSOR}}}}}', room=3)),
     "tensors in one place": (WEIGHTS, header(many(1000))),
+    "header with more tensors than a model has": (WEIGHTS, header(many(300_000))),
+    "header with a name of a million points": (WEIGHTS, header(f'{{"{"." * 1_000_000}": {{{TENSOR}}}}}')),
+    "index with a name of a million points": (
+        INDEX,
+        index(f'{{"weight_map": {{"{"." * 1_000_000}": "{WEIGHTS}"}}}}'),
+    ),
+    "index to more files than a model has": ("6000 files", index(to_many(6000))),
     "header longer than the file": (WEIGHTS, special(WEIGHTS, lambda path: path.write_bytes(b"\xff" * 7))),
     "header of 2**63 bytes": (WEIGHTS, special(WEIGHTS, lambda path: path.write_bytes(b"\xff" * 16))),
     "weights a pipe": (WEIGHTS, special(WEIGHTS, os.mkfifo)),
@@ -141,6 +154,7 @@ ODD: dict[str, Spoil] = {
     "Infinity where Mamba's authors wrote it": setting('"time_step_limit": [0.0, Infinity]'),
     "a type nobody knows": header(f'{{"a": {{{TENSOR}, "dtype": "F2_X"}}}}'),
     "a tensor twice": header(f'{{"a": {{{TENSOR}}}, "a": {{{TENSOR}}}}}'),
+    "a layer with a number of 400 digits": header(f'{{"layers.{"9" * 400}.w": {{{TENSOR}}}}}'),
     "a tensor of no numbers": header('{"a": {"dtype":"BF16","shape":[0],"data_offsets":[0,0]}}'),
     "an architecture that is a list": setting('"architectures": [[]]'),
     "an architecture with escapes": setting('"architectures": ["\\u001b]0;owned\\u0007"]'),

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from vllm_sleep_tui.bench.results import Gpu, Machine
@@ -15,9 +16,12 @@ CPU_INFO = Path("/proc/cpuinfo")
 NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
 
 
-def describe(snapshot: FleetSnapshot, gpus: set[int], vllm_command: tuple[str, ...]) -> Machine:
-    """This machine with the GPUs of these indices; vLLM's own version is known once it runs."""
-    environment = environment_of(vllm_command)
+def describe(snapshot: FleetSnapshot, gpus: set[int], commands: Iterable[tuple[str, ...]]) -> Machine:
+    """This machine with the GPUs of these indices, and the environments of these `vllm_command`s.
+
+    vLLM's own version is known once it runs.
+    """
+    environments = [found for command in dict.fromkeys(commands) if (found := environment_of(command))]
     return Machine(
         cpu=_first(CPU_INFO, r"^model name\s*:\s*(.+)$"),
         cores=os.cpu_count(),
@@ -29,10 +33,15 @@ def describe(snapshot: FleetSnapshot, gpus: set[int], vllm_command: tuple[str, .
             if gpu.index in gpus
         ),
         driver=_first(NVIDIA_VERSION, r"Kernel Module(?: for \S+)?\s+([0-9.]+)"),
-        torch=_version_of("torch", environment),
-        vllm_python=None if environment is None else environment.parent.name.removeprefix("python"),
+        torch=each(_version_of("torch", environment) for environment in environments),
+        vllm_python=each(environment.parent.name.removeprefix("python") for environment in environments),
         python=platform.python_version(),
     )
+
+
+def each(versions: Iterable[str | None]) -> str | None:
+    """The versions that differ, as text; None if none is known."""
+    return " and ".join(dict.fromkeys(filter(None, versions))) or None
 
 
 def environment_of(vllm_command: tuple[str, ...]) -> Path | None:
@@ -46,10 +55,8 @@ def environment_of(vllm_command: tuple[str, ...]) -> Path | None:
     return None
 
 
-def _version_of(package: str, environment: Path | None) -> str | None:
+def _version_of(package: str, environment: Path) -> str | None:
     """The version of an installed package, by the name of its metadata folder."""
-    if environment is None:
-        return None
     found = next(environment.glob(f"{package}-*.dist-info"), None)
     return None if found is None else found.name.removeprefix(f"{package}-").removesuffix(".dist-info")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vllm_sleep_tui.bench.bench_fleet import check_changes, open_bed, recorded_m
 from vllm_sleep_tui.bench.figures import FIRST_ANSWER
 from vllm_sleep_tui.bench.plan import MAX_TOKENS, Mode, PassKey, Plan
 from vllm_sleep_tui.bench.results import Load, Memory, Pass, Run, Step, write
+from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.operations.operation import Report
@@ -104,10 +105,15 @@ def _begin(fleet: Fleet, plan: Plan, seen: FleetSnapshot) -> Run:
         program=__version__,
         began=time.time(),
         plan=plan,
-        machine=machine.describe(seen, gpus, loaded.config.vllm_command),
+        machine=machine.describe(seen, gpus, commands_of(loaded, plan.pair)),
         models=recorded_models(loaded, plan),
         found=restore.look(fleet, restore.neighbours(fleet, plan.pair)),
     )
+
+
+def commands_of(loaded: LoadedConfig, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """What each of these models is started with."""
+    return [loaded.model(name).vllm_command or loaded.config.vllm_command for name in names]
 
 
 def _continue(fleet: Fleet, before: Run, seen: FleetSnapshot) -> Run:
@@ -117,9 +123,8 @@ def _continue(fleet: Fleet, before: Run, seen: FleetSnapshot) -> Run:
             f"The config of {' or '.join(before.plan.pair)} has changed since this run began.",
             "Put it back as it was, or begin a new run.",
         )
-    here = machine.describe(
-        seen, {gpu.index for gpu in before.machine.gpus}, fleet.loaded.config.vllm_command
-    )
+    commands = commands_of(fleet.loaded, before.plan.pair)
+    here = machine.describe(seen, {gpu.index for gpu in before.machine.gpus}, commands)
     if [gpu.name for gpu in here.gpus] != [gpu.name for gpu in before.machine.gpus]:
         raise UsageError("This run began on another machine: its GPUs differ.", "Begin a new run here.")
     if before.restored:  # what runs now is what the person wants back this time
@@ -256,7 +261,7 @@ class _Bench:
             clock.phases[FIRST_ANSWER] = seconds
         load = Load(model=name, began=moment, seconds=time.perf_counter() - began, phases=clock.phases)
         self.keeper.change(loads=(*self.keeper.run.loads, load))
-        self.note_version(name)
+        self.note_versions()
 
     async def stop_all_but(self, kept: str | None) -> None:
         """Both stopped, or the other one, and this one awake as a cold step leaves it."""
@@ -265,10 +270,10 @@ class _Bench:
             await self.bed.stop([kept], report=self.report)
             await self.bed.start([kept], skip=AS_VLLM_ALONE, report=self.report)
 
-    def note_version(self, name: str) -> None:
-        """Keep the vLLM version, which is known once a server of it runs."""
+    def note_versions(self) -> None:
+        """Keep the pair's version of vLLM, or both, which are known once a server of them runs."""
         known = self.keeper.run.machine
-        version = self.bed.vllm_version(name)
+        version = machine.each(self.bed.vllm_version(name) for name in self.plan.pair)
         if known.vllm != version:
             self.keeper.change(machine=msgspec.structs.replace(known, vllm=version))
 
@@ -284,7 +289,7 @@ class _Bench:
             phases = await self.sleep_and_wake(leaving, target, key.mode.level)
         switch = time.perf_counter() - began
         ttft, inference, tokens = await self.ask(target, question)
-        self.note_version(target)
+        self.note_versions()
         return Step(
             number=number,
             leaving=leaving,

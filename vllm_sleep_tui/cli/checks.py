@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import re
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def check_flags(loaded: LoadedConfig, *, may_ask: bool) -> Iterator[Check]:
         if loaded.config.simulated_gpus:
             tables[command] = simulated_flags({**os.environ, **model.env})
         elif command not in tables:
-            tables[command] = flags_of(command, state_dir(), may_ask=may_ask)
+            tables[command] = flags_of(command, loaded.path.parent, state_dir(), may_ask=may_ask)
             yield _table_check(command, tables[command], may_ask=may_ask)
         flags = tables[command]
         for flag, wrong, cure in complaints(model, flags):
@@ -110,9 +111,8 @@ def _table_check(command: tuple[str, ...], flags: FlagTable, *, may_ask: bool) -
         what = f"{len(flags.flags)} of vLLM {flags.version}, by its own parser"
         return Check("flags", Verdict.OK, what)
     what = f"{command[0]} could not be asked for its flags; those of vLLM {flags.version} stand in"
-    cure = (
-        "Name the `vllm` of its environment itself, not a wrapper, to have every flag checked before a start."
-    )
+    asked = shlex.join([*command, "serve", "--help=all"])
+    cure = f"Every flag is checked before a start if `{asked}` shows them."
     if not may_ask:
         cure = f"Nobody has agreed to run what this config names; to ask it: --config {CONFIG_NAME} doctor."
     return Check("flags", Verdict.WARN, what, cure)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import click
 
 from vllm_sleep_tui.cli.common import need_terminal, put_done, say
-from vllm_sleep_tui.config.load import load, write_schema
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.config.schema import write_schema
 from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
 from vllm_sleep_tui.config.yaml import MAX_BYTES
 from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
 from vllm_sleep_tui.files import is_taken, is_text, private_dir, read_own, trust, write_private
+from vllm_sleep_tui.fleet.operations.arguments import simulated_flags
 from vllm_sleep_tui.paths import state_dir
 
 PANEL_SPEED = 5.0
@@ -93,7 +96,7 @@ def write_demo(folder: Path, speed: float) -> Path:
         )
     text = _TEMPLATE.format(python=_quoted(sys.executable), schema=SCHEMA_NAME, mark=_MARK, speed=speed)
     write_private(path, text.encode())
-    write_schema(folder / SCHEMA_NAME)
+    write_schema(folder / SCHEMA_NAME, [simulated_flags(os.environ)])
     loaded = load(path)
     trust(loaded.found, loaded.agreement(), state_dir())
     return path

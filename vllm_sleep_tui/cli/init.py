@@ -10,12 +10,15 @@ from pathlib import Path
 
 import click
 
-from vllm_sleep_tui.cli.common import config_option, given_config, in_words, put_done, say
-from vllm_sleep_tui.config.load import load, write_schema
+from vllm_sleep_tui.cli.common import config_option, given_config, in_words, load_config, put_done, say
+from vllm_sleep_tui.config.flags import FlagTable
+from vllm_sleep_tui.config.load import LoadedConfig, load
+from vllm_sleep_tui.config.schema import write_schema
 from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.files import is_taken, is_text, trust, write_private
 from vllm_sleep_tui.fleet.observe.discovery import CachedModel, VllmEnvironment, find_models, find_vllm
+from vllm_sleep_tui.fleet.operations.arguments import flags_of, simulated_flags
 from vllm_sleep_tui.paths import here, state_dir
 from vllm_sleep_tui.sizing.hub import has_token, hub_cache
 from vllm_sleep_tui.telemetry.gpus import GpuFault, GpuReading, open_reader
@@ -24,6 +27,7 @@ MAX_MODELS = 8
 WEIGHTS_SHARE = 0.8
 """Of a GPU's memory: more weights than that leave no room for a KV cache."""
 EXAMPLE = "Qwen/Qwen3-0.6B"
+SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_NAME}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +61,20 @@ def look_around(here: Path) -> Surroundings:
 
 @click.command()
 @click.option("--force", is_flag=True, help="Replace a config that is there.")
+@click.option(
+    "--schema", is_flag=True, help="Ask its vLLM for its flags, for editors; leaves the config as it is."
+)
 @config_option
 @click.pass_context
-def init(ctx: click.Context, force: bool) -> None:
-    """Write a commented config of what is found on this machine."""
+def init(ctx: click.Context, force: bool, schema: bool) -> None:
+    """Write a commented config of what is found on this machine.
+
+    Beside it lies a JSON schema, by which an editor completes and checks what is written. It knows the flags
+    of the vLLM nearest to the one that is found; with --schema that one is asked itself.
+    """
+    if schema:
+        renew_schema(load_config(ctx))
+        return
     path = given_config(ctx) or Path(CONFIG_NAME)
     if is_taken(path) and not force:
         what = f"{path} is there already{', a link' if path.is_symlink() else ''}."
@@ -69,12 +83,34 @@ def init(ctx: click.Context, force: bool) -> None:
     for line in describe(found):
         say(line)
     write_private(path, config_text(found).encode())
-    write_schema(path.with_name(SCHEMA_NAME))
     loaded = load(path)
+    write_schema(path.with_name(SCHEMA_NAME), tables_of(loaded, may_ask=False))
     trust(loaded.found, loaded.agreement(), state_dir())
     put_done(str(path))
     named = "" if path == Path(CONFIG_NAME) else f" --config {path}"
     say(f"Next: look at {path}, then: vllm-sleep-tui{named} doctor")
+
+
+def renew_schema(loaded: LoadedConfig) -> None:
+    """Write the schema beside a config, with the flags of every vLLM that it names."""
+    say("Asking vLLM for its flags, which takes up to a minute the first time.")
+    tables = tables_of(loaded, may_ask=True)
+    path = loaded.found.with_name(SCHEMA_NAME)
+    write_schema(path, tables)
+    put_done(str(path))
+    for table in tables:
+        knows = f"knows the {len(table.flags)} flags of vLLM {table.version}"
+        say(f"It {knows}." if table.is_asked else f"It {knows}: the vLLM of this config could not be asked.")
+    say(f"An editor takes it by this line in the config: {SCHEMA_LINE}")
+
+
+def tables_of(loaded: LoadedConfig, *, may_ask: bool) -> list[FlagTable]:
+    """The flags of each vLLM that a config names, asked if it may be."""
+    own = [model for model in loaded.config.models.values() if not model.url]
+    if loaded.config.simulated_gpus:
+        return [simulated_flags({**os.environ, **model.env}) for model in own[:1]]
+    commands = dict.fromkeys(model.vllm_command or loaded.config.vllm_command for model in own)
+    return [flags_of(command, loaded.path.parent, state_dir(), may_ask=may_ask) for command in commands]
 
 
 def describe(found: Surroundings) -> list[str]:
@@ -98,7 +134,7 @@ def config_text(found: Surroundings) -> str:
     best = best_environment(found.environments)
     command = str(best.command) if best else "vllm"
     lines = [
-        f"# yaml-language-server: $schema={SCHEMA_NAME}",
+        SCHEMA_LINE,
         "# The vllm binary of the environment that holds vLLM. What hides the process (conda run, uv run,",
         "# docker) cannot be watched: start such a server yourself and name it with `url:` below.",
         f"vllm_command: [{_quoted(command)}]",

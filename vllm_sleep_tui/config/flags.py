@@ -76,6 +76,8 @@ class Flag(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     const: Any = None
     repeats: bool = False
     """Given again, it adds up."""
+    help: str = ""
+    """What it is for, in a line; shipped tables leave it out."""
 
     @property
     def name(self) -> str:
@@ -145,6 +147,11 @@ class FlagTable:
 class _Dumped(msgspec.Struct):
     version: str
     flags: list[Flag]
+
+
+def encode_table(version: str, flags: Iterable[Flag]) -> bytes:
+    """The JSON of a table."""
+    return msgspec.json.encode(_Dumped(version, list(flags)))
 
 
 def decode_table(content: bytes, *, is_asked: bool) -> FlagTable:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +13,6 @@ from typing import Any
 import msgspec
 
 from vllm_sleep_tui.config.checks import check, check_names, own_key, spans_machines
-from vllm_sleep_tui.config.flags import RESERVED
 from vllm_sleep_tui.config.types import (
     Config,
     GatewayConfig,
@@ -27,9 +25,9 @@ from vllm_sleep_tui.config.types import (
 from vllm_sleep_tui.config.values import fill_in, read_args, read_env
 from vllm_sleep_tui.config.yaml import Document, Key, is_null, parse, spell, typed
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.files import digest_with, write_private
+from vllm_sleep_tui.files import digest_with
 
-__all__ = ["LoadedConfig", "load", "parse_bytes", "parse_duration", "schema", "write_schema"]
+__all__ = ["LoadedConfig", "load", "parse_bytes", "parse_duration"]
 
 _EXPECTED = {
     "vllm_command": "a list of words, such as [vllm]",
@@ -137,27 +135,6 @@ def _words(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _words(item)
-
-
-def schema() -> dict[str, Any]:
-    """The JSON schema of the config file, for editors."""
-    described = msgspec.json.schema(Config)
-    model = described["$defs"]["ModelConfig"]
-    model["oneOf"] = [{"required": ["model"]}, {"required": ["url"]}]
-    names = "|".join(name.replace("-", "[-_]") for name in RESERVED)
-    args = {"type": "object", "propertyNames": {"not": {"pattern": f"^-*(no[-_])?({names})$"}}}
-    words = {"type": "array", "items": {"type": ["string", "number", "boolean"]}}
-    for name, mapping in (("args", args), ("env", {"type": "object"}), ("env_file", {"type": "string"})):
-        described_as = model["properties"][name]["description"]
-        model["properties"][name] = {"description": described_as, "anyOf": [mapping, words]}
-    model["properties"]["api_key"]["anyOf"][0]["pattern"] = r"^\$(\{[A-Za-z_]\w*\}|[A-Za-z_]\w*)$"
-    described["$defs"]["Config"]["properties"]["models"]["minProperties"] = 1
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}
-
-
-def write_schema(path: Path) -> None:
-    """Write the JSON schema to `path`; raises OperationError."""
-    write_private(path, (json.dumps(schema(), indent=2) + "\n").encode())
 
 
 def _convert(document: Document) -> Config:

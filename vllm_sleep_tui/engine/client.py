@@ -9,7 +9,7 @@ import msgspec
 
 from vllm_sleep_tui.engine import endpoints
 from vllm_sleep_tui.engine.chat import ChatDelta, chat_body, deltas
-from vllm_sleep_tui.engine.failures import NOT_JSON, EngineError, refused, unreadable
+from vllm_sleep_tui.engine.failures import NOT_JSON, EngineError, EngineRefused, refused, unreadable
 from vllm_sleep_tui.engine.guard import CLIENT_HEADER
 from vllm_sleep_tui.engine.wire import Check, Wire
 
@@ -55,6 +55,27 @@ class Completion(msgspec.Struct, frozen=True):
     text: str
     finish_reason: str | None
     prompt_logprobs: tuple[float, ...] | None
+
+
+class _ModelConfig(msgspec.Struct, frozen=True):
+    model: str = ""
+    quantization: str | None = None
+
+
+class _LoadConfig(msgspec.Struct, frozen=True):
+    load_format: str
+
+
+class Configured(msgspec.Struct, frozen=True):
+    """What of `/server_info` decides whether a model can be loaded again (0.32, server_info-json.json)."""
+
+    model_config: _ModelConfig
+    load_config: _LoadConfig
+    lora_config: Any = None
+
+
+class _ServerInfo(msgspec.Struct):
+    vllm_config: Configured
 
 
 class _Models(msgspec.Struct):
@@ -156,6 +177,14 @@ class VllmClient:
     async def metrics(self, timeout: float = 5) -> str:
         """The Prometheus text of `/metrics`, about 60 kB."""
         return (await self._call("GET", endpoints.METRICS, timeout=timeout)).decode(errors="replace")
+
+    async def configured(self, timeout: float) -> Configured | None:
+        """What it loads, and how; None where it does not say, as without its development endpoints."""
+        try:
+            told = await self._get("/server_info?config_format=json", _ServerInfo, timeout)
+        except EngineRefused:
+            return None
+        return told.vllm_config
 
     async def is_sleeping(self, timeout: float) -> bool:
         """Whether anything is asleep or paused; blocks while the engine sleeps, wakes or reloads."""

@@ -13,6 +13,7 @@ from typing import Any
 
 PROBES = (("{}", dict, "json"), ("1k", int, "size"), ("1", int, "int"), ("1.5", float, "float"))
 """What a flag's type makes of a text says what it is: its name differs from version to version."""
+MAX_HELP = 200
 
 
 def main() -> None:
@@ -73,11 +74,20 @@ def described(action: argparse.Action, parser: argparse.ArgumentParser) -> dict[
         flag["repeats"] = isinstance(action, argparse._AppendAction)
         flag["choices"] = [str(choice) for choice in action.choices or () if choice is not None]
     flag["default"] = shown(action.default)
+    flag["help"] = line_of(action.help)
     return {
         name: value
         for name, value in flag.items()
         if value is not None and value is not False and value != []
     }
+
+
+def line_of(text: str | None) -> str:
+    """What a flag is for: the first paragraph of its help on one line, cut at MAX_HELP characters."""
+    if not text or text == argparse.SUPPRESS:
+        return ""
+    line = " ".join(text.strip().split("\n\n")[0].replace("%%", "%").split())
+    return line if len(line) <= MAX_HELP else f"{line[: MAX_HELP - 1].rstrip()}…"
 
 
 def set_by(action: argparse.Action, parser: argparse.ArgumentParser) -> dict[str, object]:

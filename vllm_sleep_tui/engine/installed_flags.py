@@ -1,7 +1,9 @@
 """The flags of the vLLM that is installed: its own parser is asked, once per binary, and its word is kept.
 
-Asking imports vLLM in its own Python, which takes 10 to 30 s without a GPU being touched; so only a start and
-`doctor` ask, and whoever only wants to know looks at what is kept.
+Its Python is asked for the parser itself. Where that is not to be found, behind a wrapper, the command is
+asked for its `serve --help=all`, which says less. Either imports vLLM, which takes 10 to 30 s without a GPU
+being touched; so only a start, `doctor` and `init --schema` ask, and whoever only wants to know looks at what
+is kept.
 """
 
 from __future__ import annotations
@@ -13,18 +15,24 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_sleep_tui.config.flags import MAX_TABLE_BYTES, FlagTable, decode_table, shipped_table
+from vllm_sleep_tui.config.flags import MAX_TABLE_BYTES, FlagTable, decode_table, encode_table, shipped_table
 from vllm_sleep_tui.engine.failures import NOT_JSON
+from vllm_sleep_tui.engine.help_text import WIDTH, flags_in
+from vllm_sleep_tui.engine.versions import release_of
 from vllm_sleep_tui.files import private_dir, read_regular, write_private
 
 DUMPER = Path(__file__).with_name("dump_parser.py")
 ASK_SECONDS = 120.0
 """Importing vLLM took 27 s on two busy cores (0.32, CPU)."""
 SHEBANG_BYTES = 4096
+WRAPPED_SECONDS = 86_400.0
+"""How long a wrapper's word is kept: the vLLM behind it may be another without any file changing here."""
+UNKNOWN_VERSION = "of a version that it does not tell"
 LEFT_OUT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 """Of this program's own Python, not of vLLM's."""
 
@@ -38,23 +46,31 @@ class Installed:
     """The Python that runs it; None if it is no Python script, such as a wrapper."""
     version: str | None
     """As the metadata beside it says."""
+    more: tuple[str, ...] = ()
+    """The words of the command after the program."""
+    folder: Path = Path("/")
+    """Where it is started, as a wrapper may count from there."""
 
     @property
     def key(self) -> str:
         """Names this binary in this state: another version or a new installation has another."""
-        changed = [path.stat().st_mtime_ns for path in (self.program, DUMPER) if path.exists()]
-        known = (str(self.program.resolve()), str(self.python), self.version, changed)
+        words = [self.folder / word for word in self.more if "/" in word]
+        changed = [path.stat().st_mtime_ns for path in (self.program, DUMPER, *words) if path.exists()]
+        known = (str(self.program.resolve()), str(self.python), self.version, changed, self.more)
         return hashlib.sha256(repr(known).encode()).hexdigest()[:24]
 
 
-def installed(command: Sequence[str], version: str | None, environ: Mapping[str, str]) -> Installed | None:
-    """The binary of a `vllm_command`; None if it is not there."""
+def installed(
+    command: Sequence[str], version: str | None, environ: Mapping[str, str], folder: Path
+) -> Installed | None:
+    """The binary of a `vllm_command` that is run in `folder`; None if it is not there."""
     found = shutil.which(command[0], path=environ.get("PATH"))
     if found is None:
         return None
     program = Path(found)
     is_python = re.fullmatch(r"python[0-9.]*", program.name) is not None
-    return Installed(program, program if is_python else _interpreter(program), version)
+    python = program if is_python else _interpreter(program)
+    return Installed(program, python, version, tuple(command[1:]), folder)
 
 
 def _interpreter(program: Path) -> Path | None:
@@ -80,9 +96,12 @@ def _interpreter(program: Path) -> Path | None:
 
 def kept_flags(vllm: Installed | None, state_dir: Path) -> FlagTable:
     """The flags of this binary as kept, else of the shipped version that is nearest; runs nothing."""
-    if vllm is not None and vllm.python is not None:
+    if vllm is not None:
         with contextlib.suppress(OSError, *NOT_JSON):
-            return decode_table(read_regular(_kept(vllm, state_dir), MAX_TABLE_BYTES), is_asked=True)
+            path = _kept(vllm, state_dir)
+            table = decode_table(read_regular(path, MAX_TABLE_BYTES), is_asked=True)
+            if vllm.python is not None or time.time() - path.stat().st_mtime < WRAPPED_SECONDS:
+                return table
     return shipped_table(vllm.version if vllm else None)
 
 
@@ -93,38 +112,62 @@ async def ask_flags(vllm: Installed | None, state_dir: Path, environ: Mapping[st
     OperationError if the folder for the answer cannot be made.
     """
     table = kept_flags(vllm, state_dir)
-    if table.is_asked or vllm is None or vllm.python is None:
+    if table.is_asked or vllm is None:
         return table
-    content = await _ask(vllm.python, environ)
-    try:
-        asked = decode_table(content or b"", is_asked=True)
-    except NOT_JSON:
-        return table
-    if not asked.flags:
+    content = await _ask_parser(vllm, environ) or await _ask_help(vllm, environ)
+    if content is None:
         return table
     path = _kept(vllm, state_dir)
     await asyncio.to_thread(private_dir, path.parent)
-    await asyncio.to_thread(write_private, path, content or b"")
-    return asked
+    await asyncio.to_thread(write_private, path, content)
+    return decode_table(content, is_asked=True)
 
 
 def _kept(vllm: Installed, state_dir: Path) -> Path:
     return state_dir / "flags" / f"{vllm.key}.json"
 
 
-async def _ask(python: Path, environ: Mapping[str, str]) -> bytes | None:
-    """What the dumper says; None if it fails or is too slow. Its whole group is ended then."""
+async def _ask_parser(vllm: Installed, environ: Mapping[str, str]) -> bytes | None:
+    """The table of vLLM's parser, from its own Python; None if that is not known or does not answer."""
+    if vllm.python is None:
+        return None
+    content = await _said(environ, Path("/"), str(vllm.python), str(DUMPER))
+    try:
+        return content if content and decode_table(content, is_asked=True).flags else None
+    except NOT_JSON:
+        return None
+
+
+async def _ask_help(vllm: Installed, environ: Mapping[str, str]) -> bytes | None:
+    """The table of what `serve --help=all` shows; None if the command shows no such thing."""
+    command = (str(vllm.program), *vllm.more)
+    shown = await _said(environ, vllm.folder, *command, "serve", "--help=all")
+    if not shown:
+        return None
+    version = vllm.version
+    if version is None:
+        said = await _said(environ, vllm.folder, *command, "--version")
+        told = re.search(rb"\d+\.\d+\.\d+[\w.+-]*", said or b"")
+        version = told[0].decode() if told else None
+    near = shipped_table(version)
+    is_same = version is not None and release_of(version) == release_of(near.version)
+    flags = flags_in(shown.decode(errors="replace"), near, same_release=is_same)
+    return encode_table(version or UNKNOWN_VERSION, flags) if flags else None
+
+
+async def _said(environ: Mapping[str, str], folder: Path, *command: str) -> bytes | None:
+    """What a command prints; None if it fails or is too slow. Its whole group is ended then."""
     environment = {name: value for name, value in environ.items() if name not in LEFT_OUT}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment |= {"COLUMNS": str(WIDTH)}
     try:
         process = await asyncio.create_subprocess_exec(
-            str(python),
-            str(DUMPER),
+            *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             env=environment,
-            cwd="/",
+            cwd=folder,
             start_new_session=True,
             limit=MAX_TABLE_BYTES,
         )

@@ -20,6 +20,7 @@ from vllm_sleep_tui.fleet.attached.probe import ProbeResult, base_of
 from vllm_sleep_tui.fleet.keeper_client import is_kept
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.peer_checks import check_for_key, check_own
+from vllm_sleep_tui.fleet.server_keys import key_of
 from vllm_sleep_tui.fleet.store.locks import check_folder, gpu_lock_path
 from vllm_sleep_tui.fleet.store.records import Record, RecordStore
 from vllm_sleep_tui.simulator import devices
@@ -187,12 +188,18 @@ class Core:
         if client is None or launch != record.launch:
             if client is not None:
                 self._retired.append(client)
-            key = self.config.models[record.name].api_key if record.name in self.config.models else None
+            key = key_of(record, self.config.models.get(record.name))
             client = VllmClient(
                 record.port, uds=record.socket, secret=record.secret, check=check_own, api_key=key
             )
             self._launched[record.name] = (record.launch, client)
         return client
+
+    def client_of_anybody(self, port: int) -> VllmClient:
+        """A client without a credential, as every other program is; the caller closes it."""
+        from vllm_sleep_tui.engine.client import VllmClient  # as above
+
+        return VllmClient(port)
 
     def client_at(self, model: ModelConfig) -> VllmClient:
         """The client of an attached server."""

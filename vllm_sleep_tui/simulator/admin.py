@@ -133,7 +133,12 @@ class Admin:
             )
         config: object = describe(options)
         if form == "json":
-            config = {"model_config": {**options.given, "enable_sleep_mode": options.sleep_mode}}
+            model = {"model": options.model, "quantization": options.quantization}
+            config = {
+                "model_config": {**options.given, "enable_sleep_mode": options.sleep_mode, **model},
+                "load_config": {"load_format": options.load_format},
+                "lora_config": {} if "enable_lora" in options.given else None,
+            }
         return http.as_json(
             {"vllm_config": config, "vllm_env": {"VLLM_SERVER_DEV_MODE": True}, "system_env": {}}
         )

@@ -35,8 +35,12 @@ INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000
 """Bytes of a header; the format allows no more, and all headers of a model together have far less."""
 INDEX_LIMIT = 64 * 2**20
-TENSOR_LIMIT = 400_000
+TENSOR_LIMIT = 250_000
 """Tensors of a model; one with 384 experts in each of 60 layers has 70,000, and packed 210,000."""
+NAME_LIMIT = 500
+"""Characters of a tensor's name; the longest of published models have 100."""
+FILE_LIMIT = 5000
+"""Files of weights; the largest models have some hundred."""
 LARGEST = 2**40
 """A dimension, a length or a count beyond it is no model's."""
 EMBEDS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "EmbeddingModel")
@@ -56,10 +60,13 @@ class Task(StrEnum):
     EMBED = "embed"
 
 
+_Name = Annotated[str, msgspec.Meta(max_length=NAME_LIMIT)]
+
+
 class _Index(msgspec.Struct):
     """Which file holds each tensor."""
 
-    weight_map: dict[str, str]
+    weight_map: dict[_Name, str]
 
 
 class _Entry(msgspec.Struct):
@@ -73,8 +80,8 @@ class _Entry(msgspec.Struct):
 
 
 _index_decoder = msgspec.json.Decoder(_Index)
-_header_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_entry_decoder = msgspec.json.Decoder(_Entry)
+_header_decoder = msgspec.json.Decoder(dict[_Name, msgspec.Raw])
+_entries_decoder = msgspec.json.Decoder(list[_Entry])
 _WORD = re.compile(r"[A-Za-z][\w.+-]{0,99}", re.ASCII)
 
 
@@ -278,12 +285,15 @@ def _weight_files(folder: Path) -> list[Path]:
     if not _is_there(folder / INDEX):
         files = sorted(folder.glob("*.safetensors"))
         # Mistral's folders hold the same weights twice.
-        return [path for path in files if not path.name.startswith("consolidated")] or files
+        files = [path for path in files if not path.name.startswith("consolidated")] or files
+        _check_few(len(files))
+        return files
     try:
         index = _index_decoder.decode(read_whole(folder / INDEX, INDEX_LIMIT))
     except NOT_JSON as error:
         raise UsageError(f"{INDEX} is no index of weights: {_malformed(error)}.", AGAIN) from None
     names = sorted(set(index.weight_map.values()))
+    _check_few(len(names))
     if not names:
         raise UsageError(f"{INDEX} names no weights.", AGAIN)
     for name in names:
@@ -292,6 +302,12 @@ def _weight_files(folder: Path) -> list[Path]:
         if not _is_there(folder / name):
             raise UsageError(f"{shown(name)} is missing: the model is not fetched completely.", AGAIN)
     return [folder / name for name in names]
+
+
+def _check_few(files: int) -> None:
+    """Raises UsageError if there are more files of weights than a model has."""
+    if files > FILE_LIMIT:
+        raise UsageError(f"{files} files of weights are more than a model has.", AGAIN)
 
 
 def _read_headers(files: list[Path]) -> tuple[Tensor, ...]:
@@ -323,9 +339,13 @@ def read_header(path: Path) -> tuple[list[Tensor], int]:
     if not header:
         raise UsageError(f"{shown(path.name)} has no safetensors header.", AGAIN)
     try:
-        entries = _header_decoder.decode(header)
-        entries.pop("__metadata__", None)
-        found = [_tensor(name, _entry_decoder.decode(entry), room) for name, entry in entries.items()]
+        raw = _header_decoder.decode(header)
+        raw.pop("__metadata__", None)
+        if len(raw) > TENSOR_LIMIT:
+            raise ValueError("it names more tensors than a model has")
+        # All in one call: a call for each takes seconds.
+        entries = _entries_decoder.decode(b"[" + b",".join(raw.values()) + b"]")
+        found = [_tensor(name, entry, room) for name, entry in zip(raw, entries, strict=True)]
         if sum(tensor.bytes for tensor in found) > room:
             raise ValueError("its tensors overlap")
     except (*NOT_JSON, ValueError) as error:

@@ -48,7 +48,7 @@ WHOLE = frozenset({"gate", "router", "kv_a_proj_with_mqa", "q_a_proj"})
 ENDS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "lm_head.weight")
 """The matrices with a row for each word; vLLM quantises none of them and pads them to 64 rows."""
 _EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(.*)")
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d{1,6})\.")
 _OTHER_MEDIA = ("vision", "visual", "audio")
 _NAMES = 16_384
 """Names of tensors that are taken apart once: most models call them the same."""

@@ -307,6 +307,22 @@ def environment_has(pid: int, key: str, value: str) -> bool:
         return False
 
 
+def environment_value(process: ProcessId, key: str) -> str | None:
+    """A variable that the process was started with, "" if it was not set; None if it cannot be looked at.
+
+    Not for a process that renames itself, see `environment_has`.
+    """
+    try:
+        with open(f"/proc/{process.pid}/environ", "rb") as file:
+            words = file.read().split(b"\0")
+    except OSError:
+        return None
+    if not is_alive(process):  # what was read may be another's
+        return None
+    prefix = f"{key}=".encode()
+    return next((os.fsdecode(word[len(prefix) :]) for word in words if word.startswith(prefix)), "")
+
+
 @dataclass(frozen=True, slots=True)
 class PortHolder:
     """Who listens on a port, as far as it can be seen."""

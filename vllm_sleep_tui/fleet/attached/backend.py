@@ -138,7 +138,8 @@ class Attached:
     def check_startable(self) -> None:
         """Raises RefusedError: it cannot be started from here."""
         raise RefusedError(
-            f"{self.name} is attached by `url: {self.model.config.url}`: its server is not ours to start or stop.",
+            f"{self.name} is attached by `url: {self.model.config.url}`: "
+            "its server is not ours to start or stop.",
             "Do it where that server was started, or give `model:` instead of `url:`.",
         )
 
@@ -173,7 +174,7 @@ class Attached:
     async def sleeps(self, operation: Operation) -> bool:
         """Whether it sleeps, of a server that did not tell at once; raises OperationError if that stays so.
 
-        `/is_sleeping` waits while the engine falls asleep or wakes. Where it is closed an answer is the proof:
+        The question waits while the engine falls asleep or wakes. Where it is closed an answer is the proof:
         a sleeper never gives one.
         """
         operation.tell(self.name, "asking", "whether it sleeps")
@@ -191,7 +192,8 @@ class Attached:
     def unsure(self) -> OperationError:
         """What to tell of a server that does not say whether it sleeps."""
         return OperationError(
-            f"{self.name}: its server answers, and does not tell within {SURE_SECONDS:.0f} s whether it sleeps.",
+            f"{self.name}: its server answers, and does not tell within {SURE_SECONDS:.0f} s "
+            "whether it sleeps.",
             "It may be asleep, or on its way: try again, or wake it where it was started.",
         )
 
@@ -277,7 +279,7 @@ class Attached:
         return version
 
     async def check_reload(self, version: str) -> None:
-        """Raises RefusedError if its server says that it loads the model in a way that level 2 cannot repeat."""
+        """Raises RefusedError if its server loads the model in a way that level 2 cannot repeat."""
         with self.allowed("sleep"):
             configured = await self.client.configured(ASK_SECONDS)
         if configured is None:
@@ -289,7 +291,7 @@ class Attached:
             raise RefusedError(f"Level 2 could not bring {self.name} back: {never}.", "Sleep it at level 1.")
 
     async def drain(self, operation: Operation, *, force: bool) -> None:
-        """Wait for answers under way; there is no gate, so after DRAIN_SECONDS it is refused, unless forced."""
+        """Wait for answers under way; without a gate, it is refused after DRAIN_SECONDS unless forced."""
         if force:
             return
         deadline = time.monotonic() + DRAIN_SECONDS

@@ -1,4 +1,4 @@
-"""How a model whose server we started is now: by its record, its keeper and its processes. Nothing is written."""
+"""How a model whose server we started is now, by its record, its keeper and its processes (reads alone)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ from vllm_sleep_tui.engine.causes import Diagnosis
 from vllm_sleep_tui.fleet.keeper_client import is_kept, read_status
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.end import RECORD_LOST, SERVER_GONE, cause_in_log
+from vllm_sleep_tui.fleet.server_keys import KEY_DIFFERS, differs
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, OperationSnapshot, Serving
 from vllm_sleep_tui.fleet.states import RUNNING, SETTLED, State
 from vllm_sleep_tui.fleet.store.records import Intent
+from vllm_sleep_tui.paths import APP
 from vllm_sleep_tui.telemetry.attribution import ModelMemory
 from vllm_sleep_tui.telemetry.processes import is_alive
 
 
 def observe(model: Model, memory: ModelMemory | None, serving: Serving | None) -> ModelSnapshot:
-    """The model for the screen, with the `memory` that its processes hold; OperationError without a record."""
+    """The model with the `memory` that its processes hold; raises OperationError without a record."""
     state, cause = observed_state(model)
     record, config = model.record, model.config
     settled = state in SETTLED
     runs = state not in (State.STOPPED, State.FAILED)
     intent = None if settled and state is not record.state else record.intent
     holds_nothing = state is State.STOPPED or record.state is State.FAILED
+    if cause is None and state in (State.AWAKE, State.ASLEEP) and differs(record, config):
+        cause = Diagnosis(KEY_DIFFERS, f"To apply the config's: {APP} restart {model.name}")
     vram = {} if not config.gpus or holds_nothing else vram_of(memory, config.gpus)
     return ModelSnapshot(
         name=model.name,

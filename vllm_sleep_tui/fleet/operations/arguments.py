@@ -22,22 +22,22 @@ SIMULATED_VERSION = "0.32.0"
 ASKING = "asking vLLM for its flags, once"
 
 
-def vllm_of(command: Sequence[str]) -> Installed | None:
-    """The vLLM of a `vllm_command`; None if it is not there."""
+def vllm_of(command: Sequence[str], folder: Path) -> Installed | None:
+    """The vLLM of a `vllm_command` of a config in `folder`; None if it is not there."""
     found = find_command(command, os.environ)
-    return installed(command, found.version if found else None, os.environ)
+    return installed(command, found.version if found else None, os.environ, folder)
 
 
 def known_flags(model: Model) -> FlagTable:
     """What the model's vLLM knows, as far as that is known without running it."""
     if model.core.simulated is not None:
         return simulated_flags({**os.environ, **model.config.env})
-    return kept_flags(vllm_of(model.vllm_command), model.core.state_dir)
+    return kept_flags(vllm_of(model.vllm_command, model.base), model.core.state_dir)
 
 
-def flags_of(command: Sequence[str], state_dir: Path, *, may_ask: bool) -> FlagTable:
+def flags_of(command: Sequence[str], folder: Path, state_dir: Path, *, may_ask: bool) -> FlagTable:
     """What the vLLM of a `vllm_command` knows, asked if it may be; outside of any event loop."""
-    vllm = vllm_of(command)
+    vllm = vllm_of(command, folder)
     return asyncio.run(ask_flags(vllm, state_dir, os.environ)) if may_ask else kept_flags(vllm, state_dir)
 
 
@@ -58,7 +58,7 @@ async def learn_flags(model: Model, operation: Operation) -> FlagTable:
     if flags.is_asked:
         return flags
     operation.tell(model.name, StartPhase.LOADING, ASKING)
-    return await ask_flags(vllm_of(model.vllm_command), model.core.state_dir, os.environ)
+    return await ask_flags(vllm_of(model.vllm_command, model.base), model.core.state_dir, os.environ)
 
 
 def check_arguments(model: Model, flags: FlagTable) -> None:

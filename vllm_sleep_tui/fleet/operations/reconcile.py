@@ -3,8 +3,8 @@
 The truth is the keeper (does the server live?) and the server (does it sleep?), never the record's hope.
 
 A server whose record was lost is taken back: its keeper lives, and the server knows the rest itself. Its
-environment and command line, which only this user can read, tell its socket, GPUs and port; whether it sleeps,
-it is asked. What cannot be taken back is ended, because nobody could drive it.
+environment and command line, which only this user can read, tell its socket, GPUs and port; whether it
+sleeps, it is asked. What cannot be taken back is ended, because nobody could drive it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from vllm_sleep_tui.engine.client import VllmClient
+from vllm_sleep_tui.engine import sleeping
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
@@ -38,13 +39,14 @@ from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.operations.start import Start
 from vllm_sleep_tui.fleet.states import Event, State
 from vllm_sleep_tui.fleet.store.records import Record
-from vllm_sleep_tui.telemetry import prometheus
 from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, is_alive
+
+if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
+    from vllm_sleep_tui.engine.client import VllmClient
 
 ASK_LIMIT = 60.0
 OLD_SECRET_VARIABLE = "VLLM_SLEEP_TUI_SECRET"
 """Of a server that the version before started."""
-SLEEP_STATE = "vllm:engine_sleep_state"
 
 
 def is_unfinished(model: Model) -> bool:
@@ -265,14 +267,16 @@ async def ask(model: Model, operation: Operation) -> None:
         raise OperationError("it was not ready")
     start = Start(model, operation)
     await start.check_listener(client)
-    sleeping = await client.is_sleeping(ASK_LIMIT)
+    is_asleep = await client.is_sleeping(ASK_LIMIT)
     if start.wants_own_backend():
         model.record = await with_backend(model.record, client)
-    level = await sleep_level(client, model.record) if sleeping else None
-    await patiently(model, lambda: client.set_gate(sleeping, GATE_LIMIT))
+    is_own, level = model.record.sleep_backend == "own", None
+    if is_asleep:
+        level = await sleeping.sleep_level(client, ASK_LIMIT, is_own=is_own)
+    await patiently(model, lambda: client.set_gate(is_asleep, GATE_LIMIT))
     # No transition: this is the state it has been in all along.
     model.write(
-        state=State.ASLEEP if sleeping else State.AWAKE,
+        state=State.ASLEEP if is_asleep else State.AWAKE,
         since=time.time(),
         level=level,
         resolved_level=start.resolve_level() if level is None else str(level),
@@ -281,25 +285,15 @@ async def ask(model: Model, operation: Operation) -> None:
         cure=None,
         fell=None,
     )
-    if not sleeping:
+    if not is_asleep:
         await Server(model, operation).take_reference()
 
 
 async def with_backend(record: Record, client: VllmClient) -> Record:
     """The record with whose sleep mode it is, as its workers say; vLLM's own does not know the question."""
     try:
-        facts = await client.collective_rpc("panel_sleep_facts", ASK_LIMIT)
+        facts = await sleeping.worker_facts(client, ASK_LIMIT)
     except EngineError:
         facts = []
-    is_own = bool(facts) and all(answer.get("state") == "own" for answer in facts)
+    is_own = bool(facts) and all(worker.is_own for worker in facts)
     return msgspec.structs.replace(record, sleep_backend="own" if is_own else "stock")
-
-
-async def sleep_level(client: VllmClient, record: Record) -> int:
-    """The level of a sleeper: as our sleep mode says, else by vLLM's own gauge (0.12 and newer)."""
-    if record.sleep_backend == "own":
-        facts = await client.collective_rpc("panel_sleep_facts", ASK_LIMIT)
-        if facts and isinstance(level := facts[0].get("level"), int):
-            return level
-    scrape = prometheus.parse(await client.metrics(), frozenset({SLEEP_STATE}))
-    return 2 if prometheus.total(scrape, SLEEP_STATE, sleep_state="discard_all") else 1

@@ -228,8 +228,8 @@ def refuse_without_room(model: Model, room: Room) -> None:
     free = room.free[gpu]
     asleep = f" even with {' and '.join(room.leaving)} asleep" if room.leaving else ""
     what = (
-        f"{model.name} needs {gib(free + missing - budget.MARGIN)} on GPU {gpu} and {gib(budget.MARGIN)} to spare; "
-        f"{gib(free)} are free{asleep}."
+        f"{model.name} needs {gib(free + missing - budget.MARGIN)} on GPU {gpu} "
+        f"and {gib(budget.MARGIN)} to spare; {gib(free)} are free{asleep}."
     )
     raise RefusedError(what, who_else(model.core, gpu) or give_it_less(model, gpu))
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Coroutine
 from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -24,7 +25,6 @@ from vllm_sleep_tui.config.checks import spans_machines
 from vllm_sleep_tui.engine import proof
 from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv, serve_environment
 from vllm_sleep_tui.engine.causes import OWN_PORT, Diagnosis
-from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
 from vllm_sleep_tui.engine.guard_files import copy_backend, copy_guard
 from vllm_sleep_tui.engine.logs import Backend, LogTail, PhaseReader
@@ -49,6 +49,9 @@ from vllm_sleep_tui.telemetry.gpus import VISIBLE, GpuReading, fault_of, is_hidd
 from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, has_listener, listens
 from vllm_sleep_tui.units import GIB
+
+if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
+    from vllm_sleep_tui.engine.client import VllmClient
 
 READY_LIMIT = 900.0
 """Seconds for a start, on top of READY_PER_GIB for each GiB of weights."""
@@ -397,7 +400,7 @@ class Start:
         """Raises OperationError unless what is the panel's alone is closed to everybody on the port."""
         assert self.record.port is not None
         status = HTTPStatus.OK.value
-        async with VllmClient(self.record.port) as anybody:
+        async with self.model.core.client_of_anybody(self.record.port) as anybody:
             try:
                 await anybody.is_sleeping(GUARD_LIMIT)
             except EngineRefused as error:

@@ -1,4 +1,4 @@
-"""A model whose server we start: vLLM under a keeper, with our guard. Each operation from its locks to its end."""
+"""A model whose server we start: vLLM under a keeper, with our guard; each operation with its locks."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class Supervised:
             raise
 
     async def check_responds(self) -> None:
-        """Hear from a sleeper before others are put to sleep for it; raises OperationError if it is silent."""
+        """Hear from a sleeper before others sleep for it; raises OperationError if it is silent."""
         if self.model.record.state is State.ASLEEP:
             client = self.model.client()
             await patiently(self.model, lambda: client.gate(GATE_LIMIT))
