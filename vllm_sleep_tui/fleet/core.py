@@ -17,6 +17,7 @@ from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.causes import Diagnosis
 from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.fleet.attached.probe import ProbeResult, base_of
+from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.keeper_client import is_kept
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.peer_checks import check_for_key, check_own
@@ -84,6 +85,8 @@ class Core:
         self.records = RecordStore(state_dir, loaded.path)
         self.footprints = FootprintStore(state_dir)
         self.reader: GpuReader = open_reader(self.simulated)
+        self.on_written: Callable[[], None] | None = None
+        """Called, from any thread, when something has been added to the history."""
         self._happened: list[Callable[[History], None]] = []
         self._flushing = threading.Lock()
         self._digests: dict[str, str] = {}
@@ -163,6 +166,10 @@ class Core:
         """Keep something for the history; it is written by `flush`, off the path of an operation."""
         self._happened.append(happened)
 
+    def publish(self, event: FleetEvent) -> None:
+        """Keep an event for whoever subscribes, here and in other processes."""
+        self.note(lambda past: past.record_event(event))
+
     @functools.cached_property
     def history(self) -> History:
         """The past of this config's models."""
@@ -177,6 +184,8 @@ class Core:
             happened, self._happened = self._happened, []
             for tell in happened:
                 tell(self.history)
+        if happened and self.on_written is not None:
+            self.on_written()
 
     def client(self, record: Record) -> VllmClient:
         """The client of the record's running server, one per launch."""

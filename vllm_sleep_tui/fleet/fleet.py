@@ -14,13 +14,14 @@ from vllm_sleep_tui.files import path_of
 from vllm_sleep_tui.fleet.attached.backend import prober
 from vllm_sleep_tui.fleet.backend import Backend, backend_of
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
+from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.observe.predict import memory_in, waits
 from vllm_sleep_tui.fleet.observe.processes import HeldProcess, held_processes
 from vllm_sleep_tui.fleet.observe.serving import ServingPoller
 from vllm_sleep_tui.fleet.observe.snapshotter import Snapshotter
 from vllm_sleep_tui.fleet.operations import groups
 from vllm_sleep_tui.fleet.operations.chat import answer
-from vllm_sleep_tui.fleet.operations.operation import Operation, Report, actor, to_safe_point
+from vllm_sleep_tui.fleet.operations.operation import Operation, Report, actor, ended, to_safe_point
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, FleetSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import StartPhase, State
 from vllm_sleep_tui.fleet.store import last_failure
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from vllm_sleep_tui.sizing.advice import Advice
 
 T = TypeVar("T")
+OTHERS_SECONDS = 1.0
+"""Between two looks at what other processes have added to the history."""
 
 
 class Fleet:
@@ -62,8 +65,11 @@ class Fleet:
         self._leader = Leader(self._core) if leads else None
         self._serving = ServingPoller(self._core, keeps=lambda: self.is_leader)
         self._flushing: set[asyncio.Future[None]] = set()
+        self._subscribers: set[asyncio.Event] = set()
 
     async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._core.on_written = self._wake_subscribers
         self._sampler.set_roots(self._snapshotter.roots())
         self._sampler.start()
         self._watcher.start()
@@ -80,6 +86,7 @@ class Fleet:
         await self._prober.close()
         self._sampler.close()
         await asyncio.gather(*self._flushing)
+        self._core.on_written = None  # the loop may be gone before the last entries are
         await self._core.close()
 
     # ── what is ──────────────────────────────────────────────────────────────────────────────────────────
@@ -241,6 +248,33 @@ class Fleet:
     def _backend(self, name: str) -> Backend:
         return backend_of(self._core.model(name))
 
+    async def events(self, after: int | None = None) -> AsyncIterator[FleetEvent]:
+        """What happens from now on, or since the event with the id `after`, in this process and in others.
+
+        Without an end: close the iterator, or cancel who waits for it.
+        """
+        written = asyncio.Event()
+        self._subscribers.add(written)
+        try:
+            last = after
+            if last is None:
+                latest = await asyncio.to_thread(self.history.latest_events, 1)
+                last = latest[-1].id if latest else 0
+            while True:
+                written.clear()
+                for event in await asyncio.to_thread(self.history.events_after, last):
+                    last = event.id
+                    yield event
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(written.wait(), OTHERS_SECONDS)
+        finally:
+            self._subscribers.discard(written)
+
+    def _wake_subscribers(self) -> None:
+        """Called from the thread that has written."""
+        for written in tuple(self._subscribers):
+            self._loop.call_soon_threadsafe(written.set)
+
     async def _run(
         self,
         verb: str,
@@ -250,9 +284,14 @@ class Fleet:
         skip: frozenset[StartPhase] = frozenset(),
     ) -> T:
         operation = Operation(verb, target, report, skip=skip)
+        error: BaseException | None = None
         try:
             return await to_safe_point(operation, work(operation))
+        except BaseException as raised:
+            error = raised
+            raise
         finally:
+            self._core.publish(ended(operation, error))
             self._sampler.refresh()
             flushing = asyncio.get_running_loop().run_in_executor(None, self._core.flush)
             self._flushing.add(flushing)

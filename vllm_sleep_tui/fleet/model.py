@@ -6,6 +6,7 @@ is on disk, and only who holds the model's lock may write it.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ import msgspec
 
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.errors import OperationError
-from vllm_sleep_tui.fleet.states import Event, next_state
+from vllm_sleep_tui.fleet.events import FleetEvent, Kind
+from vllm_sleep_tui.fleet.states import Event, State, next_state
 from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.sizing.footprints import Footprint
 from vllm_sleep_tui.telemetry.processes import memory
@@ -78,15 +80,30 @@ class Model:
         """Write the record with some fields changed; raises OperationError if the disk refuses."""
         return self._put(msgspec.structs.replace(self.record, **changes))
 
-    def enter(self, event: Event, **changes: Any) -> Record:
+    def enter(self, event: Event, note: str | None = None, **changes: Any) -> Record:
         """Move the record by `event`, see `Record.reset`, with other fields changed, and write it.
+
+        `note` is what the history is to say of it beside the state.
 
         Raises RefusedError if that event cannot happen in this state, and OperationError as `write` does.
         """
         state, now = next_state(self.record.state, event), time.time()
         fields = {"state": state, "since": now, **changes}
-        entered = self._put(msgspec.structs.replace(self.record.reset(event), **fields))
+        before, entered = self.record, self._put(msgspec.structs.replace(self.record.reset(event), **fields))
         self.core.note(lambda past: past.record_state(self.name, state, entered.level, at=now))
+        intent = entered.intent or before.intent
+        self.core.publish(
+            FleetEvent(
+                time=now,
+                kind=Kind.FAULT if state is State.FAILED else Kind.STATE,
+                model=self.name,
+                operation=intent.operation if intent else None,
+                state=state,
+                level=entered.level,
+                detail=entered.reason if state is State.FAILED else note,
+                pid=os.getpid(),
+            )
+        )
         return entered
 
     def _put(self, record: Record) -> Record:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
-from vllm_sleep_tui.errors import CancelledByUser
+from vllm_sleep_tui.errors import CancelledByUser, PanelError
+from vllm_sleep_tui.fleet.events import FleetEvent, Kind, Outcome
 from vllm_sleep_tui.fleet.snapshot import Progress, SwitchTimes
 from vllm_sleep_tui.fleet.states import StartPhase
 from vllm_sleep_tui.telemetry.processes import ProcessId, start_ticks
@@ -101,6 +102,25 @@ class Operation:
             phases={phase: self.times.get(phase) for phase in PHASES},
             total=time.monotonic() - self._began - self._waited,
         )
+
+
+def ended(operation: Operation, error: BaseException | None) -> FleetEvent:
+    """That the operation has ended, well or with this error."""
+    outcome, detail = Outcome.DONE, None
+    if isinstance(error, CancelledByUser | asyncio.CancelledError):
+        outcome = Outcome.CANCELLED
+    elif error is not None:
+        outcome, detail = Outcome.FAILED, error.what if isinstance(error, PanelError) else repr(error)
+    return FleetEvent(
+        time=time.time(),
+        kind=Kind.OPERATION,
+        model=operation.target,
+        operation=operation.name,
+        outcome=outcome,
+        seconds=operation.ledger().total,
+        detail=detail,
+        pid=os.getpid(),
+    )
 
 
 async def to_safe_point(operation: Operation, work: Awaitable[T]) -> T:

@@ -95,7 +95,8 @@ class Server:
         if event is None:
             self.model.write(intent=intent)
         else:
-            self.model.enter(event, intent=intent)
+            target = self.operation.target
+            self.model.enter(event, None if target == self.name else f"for {target}", intent=intent)
         self.operation.tell(self.name, phase)
 
     def limit(self) -> float:

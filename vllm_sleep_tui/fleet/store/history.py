@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 
 from vllm_sleep_tui.files import as_text
+from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.history_tables import ADD, BUCKET, DAY, drop_old, prepare
@@ -164,6 +165,12 @@ class History:
             "served", now - now % BUCKET, model, requests, prompt_tokens, generated_tokens, ending=ADD
         )
 
+    def record_event(self, event: FleetEvent) -> None:
+        """Keep something that happened, for `events_after`."""
+        content = msgspec.json.encode(event).decode()
+        statement = "INSERT INTO events (time, config, event) VALUES (?, ?, ?)"
+        self._worker.submit(self._guarded, statement, (event.time, self._config, content))
+
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────
 
     def percentiles(self, model: str) -> dict[int, Percentiles]:
@@ -253,6 +260,21 @@ class History:
             )
             for model, began, asked, read, told in rows
         ]
+
+    def events_after(self, last: int, limit: int = 1000) -> list[FleetEvent]:
+        """The events that were kept after the one with this id, the oldest first; `limit` at most."""
+        rows = self._read(
+            "SELECT id, event FROM events WHERE config = ? AND id > ? ORDER BY id LIMIT ?",
+            (self._config, last, limit),
+        )
+        return [_event(row) for row in rows]
+
+    def latest_events(self, count: int) -> list[FleetEvent]:
+        """The last `count` events, the oldest first."""
+        rows = self._read(
+            "SELECT id, event FROM events WHERE config = ? ORDER BY id DESC LIMIT ?", (self._config, count)
+        )
+        return [_event(row) for row in reversed(rows)]
 
     # ── on the thread ────────────────────────────────────────────────────────────────────────────────────
 
@@ -391,6 +413,11 @@ def _percentiles(totals: Sequence[float]) -> Percentiles:
         return ranked[max(0, math.ceil(share * len(ranked)) - 1)]
 
     return Percentiles(count=len(ranked), p50=rank(0.5), p95=rank(0.95))
+
+
+def _event(row: Sequence[Any]) -> FleetEvent:
+    number, content = row
+    return msgspec.structs.replace(msgspec.json.decode(content, type=FleetEvent), id=number)
 
 
 def _past_switch(row: Sequence[Any]) -> PastSwitch:

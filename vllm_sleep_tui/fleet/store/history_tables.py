@@ -19,15 +19,18 @@ CREATE TABLE IF NOT EXISTS states (
     time REAL NOT NULL, config TEXT NOT NULL, model TEXT NOT NULL, state TEXT NOT NULL, level INTEGER);
 CREATE TABLE IF NOT EXISTS cold_starts (
     time REAL NOT NULL, config TEXT NOT NULL, model TEXT NOT NULL, seconds REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, config TEXT NOT NULL, event TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS served (
     time INTEGER NOT NULL, config TEXT NOT NULL, model TEXT NOT NULL, requests INTEGER NOT NULL,
     prompt_tokens INTEGER NOT NULL, generated_tokens INTEGER NOT NULL,
     PRIMARY KEY (config, model, time)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS switches_by_time ON switches (config, time);
 CREATE INDEX IF NOT EXISTS states_by_model ON states (config, model, time);
+CREATE INDEX IF NOT EXISTS events_by_config ON events (config, id);
 CREATE INDEX IF NOT EXISTS cold_starts_by_model ON cold_starts (config, model, time);
 """
-TABLES = ("switches", "states", "cold_starts", "served")
+TABLES = ("switches", "states", "cold_starts", "events", "served")
 ADD = """
 ON CONFLICT (config, model, time) DO UPDATE SET requests = requests + excluded.requests,
     prompt_tokens = prompt_tokens + excluded.prompt_tokens,

@@ -1,0 +1,56 @@
+"""What happened to the fleet, as it is kept in the history and told to whoever subscribes.
+
+Every process over a config writes its events to the same history, so that a panel also hears what a verb or
+another panel did. See `Fleet.events`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from vllm_sleep_tui.fleet.states import State
+
+
+class Kind(StrEnum):
+    """What an event is about."""
+
+    STATE = "state"
+    """A model entered a state."""
+    FAULT = "fault"
+    """A model failed, or its server died; `detail` is the reason."""
+    OPERATION = "operation"
+    """An operation ended; `outcome` says how."""
+
+
+class Outcome(StrEnum):
+    """How an operation ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class FleetEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that happened."""
+
+    id: int = 0
+    """Grows with each event of a state folder; 0 before it is kept."""
+    time: float
+    """UTC seconds."""
+    kind: Kind
+    model: str
+    """The operation's target, where it is about an operation on several: their names with commas."""
+    operation: str | None = None
+    """The operation that did it, or that ended; None if it came by itself."""
+    state: State | None = None
+    level: int | None = None
+    """Of the sleep, where the model sleeps or falls asleep."""
+    outcome: Outcome | None = None
+    seconds: float | None = None
+    """How long the operation took."""
+    detail: str | None = None
+    """One sentence: why it failed, or for whom a model made room."""
+    pid: int | None = None
+    """The process that did it."""
