@@ -22,12 +22,13 @@ from vllm_sleep_tui.config.flags import (
     shipped_tables,
     wrong_value,
 )
+from vllm_sleep_tui.engine.endpoints import GATE, HEALTH, IS_SLEEPING, METRICS
 from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
 from vllm_sleep_tui.engine.guard_files import BACKEND, BACKEND_WORKER
 
 READY_SECONDS = 600
 """vLLM's own limit for a start, `VLLM_ENGINE_READY_TIMEOUT_S` (vLLM 0.33, read in source)."""
-QUIET_PATHS = "/health,/metrics,/is_sleeping,/panel/gate"
+QUIET_PATHS = ",".join((HEALTH, METRICS, IS_SLEEPING, GATE))
 LAUNCH_VARIABLE = "SLEEP_TUI_LAUNCH"
 """vLLM copies what starts with VLLM_, HF_ and the like to Ray's workers (0.32); what names a launch stays."""
 LAUNCH_VARIABLES = (LAUNCH_VARIABLE, "VLLM_SLEEP_TUI_LAUNCH")

@@ -7,6 +7,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
+from vllm_sleep_tui.engine import endpoints
 from vllm_sleep_tui.engine.chat import ChatDelta, chat_body, deltas
 from vllm_sleep_tui.engine.failures import NOT_JSON, EngineError, refused, unreadable
 from vllm_sleep_tui.engine.guard import CLIENT_HEADER
@@ -135,18 +136,18 @@ class VllmClient:
     async def health(self, timeout: float = 2) -> bool:
         """Whether `/health` answers 200 in time; never raises. True says nothing about a frozen engine."""
         try:
-            answer = await self._wire.call("GET", "/health", timeout=timeout, headers=self._trusted)
+            answer = await self._wire.call("GET", endpoints.HEALTH, timeout=timeout, headers=self._trusted)
         except EngineError:
             return False
         return answer.status == 200
 
     async def version(self, timeout: float = 5) -> str:
         """vLLM's own version, such as "0.32.0"."""
-        return (await self._get("/version", _Version, timeout)).version
+        return (await self._get(endpoints.VERSION, _Version, timeout)).version
 
     async def models(self, timeout: float = 5) -> tuple[ModelCard, ...]:
         """What the server serves, aliases as entries of their own."""
-        return (await self._get("/v1/models", _Models, timeout)).data
+        return (await self._get(endpoints.MODELS, _Models, timeout)).data
 
     async def paths(self, timeout: float = 20) -> frozenset[str]:
         """The routes that the server has; vLLM takes up to 4 s for the first answer (0.32, measured)."""
@@ -154,41 +155,41 @@ class VllmClient:
 
     async def metrics(self, timeout: float = 5) -> str:
         """The Prometheus text of `/metrics`, about 60 kB."""
-        return (await self._call("GET", "/metrics", timeout=timeout)).decode(errors="replace")
+        return (await self._call("GET", endpoints.METRICS, timeout=timeout)).decode(errors="replace")
 
     async def is_sleeping(self, timeout: float) -> bool:
         """Whether anything is asleep or paused; blocks while the engine sleeps, wakes or reloads."""
-        return (await self._get("/is_sleeping", _IsSleeping, timeout)).is_sleeping
+        return (await self._get(endpoints.IS_SLEEPING, _IsSleeping, timeout)).is_sleeping
 
     async def sleep(self, level: int, timeout: float) -> SleepReply:
         """Put the model to sleep; 200 alone is no proof of freed memory."""
-        body = await self._act(f"/sleep?level={level:d}", timeout)
-        return _decode("POST /sleep", body, SleepReply) if body else SleepReply()
+        body = await self._act(f"{endpoints.SLEEP}?level={level:d}", timeout)
+        return _decode(f"POST {endpoints.SLEEP}", body, SleepReply) if body else SleepReply()
 
     async def wake_up(self, tags: Sequence[str] = (), *, timeout: float) -> WakeReply:
         """Wake what `tags` name ("weights", "kv_cache"), or all that sleeps; unknown tags answer 200 too."""
         # A list with commas would be one unknown tag (vLLM 0.32, 03-admin-sleep-pause.txt).
         query = "&".join(f"tags={tag}" for tag in tags)
-        body = await self._act(f"/wake_up?{query}" if query else "/wake_up", timeout)
-        return _decode("POST /wake_up", body, WakeReply) if body else WakeReply()
+        body = await self._act(endpoints.WAKE_UP + (f"?{query}" if query else ""), timeout)
+        return _decode(f"POST {endpoints.WAKE_UP}", body, WakeReply) if body else WakeReply()
 
     async def collective_rpc(self, method: str, timeout: float, args: Sequence[Any] = ()) -> list[Any]:
         """Run `method` in every worker; one result per worker."""
-        body = await self._act("/collective_rpc", timeout, {"method": method, "args": list(args)})
-        return _decode("POST /collective_rpc", body, _Results).results
+        body = await self._act(endpoints.COLLECTIVE_RPC, timeout, {"method": method, "args": list(args)})
+        return _decode(f"POST {endpoints.COLLECTIVE_RPC}", body, _Results).results
 
     async def reset_prefix_cache(self, timeout: float) -> None:
         """Forget the KV blocks of earlier prompts."""
-        await self._act("/reset_prefix_cache", timeout)
+        await self._act(endpoints.RESET_PREFIX_CACHE, timeout)
 
     async def gate(self, timeout: float = 2) -> Gate:
         """The state of the guard's gate."""
-        return await self._get("/panel/gate", Gate, timeout)
+        return await self._get(endpoints.GATE, Gate, timeout)
 
     async def set_gate(self, closed: bool, timeout: float = 2) -> Gate:
         """Close or open the gate for inference; the state after it."""
-        body = await self._call("POST", "/panel/gate", timeout=timeout, payload={"closed": closed})
-        return _decode("POST /panel/gate", body, Gate)
+        body = await self._call("POST", endpoints.GATE, timeout=timeout, payload={"closed": closed})
+        return _decode(f"POST {endpoints.GATE}", body, Gate)
 
     async def complete(
         self,

@@ -51,6 +51,17 @@ class EngineRefused(EngineError):  # noqa: N818 - it says what happened
         return self.message.startswith(ENGINE_DEAD)
 
 
+class StillAsleep(EngineRefused):
+    """The server took a wake well and sleeps on."""
+
+    def __init__(self) -> None:
+        super().__init__(200, "it answered 200 and still sleeps")
+
+
+class EngineSilent(EngineError):  # noqa: N818 - it says what happened
+    """A call got no answer, and what came of it cannot be known, or is nothing."""
+
+
 def unreachable(where: str, request: str) -> EngineUnreachable:
     """The failure for a refused connection to `where`."""
     return EngineUnreachable(

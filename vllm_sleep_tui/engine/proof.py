@@ -6,6 +6,7 @@ wake without reload is far outside it. A model that embeds is compared by the co
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from enum import StrEnum
@@ -78,6 +79,15 @@ def cosine(one: Sequence[float], other: Sequence[float]) -> float:
         sum(a * b for a, b in zip(one, other, strict=True)) / lengths if 0 < lengths < math.inf else math.nan
     )
     return value if math.isfinite(value) else -1.0
+
+
+async def one_token(client: VllmClient, name: str, seconds: float) -> None:
+    """Have the model give one token; returns as well if it is refused, which is an answer too.
+
+    Raises the other EngineErrors: a sleeper and a frozen engine never answer.
+    """
+    with contextlib.suppress(EngineRefused):  # a task without completions, a key that is not known
+        await client.complete(WARM_UP, model=name, max_tokens=1, timeout=seconds)
 
 
 async def ask(client: VllmClient, name: str, seconds: float) -> Reference | None:

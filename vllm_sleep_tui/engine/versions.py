@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from vllm_sleep_tui.engine.endpoints import COLLECTIVE_RPC, IS_SLEEPING, SLEEP, WAKE_UP
+
 Release = tuple[int, int]
 
 SLEEP_FROM: Release = (0, 24)
 NEWEST_KNOWN: Release = (0, 33)
-SLEEP_PATHS = frozenset({"/sleep", "/wake_up", "/is_sleeping", "/collective_rpc"})
+SLEEP_PATHS = frozenset({SLEEP, WAKE_UP, IS_SLEEPING, COLLECTIVE_RPC})
 _RELEASE = re.compile(r"v?(\d+)\.(\d+)")
 
 

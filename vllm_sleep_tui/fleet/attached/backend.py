@@ -14,13 +14,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from vllm_sleep_tui.engine import proof
-from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout
+from vllm_sleep_tui.engine import proof, sleeping
+from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout, StillAsleep
+from vllm_sleep_tui.engine.metrics import Page
+from vllm_sleep_tui.engine.plain_client import CLOSED
 from vllm_sleep_tui.engine.proof import Reference, Verdict
 from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet.attached.probe import (
-    CLOSED,
     LOOK,
     Sighting,
     after,
@@ -37,7 +38,6 @@ from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import holder
 from vllm_sleep_tui.fleet.store.records import Intent
 from vllm_sleep_tui.fleet.supervision.go_on import GoOn
-from vllm_sleep_tui.telemetry import prometheus
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.engine.client import VllmClient
@@ -52,7 +52,6 @@ MOVE_SECONDS = 900.0
 """For a sleep or a wake: the size of the weights is not known here."""
 DRAIN_SECONDS = 30.0
 DRAIN_POLL = 0.1
-UNDER_WAY = frozenset({"vllm:num_requests_running", "vllm:num_requests_waiting"})
 
 
 class Watch:
@@ -150,13 +149,9 @@ async def _sleeps(core: Core, name: str, operation: Operation) -> bool:
         except EngineTimeout as error:
             raise _unsure(name) from error
     try:
-        await client.complete(
-            proof.WARM_UP, model=await served_name(core, name), max_tokens=1, timeout=SURE_SECONDS
-        )
+        await proof.one_token(client, await served_name(core, name), SURE_SECONDS)
     except EngineTimeout as error:
         raise _unsure(name) from error
-    except EngineRefused:
-        pass  # a task without completions, a key that is not known: it speaks, and a sleeper would not
     return False
 
 
@@ -261,8 +256,7 @@ async def _under_way(client: VllmClient) -> float:
         metrics = await client.metrics()
     except EngineRefused:
         return 0.0
-    scrape = prometheus.parse(metrics, UNDER_WAY)
-    return sum(prometheus.total(scrape, sign) or 0.0 for sign in UNDER_WAY)
+    return Page.read(metrics, time.monotonic()).under_way or 0.0
 
 
 async def _take_reference(core: Core, name: str) -> None:
@@ -288,7 +282,7 @@ async def _sleep(core: Core, name: str, level: int, operation: Operation) -> Non
     _intend(core, name, operation, "sleep", level)
     client = client_of(core, name)
     with operation.timed("sleep"), _allowed(core, name, "sleep"):
-        await client.sleep(level, MOVE_SECONDS)
+        await sleeping.sleep(client, level, MOVE_SECONDS)
         sleeps = await client.is_sleeping(MOVE_SECONDS)
     if not sleeps:
         raise OperationError(
@@ -304,20 +298,11 @@ async def _wake(core: Core, name: str, level: int, operation: Operation) -> None
     _intend(core, name, operation, "wake", level)
     client = client_of(core, name)
     with operation.timed("wake"), _allowed(core, name, "wake"):
-        if level == 2:
-            with operation.timed("weights"):
-                await client.wake_up(("weights",), timeout=MOVE_SECONDS)
-            with operation.timed("reload"):
-                await client.collective_rpc("reload_weights", MOVE_SECONDS)
-            with operation.timed("kv_cache"):
-                await client.wake_up(("kv_cache",), timeout=MOVE_SECONDS)
-            with operation.timed("reset"):
-                await client.reset_prefix_cache(ASK_SECONDS)
-        else:
-            await client.wake_up(timeout=MOVE_SECONDS)
-        sleeps = await client.is_sleeping(MOVE_SECONDS)
-    if sleeps:
-        raise OperationError(f"{name}: its server said yes and still sleeps.", "Look at its log.")
+        try:
+            await sleeping.wake(client, level, MOVE_SECONDS, operation.timed, quick=ASK_SECONDS)
+        except StillAsleep as error:
+            what = f"{name}: its server said yes and still sleeps."
+            raise OperationError(what, "Look at its log.") from error
     with operation.timed("prove"), _allowed(core, name, "answer"):
         verdict = await _prove(core, name)
     core.write(core.records.read(name), level=None, proof=verdict, last_switch=operation.ledger())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from vllm_sleep_tui.config.types import IdleConfig
 from vllm_sleep_tui.engine.failures import EngineError
+from vllm_sleep_tui.engine.metrics import Page
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.attached import backend as attached
 from vllm_sleep_tui.fleet.core import Core
@@ -22,11 +23,7 @@ from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import LockBusyError, hold, holder
 from vllm_sleep_tui.fleet.store.records import Hang
 from vllm_sleep_tui.fleet.supervision import idle
-from vllm_sleep_tui.fleet.supervision.hang import SIGNS
-from vllm_sleep_tui.telemetry import prometheus
 
-USE = SIGNS | {"vllm:request_success_total"}
-"""The last is for tasks without tokens of their own, such as embeddings."""
 log = logging.getLogger(__name__)
 
 
@@ -48,12 +45,12 @@ class _Still:
 async def read_use(core: Core, name: str) -> Use | None:
     """The server's use now; None if it does not tell."""
     try:
-        scrape = prometheus.parse(await attached.client_of(core, name).metrics(), USE)
+        page = Page.read(await attached.client_of(core, name).metrics(), time.monotonic())
     except EngineError:
         return None
-    under_way = [prometheus.total(scrape, gauge) for gauge in sorted(attached.UNDER_WAY)]
-    known = [count for count in under_way if count is not None]
-    return Use(sum(known), tuple(prometheus.total(scrape, sign) for sign in sorted(USE))) if known else None
+    if page.under_way is None:
+        return None
+    return Use(page.under_way, (*page.signs_of_life, page.requests))
 
 
 class AttachedCare:

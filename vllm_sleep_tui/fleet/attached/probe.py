@@ -8,39 +8,30 @@ engine falls asleep or wakes (vLLM 0.32, 06-frozen-engine.txt); then the state i
 from __future__ import annotations
 
 import contextlib
-import http.client
 import socket
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from http import HTTPStatus
+from http.client import HTTPException
 from urllib.parse import urlsplit
 
-import msgspec
-
 from vllm_sleep_tui.config.types import ModelConfig
-from vllm_sleep_tui.engine.failures import NOT_JSON, EngineStranger
+from vllm_sleep_tui.engine.endpoints import HEALTH
+from vllm_sleep_tui.engine.failures import EngineStranger
+from vllm_sleep_tui.engine.plain_client import CLOSED, PlainClient
 from vllm_sleep_tui.fleet.peer_checks import check_for_key
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, OperationSnapshot
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Intent, Record
-from vllm_sleep_tui.telemetry import prometheus
 from vllm_sleep_tui.telemetry.processes import is_alive
 
 QUICK = 0.3
 """Seconds that `status` gives to all attached servers together."""
 FIRST_SHARE = 0.6
 """Of the time, for the first question; the rest is for what is asked if it is not answered."""
-MAX_BYTES = 2**20
-SLEEP_STATE = "vllm:engine_sleep_state"
-CLOSED = frozenset({401, 403, 404, 405})
-"""How a server says that an endpoint is not there, or not for us."""
 LOOK = "Look whether it runs, and whether its address or its SSH forwarding is still right."
-
-
-class _IsSleeping(msgspec.Struct):
-    is_sleeping: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +87,8 @@ def look_at(models: Mapping[str, ModelConfig], seconds: float) -> dict[str, Sigh
     found = {}
     for name, look in looks.items():
         look.join(max(0.0, deadline - time.monotonic()))
-        found[name] = look.sighting or _silent(look.where, seconds)
-        look.hang_up()
+        found[name] = look.sighting or _silent(look.client.where, seconds)
+        look.client.hang_up()
     return found
 
 
@@ -106,68 +97,56 @@ class _Look(threading.Thread):
 
     def __init__(self, model: ModelConfig, seconds: float) -> None:
         super().__init__(daemon=True, name=f"look at {model.url}")
-        parts = urlsplit(base_of(model.url or ""))
-        self.where = parts.netloc
         self.sighting: Sighting | None = None
-        self._is_https = parts.scheme == "https"
-        self._prefix = parts.path
         self._wants_key = wants_key(model)
-        key = {"authorization": f"Bearer {model.api_key}"} if model.api_key else {}
-        self._headers = {"accept": "*/*", **key}
-        self._check = check_for_key(model)
         self._seconds = seconds
-        self._deadline = time.monotonic() + seconds
-        self._connection: http.client.HTTPConnection | None = None
+        self.client = PlainClient(
+            base_of(model.url or ""), seconds, api_key=model.api_key, check=check_for_key(model)
+        )
 
     def run(self) -> None:
         """Look; what goes wrong is what is seen."""
         try:
             self.sighting = self._with_key(self._look())
         except TimeoutError:
-            self.sighting = _silent(self.where, self._seconds)
+            self.sighting = _silent(self.client.where, self._seconds)
         except EngineStranger as error:
             self.sighting = _gone(error.what, error.cure)
-        except (OSError, http.client.HTTPException, *NOT_JSON, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             if isinstance(error, ConnectionRefusedError | socket.gaierror):
-                what = f"Nothing answers at {self.where}."
+                what = f"Nothing answers at {self.client.where}."
             else:
-                what = f"{self.where} does not speak like a server of vLLM ({type(error).__name__})."
+                what = f"{self.client.where} does not speak like a server of vLLM ({type(error).__name__})."
             self.sighting = _gone(what)
-
-    def hang_up(self) -> None:
-        """Break off what is still being read."""
-        connection = self._connection
-        if connection is not None and connection.sock is not None:
-            with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _look(self) -> Sighting:
         try:
-            status, body = self._get("/is_sleeping", FIRST_SHARE)
+            status, sleeps = self.client.is_sleeping(FIRST_SHARE)
         except TimeoutError:
             return self._if_healthy(Sighting(state=State.AWAKE, is_certain=False, tells_sleep=False))
         if status in CLOSED:
             return self._if_healthy(self._by_gauge(Sighting(state=State.AWAKE, tells_sleep=False)))
         if status != HTTPStatus.OK:
-            return _gone(f"{self.where} answers {status}: its engine may have died.")
-        if msgspec.json.decode(body, type=_IsSleeping).is_sleeping:
+            return _gone(f"{self.client.where} answers {status}: its engine may have died.")
+        if sleeps:
             return self._by_gauge(Sighting(state=State.ASLEEP))
         return Sighting(state=State.AWAKE)
 
     def _if_healthy(self, seen: Sighting) -> Sighting:
-        status, _ = self._get("/health")
+        status = self.client.health()
         if status == HTTPStatus.OK:
             return seen
         if status == HTTPStatus.UNAUTHORIZED:
             return _gone(*self._wants_key)
-        return _gone(f"{self.where} answers {status} to /health: it is no vLLM, or its engine has died.")
+        where = self.client.where
+        return _gone(f"{where} answers {status} to {HEALTH}: it is no vLLM, or its engine has died.")
 
     def _with_key(self, seen: Sighting) -> Sighting:
         """With what is wrong about the key, if anything: vLLM wants it under /v1 alone (05-api-key.txt)."""
         if seen.state is State.STOPPED or not seen.is_certain:
             return seen
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            if self._get("/v1/models")[0] == HTTPStatus.UNAUTHORIZED:
+        with contextlib.suppress(OSError, HTTPException):
+            if self.client.models() == HTTPStatus.UNAUTHORIZED:
                 reason, cure = self._wants_key
                 return replace(seen, reason=reason, cure=cure)
         return seen
@@ -175,33 +154,12 @@ class _Look(threading.Thread):
     def _by_gauge(self, otherwise: Sighting) -> Sighting:
         """Asleep and at which level, if the gauge says so."""
         try:
-            _, body = self._get("/metrics")
-        except (OSError, http.client.HTTPException):
+            page = self.client.metrics()
+        except (OSError, HTTPException):
             return otherwise
-        scrape = prometheus.parse(body.decode(errors="replace"), frozenset({SLEEP_STATE}))
-        if SLEEP_STATE in scrape:
-            otherwise = replace(otherwise, tells_sleep=True)
-        for level, word in ((1, "weights_offloaded"), (2, "discard_all")):
-            if prometheus.total(scrape, SLEEP_STATE, sleep_state=word):
-                return Sighting(state=State.ASLEEP, level=level)
-        return otherwise
-
-    def _get(self, path: str, share: float = 1.0) -> tuple[int, bytes]:
-        """Status and body; raises TimeoutError, OSError, HTTPException, ValueError or EngineStranger."""
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        kind = http.client.HTTPSConnection if self._is_https else http.client.HTTPConnection
-        self._connection = connection = kind(self.where, timeout=left * share)
-        try:
-            connection.connect()
-            if self._check is not None:
-                self._check(connection.sock)
-            connection.request("GET", self._prefix + path, headers=self._headers)
-            response = connection.getresponse()
-            return response.status, response.read(MAX_BYTES)
-        finally:
-            connection.close()
+        if page.sleep_level is not None:
+            return Sighting(state=State.ASLEEP, level=page.sleep_level)
+        return replace(otherwise, tells_sleep=True) if page.tells_sleep else otherwise
 
 
 def _silent(where: str, seconds: float) -> Sighting:

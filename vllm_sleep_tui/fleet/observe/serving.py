@@ -11,18 +11,17 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from vllm_sleep_tui.engine import proof
 from vllm_sleep_tui.engine.failures import EngineError
+from vllm_sleep_tui.engine.metrics import Page
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.snapshot import Serving
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.fleet.supervision.go_on import GoOn
 from vllm_sleep_tui.telemetry import prometheus
-from vllm_sleep_tui.telemetry.prometheus import Buckets, Scrape
 
 INTERVAL = 2.0
 """Seconds between two looks at a model."""
@@ -34,18 +33,6 @@ OWED_PAGES = 3
 """Looks within which our own question must have been counted."""
 MARK_EVERY = 10.0
 """Seconds between two pages that are kept for the window."""
-_TTFT = "vllm:time_to_first_token_seconds"
-_INTER_TOKEN = "vllm:inter_token_latency_seconds"
-_COUNTERS = {
-    "requests": "vllm:request_success_total",
-    "prompt": "vllm:prompt_tokens_total",
-    "generated": "vllm:generation_tokens_total",
-    "queries": "vllm:prefix_cache_queries_total",
-    "hits": "vllm:prefix_cache_hits_total",
-}
-_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-_CONFIG = "vllm:cache_config_info"
-_WANTED = frozenset({*_COUNTERS.values(), *_GAUGES, _CONFIG, f"{_TTFT}_bucket", f"{_INTER_TOKEN}_bucket"})
 
 
 class Work(NamedTuple):
@@ -62,72 +49,14 @@ PROOF = Work(1, len(proof.PROMPT), 1)
 """What we ask at the end of a wake."""
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """What one page of `/metrics` told, and when (seconds of the monotonic clock)."""
-
-    time: float
-    scrape: Scrape
-    ttft: Buckets
-    inter_token: Buckets
-
-    @classmethod
-    def read(cls, text: str, now: float) -> Page:
-        """The page, reduced to what is shown."""
-        scrape = prometheus.parse(text, _WANTED)
-        ttft, inter_token = (prometheus.buckets(scrape, name) for name in (_TTFT, _INTER_TOKEN))
-        kept = {name: samples for name, samples in scrape.items() if not name.endswith("_bucket")}
-        return cls(now, kept, ttft, inter_token)
-
-    def count(self, what: str) -> float | None:
-        """A counter by its short name; None if the server has it not."""
-        return prometheus.total(self.scrape, _COUNTERS[what])
-
-    @property
-    def fresh(self) -> float | None:
-        """Tokens that were computed since the launch, each of which went into the cache."""
-        prompt, generated = self.count("prompt"), self.count("generated")
-        if prompt is None or generated is None:
-            return None
-        return prompt + generated - (self.count("hits") or 0.0)
-
-    @property
-    def cache_tokens(self) -> float | None:
-        """Tokens that the KV cache holds when full; None if it is not told."""
-        sizes = [_cache_size(labels) for labels, _ in self.scrape.get(_CONFIG, ())]
-        return sum(size or 0.0 for size in sizes) if sizes and None not in sizes else None
-
-    @property
-    def keeps_prefixes(self) -> bool:
-        """Whether answered requests stay in the cache; vLLM's default, told from 0.11 on."""
-        configs = self.scrape.get(_CONFIG, ())
-        return all(labels.get("enable_prefix_caching", "True") == "True" for labels, _ in configs)
-
-
-def _cache_size(labels: prometheus.Labels) -> float | None:
-    """vLLM's own figure (0.32), else blocks times their size, which is too high for hybrid models."""
-    try:
-        return float(labels["kv_cache_size_tokens"])
-    except (KeyError, ValueError):
-        pass
-    try:
-        return float(labels["num_gpu_blocks"]) * float(labels["block_size"])
-    except (KeyError, ValueError):
-        return None
-
-
 def cached_tokens(page: Page, before: float) -> int | None:
-    """At most so many tokens does the cache hold, of which `before` had been computed before it was emptied.
-
-    `kv_cache_usage_perc` alone would not do: it counts the blocks of running requests, and those that are
-    kept for later prompts as free (vLLM 0.32, metrics-idle.txt: 0 after many requests).
-    """
+    """The most tokens that the cache can hold, `before` of which had been computed before it was emptied."""
     size = page.cache_tokens
     if size is None:
         return None
-    in_use = size * (prometheus.total(page.scrape, "vllm:kv_cache_usage_perc") or 0.0)
-    if page.keeps_prefixes and page.fresh is not None:
-        in_use = max(in_use, min(size, page.fresh - before))
+    in_use = size * (page.kv_use or 0.0)
+    if page.keeps_prefixes and page.computed_tokens is not None:
+        in_use = max(in_use, min(size, page.computed_tokens - before))
     return round(in_use)
 
 
@@ -137,8 +66,12 @@ def work_between(last: Page, page: Page, ours: Work) -> tuple[Work, Work]:
     vLLM counts an answer after it has been given, so that a page may come in between.
     """
     grown = [
-        round(prometheus.increase(last.count(what) or 0.0, page.count(what) or 0.0))
-        for what in ("requests", "prompt", "generated")
+        round(prometheus.increase(before or 0.0, now or 0.0))
+        for before, now in (
+            (last.requests, page.requests),
+            (last.prompt_tokens, page.prompt_tokens),
+            (last.generated_tokens, page.generated_tokens),
+        )
     ]
     others = Work(*(max(0, more - own) for more, own in zip(grown, ours, strict=True)))
     return others, Work(*(max(0, own - more) for more, own in zip(grown, ours, strict=True)))
@@ -171,7 +104,7 @@ class Watch:
         self.work, self._owed = work_between(last, page, self._owed) if last else (NOTHING, NOTHING)
         if entered:
             # A sleep empties the cache and counts nothing, so the last page before it tells what is gone.
-            self._before = (last.fresh or 0.0) if last else 0.0
+            self._before = (last.computed_tokens or 0.0) if last else 0.0
             self._since = since
         base = self._marks[0] if self._marks else page
         if not self._marks or page.time - self._marks[-1].time >= MARK_EVERY:
@@ -183,13 +116,12 @@ def _serving(last: Page, base: Page, page: Page, before: float) -> Serving:
     ttft = prometheus.buckets_since(base.ttft, page.ttft)
     inter_token = prometheus.buckets_since(base.inter_token, page.inter_token)
     seconds = page.time - last.time
-    running, waiting, kv_use = (prometheus.total(page.scrape, name) for name in _GAUGES)
     return Serving(
-        running=None if running is None else round(running),
-        waiting=None if waiting is None else round(waiting),
-        kv_use=kv_use,
-        prompt_tokens_per_s=prometheus.rate(last.count("prompt"), page.count("prompt"), seconds),
-        generation_tokens_per_s=prometheus.rate(last.count("generated"), page.count("generated"), seconds),
+        running=None if page.running is None else round(page.running),
+        waiting=None if page.waiting is None else round(page.waiting),
+        kv_use=page.kv_use,
+        prompt_tokens_per_s=prometheus.rate(last.prompt_tokens, page.prompt_tokens, seconds),
+        generation_tokens_per_s=prometheus.rate(last.generated_tokens, page.generated_tokens, seconds),
         ttft_p50=prometheus.percentile(ttft, 0.5),
         ttft_p95=prometheus.percentile(ttft, 0.95),
         inter_token_p50=prometheus.percentile(inter_token, 0.5),
@@ -200,10 +132,9 @@ def _serving(last: Page, base: Page, page: Page, before: float) -> Serving:
 
 
 def _hit_share(base: Page, page: Page) -> float | None:
-    counts = [each.count(what) for what in ("hits", "queries") for each in (base, page)]
-    hits_before, hits, queries_before, queries = (count or 0.0 for count in counts)
-    asked = prometheus.increase(queries_before, queries)
-    return prometheus.increase(hits_before, hits) / asked if asked else None
+    hits = prometheus.increase(base.prefix_hits or 0.0, page.prefix_hits or 0.0)
+    queries = prometheus.increase(base.prefix_queries or 0.0, page.prefix_queries or 0.0)
+    return hits / queries if queries else None
 
 
 class ServingPoller:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from vllm_sleep_tui.engine.endpoints import IS_SLEEPING, SLEEP, WAKE_UP
 from vllm_sleep_tui.engine.failures import EngineRefused
 from vllm_sleep_tui.engine.loaders import CANNOT_RELOAD
 from vllm_sleep_tui.engine.versions import capabilities
@@ -23,13 +24,13 @@ LOOK = "Look at its log, then start it again."
 class Failure(StrEnum):
     """What goes wrong, as it is seen."""
 
-    SLEEP_REFUSED = "/sleep answers 500"
-    SLEEP_LATE = "/sleep does not answer in time, and works"
-    WAKE_REFUSED = "/wake_up or the reload of level 2 answers 500"
+    SLEEP_REFUSED = f"{SLEEP} answers 500"
+    SLEEP_LATE = f"{SLEEP} does not answer in time, and works"
+    WAKE_REFUSED = f"{WAKE_UP} or the reload of level 2 answers 500"
     RELOAD_UNKNOWN = "the reload of level 2 answers 500: its loader cannot load weights again"
-    WAKE_OUT_OF_MEMORY = "/wake_up answers 500, out of memory"
-    WAKE_LATE = "/wake_up or the reload does not answer in time, and works"
-    SILENT = "/is_sleeping is blocked, or the server says nothing at all"
+    WAKE_OUT_OF_MEMORY = f"{WAKE_UP} answers 500, out of memory"
+    WAKE_LATE = f"{WAKE_UP} or the reload does not answer in time, and works"
+    SILENT = f"{IS_SLEEPING} is blocked, or the server says nothing at all"
     ENGINE_DEAD = "the engine's process dies"
     ANSWER_WRONG = "it wakes and answers nonsense"
     PROOF_REFUSED = "it wakes and does not answer"

@@ -15,6 +15,7 @@ import msgspec
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
+from vllm_sleep_tui.engine.sleeping import sleep_level, worker_facts
 from vllm_sleep_tui.errors import OperationError, PanelError
 from vllm_sleep_tui.files import as_text
 from vllm_sleep_tui.fleet.core import Core
@@ -27,13 +28,11 @@ from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record
-from vllm_sleep_tui.telemetry import prometheus
 from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, is_alive
 
 ASK_LIMIT = 60.0
 OLD_SECRET_VARIABLE = "VLLM_SLEEP_TUI_SECRET"
 """Of a server that the version before started."""
-SLEEP_STATE = "vllm:engine_sleep_state"
 
 
 def is_lost(core: Core, record: Record) -> bool:
@@ -125,7 +124,8 @@ async def ask(core: Core, record: Record, operation: Operation) -> None:
     sleeping = await client.is_sleeping(ASK_LIMIT)
     if start.wants_own_backend():
         start.record = await with_backend(start.record, client)
-    level = await sleep_level(client, start.record) if sleeping else None
+    is_own = start.record.sleep_backend == "own"
+    level = await sleep_level(client, ASK_LIMIT, is_own=is_own) if sleeping else None
     await patiently(core, start.record, lambda: client.set_gate(sleeping, GATE_LIMIT))
     # No transition: this is the state it has been in all along.
     record = core.write(
@@ -146,18 +146,8 @@ async def ask(core: Core, record: Record, operation: Operation) -> None:
 async def with_backend(record: Record, client: VllmClient) -> Record:
     """The record with whose sleep mode it is, as its workers say; vLLM's own does not know the question."""
     try:
-        facts = await client.collective_rpc("panel_sleep_facts", ASK_LIMIT)
+        facts = await worker_facts(client, ASK_LIMIT)
     except EngineError:
         facts = []
-    is_own = bool(facts) and all(answer.get("state") == "own" for answer in facts)
+    is_own = bool(facts) and all(worker.is_own for worker in facts)
     return msgspec.structs.replace(record, sleep_backend="own" if is_own else "stock")
-
-
-async def sleep_level(client: VllmClient, record: Record) -> int:
-    """The level of a sleeper: as our sleep mode says, else by vLLM's own gauge (0.12 and newer)."""
-    if record.sleep_backend == "own":
-        facts = await client.collective_rpc("panel_sleep_facts", ASK_LIMIT)
-        if facts and isinstance(level := facts[0].get("level"), int):
-            return level
-    scrape = prometheus.parse(await client.metrics(), frozenset({SLEEP_STATE}))
-    return 2 if prometheus.total(scrape, SLEEP_STATE, sleep_state="discard_all") else 1

@@ -15,9 +15,9 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
-from vllm_sleep_tui.engine import proof
-from vllm_sleep_tui.engine.client import Gate, VllmClient, WakeReply
-from vllm_sleep_tui.engine.failures import EngineError, EngineRefused, EngineTimeout, EngineUnreachable
+from vllm_sleep_tui.engine import proof, sleeping
+from vllm_sleep_tui.engine.client import Gate, VllmClient
+from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
 from vllm_sleep_tui.engine.logs import MAX_WHY
 from vllm_sleep_tui.engine.proof import Verdict
 from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
@@ -209,10 +209,10 @@ class Server:
             self.record = self.core.write(self.record, level=level)
             with self.operation.timed("sleep"):
                 try:
-                    answers = await self.client.collective_rpc("panel_sleep_deeper", self.limit(), (level,))
+                    deeper = await sleeping.sleep_deeper(self.client, level, self.limit())
                 except EngineError as error:
                     await self.fail(Failure.SLEEP_REFUSED, error)
-            if any(answer.get("level") != level for answer in answers):
+            if not deeper:
                 await self.fail(Failure.SLEEP_REFUSED, "its workers do not sleep at one level.")
             with self.operation.timed("settle"):
                 verdict, left = await self.settle(before, level)
@@ -232,24 +232,18 @@ class Server:
 
         Raises RefusedError if one of them has fallen back to vLLM's own sleep mode meanwhile.
         """
-        answers = await self.client.collective_rpc("panel_keep_weights", FACTS_LIMIT)
-        other = [answer for answer in answers if answer.get("state") != "own"]
-        if other or not answers:
-            why = str(other[0].get("why", ""))[:MAX_WHY] if other else None
+        facts = await sleeping.keep_weights(self.client, FACTS_LIMIT)
+        other = [worker for worker in facts if not worker.is_own]
+        if other or not facts:
+            why = (other[0].why or "")[:MAX_WHY] if other else None
             self.record = self.core.write(self.record, sleep_backend="stock", sleep_backend_why=why)
             raise RefusedError(*no_level_0(self.record))
 
     async def call_sleep(self, level: int) -> float:
-        """The call itself; seconds it took. A call that timed out may have worked: it is asked after.
-
-        To vLLM level 0 is a sleep at level 1, of which our sleep mode was told to leave the weights.
-        """
+        """The call itself; seconds it took."""
         began = time.perf_counter()
         try:
-            asked = level or 1
-            reply = await self.waited_for(lambda: self.client.sleep(asked, self.limit()), asleep=True)
-            if reply is None and not await self.is_sleeping():
-                await self.fail(Failure.SILENT, "it gave no answer to /sleep and is awake.")
+            await sleeping.sleep(self.client, level, self.limit())
         except EngineRefused as error:
             await self.fail(Failure.SLEEP_REFUSED, error)
         except EngineError as error:
@@ -352,7 +346,10 @@ class Server:
         """The wake itself, once more after it ran out of memory; raises OperationError if it failed."""
         for attempt in (1, 2):
             try:
-                await (self.wake_from_2() if level == 2 else self.wake_from_1())
+                with self.operation.timed("wake"):
+                    await sleeping.wake(
+                        self.client, level, self.limit(), self.step, quick=self.core.limits.call
+                    )
                 return
             except EngineRefused as error:
                 again = may_wake_again(self.record, error)
@@ -366,55 +363,12 @@ class Server:
                 with contextlib.suppress(PanelError):
                     await more_room()
 
-    async def wake_from_1(self) -> None:
-        """One call; the weights come back from RAM."""
-        with self.operation.timed("wake"):
-            reply = await self.waited_for(lambda: self.client.wake_up(timeout=self.limit()))
-            await self.check_awake(reply)
-
-    async def wake_from_2(self) -> None:
-        """The four steps that vLLM wants from its client; any of them may be repeated after a crash."""
-        with self.operation.timed("wake"):
-            with self.step("weights"):
-                await self.waited_for(lambda: self.client.wake_up(("weights",), timeout=self.limit()))
-            with self.step("reload"):
-                await self.waited_for(lambda: self.client.collective_rpc("reload_weights", self.limit()))
-            with self.step("kv_cache"):
-                reply = await self.waited_for(
-                    lambda: self.client.wake_up(("kv_cache",), timeout=self.limit())
-                )
-                await self.check_awake(reply)
-            with self.step("reset"):
-                await self.client.reset_prefix_cache(self.core.limits.call)
-
     @contextlib.contextmanager
     def step(self, phase: str) -> Iterator[None]:
         """A step of a longer wake: intended, then timed."""
         self.intend(phase, level=2)
         with self.operation.timed(phase):
             yield
-
-    async def waited_for(self, call: Callable[[], Awaitable[T]], *, asleep: bool = False) -> T | None:
-        """The reply to `call`; None if it was lost, once the engine is through with it.
-
-        A call whose connection broke may never have come there: it is made again if nothing came of it.
-        """
-        try:
-            return await call()
-        except EngineTimeout:
-            await self.is_sleeping()
-            return None
-        except EngineUnreachable as error:
-            if not error.sent:
-                raise
-        return None if await self.is_sleeping() is asleep else await call()
-
-    async def check_awake(self, reply: WakeReply | None) -> None:
-        """Raises EngineRefused if it still sleeps; without a word of that it is asked (before vLLM 0.32)."""
-        status = reply.status if reply is not None else None
-        sleeping = status != "awake" if status is not None else await self.client.is_sleeping(self.limit())
-        if sleeping:
-            raise EngineRefused(200, "it answered 200 and still sleeps", None)
 
     # ── proof ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -444,8 +398,7 @@ class Server:
         """The cure of wrong answers, tried once; raises OperationError if they stay wrong."""
         self.operation.tell(self.name, "prove", "wrong answers: its weights are loaded again")
         try:
-            await self.client.collective_rpc("reload_weights", self.limit())
-            await self.client.reset_prefix_cache(self.core.limits.call)
+            await sleeping.reload(self.client, self.limit(), quick=self.core.limits.call)
             if await self.is_itself() and self.record.reference is not None:
                 return proof.proven(self.replicas, self.record.reference)
         except EngineError as error:

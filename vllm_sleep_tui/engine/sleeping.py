@@ -1,0 +1,180 @@
+"""How a vLLM server is put to sleep and woken: the one copy, for servers of ours and of others.
+
+A call that got no answer may have taken effect all the same: the server is asked, never assumed. What a
+caller adds to a step, its record of the intent and its clock, is the context that `Step` makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from vllm_sleep_tui.engine.endpoints import SLEEP
+from vllm_sleep_tui.engine.failures import (
+    EngineRefused,
+    EngineSilent,
+    EngineTimeout,
+    EngineUnreachable,
+    StillAsleep,
+)
+from vllm_sleep_tui.engine.metrics import Page
+
+if TYPE_CHECKING:
+    from vllm_sleep_tui.engine.client import VllmClient, WakeReply
+
+T = TypeVar("T")
+Step = Callable[[str], AbstractContextManager[None]]
+"""Goes round one step of a wake from level 2: "weights", "reload", "kv_cache", "reset"."""
+OWN = "own"
+
+
+class WorkerFacts(msgspec.Struct, frozen=True):
+    """What one worker says of its sleep mode."""
+
+    state: str = ""
+    """"own" if it is the panel's."""
+    why: str | None = None
+    """Why it is vLLM's."""
+    level: int | None = None
+    """It sleeps at; told by the panel's alone."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the panel's sleep mode is at work in it."""
+        return self.state == OWN
+
+
+# ── ask ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def is_sleeping(client: VllmClient, seconds: float) -> bool:
+    """Whether it sleeps, after a call that got no answer; waits through an operation under way.
+
+    Raises EngineSilent if it does not tell, so that this is not taken for a refusal of the call before.
+    """
+    try:
+        return await client.is_sleeping(seconds)
+    except EngineRefused as error:
+        raise EngineSilent(error.what, error.cure) from error
+
+
+async def answered(
+    client: VllmClient, call: Callable[[], Awaitable[T]], seconds: float, *, asleep: bool
+) -> T | None:
+    """The reply to `call`; None if it was lost, once the engine is through with it.
+
+    A call whose connection broke may never have come there: it is made again, once, if the server is not
+    `asleep` as the call would have left it.
+    """
+    try:
+        return await call()
+    except EngineTimeout:
+        await is_sleeping(client, seconds)
+        return None
+    except EngineUnreachable as error:
+        if not error.sent:
+            raise
+    return None if await is_sleeping(client, seconds) is asleep else await call()
+
+
+async def sleep_level(client: VllmClient, seconds: float, *, is_own: bool) -> int:
+    """The level of a sleeper: as our sleep mode says, else by vLLM's own gauge (0.12 and newer), else 1."""
+    if is_own:
+        facts = await worker_facts(client, seconds)
+        if facts and facts[0].level is not None:
+            return facts[0].level
+    return Page.read(await client.metrics(), 0.0).sleep_level or 1
+
+
+# ── sleep ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def sleep(client: VllmClient, level: int, seconds: float) -> None:
+    """The call; a call that got no answer has worked if the server sleeps. It is no proof of freed memory.
+
+    To vLLM level 0 is a sleep at level 1, of which the panel's sleep mode was told to leave the weights.
+    Raises EngineRefused if the server refuses, another EngineError if it cannot be known.
+    """
+    asked = level or 1
+    reply = await answered(client, lambda: client.sleep(asked, seconds), seconds, asleep=True)
+    if reply is None and not await is_sleeping(client, seconds):
+        raise EngineSilent(f"it gave no answer to {SLEEP} and is awake.")
+
+
+# ── wake ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def wake(client: VllmClient, level: int, seconds: float, step: Step, *, quick: float) -> None:
+    """Wake a sleeper of `level`; `quick` is the limit of the one call that moves no weights.
+
+    Raises StillAsleep if it answers well and sleeps on, EngineRefused if it refuses.
+    """
+    if level == 2:
+        await _wake_from_2(client, seconds, step, quick)
+    else:
+        reply = await answered(client, lambda: client.wake_up(timeout=seconds), seconds, asleep=False)
+        await _check_awake(client, reply, seconds)
+
+
+async def _wake_from_2(client: VllmClient, seconds: float, step: Step, quick: float) -> None:
+    """The four steps that vLLM wants from its client; any of them may be repeated after a crash."""
+    with step("weights"):
+        await answered(client, lambda: client.wake_up(("weights",), timeout=seconds), seconds, asleep=False)
+    with step("reload"):
+        await answered(
+            client, lambda: client.collective_rpc("reload_weights", seconds), seconds, asleep=False
+        )
+    with step("kv_cache"):
+        reply = await answered(
+            client, lambda: client.wake_up(("kv_cache",), timeout=seconds), seconds, asleep=False
+        )
+        await _check_awake(client, reply, seconds)
+    with step("reset"):
+        await client.reset_prefix_cache(quick)
+
+
+async def _check_awake(client: VllmClient, reply: WakeReply | None, seconds: float) -> None:
+    """Raises StillAsleep; without a word of that in the reply it is asked (before vLLM 0.32)."""
+    if reply is not None and reply.status is not None:
+        sleeping = reply.status != "awake"
+    else:
+        sleeping = await client.is_sleeping(seconds)
+    if sleeping:
+        raise StillAsleep
+
+
+async def reload(client: VllmClient, seconds: float, *, quick: float) -> None:
+    """Load the weights of a server that is awake once more, and forget what was computed with the old."""
+    await client.collective_rpc("reload_weights", seconds)
+    await client.reset_prefix_cache(quick)
+
+
+# ── the panel's own sleep mode ──────────────────────────────────────────────────────────────────────────────
+
+
+async def worker_facts(client: VllmClient, seconds: float) -> list[WorkerFacts]:
+    """What each worker says of its sleep mode; vLLM without ours refuses the question."""
+    return await _ask_workers(client, "panel_sleep_facts", seconds)
+
+
+async def keep_weights(client: VllmClient, seconds: float) -> list[WorkerFacts]:
+    """Have the sleep that comes now give up the KV cache alone (level 0), of each worker that is our own."""
+    return await _ask_workers(client, "panel_keep_weights", seconds)
+
+
+async def sleep_deeper(client: VllmClient, level: int, seconds: float) -> bool:
+    """From level 0 to 1 or 2 without a wake; whether all workers sleep at that level now."""
+    return all(
+        each.level == level for each in await _ask_workers(client, "panel_sleep_deeper", seconds, level)
+    )
+
+
+async def _ask_workers(client: VllmClient, method: str, seconds: float, *args: Any) -> list[WorkerFacts]:
+    answers = await client.collective_rpc(method, seconds, args)
+    try:
+        return msgspec.convert(answers, list[WorkerFacts])
+    except msgspec.ValidationError as error:
+        raise EngineRefused(200, f"the answer to {method} is not our sleep mode's: {error}") from None
