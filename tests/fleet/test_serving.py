@@ -11,11 +11,11 @@ import pytest
 
 from tests.fleet.conftest import Box, inject, seen, until
 from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.engine.metrics import Page
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.observe.serving import (
     NOTHING,
     PROOF,
-    Page,
     ServingPoller,
     Watch,
     Work,

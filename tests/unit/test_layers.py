@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "leaving": set(),
     "simulator": set(),
     "config": BASE,
-    "engine": BASE | {"config"},
+    "engine": BASE | {"config", "telemetry.prometheus"},
     "telemetry": BASE | {"config", "simulator.devices"},
     "sizing": DOWN_TO_ENGINE,
     "fleet": DOWN_TO_ENGINE | {"paths", "sizing", "simulator.devices"},
@@ -113,3 +114,25 @@ def test_a_late_import_is_late(module: str, unwanted: set[str]) -> None:
 def test_what_asks_vllm_needs_nothing_but_it() -> None:
     roots = {name.split(".")[0] for name in imports(PACKAGE / "engine/dump_parser.py")}
     assert roots <= sys.stdlib_module_names | {"vllm"}
+
+
+ONLY_IN_ENGINE = re.compile(
+    r"\bvllm:\w|/(sleep|wake_up|is_sleeping|collective_rpc|reset_prefix_cache|health|metrics|panel/\w+)\b"
+    r"|\breload_weights\b|\bpanel_(sleep|keep)_"
+)
+
+
+def literals(path: Path) -> Iterator[str]:
+    """Every string of the code; docstrings are prose."""
+    tree = ast.parse(path.read_text())
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.value
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_names_of_vllms_metrics_and_its_admin_paths_are_known_to_the_engine_alone(path: Path) -> None:
+    """The simulator, which speaks the same HTTP and shares no code, has its own."""
+    if part_of(path) not in ("engine", "simulator"):
+        assert [text for text in literals(path) if ONLY_IN_ENGINE.search(text)] == []

@@ -181,10 +181,10 @@ class VllmClient:
     async def configured(self, timeout: float) -> Configured | None:
         """What it loads, and how; None where it does not say, as without its development endpoints."""
         try:
-            told = await self._get("/server_info?config_format=json", _ServerInfo, timeout)
+            answer = await self._get(f"{endpoints.SERVER_INFO}?config_format=json", _ServerInfo, timeout)
         except EngineRefused:
             return None
-        return told.vllm_config
+        return answer.vllm_config
 
     async def is_sleeping(self, timeout: float) -> bool:
         """Whether anything is asleep or paused; blocks while the engine sleeps, wakes or reloads."""

@@ -13,4 +13,5 @@ WAKE_UP = "/wake_up"
 IS_SLEEPING = "/is_sleeping"
 COLLECTIVE_RPC = "/collective_rpc"
 RESET_PREFIX_CACHE = "/reset_prefix_cache"
+SERVER_INFO = "/server_info"
 GATE = GATE_PATH

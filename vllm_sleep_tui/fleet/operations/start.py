@@ -7,7 +7,6 @@ counts what others take or give back meanwhile.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import secrets
@@ -25,6 +24,7 @@ from vllm_sleep_tui.config.checks import spans_machines
 from vllm_sleep_tui.engine import proof
 from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv, serve_environment
 from vllm_sleep_tui.engine.causes import OWN_PORT, Diagnosis
+from vllm_sleep_tui.engine.endpoints import IS_SLEEPING
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
 from vllm_sleep_tui.engine.guard_files import copy_backend, copy_guard
 from vllm_sleep_tui.engine.logs import Backend, LogTail, PhaseReader
@@ -406,7 +406,7 @@ class Start:
             except EngineRefused as error:
                 status = error.status
         if status != HTTPStatus.FORBIDDEN:
-            what = f"The guard of {self.name} does not stand: /is_sleeping answers {status} to everybody."
+            what = f"The guard of {self.name} does not stand: {IS_SLEEPING} answers {status} to everybody."
             raise OperationError(what, NO_GUARD_CURE)
 
     def remember_log(self, phases: PhaseReader) -> None:
@@ -446,8 +446,7 @@ class Start:
     async def warm_up(self, client: VllmClient) -> None:
         """One token, so that the person's first question does not pay for what is set up lazily."""
         self.enter_phase(StartPhase.WARMING)
-        with contextlib.suppress(EngineRefused):  # a task without completions has nothing to warm up
-            await client.complete(proof.WARM_UP, model=self.name, max_tokens=1, timeout=WARM_UP_LIMIT)
+        await proof.one_token(client, self.name, WARM_UP_LIMIT)
 
     def resolve_level(self) -> str:
         """What the model's `level` means for this launch; an old vLLM cannot sleep at all.

@@ -12,24 +12,13 @@ from dataclasses import dataclass
 
 from vllm_sleep_tui.engine import proof
 from vllm_sleep_tui.engine.client import Gate, VllmClient
-from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
+from vllm_sleep_tui.engine.failures import EngineError
+from vllm_sleep_tui.engine.metrics import Page
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.acquire import acquire
 from vllm_sleep_tui.fleet.operations.end import fail
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.store.records import Record
-from vllm_sleep_tui.telemetry import prometheus
-
-SIGNS = frozenset(
-    {
-        "vllm:generation_tokens_total",
-        "vllm:prompt_tokens_total",
-        "vllm:kv_cache_usage_perc",
-        "vllm:num_requests_running",
-        "vllm:num_requests_waiting",
-    }
-)
-"""What moves while an engine works; a long prompt moves only the use of the KV cache (vLLM 0.32)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +73,7 @@ class HangWatch:
     async def _answers(self, client: VllmClient, record: Record) -> bool:
         """Whether it gives one token; a refusal is an answer, though none of the engine's."""
         try:
-            await client.complete(proof.WARM_UP, model=record.name, max_tokens=1, timeout=self._probe)
-        except EngineRefused:
-            return True
+            await proof.one_token(client, record.name, self._probe)
         except EngineError:
             return False
         return True
@@ -95,10 +82,10 @@ class HangWatch:
 async def read_signs(client: VllmClient) -> tuple[float | None, ...]:
     """The signs of life; all None if the metrics do not come, which is no sign either."""
     try:
-        scrape = prometheus.parse(await client.metrics(), SIGNS)
+        text = await client.metrics()
     except EngineError:
-        scrape = {}
-    return tuple(prometheus.total(scrape, name) for name in sorted(SIGNS))
+        text = ""
+    return Page.read(text, time.monotonic()).signs_of_life
 
 
 async def end_hung(
