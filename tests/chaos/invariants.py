@@ -61,14 +61,14 @@ def holders(core: Core, records: list[Record]) -> Iterator[str]:
 
 
 def ended(core: Core, record: Record) -> Iterator[str]:
-    if is_kept(core.keeper_file(record.name)):
+    if is_kept(core.model(record.name).keeper_file):
         yield f"{record.name} is {record.state} and has a keeper"
     if record.intent is not None:
         yield f"{record.name} is {record.state} and has an intent"
 
 
 def running(core: Core, record: Record) -> Iterator[str]:
-    path = core.keeper_file(record.name)
+    path = core.model(record.name).keeper_file
     if record.state not in (State.AWAKE, State.ASLEEP) or record.intent is not None:
         yield f"{record.name} is not settled: {record.state}, {record.intent}"
     if not is_kept(path) or read_status(path).launch != record.launch:

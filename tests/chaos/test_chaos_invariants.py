@@ -27,17 +27,18 @@ async def test_each_broken_invariant_is_seen(box: MakeBox) -> None:
     async with machine.open() as fleet:
         await fleet.start(["a"])
     core = Core(fleet.loaded, machine.state_dir)
-    record = core.records.read("a")
+    model = core.model("a")
+    record = model.read()
     assert await seen_by(core) == ""
 
-    core.write(record, state=State.ASLEEP, level=1)
+    model.write(state=State.ASLEEP, level=1)
     assert "the server says sleeping=False" in await seen_by(core)
-    core.write(record, state=State.STOPPED, engines=())
+    model.write(state=State.STOPPED, engines=())
     found = await seen_by(core)
     assert "a is stopped and has a keeper" in found
     assert "holds VRAM and is in no record" in found
     assert "orphan" in found
-    core.write(record)
+    core.records.write(record)
 
     log = machine.state_dir / "logs/a.log"
     log.write_text(OVERLAP)
@@ -49,8 +50,7 @@ async def test_each_broken_invariant_is_seen(box: MakeBox) -> None:
     os.kill(record.keeper.pid, signal.SIGSTOP)  # so that it does not end its group
     os.kill(record.engines[0].pid, signal.SIGKILL)
     await until(lambda: not is_alive(record.engines[0]))
-    stale = msgspec.structs.replace(record, port=None)
-    core.write(stale, state=State.FAILED)
+    core.records.write(msgspec.structs.replace(record, port=None, state=State.FAILED))
     assert "a is failed and has a keeper" in await seen_by(core)
     os.kill(record.keeper.pid, signal.SIGCONT)
     await core.close()

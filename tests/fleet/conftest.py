@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.fleet import beside
+from tests.fleet.beside import record_of
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Progress
@@ -81,6 +83,7 @@ async def box(tmp_path: Path) -> AsyncIterator[Callable[..., Box]]:
         return made[-1]
 
     yield make
+    await beside.close()
     for each in made:
         async with each.open() as fleet:
             await fleet.stop(each.names, force=True)
@@ -107,8 +110,7 @@ async def until_state(fleet: Fleet, name: str, state: State, limit: float = 20.0
 
 async def inject(fleet: Fleet, name: str, *faults: str) -> None:
     """Switch faults of a running simulated server on."""
-    core = fleet._core
-    record = core.records.read(name)
-    async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=record.socket)) as client:
+    transport = httpx.AsyncHTTPTransport(uds=record_of(fleet, name).socket)
+    async with httpx.AsyncClient(transport=transport) as client:
         answer = await client.post("http://127.0.0.1/simulator/faults", json={"faults": list(faults)})
     assert answer.status_code == 200, answer.text

@@ -291,7 +291,7 @@ class RandomOperations:
     def settled(self) -> bool:
         for name in self.names:
             record = self.core.records.read(name)
-            if record.state not in SETTLED or record.intent or is_unfinished(self.core, name):
+            if record.state not in SETTLED or record.intent or is_unfinished(self.core.model(name)):
                 return False
         return True
 
@@ -308,7 +308,7 @@ class RandomOperations:
     @asynccontextmanager
     async def everything_held(self) -> AsyncIterator[None]:
         """Every lock, so that nobody acts meanwhile."""
-        paths = [*self.core.gpu_locks({0, 1}), *self.core.model_locks(set(self.names))]
+        paths = [*self.core.gpu_locks({0, 1}), *(self.core.model(name).lock for name in sorted(self.names))]
         async with hold(paths, holder("looking", "everything"), limit=STEP_LIMIT):
             yield
 

@@ -14,15 +14,17 @@ import httpx
 import psutil
 import pytest
 
+from tests.fleet.beside import model_of, record_of
 from tests.fleet.by_hand import vllm
 from tests.fleet.conftest import Box, seen, until, until_state
 from tests.fleet.test_attached import HELLO, gpus_of
 from tests.fleet.test_supervision import QUICK, led
 from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.fleet.attached.backend import probe
 from vllm_sleep_tui.fleet.attached.care import AttachedCare, read_use
-from vllm_sleep_tui.fleet.attached.probe import Sighting, after
-from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.attached.probe import ProbeResult, after
 from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Hang
@@ -148,12 +150,11 @@ async def test_a_hang_seen_by_a_leader_who_is_gone_is_not_told(box: MakeBox, fre
     machine = attached(box, port)
     with vllm(port, gpus=gpus_of(machine)):
         async with machine.open() as fleet:
-            core = fleet._core
             gone = Hang(symptom="no token", since=time.time(), by=ProcessId(pid=os.getpid(), start=1))
-            core.write(core.records.read("far"), hang=gone)
+            model_of(fleet, "far").write(hang=gone)
             assert (await until_state(fleet, "far", State.AWAKE)).reason is None
         async with led(machine) as fleet:
-            await until(lambda: fleet._core.records.read("far").hang is None)
+            await until(lambda: record_of(fleet, "far").hang is None)
 
 
 async def test_one_that_is_asked_again_before_it_would_sleep_is_left_at_once_and_tried_later(
@@ -164,35 +165,36 @@ async def test_one_that_is_asked_again_before_it_would_sleep_is_left_at_once_and
     with vllm(port, gpus=gpus_of(machine)):
         async with machine.open() as fleet:
             await until_state(fleet, "far", State.AWAKE)
-            core, care = fleet._core, AttachedCare(fleet._core, 60)
-            before = await read_use(core, "far")
+            far, care = model_of(fleet, "far"), AttachedCare(60)
+            await probe([far])
+            before = await read_use(far)
             assert before is not None
             async with stuck_answer(fleet, port):
-                await until_used(core)
-                since = core.sightings["far"].since
-                await asyncio.wait_for(care._put_away("far", before, since), 10)
+                await until_used(far)
+                since = far.core.probes["far"].since
+                await asyncio.wait_for(care._put_away(far, before, since), 10)
                 assert seen(fleet, "far").state is State.AWAKE
-            await until_idle(core)
-            now = await read_use(core, "far")
+            await until_idle(far)
+            now = await read_use(far)
             assert now is not None
-            await care._put_away("far", now, since)
-            assert seen(fleet, "far").state is State.ASLEEP
+            await care._put_away(far, now, since)
+            await until_state(fleet, "far", State.ASLEEP)
 
 
-async def until_used(core: Core) -> None:
-    while not (use := await read_use(core, "far")) or not use.under_way:
+async def until_used(far: Model) -> None:
+    while not (use := await read_use(far)) or not use.under_way:
         await asyncio.sleep(0.01)
 
 
-async def until_idle(core: Core) -> None:
-    while not (use := await read_use(core, "far")) or use.under_way:
+async def until_idle(far: Model) -> None:
+    while not (use := await read_use(far)) or use.under_way:
         await asyncio.sleep(0.01)
 
 
 def test_how_long_one_does_not_say_is_reckoned_by_a_clock_that_nobody_sets() -> None:
-    busy = Sighting(state=State.AWAKE, is_certain=False)
+    busy = ProbeResult(state=State.AWAKE, is_certain=False)
     first = after(None, busy)
     assert first.unsure_since is not None
     assert abs(first.unsure_since - time.monotonic()) < 60
     assert after(first, busy).unsure_since == first.unsure_since
-    assert after(first, Sighting(state=State.AWAKE)).unsure_since is None
+    assert after(first, ProbeResult(state=State.AWAKE)).unsure_since is None

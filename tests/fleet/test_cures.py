@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import pytest
 from msgspec.structs import replace
 
+from tests.fleet.beside import core_of, model_of, record_of, record_path
 from tests.fleet.conftest import GIB, Box, inject, seen, until, until_state
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
@@ -141,8 +142,9 @@ async def test_a_model_that_grew_since_it_was_measured_wakes_half_and_then_whole
     machine = box({"a": {"model": "sim/1GiB", **share}, "b": {"model": "sim/2GiB", **share}})
     async with machine.open() as fleet:
         await fleet.start(["a", "b"])
-        core = fleet._core
-        core.remember(core.records.read("b"), lambda known: replace(known, awake={"0": 2 * GIB}))
+    model_of(fleet, "b").remember(lambda known: replace(known, awake={"0": 2 * GIB}))
+    core_of(fleet).flush()
+    async with machine.open() as fleet:
         assert fleet.predict("b").sleeps == ()
         await fleet.switch("b")
         assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.ASLEEP, State.AWAKE)
@@ -168,7 +170,7 @@ async def test_a_wake_that_is_late_is_awake_all_the_same(
     async with impatient(box(models)) as fleet:
         await fleet.start(["a"])
         await fleet.sleep("a")
-        engine = fleet._core.records.read("a").engines[0]
+        engine = record_of(fleet, "a").engines[0]
         os.kill(engine.pid, signal.SIGSTOP)
         waking = asyncio.create_task(fleet.wake("a"))
         await until_state(fleet, "a", State.WAKING)
@@ -210,16 +212,16 @@ async def test_a_death_in_an_operation_is_failed_and_named(box: MakeBox, verb: s
 async def test_a_death_while_nothing_is_done_is_failed_and_named(box: MakeBox) -> None:
     async with box({"a": {"model": "sim/1GiB"}}).open() as fleet:
         await fleet.start(["a"])
-        os.kill(fleet._core.records.read("a").engines[0].pid, signal.SIGKILL)
-        await until(lambda: fleet._core.records.read("a").state is State.FAILED)
+        os.kill(record_of(fleet, "a").engines[0].pid, signal.SIGKILL)
+        await until(lambda: record_of(fleet, "a").state is State.FAILED)
         await ended_as(fleet, Failure.ENGINE_DEAD)
 
 
 async def test_the_log_tells_why_an_engine_died_before_its_server_has_ended(box: MakeBox) -> None:
     async with box(WIDE, ["24GiB"] * 2).open() as fleet:
         await fleet.start(["a"])
-        os.kill(fleet._core.records.read("a").engines[-1].pid, signal.SIGKILL)  # a worker of the engine
-        await until(lambda: fleet._core.records.read("a").state is State.FAILED)
+        os.kill(record_of(fleet, "a").engines[-1].pid, signal.SIGKILL)  # a worker of the engine
+        await until(lambda: record_of(fleet, "a").state is State.FAILED)
         assert "worker process of the engine (VllmWorker-0) was killed" in (seen(fleet, "a").reason or "")
 
 
@@ -259,20 +261,23 @@ async def test_a_woken_model_that_gives_no_token_is_failed(box: MakeBox) -> None
 
 @covers(Failure.MEMORY_KEPT)
 async def test_a_sleep_that_frees_nothing_is_told_with_the_figures_and_not_believed(box: MakeBox) -> None:
-    async with impatient(box({"a": {"model": "sim/1GiB", "level": 2}})) as fleet:
+    machine = box({"a": {"model": "sim/1GiB", "level": 2}})
+    async with impatient(machine) as fleet:
         await fleet.start(["a"])
         await fleet.sleep("a")
         await fleet.wake("a")
-        measured = fleet._core.footprint("a").asleep
+    measured = model_of(fleet, "a").footprint.asleep
+    assert measured
+    async with impatient(machine) as fleet:
         await inject(fleet, "a", "sleep_frees_nothing:1")
         await fleet.sleep("a")
         model = seen(fleet, "a")
         assert (model.state, model.proof) == (CURES[Failure.MEMORY_KEPT].state, "unverified")
         assert "GiB on GPU 0" in (model.reason or "")
         assert model.cure == CURES[Failure.MEMORY_KEPT].advice
-        assert fleet._core.footprint("a").asleep == measured
         await fleet.wake("a")
         assert (seen(fleet, "a").reason, seen(fleet, "a").cure) == (None, None)
+    assert model_of(fleet, "a").footprint.asleep == measured
 
 
 @covers(Failure.NO_ROOM)
@@ -309,10 +314,10 @@ async def test_an_embedding_model_is_proven_by_its_embedding_and_garbage_is_seen
     machine = box({"a": {"model": "sim/1GiB", "level": 2, "args": {"runner": "pooling"}}})
     async with machine.open() as fleet:
         await fleet.start(["a"])
-        record = fleet._core.records.read("a")
+        record = record_of(fleet, "a")
         assert record.reference is not None
         assert len(record.reference.embedding) == 64
-        assert fleet._core.records.path("a").stat().st_size == 4096
+        assert record_path(fleet, "a").stat().st_size == 4096
         await fleet.sleep("a")
         await fleet.wake("a")
         assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.AWAKE, "proven")

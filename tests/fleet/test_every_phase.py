@@ -9,12 +9,13 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
+from tests.fleet.beside import client_of, model_of, record_of
 from tests.fleet.conftest import Box, seen, until
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.keeper_client import is_kept
-from vllm_sleep_tui.fleet.operations import switch as actions
 from vllm_sleep_tui.fleet.operations.operation import Operation, to_safe_point
+from vllm_sleep_tui.fleet.operations.supervised import Supervised
 from vllm_sleep_tui.fleet.snapshot import Progress
 from vllm_sleep_tui.fleet.states import State
 
@@ -26,14 +27,15 @@ START_PHASES = ["loading", "warming", "priming", "sleep", "prove"]
 
 async def settled_and_true(fleet: Fleet) -> None:
     """Nobody is at anything, each record says what its server says, and the gates are as the states."""
-    core = fleet._core
-    records = [core.records.read(name) for name in core.config.models]
-    await until(lambda: all(core.records.read(r.name).intent is None for r in records))
-    for record in (core.records.read(r.name) for r in records):
+    names = list(fleet.loaded.config.models)
+    await until(lambda: all(record_of(fleet, name).intent is None for name in names))
+    for record in [record_of(fleet, name) for name in names]:
         assert record.state in (State.STOPPED, State.AWAKE, State.ASLEEP, State.FAILED)
-        assert is_kept(core.keeper_file(record.name)) == (record.state in (State.AWAKE, State.ASLEEP))
+        assert is_kept(model_of(fleet, record.name).keeper_file) == (
+            record.state in (State.AWAKE, State.ASLEEP)
+        )
         if record.state in (State.AWAKE, State.ASLEEP):
-            client = core.client(record)
+            client = client_of(fleet, record.name)
             assert await client.is_sleeping(5) == (record.state is State.ASLEEP)
             if record.resolved_level != "none":
                 assert (await client.gate()).closed == (record.state is State.ASLEEP)
@@ -53,7 +55,7 @@ async def test_a_switch_ended_in_any_phase_leaves_the_truth(box: MakeBox, phase:
                 task.cancel()
 
         operation = Operation("switch", "b", report)
-        work = actions.switch(fleet._core, "b", operation)
+        work = Supervised(model_of(fleet, "b")).switch(operation)
         task = asyncio.ensure_future(to_safe_point(operation, work) if kind == "cancelled" else work)
         with pytest.raises(CancelledByUser if kind == "cancelled" else asyncio.CancelledError):
             await task
@@ -76,7 +78,7 @@ async def test_a_start_ended_in_any_phase_leaves_the_truth(box: MakeBox, phase: 
                 task.cancel()
 
         operation = Operation("start", "a", report)
-        work = actions.switch(fleet._core, "a", operation)
+        work = Supervised(model_of(fleet, "a")).switch(operation)
         task = asyncio.ensure_future(to_safe_point(operation, work) if kind == "cancelled" else work)
         with suppress(CancelledByUser, asyncio.CancelledError):
             await task
@@ -96,7 +98,7 @@ async def test_a_stop_that_is_ended_leaves_the_truth(box: MakeBox, kind: str) ->
                 task.cancel()
 
         operation = Operation("stop", "a", report)
-        work = actions.stop(fleet._core, "a", operation, force=False)
+        work = Supervised(model_of(fleet, "a")).stop(operation, force=False)
         task = asyncio.ensure_future(to_safe_point(operation, work) if kind == "cancelled" else work)
         with suppress(CancelledByUser, asyncio.CancelledError):
             await task

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 
 import pytest
 
+from tests.fleet.beside import client_of, model_of, record_of, record_path
 from tests.fleet.conftest import Box, seen, until
 from tests.fleet.test_supervision import led
 from vllm_sleep_tui.config.load import load
@@ -23,9 +24,9 @@ TWO = {"a": {"model": "sim/1GiB"}, "b": {"model": "sim/1GiB"}}
 
 
 @contextmanager
-def unreadable(core: Core, name: str) -> Iterator[None]:
+def unreadable(fleet: Fleet, name: str) -> Iterator[None]:
     """The model's record cannot be read meanwhile, and not because of what is in it."""
-    path = core.records.path(name)
+    path = record_path(fleet, name)
     kept = path.with_suffix(".kept")
     if path.exists():
         path.rename(kept)
@@ -46,14 +47,14 @@ async def test_a_record_that_cannot_be_read_ends_no_care_of_the_others(box: Make
     apart = {"a": {"model": "sim/1GiB", "gpus": [0]}, "b": {"model": "sim/1GiB", "gpus": [1], **idle}}
     async with led(box(apart, ["24GiB", "24GiB"])) as fleet:
         await fleet.start(["b"])
-        with unreadable(fleet._core, "a"):
-            await until(lambda: fleet._core.records.read("b").state is State.ASLEEP)
+        with unreadable(fleet, "a"):
+            await until(lambda: record_of(fleet, "b").state is State.ASLEEP)
 
 
 async def test_a_record_that_cannot_be_read_is_shown_as_that(box: MakeBox) -> None:
     async with box(TWO).open() as fleet:
         await fleet.start(["b"])
-        with unreadable(fleet._core, "a"):
+        with unreadable(fleet, "a"):
             model = seen(fleet, "a")
             assert model.state is State.FAILED
             assert "record" in (model.reason or "")
@@ -68,7 +69,7 @@ async def test_a_record_that_cannot_be_read_does_not_end_the_figures_of_the_othe
     machine = box(TWO)
     async with Fleet(load(machine.config), machine.state_dir, leads=True) as fleet:
         await fleet.start(["b"])
-        with unreadable(fleet._core, "a"):
+        with unreadable(fleet, "a"):
             fleet._serving.figures.clear()
             await until(lambda: "b" in fleet._serving.figures)
 
@@ -79,11 +80,12 @@ async def test_a_record_that_cannot_be_read_does_not_end_the_figures_of_the_othe
 async def test_a_model_that_a_reload_removed_is_not_restarted(box: MakeBox) -> None:
     machine = box(TWO)
     async with machine.open() as fleet:
-        fallen = Record(config="c", name="a", state=State.FAILED, fell=State.AWAKE)
-        assert is_wanted(fleet._core, fallen)
+        fallen = model_of(fleet, "a")
+        fallen.record = Record(config="c", name="a", state=State.FAILED, fell=State.AWAKE)
+        assert is_wanted(fallen)
         machine.write({"b": {"model": "sim/1GiB"}}, ["24GiB"])
-        fleet.reload(load(machine.config))
-        assert not is_wanted(fleet._core, fallen)
+        fallen.core.reload(load(machine.config))
+        assert not is_wanted(fallen)
 
 
 # ── a connection that breaks ─────────────────────────────────────────────────────────────────────────────
@@ -130,28 +132,24 @@ class Breaking:
                     await end.wait_closed()
 
 
-async def call_anew(core: Core) -> None:
-    """Have the next call ask the record for the socket."""
-    core._retired += [client for _, client in core._launched.values()]
-    core._launched.clear()
-    await core.close_retired()
-
-
 @asynccontextmanager
-async def breaking(core: Core, name: str, target: bytes, *, arrives: bool) -> AsyncIterator[Breaking]:
-    """The first call of `target` fails on its way to the model's server, or back."""
-    record = core.records.read(name)
-    assert record.socket is not None
-    between = Breaking(record.socket, target, arrives=arrives)
-    path = f"{record.socket}-between"
-    listener = await asyncio.start_unix_server(between.begin, path)
-    core.write(record, socket=path)
-    await call_anew(core)
+async def breaking(
+    machine: Box, name: str, target: bytes, *, arrives: bool
+) -> AsyncIterator[tuple[Fleet, Breaking]]:
+    """A fleet whose first call of `target` fails on its way to the model's server, or back."""
+    model = Core(load(machine.config), machine.state_dir).model(name)
+    socket = model.record.socket
+    assert socket is not None
+    between = Breaking(socket, target, arrives=arrives)
+    listener = await asyncio.start_unix_server(between.begin, f"{socket}-between")
+    model.write(socket=f"{socket}-between")
     try:
-        yield between
+        async with machine.open() as fleet:
+            yield fleet, between
     finally:
-        core.write(core.records.read(name), socket=record.socket)
-        await call_anew(core)
+        model.read()
+        model.write(socket=socket)
+        await model.core.close()
         listener.close()
         await asyncio.gather(*between.connections)
 
@@ -161,14 +159,15 @@ async def breaking(core: Core, name: str, target: bytes, *, arrives: bool) -> As
 async def test_a_sleep_whose_connection_breaks_ends_no_server(
     box: MakeBox, level: int, arrives: bool
 ) -> None:
-    async with box({"a": {"model": "sim/1GiB", "level": level}}).open() as fleet:
-        await fleet.start(["a"])
-        pid = seen(fleet, "a").pid
-        async with breaking(fleet._core, "a", b"POST /sleep", arrives=arrives) as between:
-            await fleet.sleep("a")
+    machine = box({"a": {"model": "sim/1GiB", "level": level}})
+    async with machine.open() as before:
+        await before.start(["a"])
+        pid = seen(before, "a").pid
+    async with breaking(machine, "a", b"POST /sleep", arrives=arrives) as (fleet, between):
+        await fleet.sleep("a")
         assert between.came == (1 if arrives else 2)
         assert (seen(fleet, "a").state, seen(fleet, "a").pid) == (State.ASLEEP, pid)
-        assert await fleet._core.client(fleet._core.records.read("a")).is_sleeping(5)
+    assert await client_of(fleet, "a").is_sleeping(5)
 
 
 @pytest.mark.parametrize("arrives", [True, False], ids=["answer lost", "request lost"])
@@ -179,13 +178,14 @@ async def test_a_sleep_whose_connection_breaks_ends_no_server(
 async def test_a_wake_whose_connection_breaks_ends_no_server(
     box: MakeBox, level: int, target: bytes, arrives: bool
 ) -> None:
-    async with box({"a": {"model": "sim/1GiB", "level": level}}).open() as fleet:
-        await fleet.start(["a"])
-        await fleet.sleep("a")
-        pid = seen(fleet, "a").pid
-        async with breaking(fleet._core, "a", target, arrives=arrives) as between:
-            await fleet.wake("a")
+    machine = box({"a": {"model": "sim/1GiB", "level": level}})
+    async with machine.open() as before:
+        await before.start(["a"])
+        await before.sleep("a")
+        pid = seen(before, "a").pid
+    async with breaking(machine, "a", target, arrives=arrives) as (fleet, between):
+        await fleet.wake("a")
         assert between.came
         assert (seen(fleet, "a").state, seen(fleet, "a").pid) == (State.AWAKE, pid)
         assert seen(fleet, "a").proof == "proven"
-        assert not (await fleet._core.client(fleet._core.records.read("a")).gate()).closed
+    assert not (await client_of(fleet, "a").gate()).closed

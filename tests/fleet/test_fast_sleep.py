@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fleet.beside import record_of, record_path
 from tests.fleet.conftest import GIB, Box, inject, seen, until
 from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet.states import State
@@ -133,7 +134,7 @@ async def test_stock_is_stock(box: MakeBox) -> None:
     async with machine.open() as fleet:
         await fleet.start(["a"])
         assert seen(fleet, "a").sleep_backend == "stock"
-        record = fleet._core.records.read("a")
+        record = record_of(fleet, "a")
         assert not (Path(record.tmp_dir or "") / "guard" / "panel_sleep").exists()
         assert "panel-sleep-backend" not in Path(record.log or "").read_text()
     assert "Sleep mode" not in verb(machine, "status").stdout
@@ -177,7 +178,7 @@ async def test_a_panel_that_dies_while_weights_move_to_ram_leaves_a_sleeper_that
         await fleet.start(["a"])
         await fleet.sleep("a", level=0)
         deeper = asyncio.ensure_future(fleet.sleep("a", level=1))
-        while fleet._core.records.read("a").intent is None:
+        while record_of(fleet, "a").intent is None:
             await asyncio.sleep(0.005)
         deeper.cancel()
         await asyncio.gather(deeper, return_exceptions=True)
@@ -191,7 +192,7 @@ async def test_a_lost_record_finds_the_level_again(box: MakeBox) -> None:
     async with machine.open() as fleet:
         await fleet.start(["a"])
         await fleet.sleep("a", level=0)
-        fleet._core.records.path("a").write_bytes(b"not a record")
+        record_path(fleet, "a").write_bytes(b"not a record")
         await fleet.switch("a")
         assert seen(fleet, "a").state is State.AWAKE
-        assert fleet._core.records.read("a").sleep_backend == "own"
+        assert record_of(fleet, "a").sleep_backend == "own"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fleet.beside import client_of, core_of, model_of, record_of, record_path
 from tests.fleet.conftest import Box, inject, seen, until, until_state
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.engine.client import Gate
@@ -25,10 +26,10 @@ from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.keeper_client import KeeperSpec, is_kept, launch, members, read_status
-from vllm_sleep_tui.fleet.operations import switch as actions
-from vllm_sleep_tui.fleet.operations.acquire import locked
+from vllm_sleep_tui.fleet.operations.acquire import acquire
 from vllm_sleep_tui.fleet.operations.operation import Operation, to_safe_point
 from vllm_sleep_tui.fleet.operations.server import Server
+from vllm_sleep_tui.fleet.operations.supervised import Supervised
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.history import History
 from vllm_sleep_tui.fleet.store.locks import decode_holder, hold, holder, read_holder, shared_folder
@@ -42,7 +43,7 @@ ONE = {"a": {"model": "sim/1GiB"}}
 
 
 def server_of(fleet: Fleet, name: str) -> ProcessId:
-    found = fleet._core.records.read(name).server
+    found = record_of(fleet, name).server
     assert found is not None
     return found
 
@@ -59,7 +60,7 @@ def frozen(process: ProcessId) -> Iterator[None]:
 
 
 async def gate_of(fleet: Fleet, name: str) -> Gate:
-    return await fleet._core.client(fleet._core.records.read(name)).gate()
+    return await client_of(fleet, name).gate()
 
 
 async def begin_verb(machine: Box, *arguments: str) -> subprocess.Popen[bytes]:
@@ -91,22 +92,22 @@ async def test_a_record_that_cannot_be_read_at_all_does_not_end_the_watch_over_t
 ) -> None:
     async with box({**ONE, "b": {"model": "sim/1GiB"}}).open() as fleet:
         await fleet.start(["a"])
-        wrong = fleet._core.records.path("b")
+        wrong = record_path(fleet, "b")
         wrong.unlink(missing_ok=True)
         wrong.mkdir()
         await asyncio.sleep(1.2)  # the watcher looks twice a second: it has met it by now
         wrong.rmdir()
         os.kill(server_of(fleet, "a").pid, signal.SIGKILL)
-        await until(lambda: fleet._core.records.read("a").state is State.FAILED, 5.0)
+        await until(lambda: record_of(fleet, "a").state is State.FAILED, 5.0)
 
 
 async def test_a_lost_record_beside_a_garbled_keepers_file_ends_what_runs(box: MakeBox) -> None:
     async with box(ONE).open() as fleet:
         await fleet.start(["a"])
-        core, old = fleet._core, fleet._core.records.read("a")
-        core.keeper_file("a").write_bytes(b"garbage")
-        core.records.path("a").write_bytes(b"garbage")
-        await until(lambda: not is_kept(core.keeper_file("a")), 15.0)
+        keeper_file, old = model_of(fleet, "a").keeper_file, record_of(fleet, "a")
+        keeper_file.write_bytes(b"garbage")
+        record_path(fleet, "a").write_bytes(b"garbage")
+        await until(lambda: not is_kept(keeper_file), 15.0)
         assert old.launch is not None
         await until(lambda: not members(old.launch or "", old.server))
         await fleet.start(["a"])
@@ -126,7 +127,7 @@ async def test_a_taken_port_is_found_before_anybody_sleeps_for_it(box: MakeBox) 
             with pytest.raises(RefusedError, match="is taken"):
                 await fleet.switch("b")
             assert seen(fleet, "a").state is State.AWAKE
-            assert fleet._core.records.read("b").intent is None
+            assert record_of(fleet, "b").intent is None
 
 
 async def test_a_silent_sleeper_is_noticed_before_a_model_without_sleep_is_stopped_for_it(
@@ -165,7 +166,7 @@ async def test_a_switch_cancelled_while_the_other_sleeps_says_so(box: MakeBox) -
             await task
         assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.ASLEEP, State.ASLEEP)
         assert "a is asleep" in f"{caught.value.what} {caught.value.cure}"
-        assert fleet._core.records.read("b").intent is None
+        assert record_of(fleet, "b").intent is None
 
 
 async def test_cancelling_twice_still_waits_for_the_safe_point() -> None:
@@ -199,7 +200,7 @@ async def test_a_server_frozen_while_it_should_drain_is_not_left_with_a_closed_g
         async def is_open() -> bool:
             return not (await gate_of(fleet, "a")).closed
 
-        await until(lambda: fleet._core.records.read("a").intent is None)
+        await until(lambda: record_of(fleet, "a").intent is None)
         assert seen(fleet, "a").state is State.AWAKE
         assert await is_open()
         await asyncio.sleep(1.0)  # nothing late is to close it again
@@ -240,7 +241,7 @@ async def test_a_model_that_moved_to_another_gpu_meanwhile_is_moved_under_that_g
 ) -> None:
     machine = box({"a": {"model": "sim/1GiB", "gpus": [0]}}, ["24GiB", "24GiB"])
     async with machine.open() as old:
-        locks = old._core.gpu_locks
+        locks = core_of(old).gpu_locks
         word = holder("test", "a")
         async with hold(locks({0}), word):
             waiting = asyncio.create_task(old.sleep("a", report=machine.report))
@@ -252,11 +253,11 @@ async def test_a_model_that_moved_to_another_gpu_meanwhile_is_moved_under_that_g
             await busy.__aenter__()
         try:
             await asyncio.sleep(1.0)
-            assert old._core.records.read("a").state is State.AWAKE
+            assert record_of(old, "a").state is State.AWAKE
         finally:
             await busy.__aexit__(None, None, None)
         await waiting
-        assert old._core.records.read("a").state is State.ASLEEP
+        assert record_of(old, "a").state is State.ASLEEP
 
 
 def test_a_user_without_a_name_can_hold_locks() -> None:
@@ -295,11 +296,12 @@ def test_use_after_the_clock_was_set_back_is_use() -> None:
 async def test_a_hang_seen_before_a_later_wake_ends_nobody(box: MakeBox) -> None:
     async with box(ONE).open() as fleet:
         await fleet.start(["a"])
-        before = fleet._core.records.read("a")
+        before = model_of(fleet, "a")
+        before.read()
         await fleet.sleep("a")
         await fleet.wake("a")
-        await end_hung(fleet._core, before, "nothing moved", 1.0)
-        assert fleet._core.records.read("a").state is State.AWAKE
+        await end_hung(before, "nothing moved", 1.0)
+        assert record_of(fleet, "a").state is State.AWAKE
 
 
 async def test_a_frozen_process_that_holds_the_measurements_holds_up_nobody(box: MakeBox) -> None:
@@ -361,53 +363,51 @@ async def test_a_start_that_is_refused_leaves_no_intent(box: MakeBox) -> None:
         taken.listen()
         models = {"a": {"model": "sim/1GiB", "port": taken.getsockname()[1]}}
         async with box(models).open() as fleet:
-            core, operation = fleet._core, Operation("switch", "a")
-            record = core.records.read("a")
+            model, operation = model_of(fleet, "a"), Operation("switch", "a")
             process = ProcessId(pid=os.getpid(), start=0)
             intent = Intent(operation="switch", phase="making room", since=0.0, actor=process)
-            async with hold([*core.gpu_locks({0}), *core.model_locks({"a"})], holder("test", "a")):
-                core.write(record, intent=intent)
+            async with hold([*model.core.gpu_locks({0}), model.lock], holder("test", "a")):
+                model.write(intent=intent)
                 with pytest.raises(RefusedError, match="is taken"):
-                    await actions.bring_up(core, "a", operation)
-                assert core.records.read("a").intent is None
+                    await Supervised(model).bring_up(operation)
+                assert record_of(fleet, "a").intent is None
 
 
 async def test_an_idle_model_that_is_asked_while_it_drains_is_not_stopped(box: MakeBox) -> None:
     async with box(ONE).open() as fleet:
         await fleet.start(["a"])
-        core, operation = fleet._core, Operation("stop", "a")
-        record = core.records.read("a")
+        model, operation = model_of(fleet, "a"), Operation("stop", "a")
 
         async def in_use() -> None:
             raise RefusedError("a is in use again.")
 
-        async with hold([*core.gpu_locks({0}), *core.model_locks({"a"})], holder("test", "a")):
+        async with hold([*model.core.gpu_locks({0}), model.lock], holder("test", "a")):
             with pytest.raises(RefusedError):
-                await actions.end(core, record, operation, force=False, unless=in_use())
-        assert (seen(fleet, "a").state, core.records.read("a").intent) == (State.AWAKE, None)
+                await Server(model, operation).stop(force=False, unless=in_use())
+        assert (seen(fleet, "a").state, record_of(fleet, "a").intent) == (State.AWAKE, None)
         assert not (await gate_of(fleet, "a")).closed
 
 
 async def test_a_gate_that_did_not_open_again_is_seen_to_later(box: MakeBox) -> None:
     async with box(ONE).open() as fleet:
         await fleet.start(["a"])
-        core, process = fleet._core, server_of(fleet, "a")
+        model, process = model_of(fleet, "a"), server_of(fleet, "a")
 
         async def freeze() -> None:
             os.kill(process.pid, signal.SIGSTOP)
             raise RefusedError("a is in use again.")
 
         try:
-            async with hold([*core.gpu_locks({0}), *core.model_locks({"a"})], holder("test", "a")):
-                server = Server(core, core.records.read("a"), Operation("sleep", "a"))
+            async with hold([*model.core.gpu_locks({0}), model.lock], holder("test", "a")):
+                server = Server(model, Operation("sleep", "a"))
                 with pytest.raises(RefusedError):
                     await server.fall_asleep(1, unless=freeze())
-                assert core.records.read("a").state is State.AWAKE
-                assert core.records.read("a").intent is not None
+                assert record_of(fleet, "a").state is State.AWAKE
+                assert record_of(fleet, "a").intent is not None
         finally:
             os.kill(process.pid, signal.SIGCONT)
-        await until(lambda: core.records.read("a").intent is None)
-        assert core.records.read("a").state is State.AWAKE
+        await until(lambda: record_of(fleet, "a").intent is None)
+        assert record_of(fleet, "a").state is State.AWAKE
         assert not (await gate_of(fleet, "a")).closed
 
 
@@ -417,7 +417,7 @@ async def test_a_start_without_a_place_for_its_log_says_so_and_leaves_nothing(bo
     async with machine.open() as fleet:
         with pytest.raises(OperationError, match="logs"):
             await fleet.start(["a"])
-        record = fleet._core.records.read("a")
+        record = record_of(fleet, "a")
         assert (record.state, record.intent) == (State.FAILED, None)
         assert record.tmp_dir is not None
         assert not Path(record.tmp_dir).exists()
@@ -442,25 +442,25 @@ async def test_a_neighbour_that_woke_while_others_held_the_gpu_is_locked_too(box
     share = {"args": {"gpu-memory-utilization": 0.3}}
     models = {"a": {"model": "sim/1GiB", **share}, "b": {"model": "sim/1GiB", **share}}
     machine = box(models)
-    async with machine.open() as fleet, machine.open() as other:
+    async with machine.open() as fleet:
         await fleet.start(["a", "b"])
         await fleet.sleep("a")
         await fleet.sleep("b")
-        core, operation = fleet._core, Operation("switch", "b", machine.report)
+        a, b, operation = model_of(fleet, "a"), model_of(fleet, "b"), Operation("switch", "b", machine.report)
 
         async def lock_b() -> bool:
-            async with locked(core, "b", operation, make_room=True):
-                return read_holder(core.records.path("a", "lock")) is not None
+            async with acquire(b, operation, make_room=True):
+                return read_holder(a.lock) is not None
 
-        async with hold(core.model_locks({"b"}), holder("test", "b")):
+        async with hold([b.lock], holder("test", "b")):
             waiting = asyncio.create_task(lock_b())
             await until(lambda: any(step.phase == "waiting" for step in machine.progress))
-            record = core.records.read("a")
-            core.write(record, state=State.AWAKE)  # as by a config that puts it on another GPU
+            record = a.read()
+            a.write(state=State.AWAKE)  # as by a config that puts it on another GPU
         try:
             assert await waiting
         finally:
-            other._core.write(record)
+            a.core.records.write(record)
 
 
 # ── what comes, goes and is written meanwhile ──────────────────────────────────────────────────────────────
@@ -469,13 +469,14 @@ async def test_a_neighbour_that_woke_while_others_held_the_gpu_is_locked_too(box
 async def test_gpus_that_were_away_when_the_panel_began_are_found_under_their_own_locks(box: MakeBox) -> None:
     machine = box()
     async with machine.open() as early, machine.open() as late:
-        early._core._gpus.clear()  # as where the driver was loaded after it
-        assert early._core.gpu_locks({0}) == late._core.gpu_locks({0})
-        early._core._gpus.clear()
-        assert early._core.total(0) == late._core.total(0)
+        core, later = early._core, core_of(late)  # no driver can be loaded late here: this very core forgets
+        core._gpus.clear()
+        assert core.gpu_locks({0}) == later.gpu_locks({0})
+        core._gpus.clear()
+        assert core.total(0) == later.total(0)
         machine.write({"a": {"model": "sim/1GiB", "args": {"gpu-memory-utilization": 1.0}}}, ["24GiB"])
         early.reload(load(machine.config))
-        early._core._gpus.clear()
+        core._gpus.clear()
         with pytest.raises(RefusedError, match="needs"):
             await early.start(["a"])
 
@@ -485,19 +486,18 @@ async def test_a_wake_that_is_run_through_again_has_its_gate_closed_until_it_is_
     limits = OperationLimits(call=5.0, call_per_gib=0.0)
     async with Fleet(load(machine.config), machine.state_dir, limits=limits) as fleet:
         await fleet.start(["a"])
-        core = fleet._core
+        model = model_of(fleet, "a")
         await inject(fleet, "a", "hang")  # the proof gets no answer
-        record = core.records.read("a")
         intent = Intent(operation="wake", phase="prove", since=0.0, actor=ProcessId(pid=os.getpid(), start=0))
         # As its actor leaves it that is killed between the gate and the record.
-        core.write(record, state=State.WAKING, level=2, intent=intent)
-        client, closed = core.client(record), False
-        while not closed and core.records.read("a").state is State.WAKING:
+        model.write(state=State.WAKING, level=2, intent=intent)
+        client, closed = client_of(fleet, "a"), False
+        while not closed and record_of(fleet, "a").state is State.WAKING:
             with suppress(EngineError):
                 closed = (await client.gate()).closed
             await asyncio.sleep(0.01)
         assert closed
-        await until(lambda: core.records.read("a").intent is None)
+        await until(lambda: record_of(fleet, "a").intent is None)
 
 
 async def test_what_is_being_written_when_the_panel_closes_is_written(box: MakeBox) -> None:

@@ -21,8 +21,8 @@ from tests.conftest import MARKER
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet import keeper
 from vllm_sleep_tui.fleet.keeper_client import (
+    KeeperSpec,
     KeeperStatus,
-    Order,
     ask_to_stop,
     end_members,
     is_kept,
@@ -46,7 +46,7 @@ class Kept:
         self.tmp = folder / "tmp"
         self.tmp.mkdir(exist_ok=True)
         env = {**os.environ, "VLLM_SLEEP_TUI_LAUNCH": self.launch}
-        self.order = Order(
+        self.order = KeeperSpec(
             argv=(sys.executable, "-c", program),
             env=env,
             cwd=str(folder),
@@ -165,14 +165,14 @@ async def test_a_second_keeper_for_the_same_model_is_refused(tmp_path: Path) -> 
 
 async def test_a_command_that_cannot_run_is_told_with_the_reason(tmp_path: Path) -> None:
     kept = Kept(tmp_path, "")
-    order = Order(**{**_fields(kept.order), "argv": (str(tmp_path / "no-such-vllm"),)})
+    order = KeeperSpec(**{**_fields(kept.order), "argv": (str(tmp_path / "no-such-vllm"),)})
     with pytest.raises(OperationError, match="No such file"):
         await launch(order)
     assert not is_kept(kept.lock)
 
 
-def _fields(order: Order) -> dict[str, object]:
-    return {name: getattr(order, name) for name in Order.__slots__}
+def _fields(order: KeeperSpec) -> dict[str, object]:
+    return {name: getattr(order, name) for name in KeeperSpec.__slots__}
 
 
 async def test_a_flood_cannot_grow_the_log_beyond_its_cap(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.fleet.beside import record_of
 from tests.fleet.conftest import Box, until
 from vllm_sleep_tui.telemetry.processes import descendants
 
@@ -40,7 +41,7 @@ async def test_a_servers_family_and_serve_listen_on_loopback_alone(box: MakeBox)
     (machine.folder / "vllm-sleep-tui").symlink_to(machine.state_dir)
     async with machine.open() as fleet:
         await fleet.start(["a", "b"])
-        records = [fleet._core.records.read(name) for name in ("a", "b")]
+        records = [record_of(fleet, name) for name in ("a", "b")]
     log = machine.folder / "serve.log"
     argv = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(machine.config), "serve"]
     with (

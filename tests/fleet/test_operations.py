@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.fleet.beside import client_of, record_of
 from tests.fleet.conftest import GIB, Box, inject, seen, until, until_state
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.states import State
@@ -175,10 +176,10 @@ async def test_a_killed_api_server_is_failed_and_its_engine_ended(box: MakeBox) 
 async def test_a_killed_engine_is_failed_and_the_rest_ended(box: MakeBox) -> None:
     async with box().open() as fleet:
         await fleet.start(["a"])
-        engine = fleet._core.records.read("a").engines[0]
+        engine = record_of(fleet, "a").engines[0]
         os.kill(engine.pid, signal.SIGKILL)
         await until_state(fleet, "a", State.FAILED)
-        await until(lambda: fleet._core.records.read("a").state is State.FAILED)
+        await until(lambda: record_of(fleet, "a").state is State.FAILED)
         await until(lambda: fleet.snapshot().gpus[0].used_bytes == 0)
         await fleet.start(["a"])
         assert seen(fleet, "a").state is State.AWAKE
@@ -187,7 +188,7 @@ async def test_a_killed_engine_is_failed_and_the_rest_ended(box: MakeBox) -> Non
 async def test_a_killed_keeper_takes_its_server_along_and_nothing_is_left(box: MakeBox) -> None:
     async with box().open() as fleet:
         await fleet.start(["a"])
-        keeper = fleet._core.records.read("a").keeper
+        keeper = record_of(fleet, "a").keeper
         assert keeper is not None
         os.kill(keeper.pid, signal.SIGKILL)
         await until_state(fleet, "a", State.FAILED)
@@ -280,7 +281,7 @@ async def test_a_cancelled_start_leaves_nothing(box: MakeBox) -> None:
         with pytest.raises(CancelledByUser):
             await task
         assert seen(fleet, "a").state is State.STOPPED
-        assert fleet._core.records.read("a").intent is None
+        assert record_of(fleet, "a").intent is None
         await until(lambda: fleet.snapshot().gpus[0].used_bytes == 0)
 
 
@@ -302,7 +303,7 @@ async def test_a_switch_cancelled_while_draining_changes_nothing(box: MakeBox) -
         await inject(fleet, "a", "hang")
         answer = fleet.chat("a", [{"role": "user", "content": "hello"}])
         reading = asyncio.create_task(anext(answer))  # type: ignore[arg-type]
-        client = fleet._core.client(fleet._core.records.read("a"))
+        client = client_of(fleet, "a")
         while not (await client.gate()).in_flight:
             await asyncio.sleep(0.01)
         task = asyncio.create_task(fleet.switch("b", report=machine.report))
@@ -332,7 +333,7 @@ async def test_first_sleeps_on_different_gpus_share_the_ram_one_after_another(bo
     machine = box(models, ["24GiB"] * 3)  # 64 GiB of RAM: pools of 20 GiB, with the engines' own, for two
     async with machine.open() as fleet:
         await fleet.start(["a", "b", "c"], report=machine.report)
-        levels = sorted(fleet._core.records.read(name).resolved_level or "" for name in models)
+        levels = sorted(record_of(fleet, name).resolved_level or "" for name in models)
         assert levels == ["1", "1", "2"]
         assert {seen(fleet, name).state for name in models} == {State.AWAKE}
 
@@ -342,7 +343,7 @@ async def test_while_it_starts_nobody_elses_request_is_taken(box: MakeBox) -> No
     async with machine.open() as fleet:
         task = asyncio.create_task(fleet.start(["a"]))
         await until(lambda: seen(fleet, "a").phase in ("warming", "priming"))
-        client = fleet._core.client(fleet._core.records.read("a"))
+        client = client_of(fleet, "a")
         await until(lambda: seen(fleet, "a").phase == "priming")
         assert (await client.gate()).closed
         await task

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.fleet.beside import core_of
 from tests.fleet.conftest import GIB, Box, seen, until
 from vllm_sleep_tui.fleet.observe.processes import HeldProcess
 
@@ -48,8 +49,9 @@ def line_to_root(held: tuple[HeldProcess, ...], leaf: HeldProcess) -> list[HeldP
 async def test_our_processes_are_trees_below_their_keepers_and_strangers_are_named(box: MakeBox) -> None:
     async with box().open() as fleet:
         await fleet.start(["a"])
-        assert fleet._core.simulated is not None
-        with stranger(fleet._core.simulated) as pid:
+        gpus = core_of(fleet).simulated
+        assert gpus is not None
+        with stranger(gpus) as pid:
             await until(lambda: any(each.pid == pid for each in fleet.snapshot().gpus[0].others))
             held = await fleet.processes()
         ours = [each for each in held if each.model == "a"]

@@ -27,12 +27,12 @@ async def test_the_watch_sees_two_models_of_one_gpu_that_are_moved_at_once(box: 
     async with machine.open() as fleet:
         core = Core(fleet.loaded, machine.state_dir)
         watch = Watch(core)
-        core.write(core.records.read("a"), state=State.WAKING)
+        core.model("a").write(state=State.WAKING)
         watch.look()
         assert watch.take() == []
-        core.write(core.records.read("b"), state=State.FALLING_ASLEEP)
+        core.model("b").write(state=State.FALLING_ASLEEP)
         watch.look()
         assert watch.take() == ["overlap: a is waking and b is falling-asleep"]
         for name in ("a", "b"):
-            core.write(core.records.read(name), state=State.STOPPED)
+            core.model(name).write(state=State.STOPPED)
         await core.close()

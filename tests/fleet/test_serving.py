@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.fleet.beside import client_of, core_of
 from tests.fleet.conftest import Box, inject, seen, until
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.engine.metrics import Page
@@ -170,7 +171,7 @@ async def test_only_awake_models_are_asked(box: MakeBox) -> None:
     machine = box()
     async with machine.open() as fleet:
         await fleet.start(["a", "b"])
-        poller = ServingPoller(fleet._core)
+        poller = ServingPoller(core_of(fleet))
         for _ in range(3):
             await poller.look()
         assert set(poller.figures) == {"a"}
@@ -227,7 +228,7 @@ def served(fleet: Fleet, name: str) -> Work:
 
 async def times_asked(fleet: Fleet, name: str) -> float:
     """How often the server was asked for its page before this, as it counts itself."""
-    client = fleet._core.client(fleet._core.records.read(name))
+    client = client_of(fleet, name)
     scrape = parse(await client.metrics(), frozenset({"http_requests_total"}))
     return total(scrape, "http_requests_total", handler="/metrics") or 0.0
 
@@ -236,7 +237,7 @@ async def test_a_server_that_does_not_answer_has_no_figures(box: MakeBox) -> Non
     machine = box({"a": {"model": "sim/1GiB"}})
     async with machine.open() as fleet:
         await fleet.start(["a"])
-        poller = ServingPoller(fleet._core)
+        poller = ServingPoller(core_of(fleet))
         await poller.look()
         assert set(poller.figures) == {"a"}
         server = psutil.Process(seen(fleet, "a").pid)

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.fleet.beside import core_of, model_of, record_of
 from tests.fleet.by_hand import answers, vllm, web_server
 from tests.fleet.conftest import GIB, Box, seen, until, until_state
 from vllm_sleep_tui.errors import PanelError, RefusedError
@@ -50,7 +51,7 @@ async def test_a_server_with_our_models_name_is_not_taken_for_ours(box: MakeBox,
     port = free_port()
     async with one(box, port).open() as fleet:
         await fleet.start(["a"])
-        keeper = fleet._core.records.read("a").keeper
+        keeper = record_of(fleet, "a").keeper
         assert keeper is not None
         os.kill(keeper.pid, 9)
         await until_state(fleet, "a", State.FAILED)
@@ -76,13 +77,13 @@ async def test_a_question_to_a_model_that_has_just_died_does_not_go_to_whoever_t
     async with machine.open() as fleet:
         await fleet.start(["a"])
     # No fleet is open now, so nobody writes the death down.
-    keeper = fleet._core.records.read("a").keeper
+    keeper = record_of(fleet, "a").keeper
     assert keeper is not None
     os.kill(keeper.pid, 9)
     await until(lambda: answers(port, "/health") is None)
     with vllm(port, name="a") as stranger:
         async with machine.open() as fleet:
-            assert fleet._core.records.read("a").state is State.AWAKE
+            assert record_of(fleet, "a").state is State.AWAKE
             with pytest.raises(RefusedError, match=f"taken by pid {stranger.pid}"):
                 _ = [event async for event in fleet.chat("a", HELLO)]
 
@@ -94,9 +95,9 @@ async def test_a_record_whose_pids_were_given_to_others_ends_nobody(
     with subprocess.Popen(["sleep", "300"], start_new_session=True) as stranger:
         reused = ProcessId(stranger.pid, (start_ticks(stranger.pid) or 0) - 1)
         async with machine.open() as fleet:
-            core = fleet._core
+            model = model_of(fleet, "a")
             record = msgspec.structs.replace(
-                core.records.read("a"),
+                model.read(),
                 state=State.AWAKE,
                 launch="gone",
                 keeper=reused,
@@ -106,8 +107,8 @@ async def test_a_record_whose_pids_were_given_to_others_ends_nobody(
                 secret="old",
                 gpus=(0,),
             )
-            core.records.write(record)
-            core.keeper_file("a").write_text(
+            model.core.records.write(record)
+            model.keeper_file.write_text(
                 json.dumps(
                     {
                         "launch": "gone",
@@ -175,7 +176,7 @@ async def test_memory_held_by_somebody_elses_vllm_is_refused_with_pid_user_comma
 ) -> None:
     machine = box({"a": {"model": "sim/1GiB", "args": {"gpu-memory-utilization": 0.7}}})
     async with machine.open() as fleet:
-        folder = fleet._core.simulated
+        folder = core_of(fleet).simulated
         with vllm(free_port(), "--gpu-memory-utilization", "0.6", gpus=folder) as stranger:
             with pytest.raises(RefusedError) as caught:
                 await fleet.start(["a"])

@@ -16,10 +16,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.fleet.beside import client_of, core_of, model_of, record_of, record_path
 from tests.fleet.conftest import Box, inject, seen, until, until_state
 from vllm_sleep_tui.config.types import IdleConfig
 from vllm_sleep_tui.engine.client import Gate
 from vllm_sleep_tui.errors import OperationError, RefusedError
+from vllm_sleep_tui.fleet.attached.backend import prober
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record
@@ -35,18 +37,21 @@ QUICK = Limits(hang=1.0, hang_poll=0.1, hang_probe=0.5, orphans_poll=0.5, restar
 
 @asynccontextmanager
 async def led(machine: Box, limits: Limits = QUICK) -> AsyncIterator[Fleet]:
-    """A fleet with a leader of little patience."""
+    """A fleet beside a leader of little patience, which has a core of its own, as another process has."""
     async with machine.open() as fleet:
-        leader = Leader(fleet._core, limits)
+        core = core_of(fleet)
+        leader, probing = Leader(core, limits), prober(core)
         leader.start()
+        probing.start()
         try:
             yield fleet
         finally:
             await leader.close()
+            await probing.close()
 
 
 def kill_server(fleet: Fleet, name: str) -> int:
-    pid = fleet._core.records.read(name).server
+    pid = record_of(fleet, name).server
     assert pid is not None
     os.kill(pid.pid, signal.SIGKILL)
     return pid.pid
@@ -86,7 +91,7 @@ async def test_a_server_that_died_is_started_again_until_it_is_a_crash_loop(box:
         for _ in range(2):
             await until_restarted(fleet, "a", kill_server(fleet, "a"))
         kill_server(fleet, "a")
-        await until(lambda: "Restarted 2 times" in (fleet._core.records.read("a").reason or ""))
+        await until(lambda: "Restarted 2 times" in (record_of(fleet, "a").reason or ""))
         assert seen(fleet, "a").state is State.FAILED
 
 
@@ -94,7 +99,7 @@ async def test_a_sleeper_that_died_comes_back_asleep_and_nobody_makes_room_for_i
     async with led(box()) as fleet:
         await fleet.start(["a", "b"])
         old = kill_server(fleet, "b")  # asleep, while a is awake and fills the GPU
-        await until(lambda: fleet._core.records.read("b").state is State.FAILED)
+        await until(lambda: record_of(fleet, "b").state is State.FAILED)
         await asyncio.sleep(1.5)  # nothing is to happen: there is no condition to wait for
         assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.AWAKE, State.FAILED)
         await fleet.stop(["a"])
@@ -108,7 +113,7 @@ async def test_a_model_that_is_never_to_be_restarted_stays_failed(box: MakeBox) 
     ) as fleet:
         await fleet.start(["a"])
         kill_server(fleet, "a")
-        await until(lambda: fleet._core.records.read("a").state is State.FAILED)
+        await until(lambda: record_of(fleet, "a").state is State.FAILED)
         await asyncio.sleep(1.5)  # nothing is to happen
         assert seen(fleet, "a").state is State.FAILED
 
@@ -117,9 +122,9 @@ async def test_a_start_that_fails_is_not_tried_again(box: MakeBox) -> None:
     async with led(box({"a": {"model": "sim/1GiB", "env": {"VLLM_SIM_FAULTS": "gated"}}})) as fleet:
         with pytest.raises(OperationError):
             await fleet.start(["a"])
-        launch = fleet._core.records.read("a").launch
+        launch = record_of(fleet, "a").launch
         await asyncio.sleep(1.5)  # nothing is to happen
-        assert fleet._core.records.read("a").launch == launch
+        assert record_of(fleet, "a").launch == launch
 
 
 # ── idleness ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -190,11 +195,11 @@ def test_what_is_due_depends_on_the_limits_that_are_set() -> None:
 async def test_a_server_that_gives_no_token_is_ended_with_the_reason(box: MakeBox) -> None:
     async with led(box({"a": {"model": "sim/1GiB", "restart": "never"}})) as fleet:
         await fleet.start(["a"])
-        keeper = fleet._core.records.read("a").keeper
+        keeper = record_of(fleet, "a").keeper
         await inject(fleet, "a", "hang")
         answer = fleet.chat("a", [{"role": "user", "content": "hello"}])
         reading = asyncio.create_task(anext(answer))  # type: ignore[arg-type]
-        await until(lambda: fleet._core.records.read("a").state is State.FAILED, limit=40)
+        await until(lambda: record_of(fleet, "a").state is State.FAILED, limit=40)
         reason = seen(fleet, "a").reason or ""
         assert "It hung: 1 requests under way and no token for 1 s" in reason
         assert keeper is not None
@@ -205,11 +210,11 @@ async def test_a_server_that_gives_no_token_is_ended_with_the_reason(box: MakeBo
 async def test_a_client_that_sends_its_request_slowly_is_no_hang(box: MakeBox) -> None:
     async with led(box({"a": {"model": "sim/1GiB"}})) as fleet:
         await fleet.start(["a"])
-        record = fleet._core.records.read("a")
+        record = record_of(fleet, "a")
         _, writer = await asyncio.open_connection("127.0.0.1", record.port)
         head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{record.port}\r\nContent-Length: 99\r\n\r\n"
         writer.write(head.encode())
-        client = fleet._core.client(record)
+        client = client_of(fleet, record.name)
         while not (await client.gate()).in_flight:
             await asyncio.sleep(0.02)
         await asyncio.sleep(2.5)  # nothing is to happen
@@ -253,12 +258,12 @@ async def test_a_server_whose_record_was_lost_is_taken_back_as_it_is(
         await fleet.start(["a"])
         if level:
             await fleet.sleep("a", level=level)
-        before = fleet._core.records.read("a")
-        path = fleet._core.records.path("a")
+        before = record_of(fleet, "a")
+        path = record_path(fleet, "a")
     path.write_bytes(b"\0" * 4096) if how == "broken" else path.unlink()
     async with machine.open() as fleet:
         await until(lambda: seen(fleet, "a").state in (State.AWAKE, State.ASLEEP))
-        after = fleet._core.records.read("a")
+        after = record_of(fleet, "a")
         assert (after.state, after.level, after.launch) == (before.state, before.level, before.launch)
         assert (after.port, after.socket, after.gpus) == (before.port, before.socket, before.gpus)
         assert (after.log, after.engines) == (before.log, before.engines)
@@ -271,11 +276,11 @@ async def test_a_lost_server_that_cannot_be_taken_back_is_ended_and_that_is_said
     machine = box({"a": {"model": "sim/1GiB"}}, speed="10")
     verb = begin(machine, "start", "a")
     async with machine.open() as fleet:
-        await until(lambda: fleet._core.records.read("a").server is not None)
+        await until(lambda: record_of(fleet, "a").server is not None)
         verb.kill()
         verb.wait()
-        fleet._core.records.path("a").unlink()
-        await until(lambda: "could not be taken back" in (fleet._core.records.read("a").reason or ""))
+        record_path(fleet, "a").unlink()
+        await until(lambda: "could not be taken back" in (record_of(fleet, "a").reason or ""))
         assert seen(fleet, "a").state is State.FAILED
         await fleet.start(["a"])
         assert seen(fleet, "a").state is State.AWAKE
@@ -288,12 +293,12 @@ async def test_a_switch_killed_while_others_made_room_leaves_nothing_behind(box:
         await inject(fleet, "a", "sleep_slow")
         verb = begin(machine, "switch", "b")
         await until_state(fleet, "a", State.FALLING_ASLEEP)
-        assert fleet._core.records.read("b").intent is not None
+        assert record_of(fleet, "b").intent is not None
         verb.kill()
         verb.wait()
         # As far as it had come: `/sleep` was sent or it was not.
         await until(lambda: seen(fleet, "a").state in (State.ASLEEP, State.AWAKE))
-        await until(lambda: fleet._core.records.read("b").intent is None)
+        await until(lambda: record_of(fleet, "b").intent is None)
 
 
 async def test_two_configs_with_a_model_of_one_name_do_not_touch_each_other(box: MakeBox) -> None:
@@ -327,20 +332,20 @@ async def test_a_stranger_on_the_port_with_our_models_name_is_named_and_left_alo
 async def test_a_reused_pid_is_not_taken_for_the_server(box: MakeBox) -> None:
     async with box({"a": {"model": "sim/1GiB"}}).open() as fleet:
         await fleet.start(["a"])
-        record = fleet._core.records.read("a")
+        model = model_of(fleet, "a")
+        record = model.read()
         assert record.keeper is not None
         os.kill(record.keeper.pid, signal.SIGKILL)
         await until(lambda: not any(map(is_alive, record.engines)))
         mine = ProcessId(os.getpid(), 1)  # this process, as if its pid had been the server's
-        fleet._core.write(record, keeper=mine, server=mine, engines=(mine,))
-        await until(lambda: fleet._core.records.read("a").state is State.FAILED)
+        model.write(keeper=mine, server=mine, engines=(mine,))
+        await until(lambda: record_of(fleet, "a").state is State.FAILED)
 
 
 async def test_a_record_from_the_future_is_driven_as_any_other(box: MakeBox) -> None:
     async with led(box({"a": {"model": "sim/1GiB"}})) as fleet:
         await fleet.start(["a"])
-        record = fleet._core.records.read("a")
-        fleet._core.write(record, since=time.time() + 1e6, restarts=(time.time() + 1e6,) * 2)
+        model_of(fleet, "a").write(since=time.time() + 1e6, restarts=(time.time() + 1e6,) * 2)
         await until_restarted(fleet, "a", kill_server(fleet, "a"))
 
 
@@ -382,14 +387,14 @@ async def test_a_server_whose_way_in_was_removed_is_not_taken_for_a_hung_one(
     machine = box({"a": {"model": "sim/1GiB"}})
     async with machine.open() as fleet:
         await fleet.start(["a"])
-        record = fleet._core.records.read("a")
+        record = record_of(fleet, "a")
         assert record.socket is not None
         Path(record.socket).unlink()
     async with led(machine) as fleet:
         await until(lambda: "was removed" in caplog.text)
         await asyncio.sleep(3 * QUICK.hang)  # a hang would have ended it by then
         assert caplog.text.count("was removed") == 1
-        now = fleet._core.records.read("a")
+        now = record_of(fleet, "a")
         assert (now.state, now.server) == (State.AWAKE, record.server)
         assert now.server is not None
         assert is_alive(now.server)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.fleet.beside import record_of
 from tests.fleet.conftest import Box, seen, until
 from vllm_sleep_tui.fleet.keeper_client import LAUNCH_VARIABLE
 from vllm_sleep_tui.fleet.observe.discovery import find_foreign_servers
@@ -102,7 +103,7 @@ async def test_a_server_that_somebody_looks_after_is_no_orphan(box: MakeBox) -> 
     machine = box()
     async with machine.open() as fleet:
         await fleet.start(["a"])
-        record = fleet._core.records.read("a")
+        record = record_of(fleet, "a")
         assert orphans_of(record.launch, machine.state_dir) == []
         strangers = {server.process for server in find_foreign_servers(())}
         assert strangers.isdisjoint({*record.engines, record.server})
@@ -113,7 +114,7 @@ async def test_a_sleeper_whose_config_names_it_no_longer_is_an_orphan_with_its_r
     async with machine.open() as fleet:
         await fleet.start(["a"])
         await fleet.sleep("a")
-        record = fleet._core.records.read("a")
+        record = record_of(fleet, "a")
     machine.write({"b": {"model": "sim/4GiB"}}, ["24GiB"])
     found = orphans_of(record.launch, machine.state_dir)
     assert record.keeper in [orphan.process for orphan in found if orphan.is_keeper]
@@ -161,7 +162,7 @@ async def test_a_keeper_whose_state_folder_was_removed_is_an_orphan(box: MakeBox
     machine = box()
     async with machine.open() as fleet:
         await fleet.start(["a"])
-        record = fleet._core.records.read("a")
+        record = record_of(fleet, "a")
     shutil.rmtree(machine.state_dir / "records")
     found = orphans_of(record.launch, machine.folder / "elsewhere")
     assert {orphan.why for orphan in found} == {"its state folder was removed"}
@@ -174,7 +175,7 @@ async def test_the_command_names_orphans_and_ends_them_only_with_a_yes(box: Make
     machine = box()
     async with machine.open() as fleet:
         await fleet.start(["a"])
-        record = fleet._core.records.read("a")
+        record = record_of(fleet, "a")
     machine.config.unlink()
 
     def orphans(*words: str, answer: str = "") -> subprocess.CompletedProcess[str]:
@@ -198,12 +199,12 @@ async def test_a_killed_keepers_server_leaves_nothing_behind(box: MakeBox) -> No
     machine = box()
     async with machine.open() as fleet:
         await fleet.start(["a"])
-        record = fleet._core.records.read("a")
+        record = record_of(fleet, "a")
         assert record.keeper is not None
         assert record.tmp_dir is not None
         assert Path(record.tmp_dir).is_dir()
         os.kill(record.keeper.pid, signal.SIGKILL)
-        await until(lambda: fleet._core.records.read("a").state is State.FAILED)
+        await until(lambda: record_of(fleet, "a").state is State.FAILED)
         assert seen(fleet, "a").state is State.FAILED
         assert not Path(record.tmp_dir).exists()
         assert orphans_of(record.launch, machine.state_dir) == []

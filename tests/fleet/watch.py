@@ -19,7 +19,7 @@ class Watch:
     """Looks until it is left; remembers every launch and every overlap."""
 
     def __init__(self, core: Core) -> None:
-        self._core = core
+        self.core = core
         self.launches: set[str] = set()
         self._found: list[str] = []
         self._task: asyncio.Task[None] | None = None
@@ -46,7 +46,7 @@ class Watch:
 
     def look(self) -> None:
         """One look. Two records are not read in one moment, so the first is read again after the second."""
-        records = [self._core.records.read(name) for name in self._core.config.models]
+        records = [self.core.records.read(name) for name in self.core.config.models]
         self.launches |= {record.launch for record in records if record.launch}
         moving = [record for record in records if record.state in MOVING]
         for one, other in combinations(moving, 2):
@@ -54,8 +54,8 @@ class Watch:
                 self._found.append(f"overlap: {one.name} is {one.state} and {other.name} is {other.state}")
 
     def _gpus(self, record: Record) -> tuple[int, ...]:
-        return record.gpus or self._core.model(record.name).gpus
+        return record.gpus or self.core.model_config(record.name).gpus
 
     def _is_still(self, record: Record) -> bool:
-        now = self._core.records.read(record.name)
+        now = self.core.records.read(record.name)
         return (now.state, now.since) == (record.state, record.since)

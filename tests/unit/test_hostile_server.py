@@ -19,7 +19,7 @@ from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.chat import ChatDelta
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
-from vllm_sleep_tui.fleet.attached.probe import look_at
+from vllm_sleep_tui.fleet.attached.probe import probe_all
 from vllm_sleep_tui.fleet.states import State
 
 LIMIT = 5.0
@@ -243,11 +243,11 @@ def test_an_answer_that_never_ends_is_given_up_in_time(server: AnyServer, reply:
 @example(answer(200, b'{"unknown": ' + DEEP))
 @example(b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 100_000 + b"\r\n")
 @example(answer(403, b"{}"))
-def test_a_look_at_an_attached_server_that_answers_anything_is_a_sighting(
+def test_a_look_at_an_attached_server_that_answers_anything_is_a_probe_result(
     server: AnyServer, reply: bytes
 ) -> None:
     server.reply, server.hangs_up = reply, True
     far = ModelConfig(url=f"http://127.0.0.1:{server.port}")
-    seen = look_at({"far": far}, LIMIT)["far"]
+    seen = probe_all({"far": far}, LIMIT)["far"]
     assert seen.state in (State.STOPPED, State.AWAKE, State.ASLEEP)
     assert (seen.reason is not None) == (seen.state is State.STOPPED)
