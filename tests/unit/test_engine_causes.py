@@ -21,6 +21,7 @@ ENGINE = "(EngineCore pid=7) ERROR 11-23 07:37:38 [core.py:1510] "
         ("sleep-mode-refused", 1, "no sleep mode on this platform", "level: none"),
         ("port-in-use", 1, "port is taken", "`port:`"),
         ("inner-port", 1, "inside is taken: tcp://*:15557", "`kv-events-config`"),
+        ("shared-memory-small", 1, "/dev/shm, has 1 MiB free, and 160 MiB are needed", "--shm-size"),
         ("kv-cache-too-big", 1, "have 400.0 GiB of RAM and 11.16 GiB are free", "kv-cache-memory-bytes"),
         ("kv-cache-too-small", 1, "`max-model-len` 4096 needs 0.01 GiB", "at most 384"),
         ("worker-killed", 0, "worker process of the engine (VllmWorker-0) was killed", "dmesg"),
