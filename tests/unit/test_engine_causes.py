@@ -50,8 +50,8 @@ def test_every_recorded_failure_gets_its_reason(
         ),
         ("ValueError: No available memory for the cache blocks. Try increasing it.", "KV cache"),
         (
-            "TimeoutError: Timed out waiting for engine core processes to start. This is often caused by slow "
-            "weight loading for large models. Waited 600s (configured by VLLM_ENGINE_READY_TIMEOUT_S).",
+            "TimeoutError: Timed out waiting for engine core processes to start. This is often caused by "
+            "slow weight loading for large models. Waited 600s (configured by VLLM_ENGINE_READY_TIMEOUT_S).",
             "not ready within the 600 s that vLLM gives it",
         ),
         (
