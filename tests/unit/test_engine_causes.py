@@ -21,6 +21,8 @@ ENGINE = "(EngineCore pid=7) ERROR 11-23 07:37:38 [core.py:1510] "
         ("sleep-mode-refused", 1, "no sleep mode on this platform", "level: none"),
         ("port-in-use", 1, "port is taken", "`port:`"),
         ("inner-port", 1, "inside is taken: tcp://*:15557", "`kv-events-config`"),
+        ("shared-memory-small", 1, "/dev/shm, has 1 MiB free, and 160 MiB are needed", "--shm-size"),
+        ("open-files", 1, "may not open as many files", "ulimit -n"),
         ("kv-cache-too-big", 1, "have 400.0 GiB of RAM and 11.16 GiB are free", "kv-cache-memory-bytes"),
         ("kv-cache-too-small", 1, "`max-model-len` 4096 needs 0.01 GiB", "at most 384"),
         ("worker-killed", 0, "worker process of the engine (VllmWorker-0) was killed", "dmesg"),
@@ -47,6 +49,11 @@ def test_every_recorded_failure_gets_its_reason(
             "18.4 of 23.6 GiB are free, 21.71 GiB are asked for",
         ),
         ("ValueError: No available memory for the cache blocks. Try increasing it.", "KV cache"),
+        (
+            "TimeoutError: Timed out waiting for engine core processes to start. This is often caused by "
+            "slow weight loading for large models. Waited 600s (configured by VLLM_ENGINE_READY_TIMEOUT_S).",
+            "not ready within the 600 s that vLLM gives it",
+        ),
         (
             "ValueError: User-specified max_model_len (131072) is greater than the derived max_model_len "
             "(max_position_embeddings=4096 or model_max_length=None in model's config.json).",

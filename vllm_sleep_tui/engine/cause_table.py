@@ -196,6 +196,11 @@ _MODEL = (
         "Download it first, or unset HF_HUB_OFFLINE.",
     ),
     _cause(
+        r"Insufficient space in /dev/shm .*?: (?P<wanted>[\d.]+ \w+) required, (?P<free>[\d.]+ \w+) free",
+        "The shared memory of the machine, /dev/shm, has {free} free, and {wanted} are needed.",
+        "Make it larger (a container's `--shm-size 16g` or `--ipc=host`); remove what killed servers left.",
+    ),
+    _cause(
         r"No space left on device.*/dev/shm|/dev/shm.*No space left on device|No space left on device.*/psm_"
         r"|unable to write to file </?torch_|creating shared memory segment|unable to allocate shared memory",
         "The shared memory of the machine, /dev/shm, is full.",
@@ -253,6 +258,11 @@ _MACHINE = (
         r"can't start new thread|Thread creation failed|Resource temporarily unavailable",
         "The server may not start as many threads or processes as it needs.",
         "Raise `ulimit -u` or the container's `--pids-limit`, or end other programs.",
+    ),
+    _cause(
+        r"Timed out waiting for (?:new )?engine core processes.*Waited (?P<seconds>\d+)s",
+        "The engine was not ready within the {seconds} s that vLLM gives it.",
+        "Raise VLLM_ENGINE_READY_TIMEOUT_S in `env:`; the log (key l) tells what took so long.",
     ),
     _cause(
         r"Duplicate GPU detected",

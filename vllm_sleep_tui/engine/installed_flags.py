@@ -27,8 +27,8 @@ from vllm_sleep_tui.engine.versions import release_of
 from vllm_sleep_tui.files import private_dir, read_regular, write_private
 
 DUMPER = Path(__file__).with_name("dump_parser.py")
-ASK_SECONDS = 120.0
-"""Importing vLLM took 27 s on two busy cores (0.32, CPU)."""
+ASK_SECONDS = 240.0
+"""Importing vLLM took 27 s on two busy cores, over 120 s on two with twenty times their work (0.32, CPU)."""
 SHEBANG_BYTES = 4096
 WRAPPED_SECONDS = 86_400.0
 """How long a wrapper's word is kept: the vLLM behind it may be another without any file changing here."""
