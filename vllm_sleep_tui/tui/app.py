@@ -219,8 +219,12 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
         running = [model.name for model in fleet.snapshot().models if model.state in RUNNING]
         if running:
             _say(f"{', '.join(running)} run on; the panel takes them back when it is opened again.")
-        # Without a code it was ended by a stray cancellation, which is no success.
-        return 1 if app.return_code is None else app.return_code
+    # Without a code it was ended by a stray cancellation, which is no success.
+    code = 1 if app.return_code is None else app.return_code
+    if app.is_told_to_leave:
+        # All is written and given back. What is left is Python's own end, in which no thread keeps the limit.
+        leave_at_once(code)
+    return code
 
 
 def _say(words: str) -> None:
