@@ -10,7 +10,9 @@ from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.ending import (
     SERVER_GONE,
     cause_in_log,
+    cut_off_words,
     fail,
+    is_cut_off,
     is_whole,
     stop_server,
 )
@@ -40,7 +42,10 @@ def needs_care(core: Core, name: str) -> bool:
     """Whether it is unfinished and nobody else is at it; within this process the locks tell."""
     if not is_unfinished(core, name):
         return False
-    intent = core.records.read(name).intent
+    record = core.records.read(name)
+    intent = record.intent
+    if is_cut_off(record) and record.reason == cut_off_words(record)[0]:
+        return False  # it was said; more cannot be done
     return intent is None or intent.actor == actor() or not is_alive(intent.actor)
 
 
@@ -125,7 +130,16 @@ async def carry_on_start(core: Core, record: Record, operation: Operation) -> No
 
 
 async def settle(core: Core, record: Record, operation: Operation) -> None:
-    """A sleep, wake or switch was cut off: ask what became of it, and finish what must not stay half."""
+    """A sleep, wake or switch was cut off: ask what became of it, and finish what must not stay half.
+
+    A server that cannot be asked because its socket was removed is kept, with that as its reason.
+    """
+    if is_cut_off(record):
+        what, cure = cut_off_words(record)
+        left = None if record.state in (State.AWAKE, State.ASLEEP) else record.intent
+        core.write(record, intent=left, reason=what, cure=cure)
+        operation.tell(record.name, "cut off", what)
+        return
     server = Server(core, record, operation)
     try:
         sleeping = await server.is_sleeping()

@@ -23,7 +23,7 @@ from vllm_sleep_tui.fleet import proof
 from vllm_sleep_tui.fleet.arguments import replicas
 from vllm_sleep_tui.fleet.core import GIB, Core, gib
 from vllm_sleep_tui.fleet.cures import CURES, Failure, may_wake_again, wake_failure
-from vllm_sleep_tui.fleet.ending import fail_as
+from vllm_sleep_tui.fleet.ending import cut_off_words, fail_as, is_cut_off
 from vllm_sleep_tui.fleet.footprints import Footprint
 from vllm_sleep_tui.fleet.levels import why_no_level2
 from vllm_sleep_tui.fleet.operation import Operation, actor
@@ -314,10 +314,13 @@ class Server:
     # ── wake ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def wake(self, more_room: MoreRoom | None = None) -> None:
-        """Wake, prove, open the gate; raises RefusedError without room, OperationError if it failed.
+        """Wake, prove, open the gate; raises RefusedError without room or way in, OperationError if it failed.
 
         `more_room` is made if vLLM runs out of memory all the same and may be asked again.
         """
+        if is_cut_off(self.record):
+            what, cure = cut_off_words(self.record)
+            raise RefusedError(f"{self.name}: {what}", cure)
         self.check_room(await self.read_memory())
         level = 1 if self.record.level is None else self.record.level
         self.operation.checkpoint()
@@ -479,6 +482,9 @@ class Server:
             await self.fail(Failure.SILENT, error)
 
     async def fail(self, failure: Failure, why: object = "") -> NoReturn:
-        """End the server, keep the reason; raises OperationError with it."""
+        """End the server, keep the reason; raises OperationError with it. One that is cut off is kept."""
+        if is_cut_off(self.record):
+            what, cure = cut_off_words(self.record)
+            raise OperationError(f"{self.name}: {what}", cure)
         self.record = await fail_as(self.core, self.record, failure, why)
         raise OperationError(f"{self.name}: {self.record.reason}", self.record.cure or "")

@@ -20,6 +20,7 @@ from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet import idle
 from vllm_sleep_tui.fleet.attached_care import AttachedCare
 from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.ending import cut_off_words, is_cut_off
 from vllm_sleep_tui.fleet.go_on import GoOn
 from vllm_sleep_tui.fleet.hang import HangWatch, end_hung
 from vllm_sleep_tui.fleet.leader import Seat
@@ -225,16 +226,11 @@ class Leader:
 
     def _is_cut_off(self, record: Record) -> bool:
         """Whether only our way in is gone: clients are served as ever; said once a launch."""
-        if record.socket is None or os.path.exists(record.socket):
+        if not is_cut_off(record):
             return False
         if self._cut_off.get(record.name) != record.launch:
             self._cut_off[record.name] = record.launch
-            log.warning(
-                "%s: the panel's way in, %s, was removed: clients are served, but it can neither sleep nor be"
-                " looked after. Stop it with --force and start it again when that is convenient.",
-                record.name,
-                record.socket,
-            )
+            log.warning("%s: %s %s", record.name, *cut_off_words(record))
         return True
 
     async def _end(self, record: Record, symptom: str) -> None:
