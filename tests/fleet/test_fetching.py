@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -265,3 +266,29 @@ async def test_names_in_an_index_are_files_and_never_options_or_places_elsewhere
     calls = (tmp_path / "calls").read_text()
     assert "model-1-of-2.safetensors" in calls
     assert "x.safetensors" not in calls
+
+
+async def test_a_helper_that_left_the_group_holds_up_no_start(loaded: LoadedConfig, tmp_path: Path) -> None:
+    (tmp_path / "rest").write_text(f"setsid sh -c 'echo $$ > {tmp_path}/helper; exec sleep 600' &\nexit 0")
+    async with Fleet(loaded, tmp_path / "state") as fleet:
+        await asyncio.wait_for(fleet.start(["m"]), 120)
+        await fleet.stop(["m"], force=True)
+    await until((tmp_path / "helper").exists)
+    os.kill(int((tmp_path / "helper").read_text()), signal.SIGKILL)
+
+
+async def test_a_cancelled_download_takes_its_helpers_along_wherever_they_went(
+    loaded: LoadedConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "rest").write_text(
+        f"setsid sh -c 'trap \"\" TERM; echo $$ > {tmp_path}/helper; sleep 600' &\nsleep 600"
+    )
+    told: list[Progress] = []
+    async with Fleet(loaded, tmp_path / "state") as fleet:
+        task = asyncio.create_task(fleet.start(["m"], report=told.append))
+        await until(lambda: (tmp_path / "helper").exists() and (tmp_path / "helper").read_text().strip())
+        await until(lambda: any(step.phase == "fetching" for step in told))
+        task.cancel()
+        with pytest.raises(CancelledByUser):
+            await task
+    assert not os.path.exists(f"/proc/{(tmp_path / 'helper').read_text().strip()}")

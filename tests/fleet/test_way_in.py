@@ -1,4 +1,4 @@
-"""The panel's way into a server lies in /tmp, where things are cleaned: it is kept, and its loss ends nobody."""
+"""The panel's way into a server lies in /tmp, which is cleaned: it is kept, and its loss ends nobody."""
 
 from __future__ import annotations
 

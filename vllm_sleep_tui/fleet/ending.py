@@ -152,7 +152,7 @@ def is_whole(record: Record) -> bool:
 
 
 def is_cut_off(record: Record) -> bool:
-    """Whether only our way in is gone, taken by a cleaner of /tmp, say: the server lives and serves clients."""
+    """Whether only our way in is gone, by a cleaner of /tmp, say: the server lives and serves clients."""
     return (
         record.socket is not None
         and record.server is not None

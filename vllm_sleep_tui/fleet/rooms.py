@@ -19,6 +19,7 @@ from vllm_sleep_tui.fleet.operation import Operation
 from vllm_sleep_tui.fleet.plan import Room
 from vllm_sleep_tui.fleet.planning import plan_for
 from vllm_sleep_tui.fleet.recovery import is_unfinished, recover
+from vllm_sleep_tui.fleet.snapshot import WAITING
 from vllm_sleep_tui.fleet.states import State
 
 GATE_LIMIT = 1.0
@@ -107,7 +108,7 @@ async def held(paths: list[Path], word: Holder, operation: Operation, name: str)
     """The locks themselves, cancellable while they are waited for."""
 
     def waiting(who: Holder | None) -> None:
-        operation.tell(name, "waiting", waiting_words(who))
+        operation.tell(name, WAITING, waiting_words(who))
 
     began = time.monotonic()
     try:

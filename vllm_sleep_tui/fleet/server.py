@@ -314,7 +314,7 @@ class Server:
     # ── wake ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def wake(self, more_room: MoreRoom | None = None) -> None:
-        """Wake, prove, open the gate; raises RefusedError without room or way in, OperationError if it failed.
+        """Wake, prove, open the gate; raises RefusedError without room or way in, OperationError if it fails.
 
         `more_room` is made if vLLM runs out of memory all the same and may be asked again.
         """

@@ -241,6 +241,7 @@ def snapshot_of(record: Record, model: ModelConfig, seen: Sighting | None) -> Mo
         proof=record.proof,
         source=model.url or "",
         is_attached=True,
+        has_own_server=owns_server(record),
     )
 
 
