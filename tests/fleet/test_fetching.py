@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.command_line import CommandLine
@@ -269,12 +271,19 @@ async def test_names_in_an_index_are_files_and_never_options_or_places_elsewhere
 
 
 async def test_a_helper_that_left_the_group_holds_up_no_start(loaded: LoadedConfig, tmp_path: Path) -> None:
-    (tmp_path / "rest").write_text(f"setsid sh -c 'echo $$ > {tmp_path}/helper; exec sleep 600' &\nexit 0")
+    (tmp_path / "rest").write_text(f"setsid sh -c 'echo $$ >> {tmp_path}/helpers; exec sleep 600' &\nexit 0")
     async with Fleet(loaded, tmp_path / "state") as fleet:
         await asyncio.wait_for(fleet.start(["m"]), 120)
         await fleet.stop(["m"], force=True)
-    await until((tmp_path / "helper").exists)
-    os.kill(int((tmp_path / "helper").read_text()), signal.SIGKILL)
+    helpers = tmp_path / "helpers"
+    await until(lambda: helpers.exists() and len(helpers.read_text().split()) == tries(tmp_path))
+    for pid in helpers.read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def tries(tmp_path: Path) -> int:
+    """How often the tool was called."""
+    return len((tmp_path / "calls").read_text().splitlines())
 
 
 async def test_a_cancelled_download_takes_its_helpers_along_wherever_they_went(
@@ -291,4 +300,6 @@ async def test_a_cancelled_download_takes_its_helpers_along_wherever_they_went(
         task.cancel()
         with pytest.raises(CancelledByUser):
             await task
-    assert not os.path.exists(f"/proc/{(tmp_path / 'helper').read_text().strip()}")
+    with contextlib.suppress(psutil.NoSuchProcess):
+        helper = psutil.Process(int((tmp_path / "helper").read_text()))
+        assert helper.status() == psutil.STATUS_ZOMBIE  # whoever inherited it has not looked yet
