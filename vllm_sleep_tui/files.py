@@ -14,7 +14,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -27,6 +27,7 @@ LOCK_PAUSE = 0.005
 MAX_AGREEMENTS = 4 * 2**20
 MAX_HASHED = 16 * 2**20
 """Of a larger file that a config names, size and time stand for its content."""
+LOCK_SECONDS = 5.0
 _AS_BYTES = "bytes:"
 log = logging.getLogger(__name__)
 
@@ -184,9 +185,30 @@ def trusted(path: Path, digest: str, state: Path) -> bool:
 
 
 def trust(path: Path, digest: str, state: Path) -> None:
-    """Keep the person's agreement; a change of what it was about ends it."""
-    agreements = {**_agreements(state), as_text(path): digest}
-    write_private(state / "trusted.json", msgspec.json.format(msgspec.json.encode(agreements)))
+    """Keep the person's agreement; a change of what it was about ends it. Raises OperationError."""
+    with _one_at_a_time(state / "trusted.lock"):
+        agreements = {**_agreements(state), as_text(path): digest}
+        write_private(state / "trusted.json", msgspec.json.format(msgspec.json.encode(agreements)))
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Between processes, for a change of a file that is read first.
+
+    Who holds `path` for LOCK_SECONDS is frozen, and a lock that cannot be made is none: then it goes on
+    without, which may lose the other's agreement, to be asked for again.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        lock_within(descriptor, LOCK_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def digest_with(digest: str, files: Iterable[Path]) -> str:

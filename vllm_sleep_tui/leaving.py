@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 LIMIT_SECONDS = 2.0
 """For the orderly end; with what follows it the process is gone within 3 s."""
@@ -91,13 +92,13 @@ class Leaving:
         return bool(found)
 
 
-def leave_at_once() -> None:
+def leave_at_once(code: int = 0) -> NoReturn:
     """End this process without unwinding anything: a start under way is carried on by whoever comes next."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def forget_terminal(terminal: int) -> None:

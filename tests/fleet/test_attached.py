@@ -14,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from tests.command_line import CommandLine, write_config
 from tests.fleet.by_hand import vllm
-from tests.fleet.conftest import Box, seen, until, until_state
+from tests.fleet.conftest import SIMULATOR, Box, seen, until, until_state
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet.observe.snapshotter import read_once
@@ -297,3 +299,31 @@ async def test_serve_that_stops_all_at_its_end_leaves_attached_servers_alone(
         async with machine.open() as fleet:
             assert seen(fleet, "own").state is State.STOPPED
         assert process.poll() is None
+
+
+@pytest.mark.parametrize("how", ["stop --all", "serve --stop-on-exit"])
+def test_a_server_of_a_model_that_got_a_url_meanwhile_is_stopped_with_all(
+    tmp_path: Path, free_port: FreePort, how: str
+) -> None:
+    config = tmp_path / "vllm-sleep-tui.yaml"
+    model = {"model": "sim/1GiB", "args": {"max-model-len": 2048}, "env": {"VLLM_SIM_TIMES": "instant"}}
+    gpus = [{"name": "Test", "memory": "24GiB"}]
+    far = {"url": f"http://127.0.0.1:{free_port()}"}
+    machine = CommandLine(
+        write_config(config, SIMULATOR, {"a": model}, simulated_gpus=gpus), tmp_path / "state"
+    )
+    machine("start", "a")
+    pid = machine.status()["a"]["pid"]
+    write_config(config, SIMULATOR, {"a": far}, simulated_gpus=gpus)
+    assert f"still runs, pid {pid}" in machine.status()["a"]["reason"]
+    if how == "stop --all":
+        assert machine.run("stop", "--all").returncode == 0
+    else:
+        serve = machine.begin("serve", "--stop-on-exit")
+        assert serve.stdout is not None
+        while " a: " not in (line := serve.stdout.readline()):
+            assert line
+        serve.terminate()
+        serve.communicate(timeout=120)
+    assert "still runs" not in machine.status()["a"]["reason"]
+    assert not psutil.pid_exists(pid)

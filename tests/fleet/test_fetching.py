@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.command_line import CommandLine
@@ -265,3 +268,38 @@ async def test_names_in_an_index_are_files_and_never_options_or_places_elsewhere
     calls = (tmp_path / "calls").read_text()
     assert "model-1-of-2.safetensors" in calls
     assert "x.safetensors" not in calls
+
+
+async def test_a_helper_that_left_the_group_holds_up_no_start(loaded: LoadedConfig, tmp_path: Path) -> None:
+    (tmp_path / "rest").write_text(f"setsid sh -c 'echo $$ >> {tmp_path}/helpers; exec sleep 600' &\nexit 0")
+    async with Fleet(loaded, tmp_path / "state") as fleet:
+        await asyncio.wait_for(fleet.start(["m"]), 120)
+        await fleet.stop(["m"], force=True)
+    helpers = tmp_path / "helpers"
+    await until(lambda: helpers.exists() and len(helpers.read_text().split()) == tries(tmp_path))
+    for pid in helpers.read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def tries(tmp_path: Path) -> int:
+    """How often the tool was called."""
+    return len((tmp_path / "calls").read_text().splitlines())
+
+
+async def test_a_cancelled_download_takes_its_helpers_along_wherever_they_went(
+    loaded: LoadedConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "rest").write_text(
+        f"setsid sh -c 'trap \"\" TERM; echo $$ > {tmp_path}/helper; sleep 600' &\nsleep 600"
+    )
+    told: list[Progress] = []
+    async with Fleet(loaded, tmp_path / "state") as fleet:
+        task = asyncio.create_task(fleet.start(["m"], report=told.append))
+        await until(lambda: (tmp_path / "helper").exists() and (tmp_path / "helper").read_text().strip())
+        await until(lambda: any(step.phase == "fetching" for step in told))
+        task.cancel()
+        with pytest.raises(CancelledByUser):
+            await task
+    with contextlib.suppress(psutil.NoSuchProcess):
+        helper = psutil.Process(int((tmp_path / "helper").read_text()))
+        assert helper.status() == psutil.STATUS_ZOMBIE  # whoever inherited it has not looked yet

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.conftest import until
+from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.store.locks import Holder, LockBusyError, hold, holder, open_shared, read_holder
 from vllm_sleep_tui.fleet.supervision.leader import LeaderLock
 
@@ -202,3 +203,23 @@ def test_a_full_disk_does_not_keep_the_leaders_seat_empty(tmp_path: Path) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not LeaderLock(tmp_path / "leader.lock").take()
     seat.leave()
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "there already"])
+async def test_a_lock_without_room_for_who_holds_it_is_refused_with_a_cure(
+    tmp_path: Path, there: bool
+) -> None:
+    path = tmp_path / "gpu.lock"
+    if there:
+        path.touch(0o666)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # every write to a file fails
+    try:
+        with pytest.raises(OperationError, match="no space left for who holds it") as caught:
+            async with hold([path], holder("start", "a")):
+                pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"Make room in {tmp_path}" in caught.value.cure
+    async with hold([path], holder("start", "a")):  # nobody was left holding it
+        pass

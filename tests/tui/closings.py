@@ -2,7 +2,8 @@
 
     python tests/tui/closings.py [COUNT]
 
-Each closing: a panel leads and shows an answer, its terminal vanishes; it must be gone, and its seat free.
+Each closing: a panel leads and shows an answer, its terminal vanishes; it must be gone in
+the orderly way, and its seat free.
 Each stop: SIGSTOP and SIGCONT, 10 to a panel, which must go on with the threads that it had; SIGTERM while
 its terminal does not read: it must be gone, and its seat free. Exit code 0 if nothing was left.
 """
@@ -21,6 +22,8 @@ from pty_terminal import Terminal
 from talker import talker
 from test_tui_leaving import Desk, threads_of
 
+from vllm_sleep_tui.leaving import CUT_OFF
+
 PATIENCE = 30.0
 STOPS_EACH = 10
 
@@ -32,6 +35,8 @@ class Count:
         self.seconds: list[float] = []
         self.left = 0
         self.seats = 0
+        self.cut = 0
+        """Ends that came by the limit."""
 
     def ends(self, desk: Desk, panel: Terminal) -> None:
         """Wait for the end of a panel that is to end now."""
@@ -40,6 +45,7 @@ class Count:
             panel.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.left += 1
+        self.cut += panel.process.returncode == CUT_OFF
         self.seconds.append(time.monotonic() - began)
         self.seats += desk.leader() is not None
         panel.close()
@@ -49,7 +55,7 @@ class Count:
         ranked = sorted(self.seconds)
         middle = ranked[len(ranked) // 2]
         took = f"{middle:.2f} s, at most {ranked[-1]:.2f} s"
-        return f"{len(ranked)} ends: {self.left} left, {self.seats} seats kept; {took}"
+        return f"{len(ranked)} ends: {self.left} left, {self.cut} cut off, {self.seats} seats kept; {took}"
 
 
 def close(desk: Desk, count: int) -> Count:
@@ -95,7 +101,7 @@ def main() -> int:
             print(f"{count} stops, {stopped}", flush=True)
         finally:
             desk.close()
-    return 1 if closed.left or closed.seats or stopped.left or stopped.seats else 0
+    return 1 if closed.left or closed.cut or closed.seats or stopped.left or stopped.seats else 0
 
 
 if __name__ == "__main__":

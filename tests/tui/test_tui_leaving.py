@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 from pty_terminal import DEADLINE, Terminal
 from talker import talker
+
+from vllm_sleep_tui.fleet.store.locks import shared_folder
 
 LIMIT = 20.0
 """For an end that is promised within 3 s, on a machine that has other work."""
@@ -115,7 +118,7 @@ def test_a_terminal_that_vanishes_during_an_answer_takes_the_panel_with_it(
         panel = desk.talking(controlling=controlling)
         assert desk.leader() == panel.process.pid
         panel.vanish()
-        panel.process.wait(LIMIT)
+        assert panel.process.wait(LIMIT) == 0  # the orderly end; the cut says 1
         assert desk.leader() is None
     assert not list((desk.config.parent / "vllm-sleep-tui").glob("crashes/*"))
 
@@ -203,7 +206,7 @@ def signalled(number: signal.Signals) -> Callable[[Terminal], None]:
 def vanished(panel: Terminal) -> None:
     """An end by the window's end."""
     panel.vanish()
-    panel.process.wait(LIMIT)
+    assert panel.process.wait(LIMIT) == 0
 
 
 @pytest.mark.parametrize("desk", [2.0], indirect=True)
@@ -230,3 +233,20 @@ def test_a_start_under_way_does_not_hold_the_panel_and_goes_on_without_it(
         assert time.monotonic() < deadline, seen
         assert seen["state"] == "starting"
     assert seen["pid"] == pid
+
+
+def test_a_start_that_still_waits_for_its_turn_is_dropped_and_that_is_said(desk: Desk) -> None:
+    (gpu,) = json.loads(desk.verb("status", "--json").stdout)["gpus"]
+    lock = shared_folder() / f"vllm-sleep-tui-{gpu['uuid']}.lock"
+    panel = desk.open()
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        panel.press("\x1b[B")
+        panel.press("u")
+        panel.wait_for("waits for")
+        panel.written = b""
+        panel.process.send_signal(signal.SIGTERM)
+        assert panel.end(LIMIT) == 0
+    lock.unlink(missing_ok=True)
+    panel.wait_for("Dropped, as it still waited for its turn: phi.")
+    assert desk.look("phi")["state"] == "stopped"

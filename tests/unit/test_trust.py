@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import http.server
+import json
 import os
 import signal
 import subprocess
@@ -253,3 +256,31 @@ def test_an_agreement_that_somebody_else_wrote_is_none(home: Path) -> None:
     agreements.unlink()
     agreements.symlink_to(forged)
     assert refused(run("stop", "ours"))
+
+
+def test_two_who_agree_at_once_both_have_agreed(home: Path, tmp_path: Path) -> None:
+    assert run("demo", "--init", str(tmp_path / "first")).returncode == 0
+    agreements = Path(os.environ["XDG_STATE_HOME"], "vllm-sleep-tui/trusted.json")
+    before = json.loads(agreements.read_bytes())
+    with agreements.with_suffix(".lock").open("w") as lock:  # as another panel holds it from its read on
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = subprocess.Popen([*COMMAND, "demo", "--init", str(tmp_path / "second")])
+        files = Path(f"/proc/{second.pid}/fd")
+        deadline = time.monotonic() + 60
+        while second.poll() is None and lock.name not in links(files):
+            assert time.monotonic() < deadline
+        agreements.write_text(json.dumps({**before, "third": "digest"}))
+    assert second.wait(60) == 0
+    found = json.loads(agreements.read_bytes())
+    assert {"third", *before} < set(found)
+    assert len(found) == len(before) + 2
+
+
+def links(folder: Path) -> list[str]:
+    """Where the files lead that a process has open."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                found.append(str(path.readlink()))
+    return found

@@ -203,9 +203,10 @@ def _how_far(path: Path) -> str:
 
 def _starts_only(report: Reporter) -> Callable[[Progress], None]:
     """The progress of starts and stops; a switch by sleep is told as a whole, when it is measured."""
+    from vllm_sleep_tui.fleet.snapshot import WAITING
     from vllm_sleep_tui.fleet.states import StartPhase
 
-    shown = {*StartPhase, "stopping", "waiting"}
+    shown = {*StartPhase, "stopping", WAITING}
     return lambda progress: report(progress) if progress.phase in shown else None
 
 

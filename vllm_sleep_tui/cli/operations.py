@@ -53,7 +53,7 @@ def start(ctx: click.Context, names: tuple[str, ...], everything: bool, as_json:
 def stop(ctx: click.Context, names: tuple[str, ...], everything: bool, force: bool, as_json: bool) -> None:
     """Stop models and free all they hold."""
     loaded = load_config(ctx)
-    chosen = _choose(loaded, names, everything=everything)
+    chosen = _choose(loaded, names, everything=everything, also=_with_servers(loaded) if everything else ())
     _put_several(
         _operate(loaded, chosen, lambda fleet: fleet.stop(chosen, force=force, report=Reporter())), as_json
     )
@@ -122,8 +122,11 @@ def switch(ctx: click.Context, name: str, force: bool, as_json: bool) -> None:
     )
 
 
-def _choose(loaded: LoadedConfig, names: Sequence[str], *, everything: bool) -> list[str]:
-    """The models meant, each once; --all leaves out attached ones, which are not ours to start or stop.
+def _choose(
+    loaded: LoadedConfig, names: Sequence[str], *, everything: bool, also: Sequence[str] = ()
+) -> list[str]:
+    """The models meant, each once; --all leaves out attached ones but `also`: they are not ours to start or
+    stop.
 
     Raises UsageError for an unknown name, or names together with --all.
     """
@@ -135,8 +138,15 @@ def _choose(loaded: LoadedConfig, names: Sequence[str], *, everything: bool) -> 
         )
     for name in names:
         loaded.model(name)
-    ours = [name for name, model in loaded.config.models.items() if model.url is None]
+    ours = [name for name, model in loaded.config.models.items() if model.url is None or name in also]
     return list(dict.fromkeys(names or ours or loaded.config.models))
+
+
+def _with_servers(loaded: LoadedConfig) -> list[str]:
+    """The models of which a server of ours runs; such a one may have got a `url:` meanwhile."""
+    from vllm_sleep_tui.fleet.observe.snapshotter import read_once
+
+    return read_once(loaded, state_dir()).with_servers()
 
 
 def _operate(

@@ -159,11 +159,10 @@ class Headless:
 
     async def _stop_all(self, fleet: Fleet) -> None:
         """Stop what runs; a start that somebody else has under way is theirs to stop."""
-        models = [model for model in fleet.snapshot().models if not model.is_attached]
         theirs = fleet.starts_of_others()
         for name, pid in theirs.items():
             log.info("serve: %s is being started by process %d and is left to it", name, pid)
-        running = [model.name for model in models if model.state in RUNNING and model.name not in theirs]
+        running = [name for name in fleet.snapshot().with_servers() if name not in theirs]
         log.info("serve: stopping %s", ", ".join(running) or "nothing")
         try:
             await fleet.stop(running)

@@ -210,9 +210,25 @@ class Keeper:
             return 100
         if elapsed >= self.terms * TERM_AGAIN_SECONDS:
             self.terms += 1
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.api_server(), signal.SIGTERM)
+            self.signal_below(self.api_server(), signal.SIGTERM)
         return 100
+
+    def signal_below(self, pid: int, number: int) -> None:
+        """Signal a process below us, unless its number is another's by now: a wrapper may have reaped it."""
+        handle = None
+        try:
+            with contextlib.suppress(AttributeError, OSError):  # none before Linux 5.3 or in a sandbox
+                handle = os.pidfd_open(pid)
+            if pid not in below(os.getpid(), parents()):  # the handle's own, if it was ours at all
+                return
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if handle is None:
+                    os.kill(pid, number)
+                else:
+                    signal.pidfd_send_signal(handle, number)
+        finally:
+            if handle is not None:
+                os.close(handle)
 
     def api_server(self) -> int:
         """Whom to ask for an orderly end: the last in a row of programs whose command lines hold `mark`.
@@ -367,6 +383,12 @@ def take_lock(path: str) -> int:
     raise AssertionError
 
 
+def keep_from_cleaners(folder: str) -> None:
+    """Lock the server's folder for as long as we live: systemd-tmpfiles leaves a locked one and all in it."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
 def main() -> None:
     """Read the order, leave the launcher's side, keep the server."""
     order = json.load(sys.stdin)
@@ -387,6 +409,7 @@ def main() -> None:
         busy = isinstance(error, BlockingIOError)
         tell(report, {} if busy else {"error": error.strerror})
         return
+    keep_from_cleaners(order["tmp_dir"])
     keeper = Keeper(order, lock, Log(order["log"], order["log_bytes"]))
     keeper.run(report)
 

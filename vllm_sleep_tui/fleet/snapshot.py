@@ -9,7 +9,7 @@ import time
 
 import msgspec
 
-from vllm_sleep_tui.fleet.states import StartPhase, State
+from vllm_sleep_tui.fleet.states import RUNNING, StartPhase, State
 
 
 class OperationSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,11 +102,11 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     configured_level: str = "auto"
     """auto, 1, 2 or none."""
     resolved_level: str | None = None
+    """What `auto` became at start: 1, 2 or none."""
     sleep_backend: str | None = None
     """own: our sleep mode; stock: vLLM's; None where it is not known."""
     sleep_backend_why: str | None = None
     """Why it is vLLM's although ours was to be had."""
-    """What `auto` became at start: 1, 2 or none."""
     proof: str | None = None
     """After the last wake or sleep: proven, unproven, unverified."""
     frees_memory: bool = True
@@ -115,6 +115,8 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The model's hub name, folder or URL."""
     is_attached: bool = False
     """Given by `url:`: it can neither be started nor stopped from here, and what it holds is not seen."""
+    has_own_server: bool = False
+    """It is attached, and a server that was started here before still runs: that one can be stopped."""
     last_request: float | None = None
     serving: Serving | None = None
     """While awake, in a panel or `serve`; None until its first page of figures."""
@@ -177,6 +179,14 @@ class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
                 return model
         raise KeyError(name)
 
+    def with_servers(self) -> list[str]:
+        """The models of which a server of ours runs, those that are attached by now included."""
+        return [
+            model.name
+            for model in self.models
+            if model.has_own_server or (model.state in RUNNING and not model.is_attached)
+        ]
+
 
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """What `enter` (switch) on a model would do, before it is pressed."""
@@ -197,6 +207,10 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """VRAM used on each GPU afterwards."""
     sentence: str = ""
     """The whole thing for a person."""
+
+
+WAITING = "waiting"
+"""The phase of an operation that waits for somebody else's and has begun nothing."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):

@@ -159,8 +159,10 @@ class PanelApp(App[None]):
 
     def abandon(self) -> None:
         """In another thread: give the terminal back because the process ends now; says what that cuts off."""
-        cut = [f"{operation.verb} {operation.model}" for operation in list(self.operations.running.values())]
+        waiting, cut = self.operations.waiting(), list(self.operations.running)
+        cut = [f"{self.operations.running[name].verb} {name}" for name in cut if name not in waiting]
         words = f"Left while {', '.join(cut)}: whoever comes next carries it on." if cut else "Left."
+        words += f" {_dropped(waiting)}" if waiting else ""
         if isinstance(self._driver, PanelDriver):
             self._driver.abandon(words)
 
@@ -211,6 +213,8 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
         try:
             await app.run_async()
         finally:
+            if app.is_told_to_leave and (waiting := app.operations.waiting()):
+                _say(_dropped(waiting))
             if app.is_told_to_leave and (starts := fleet.own_starts()):
                 # To unwind would stop them, minutes of loading; the person did not ask for that.
                 _say(f"Left while starting {', '.join(starts)}: whoever comes next carries it on.")
@@ -219,8 +223,17 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
         running = [model.name for model in fleet.snapshot().models if model.state in RUNNING]
         if running:
             _say(f"{', '.join(running)} run on; the panel takes them back when it is opened again.")
-        # Without a code it was ended by a stray cancellation, which is no success.
-        return 1 if app.return_code is None else app.return_code
+    # Without a code it was ended by a stray cancellation, which is no success.
+    code = 1 if app.return_code is None else app.return_code
+    if app.is_told_to_leave:
+        # All is written and given back. What is left is Python's own end, in which no thread keeps the limit.
+        leave_at_once(code)
+    return code
+
+
+def _dropped(waiting: Iterable[str]) -> str:
+    """What becomes of what had not begun: nobody who comes later would expect it."""
+    return f"Dropped, as it still waited for its turn: {', '.join(waiting)}."
 
 
 def _say(words: str) -> None:

@@ -199,6 +199,7 @@ def snapshot_of(record: Record, model: ModelConfig, seen: ProbeResult | None) ->
         proof=record.proof,
         source=model.url or "",
         is_attached=True,
+        has_own_server=owns_server(record),
     )
 
 

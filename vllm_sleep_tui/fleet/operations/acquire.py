@@ -17,6 +17,7 @@ from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished, reconcile
 from vllm_sleep_tui.fleet.operations.room import plan_for
+from vllm_sleep_tui.fleet.snapshot import WAITING
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import Holder, LockBusyError, cure_for, describe, hold, holder
 from vllm_sleep_tui.sizing.placement import Room
@@ -113,7 +114,7 @@ async def locked(paths: list[Path], this: Holder, operation: Operation, name: st
     """The locks themselves, cancellable while they are waited for; RefusedError that names who holds on."""
 
     def waiting(who: Holder | None) -> None:
-        operation.tell(name, "waiting", waiting_words(who))
+        operation.tell(name, WAITING, waiting_words(who))
 
     began = time.monotonic()
     try:

@@ -134,6 +134,26 @@ def is_whole(record: Record) -> bool:
     return all(is_alive(engine) for engine in record.engines)
 
 
+def is_cut_off(record: Record) -> bool:
+    """Whether only our way in is gone, by a cleaner of /tmp, say: the server lives and serves clients."""
+    return (
+        record.socket is not None
+        and record.server is not None
+        and not os.path.exists(record.socket)
+        and is_alive(record.server)
+        and is_whole(record)
+    )
+
+
+def cut_off_words(record: Record) -> tuple[str, str]:
+    """What and cure of a server that is cut off."""
+    return (
+        f"The panel's way in, {record.socket}, was removed: clients are served, but it can neither sleep nor"
+        " wake nor be looked after.",
+        "Stop it with --force and start it again when that is convenient.",
+    )
+
+
 def cause_in_log(model: Model, status: KeeperStatus) -> Diagnosis | None:
     """Why the server or its engine ended, as far as the log tells; None if both live or are not known."""
     cause = _cause_in_log(model.record, status)

@@ -11,13 +11,16 @@ import asyncio
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import IO
 
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.causes import diagnose_download
@@ -27,12 +30,21 @@ from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.states import StartPhase
 from vllm_sleep_tui.sizing.hub import hub_cache
 from vllm_sleep_tui.sizing.model_files import REF_LIMIT, is_weights_name, read_config, read_whole
+from vllm_sleep_tui.telemetry.processes import (
+    ProcessId,
+    ProcessTable,
+    environment_has,
+    is_alive,
+    signal_process,
+)
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.units import GIB
 
 TOOLS = ("hf", "huggingface-cli")
 POLL_SECONDS = 0.5
 ENDING_SECONDS = 5.0
+MARK_VARIABLE = "VLLM_SLEEP_TUI_DOWNLOAD"
+"""Of the tool's environment: names the download."""
 SPOKEN_BYTES = 64 * 1024
 INDEX_BYTES = 64 * 2**20
 INDEX = "model.safetensors.index.json"
@@ -197,24 +209,24 @@ async def download(
         words += what
     words += ["--revision", wanted.revision] if wanted.revision else []
     words += ["--cache-dir", str(wanted.cache)] if wanted.given_cache else []
-    process = await asyncio.create_subprocess_exec(
-        *words,
-        env=environ,
-        cwd=base,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
-    said = asyncio.ensure_future(last_words(process))
-    try:
-        await follow(process, wanted.folder, name, operation)
-    except BaseException:
-        await end(process)
-        raise
-    finally:
-        spoken = await said
-    return diagnose_download(spoken) if process.returncode else None
+    mark = secrets.token_hex(16)
+    # A file and no pipe: whoever the tool leaves behind may keep it open for ever.
+    with tempfile.TemporaryFile() as said:
+        process = await asyncio.create_subprocess_exec(
+            *words,
+            env={**environ, MARK_VARIABLE: mark},
+            cwd=base,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=said,
+            start_new_session=True,
+        )
+        try:
+            await follow(process, wanted.folder, name, operation)
+        except BaseException:
+            await end(mark)
+            raise
+        return diagnose_download(last_words(said)) if process.returncode else None
 
 
 async def follow(process: asyncio.subprocess.Process, folder: Path, name: str, operation: Operation) -> None:
@@ -238,21 +250,31 @@ def size_of(folder: Path) -> int:
     return total
 
 
-async def last_words(process: asyncio.subprocess.Process) -> str:
-    """The end of what the tool said, read as it comes so that it never blocks on a full pipe."""
-    assert process.stderr is not None
-    said = b""
-    while part := await process.stderr.read(4096):
-        said = (said + part)[-SPOKEN_BYTES:]
-    return clean(said.decode(errors="replace"))
+def last_words(said: IO[bytes]) -> str:
+    """The end of what the tool said."""
+    said.seek(max(0, said.seek(0, os.SEEK_END) - SPOKEN_BYTES))
+    return clean(said.read(SPOKEN_BYTES).decode(errors="replace"))
 
 
-async def end(process: asyncio.subprocess.Process) -> None:
-    """End the download's group, kindly first; it goes on where it was the next time."""
+async def end(mark: str) -> None:
+    """End the download, kindly first, and all that it began, whether it lives itself or not.
+
+    They are told by the mark in their environment, wherever they went. It goes on where it was the next time.
+    """
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.returncode is not None:
+        deadline = time.monotonic() + ENDING_SECONDS
+        for process in await asyncio.to_thread(marked, mark):
+            signal_process(process, number)
+        while await asyncio.to_thread(marked, mark):
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.05)
+        else:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), ENDING_SECONDS)
+
+
+def marked(mark: str) -> list[ProcessId]:
+    """The living processes of a download."""
+    table = ProcessTable.read()
+    found = [table.id_of(pid) for pid in table.parents if environment_has(pid, MARK_VARIABLE, mark)]
+    return [process for process in found if process is not None and is_alive(process)]

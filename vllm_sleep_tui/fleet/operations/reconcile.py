@@ -28,8 +28,10 @@ from vllm_sleep_tui.fleet.observe.orphans import is_keeper, is_mine, keeper_file
 from vllm_sleep_tui.fleet.operations.end import (
     SERVER_GONE,
     cause_in_log,
+    cut_off_words,
     end_server,
     fail,
+    is_cut_off,
     is_whole,
     stop_server,
 )
@@ -66,7 +68,10 @@ def needs_care(model: Model) -> bool:
     """Whether it is unfinished and nobody else is at it; within this process the locks tell."""
     if not is_unfinished(model):
         return False
-    intent = model.record.intent
+    record = model.record
+    intent = record.intent
+    if is_cut_off(record) and record.reason == cut_off_words(record)[0]:
+        return False  # that is known; more cannot be done
     return intent is None or intent.actor == actor() or not is_alive(intent.actor)
 
 
@@ -147,8 +152,17 @@ async def carry_on_start(model: Model, operation: Operation) -> None:
 
 
 async def settle(model: Model, operation: Operation) -> None:
-    """A sleep, wake or switch was cut off: ask what became of it, and finish what must not stay half."""
+    """A sleep, wake or switch was cut off: ask what became of it, and finish what must not stay half.
+
+    A server that cannot be asked because its socket was removed is kept, with that as its reason.
+    """
     server, state = Server(model, operation), model.record.state
+    if is_cut_off(model.record):
+        what, cure = cut_off_words(model.record)
+        left = None if state in (State.AWAKE, State.ASLEEP) else model.record.intent
+        model.write(intent=left, reason=what, cure=cure)
+        operation.tell(model.name, "cut off", what)
+        return
     try:
         sleeping = await server.is_sleeping()
         if state is State.FALLING_ASLEEP:

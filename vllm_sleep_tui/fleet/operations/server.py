@@ -18,11 +18,11 @@ from vllm_sleep_tui.engine import proof, sleeping
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
 from vllm_sleep_tui.engine.logs import MAX_WHY
 from vllm_sleep_tui.engine.proof import Verdict
-from vllm_sleep_tui.errors import PanelError, RefusedError
+from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.arguments import replicas
-from vllm_sleep_tui.fleet.operations.end import fail_as, stop_server
+from vllm_sleep_tui.fleet.operations.end import cut_off_words, fail_as, is_cut_off, stop_server
 from vllm_sleep_tui.fleet.operations.failures import CURES, Failure, may_wake_again, wake_failure
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
@@ -370,10 +370,13 @@ class Server:
     # ── wake ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def wake(self, more_room: MoreRoom | None = None) -> None:
-        """Wake, prove, open the gate; raises RefusedError without room, OperationError if it failed.
+        """Wake, prove, open the gate; raises RefusedError without room or way in, OperationError if it fails.
 
         `more_room` is made if vLLM runs out of memory all the same and may be asked again.
         """
+        if is_cut_off(self.record):
+            what, cure = cut_off_words(self.record)
+            raise RefusedError(f"{self.name}: {what}", cure)
         self.check_room(await self.read_memory())
         level = 1 if self.record.level is None else self.record.level
         self.operation.checkpoint()
@@ -489,5 +492,8 @@ class Server:
             await self.fail(Failure.SILENT, error)
 
     async def fail(self, failure: Failure, why: object = "") -> NoReturn:
-        """End the server, keep the reason; raises OperationError with it."""
+        """End the server, keep the reason; raises OperationError with it. One that is cut off is kept."""
+        if is_cut_off(self.record):
+            what, cure = cut_off_words(self.record)
+            raise OperationError(f"{self.name}: {what}", cure)
         await fail_as(self.model, failure, why)

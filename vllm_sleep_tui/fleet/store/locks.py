@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 SIMULATED = "-SIM-"
 """In the names of locks of simulated GPUs, by their uuid."""
+WORD_SIZE = 1024
+"""Bytes of a lock file."""
 MAX_WORD = 64
 A_DAY = 86400.0
 
@@ -328,11 +330,11 @@ async def hold(
 ) -> AsyncIterator[None]:
     """Hold all of `paths`, taken in the order given; raises LockBusyError after `limit` seconds.
 
-    Raises OperationError if a lock file cannot be opened.
+    Raises OperationError if a lock file cannot be opened or has no room for a word.
     """
     held: list[tuple[Path, int]] = []
     deadline = time.monotonic() + limit
-    word = msgspec.json.encode(who).ljust(1024)
+    word = msgspec.json.encode(who).ljust(WORD_SIZE)
     watching = asyncio.create_task(watch(held, word), name="locks")
     try:
         for path in paths:
@@ -350,8 +352,23 @@ async def hold(
             os.close(descriptor)
 
 
+def make_room(descriptor: int, path: Path) -> None:
+    """Room for a holder's word; raises OperationError without: nobody waits long for a silent one.
+
+    A file that may only be read, and a file system that cannot tell, are taken as they are.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, WORD_SIZE)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OperationError(
+                f"The lock {path} has no space left for who holds it: {error.strerror}.",
+                f"Make room in {path.parent}. {OWN_FOLDER}",
+            ) from None
+
+
 def write_word(descriptor: int, word: bytes) -> None:
-    """Say who holds it; a full disk refuses, and then it is not known: the lock is the kernel's."""
+    """Say who holds it, in the room that was made; the lock itself is the kernel's."""
     with contextlib.suppress(OSError):
         os.pwrite(descriptor, word, 0)
 
@@ -400,12 +417,13 @@ async def take(
     waiting: Callable[[Holder | None], None],
     checkpoint: Callable[[], None],
 ) -> int:
-    """Wait until the lock is ours: its open file."""
+    """Wait until the lock is ours, with room for our word: its open file."""
     while True:
         descriptor = open_lock(path)
         try:
             await wait_for(descriptor, path, deadline, waiting, checkpoint)
             if has_name(descriptor, path):
+                make_room(descriptor, path)
                 return descriptor
         except BaseException:
             os.close(descriptor)

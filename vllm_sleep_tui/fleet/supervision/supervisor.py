@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.orphans import find_orphans, summary
 from vllm_sleep_tui.fleet.operations.acquire import gpus_of
+from vllm_sleep_tui.fleet.operations.end import cut_off_words, is_cut_off
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished, needs_care, reconcile
 from vllm_sleep_tui.fleet.poller import FaultLog, Poller
@@ -225,16 +225,11 @@ class Leader:
 
     def _is_cut_off(self, record: Record) -> bool:
         """Whether only our way in is gone: clients are served as ever; said once a launch."""
-        if record.socket is None or os.path.exists(record.socket):
+        if not is_cut_off(record):
             return False
         if self._cut_off.get(record.name) != record.launch:
             self._cut_off[record.name] = record.launch
-            log.warning(
-                "%s: the panel's way in, %s, was removed: clients are served, but it can neither sleep nor be"
-                " looked after. Stop it with --force and start it again when that is convenient.",
-                record.name,
-                record.socket,
-            )
+            log.warning("%s: %s %s", record.name, *cut_off_words(record))
         return True
 
     async def _end(self, model: Model, symptom: str) -> None:

@@ -9,7 +9,7 @@ from textual.screen import Screen
 
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
-from vllm_sleep_tui.fleet.states import RUNNING, State
+from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
 from vllm_sleep_tui.tui.state.operations import Operations, Work
 from vllm_sleep_tui.tui.state.view import PanelFleet, Running
@@ -144,8 +144,7 @@ class OperatingScreen(Screen[None]):
 
     def running_models(self) -> list[str]:
         """The models with a server of ours."""
-        models = self.fleet.snapshot().models
-        return [model.name for model in models if model.state in RUNNING and not model.is_attached]
+        return self.fleet.snapshot().with_servers()
 
     @work(exclusive=True, group="quit")
     async def action_quit_panel(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from vllm_sleep_tui.errors import CancelledByUser, PanelError
-from vllm_sleep_tui.fleet.snapshot import Progress
+from vllm_sleep_tui.fleet.snapshot import WAITING, Progress
 from vllm_sleep_tui.tui.state.view import Report, Running, Trouble
 
 CLOSE_SECONDS = 30.0
@@ -77,6 +77,11 @@ class Operations:
         self.running[name] = replace(self.running[name], cancelled=True)
         self._tasks[name].cancel()
         return name
+
+    def waiting(self) -> list[str]:
+        """The models whose operation waits for somebody else's and has begun nothing."""
+        open_ones = list(self.running.items())
+        return [name for name, running in open_ones if running.progress and running.progress.phase == WAITING]
 
     async def settled(self, models: Iterable[str]) -> None:
         """Wait until nothing is under way on these models."""
