@@ -14,8 +14,8 @@ import msgspec
 from vllm_sleep_tui.bench import figures
 from vllm_sleep_tui.bench.document import Table
 from vllm_sleep_tui.bench.figures import Spread
-from vllm_sleep_tui.bench.progress import seconds
 from vllm_sleep_tui.bench.results import Run
+from vllm_sleep_tui.units import precise
 
 CHANCE = 0.05
 """A difference that chance makes less often than this is called one."""
@@ -110,4 +110,4 @@ def table(rows: Sequence[Difference], first: str, second: str) -> Table:
 
 
 def _shown(found: Spread) -> str:
-    return f"{seconds(found.median)} ({seconds(found.low)} to {seconds(found.high)}, n={found.count})"
+    return f"{precise(found.median)} ({precise(found.low)} to {precise(found.high)}, n={found.count})"

@@ -14,12 +14,9 @@ from vllm_sleep_tui.bench.figures import Spread, Summary, Total
 from vllm_sleep_tui.bench.pays import pays
 from vllm_sleep_tui.bench.plan import MAX_TOKENS, Mode
 from vllm_sleep_tui.bench.post import Figures
-from vllm_sleep_tui.bench.progress import left, seconds
+from vllm_sleep_tui.bench.progress import left
 from vllm_sleep_tui.bench.results import Machine, Run, Step
-
-GIB = 2**30
-NONE = "–"
-
+from vllm_sleep_tui.units import NONE, gib, precise
 
 WHAT_A_SWITCH_IS = (
     "A switch is the leaving model's sleep and the other's wake, or its stop and the other's start, until "
@@ -117,11 +114,11 @@ def _head(run: Run, summary: Summary) -> list[str]:
 
 
 def _machine(machine: Machine) -> str:
-    gpus = ", ".join(f"{gpu.name} ({_gib(gpu.total_bytes)})" for gpu in machine.gpus) or "no GPU"
+    gpus = ", ".join(f"{gpu.name} ({gib(gpu.total_bytes)})" for gpu in machine.gpus) or "no GPU"
     parts = [
         gpus,
         f"{machine.cpu or 'CPU unknown'}, {machine.cores} cores",
-        f"{_gib(machine.ram_bytes)} of RAM",
+        f"{gib(machine.ram_bytes)} of RAM",
         f"driver {machine.driver}" if machine.driver else None,
         f"vLLM {machine.vllm}" if machine.vllm else None,
         f"torch {machine.torch}" if machine.torch else None,
@@ -137,7 +134,7 @@ def _inferences(run: Run, summary: Summary, theirs: Mapping[Mode, Figures], name
         given = theirs.get(row.mode, Figures())
         other = given.inference_a if row.target == run.plan.a else given.inference_b
         count, middle, range_ = _spread(row.inference)
-        first = NONE if row.ttft is None else seconds(row.ttft.median)
+        first = NONE if row.ttft is None else precise(row.ttft.median)
         tokens = NONE if row.tokens is None else f"{row.tokens.median:g}"
         rows.append((row.mode.words, row.target, count, first, middle, range_, tokens, _seconds(other)))
     header = ("after", "model", "n", "first token", "whole answer", "lowest to highest", "tokens", named)
@@ -146,7 +143,7 @@ def _inferences(run: Run, summary: Summary, theirs: Mapping[Mode, Figures], name
 
 def _first_answers(run: Run) -> tuple[str, ...]:
     """What a warm-up takes out of the first inference."""
-    found = [f"{name} {seconds(spent)}" for name, spent in figures.first_answers(run).items()]
+    found = [f"{name} {precise(spent)}" for name, spent in figures.first_answers(run).items()]
     how = "as its warm-up, counted in the load" if run.plan.warm_up else "without a warm-up, counted above"
     return (f"The first whole answer after the initial load, {how}: {', '.join(found)}.",) if found else ()
 
@@ -171,7 +168,7 @@ def _phases(run: Run) -> Table:
         (
             mode.words,
             name,
-            " · ".join(f"{phase} {seconds(spent)}" for phase, spent in found.items()),
+            " · ".join(f"{phase} {precise(spent)}" for phase, spent in found.items()),
         )
         for mode in figures.modes(run)
         for name in run.plan.pair
@@ -197,7 +194,7 @@ def _held(made: Sequence[Step], name: str) -> tuple[str, str]:
     shown = []
     for kind in ("vram", "ram"):
         known = [size for step in made if (size := getattr(step.after, kind).get(name)) is not None]
-        shown.append(_gib(median(known)) if known else NONE)
+        shown.append(gib(median(known)) if known else NONE)
     return shown[0], shown[1]
 
 
@@ -262,12 +259,12 @@ def _spread(found: Spread | None) -> tuple[str, str, str]:
     """Count, median, range."""
     if found is None:
         return "0", NONE, NONE
-    return str(found.count), seconds(found.median), f"{seconds(found.low)} to {seconds(found.high)}"
+    return (
+        str(found.count),
+        precise(found.median),
+        f"{precise(found.low)} to {precise(found.high)}",
+    )
 
 
 def _seconds(value: float | None) -> str:
-    return NONE if value is None else seconds(value)
-
-
-def _gib(size: float | None) -> str:
-    return NONE if size is None else f"{size / GIB:.1f} GiB"
+    return NONE if value is None else precise(value)

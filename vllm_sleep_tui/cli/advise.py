@@ -15,7 +15,6 @@ from vllm_sleep_tui.cli.common import (
     config_option,
     confirm,
     given_config,
-    in_words,
     json_option,
     load_config,
     put,
@@ -37,7 +36,7 @@ from vllm_sleep_tui.sizing.budget import HIGHEST_UTILIZATION
 from vllm_sleep_tui.sizing.estimate import Estimate, checkpoint_of, estimate
 from vllm_sleep_tui.sizing.sharing import GpuAdvice, listed
 from vllm_sleep_tui.telemetry.gpus import GpuReading, open_reader
-from vllm_sleep_tui.units import time_text
+from vllm_sleep_tui.units import KIB, gib, time_text
 
 
 @click.command()
@@ -162,7 +161,7 @@ def _gpu_lines(gpu: GpuAdvice) -> list[str]:
         for name in gpu.sharing.models:
             contexts = gpu.sharing.contexts[name]
             held = "" if contexts is None else f", {contexts:.1f} full contexts"
-            cache = in_words(gpu.sharing.kv_cache_memory_bytes[name])
+            cache = gib(gpu.sharing.kv_cache_memory_bytes[name])
             lines.append(
                 f"         {name}: {cache}{held}: gpu-memory-utilization {gpu.sharing.utilization[name]:g}"
             )
@@ -174,17 +173,15 @@ def _estimate_lines(name: str, found: Estimate) -> list[str]:
     count = "" if found.parameters is None else f", {found.parameters / 1e9:.2f} billion parameters"
     kind = ", ".join(filter(None, (found.architecture, found.task, found.quantization)))
     lines = [f"{name}: an estimate from its files; nothing was launched", f"  model         {kind}{count}"]
-    lines.append(f"  weights       {in_words(found.weights_bytes)}")
+    lines.append(f"  weights       {gib(found.weights_bytes)}")
     if found.kv_bytes_per_token is not None:
-        context = (
-            f", {in_words(found.context_bytes)} for {found.max_length} tokens" if found.max_length else ""
-        )
-        lines.append(f"  KV cache      {found.kv_bytes_per_token / 1024:.0f} KiB a token{context}")
-    least = f"; {in_words(found.floor_per_gpu)} at least, for one context" if found.floor_per_gpu else ""
+        context = f", {gib(found.context_bytes)} for {found.max_length} tokens" if found.max_length else ""
+        lines.append(f"  KV cache      {found.kv_bytes_per_token / KIB:.0f} KiB a token{context}")
+    least = f"; {gib(found.floor_per_gpu)} at least, for one context" if found.floor_per_gpu else ""
     at = f" at gpu-memory-utilization {HIGHEST_UTILIZATION:g}" if found.awake_per_gpu else ""
-    lines.append(f"  VRAM awake    {in_words(found.awake_per_gpu)}{at}{least}")
-    lines.append(f"  VRAM asleep   {in_words(found.asleep_per_gpu)}")
-    lines.append(f"  RAM, level 1  {in_words(found.pinned_bytes)} pinned for good")
+    lines.append(f"  VRAM awake    {gib(found.awake_per_gpu)}{at}{least}")
+    lines.append(f"  VRAM asleep   {gib(found.asleep_per_gpu)}")
+    lines.append(f"  RAM, level 1  {gib(found.pinned_bytes)} pinned for good")
     lines += _time_lines(found)
     return [
         *lines,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from vllm_sleep_tui.cli.common import (
 )
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.errors import CancelledByUser, PanelError, UsageError
-from vllm_sleep_tui.files import private_dir, write_atomically
+from vllm_sleep_tui.files import write_atomically
 from vllm_sleep_tui.paths import absolute, state_dir
 
 if TYPE_CHECKING:
@@ -175,6 +174,8 @@ def _check_resumed(ctx: click.Context, before: Run, names: tuple[str, ...]) -> N
 
 def _new_path(out: Path | None, plan: Plan) -> Path:
     """Where a new result goes; raises UsageError if it cannot go where the person wants it."""
+    from vllm_sleep_tui.bench.results import new_file
+
     if out is not None:
         path = absolute(out)
         if path.exists():
@@ -182,8 +183,7 @@ def _new_path(out: Path | None, plan: Plan) -> Path:
         if not path.parent.is_dir():
             raise UsageError(f"The folder {path.parent} is not there.", "Make it, or name another --out.")
         return path
-    folder = private_dir(state_dir() / "bench")
-    return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.a}-{plan.b}.json"
+    return new_file(state_dir(), plan)
 
 
 def _again(ctx: click.Context, path: Path) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_sleep_tui.cli.common import in_words
 from vllm_sleep_tui.cli.init import Surroundings, best_environment
 from vllm_sleep_tui.config.flags import FlagTable
 from vllm_sleep_tui.config.load import LoadedConfig
@@ -32,10 +31,11 @@ from vllm_sleep_tui.sizing.hub import hub_cache
 from vllm_sleep_tui.telemetry.gpus import VISIBLE, fault_of, is_hidden
 from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import holder_of_port
+from vllm_sleep_tui.units import GIB, MIB, gib
 
-LOW_RAM_BYTES = 8 * 2**30
-LOW_STATE_BYTES = 200 * 2**20
-LOW_CACHE_BYTES = 20 * 2**30
+LOW_RAM_BYTES = 8 * GIB
+LOW_STATE_BYTES = 200 * MIB
+LOW_CACHE_BYTES = 20 * GIB
 
 
 class Verdict(StrEnum):
@@ -229,7 +229,7 @@ def check_machine(found: Surroundings, loaded: LoadedConfig | None) -> Iterator[
     if simulated and loaded:
         yield Check("gpus", Verdict.OK, f"{len(loaded.config.simulated_gpus)}, SIMULATED")
     elif found.gpus:
-        names = ", ".join(f"{gpu.index} {gpu.name} {in_words(gpu.total_bytes)}" for gpu in found.gpus)
+        names = ", ".join(f"{gpu.index} {gpu.name} {gib(gpu.total_bytes)}" for gpu in found.gpus)
         yield Check("gpus", Verdict.OK, names)
     elif not found.gpu_faults:
         cure = "Without an NVIDIA GPU, models run on the CPU alone: `gpus: []`."
@@ -254,7 +254,7 @@ def check_machine(found: Surroundings, loaded: LoadedConfig | None) -> Iterator[
 
 def _ram_check(simulated: Path | None) -> Check:
     host = host_memory(simulated)
-    what = f"{in_words(host.available_bytes)} free of {in_words(host.total_bytes)}"
+    what = f"{gib(host.available_bytes)} free of {gib(host.total_bytes)}"
     what += ", SIMULATED" if simulated else ""
     if host.available_bytes is not None and host.available_bytes < LOW_RAM_BYTES:
         return Check(
@@ -279,7 +279,7 @@ def _state_check() -> Check:
             f"not writable: {error.strerror}",
             "Correct it or set XDG_STATE_HOME.",
         )
-    what = f"{folder}, {in_words(free)} free on its disk"
+    what = f"{folder}, {gib(free)} free on its disk"
     if free < LOW_STATE_BYTES:
         return Check("state folder", Verdict.WARN, what, "Make room: logs need up to 60 MiB a model.")
     return Check("state folder", Verdict.OK, what)
@@ -288,7 +288,7 @@ def _state_check() -> Check:
 def _cache_check(cache: Path) -> Check:
     there = next(path for path in (cache, *cache.parents) if os.path.exists(path))
     free = shutil.disk_usage(there).free
-    what = f"{cache}, {in_words(free)} free on its disk"
+    what = f"{cache}, {gib(free)} free on its disk"
     if free < LOW_CACHE_BYTES:
         return Check(
             "model cache", Verdict.WARN, what, "Make room before a model is fetched, or move it: HF_HOME."
@@ -298,7 +298,7 @@ def _cache_check(cache: Path) -> Check:
 
 def _foreign_checks(found: Surroundings) -> Iterator[Check]:
     for server in find_foreign_servers(found.gpus):
-        held = f"VRAM {in_words(server.vram_bytes)}"
+        held = f"VRAM {gib(server.vram_bytes)}"
         what = f"pid {server.process.pid}, user {server.user}, {held}: {server.command}"
         cure = "It is left alone; to see it in the panel, add a model with `url:`."
         yield Check("another vLLM", Verdict.WARN, what, cure)

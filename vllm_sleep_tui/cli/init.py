@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from vllm_sleep_tui.cli.common import config_option, given_config, in_words, put_done, say
+from vllm_sleep_tui.cli.common import config_option, given_config, put_done, say
 from vllm_sleep_tui.config.load import load, write_schema
 from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
 from vllm_sleep_tui.errors import RefusedError
@@ -19,6 +19,7 @@ from vllm_sleep_tui.fleet.observe.discovery import CachedModel, VllmEnvironment,
 from vllm_sleep_tui.paths import here, state_dir
 from vllm_sleep_tui.sizing.hub import has_token, hub_cache
 from vllm_sleep_tui.telemetry.gpus import GpuFault, GpuReading, open_reader
+from vllm_sleep_tui.units import gib
 
 MAX_MODELS = 8
 WEIGHTS_SHARE = 0.8
@@ -83,10 +84,10 @@ def describe(found: Surroundings) -> list[str]:
         f"vLLM   {environment.version or 'of unknown version'}  {environment.command}  ({environment.place})"
         for environment in found.environments
     ] or ["vLLM   none found: install it in an environment of its own and name its binary in vllm_command"]
-    lines += [f"GPU {gpu.index}  {gpu.name}  {in_words(gpu.total_bytes)}" for gpu in found.gpus] or [
+    lines += [f"GPU {gpu.index}  {gpu.name}  {gib(gpu.total_bytes)}" for gpu in found.gpus] or [
         f"GPU    {found.gpu_note or 'none found'}"
     ]
-    lines += [f"Model  {model.name}  {in_words(model.bytes)}" for model in found.models] or [
+    lines += [f"Model  {model.name}  {gib(model.bytes)}" for model in found.models] or [
         f"Model  none in the Hugging Face cache; {EXAMPLE} is written as an example"
     ]
     token = "there is one" if found.token else "none; gated models need one (hf auth login)"
@@ -148,7 +149,7 @@ def short_name(model: str) -> str:
 
 
 def _model_lines(name: str, model: CachedModel, gpus: Sequence[GpuReading]) -> list[str]:
-    size = f"{in_words(model.bytes)} of weights" if model.bytes else "an example, fetched at its first start"
+    size = f"{gib(model.bytes)} of weights" if model.bytes else "an example, fetched at its first start"
     lines = [f"  {_quoted(name)}:", f"    model: {_quoted(model.name)}  # {size}"]
     if not gpus:
         return [*lines, "    gpus: []  # no GPU was found: vLLM on the CPU, where sleeping frees no memory"]

@@ -9,7 +9,6 @@ import click
 
 from vllm_sleep_tui.cli.common import (
     config_option,
-    in_words,
     json_option,
     load_config,
     put_done,
@@ -20,6 +19,7 @@ from vllm_sleep_tui.cli.status import model_json
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.units import gib
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.fleet import Fleet
@@ -167,7 +167,7 @@ def _put_several(models: list[ModelSnapshot], as_json: bool) -> None:
 def _put_lines(models: list[ModelSnapshot]) -> None:
     for model in models:
         level = "" if model.level is None else f" L{model.level}"
-        put_done(f"{model.name}  {model.state}{level}  VRAM {in_words(model.vram_bytes)}")
+        put_done(f"{model.name}  {model.state}{level}  VRAM {gib(model.vram_bytes)}")
 
 
 def _result(model: ModelSnapshot) -> dict[str, Any]:

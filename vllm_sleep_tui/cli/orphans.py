@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import click
 
-from vllm_sleep_tui.cli.common import confirm, in_words, json_option, put, put_json, say
+from vllm_sleep_tui.cli.common import confirm, json_option, put, put_json, say
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.observe.discovery import ForeignServer, find_foreign_servers
 from vllm_sleep_tui.fleet.observe.orphans import Orphan, end_orphans, find_orphans
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.telemetry.gpus import open_reader
+from vllm_sleep_tui.units import gib
 
 
 @click.command()
@@ -93,7 +94,7 @@ def put_lines(found: Sequence[Orphan], strangers: Sequence[ForeignServer], *, en
     elif not ended:
         put("End them with: vllm-sleep-tui orphans --end")
     for stranger in strangers:
-        held = in_words(stranger.vram_bytes)
+        held = gib(stranger.vram_bytes)
         put(
             f"not ours, left alone  pid {stranger.process.pid}  user {stranger.user}  VRAM {held}  "
             f"{stranger.command}"
@@ -102,5 +103,5 @@ def put_lines(found: Sequence[Orphan], strangers: Sequence[ForeignServer], *, en
 
 def line_of(orphan: Orphan, word: str) -> str:
     """One orphan for a person."""
-    held = in_words(orphan.ram_bytes)
+    held = gib(orphan.ram_bytes)
     return f"{word}  pid {orphan.process.pid}  RAM {held}  {orphan.why}  {orphan.command}"

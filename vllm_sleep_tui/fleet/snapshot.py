@@ -5,11 +5,10 @@ The first fields of each struct, in order, are the contract of ``status --json``
 
 from __future__ import annotations
 
-import time
-
 import msgspec
 
 from vllm_sleep_tui.fleet.states import StartPhase, State
+from vllm_sleep_tui.units import time_of_day
 
 
 class OperationSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +46,7 @@ class LastFailure(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def clock(self) -> str:
         """The time of day at which it was seen."""
-        return time.strftime("%H:%M:%S", time.localtime(self.at))
+        return time_of_day(self.at)
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,12 +29,12 @@ from vllm_sleep_tui.telemetry.processes import (
     memory,
     signal_process,
 )
+from vllm_sleep_tui.units import GIB, gib
 
-GIB = 2**30
 KIND_SECONDS = 15.0
 """For a keeper to stop its server; a killed engine frees tens of GiB within this too."""
 END_SECONDS = 25.0
-NOTED_GIB = 0.1
+NOTED_BYTES = GIB // 10
 """Less than this that orphans hold is not told."""
 
 
@@ -192,10 +192,10 @@ def summary(found: Sequence[Orphan]) -> tuple[str, ...]:
     """One line on orphans for the screen; none if there is none."""
     if not found:
         return ()
-    held = sum(orphan.ram_bytes for orphan in found) / GIB
+    held = sum(orphan.ram_bytes for orphan in found)
     what = "process is" if len(found) == 1 else "processes are"
     left = f"{len(found)} {what} left of lost servers"
-    left += f" and hold {held:.1f} GiB of RAM" if held >= NOTED_GIB else ""
+    left += f" and hold {gib(held)} of RAM" if held >= NOTED_BYTES else ""
     return (f"{left}: see `vllm-sleep-tui orphans`.",)
 
 

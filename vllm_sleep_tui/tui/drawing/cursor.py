@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from vllm_sleep_tui.fleet.states import State
@@ -10,18 +9,12 @@ from vllm_sleep_tui.fleet.store.history import PastSwitch, Served
 from vllm_sleep_tui.tui.drawing.lanes import Change, Frame
 from vllm_sleep_tui.tui.drawing.paint import Line, Span, cut_line, line_width
 from vllm_sleep_tui.tui.drawing.served import sum_of, whose
-from vllm_sleep_tui.tui.words import LOOKS, UNKNOWN, long_time, phases_of, state_words, took
+from vllm_sleep_tui.tui.words import LOOKS, phases_of, state_words
+from vllm_sleep_tui.units import UNKNOWN, time_of_day, time_sum, took
 
 _INDENT = "  "
 EVENT_LINES = 2
 """Always as many, so that the lanes stay where they are while the cursor walks."""
-
-
-def moment_words(moment: float, now: float) -> str:
-    """The time of day, with the weekday if it is not today."""
-    local = time.localtime(moment)
-    is_today = local[:3] == time.localtime(now)[:3]
-    return time.strftime("%H:%M:%S" if is_today else "%a %H:%M:%S", local)
 
 
 def state_mark(change: Change | None) -> Span:
@@ -45,7 +38,7 @@ def title(
     total = sum_of(entries)
     if total.words:
         spans += [(f"  {whose(entries, name)}{total.words}", "text")]
-        spans += [(f" in {long_time(total.seconds)}", "muted")]
+        spans += [(f" in {time_sum(total.seconds)}", "muted")]
     spans.append(("  esc", "faint"))
     while line_width(spans) > width and len(spans) > 1:
         spans.pop()
@@ -72,7 +65,7 @@ def event_lines(past: PastSwitch | None, name: str, color: str, now: float, widt
     head: list[Span] = [
         (f"{_INDENT}{verb} ", "muted"),
         (past.model, f"{color} bold"),
-        (f"  {moment_words(past.time - past.times.total, now)}  ", "muted"),
+        (f"  {time_of_day(past.time - past.times.total, now)}  ", "muted"),
         (took(past.times.total), "text bold"),
     ]
     phases = phases_of(past.times)

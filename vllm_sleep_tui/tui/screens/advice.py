@@ -21,7 +21,7 @@ from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
 from vllm_sleep_tui.tui.state.view import PanelFleet, View
 from vllm_sleep_tui.tui.widgets.bands import TopBand
 from vllm_sleep_tui.tui.widgets.detail import rule
-from vllm_sleep_tui.tui.words import gib
+from vllm_sleep_tui.units import gib
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.sizing.advice import Advice, ModelAdvice
@@ -61,7 +61,7 @@ def gpu_card(advice: GpuAdvice, width: int) -> list[Line]:
         for name in advice.sharing.models:
             cache = gib(advice.sharing.kv_cache_memory_bytes[name])
             share = advice.sharing.utilization[name]
-            lines += _text(f"  {name}: {cache} GiB, gpu-memory-utilization {share:g}", width, "muted")
+            lines += _text(f"  {name}: {cache}, gpu-memory-utilization {share:g}", width, "muted")
     return [*lines, ((" ", ""),)]
 
 

@@ -22,7 +22,7 @@ from vllm_sleep_tui.tui.state.view import PanelFleet, View
 from vllm_sleep_tui.tui.widgets.bands import TopBand
 from vllm_sleep_tui.tui.widgets.memory import gpu_parts
 from vllm_sleep_tui.tui.widgets.processes import ProcessTable
-from vllm_sleep_tui.tui.words import UNKNOWN, gib_short
+from vllm_sleep_tui.units import UNKNOWN, gib_cell
 
 STEP_SECONDS = 1.0
 PROCESS_STEPS = 2
@@ -36,7 +36,7 @@ _AXIS_WIDTH = 6
 def figures(gpu: GpuSnapshot) -> list[Span]:
     """What the card reads, in one line; what it does not tell is left out."""
     spans: list[Span] = [(f"{_number(gpu.utilization)} %", "text bold"), (" busy", "muted")]
-    memory = f"   {gib_short(gpu.used_bytes)} / {gib_short(gpu.total_bytes)} GiB"
+    memory = f"   {gib_cell(gpu.used_bytes)} / {gib_cell(gpu.total_bytes)} GiB"
     spans.append((memory, "text"))
     if gpu.temperature is not None:
         spans.append((f"   {gpu.temperature:.0f} °C", "text"))

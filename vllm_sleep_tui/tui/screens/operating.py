@@ -13,7 +13,7 @@ from vllm_sleep_tui.fleet.states import RUNNING, State
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
 from vllm_sleep_tui.tui.state.operations import Operations, Work
 from vllm_sleep_tui.tui.state.view import PanelFleet, Running
-from vllm_sleep_tui.tui.words import gib
+from vllm_sleep_tui.units import gib
 
 
 class OperatingScreen(Screen[None]):
@@ -106,7 +106,7 @@ class OperatingScreen(Screen[None]):
         if model.state is State.STOPPED and model.name not in self.operations.running:
             self.notify(f"{model.name} is stopped already.", markup=False)
             return
-        held = f"It gives back {gib(model.vram_bytes)} GiB of VRAM. " if model.vram_bytes else ""
+        held = f"It gives back {gib(model.vram_bytes)} of VRAM. " if model.vram_bytes else ""
         text = f"{held}The next start loads the model anew, which takes far longer than waking it."
         choices = [Choice("y", f"Stop {model.name}", "stop")]
         if await self.app.push_screen_wait(Question(f"Stop {model.name}?", text, choices)):

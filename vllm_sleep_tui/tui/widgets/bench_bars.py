@@ -9,7 +9,7 @@ from vllm_sleep_tui.bench.plan import Mode
 from vllm_sleep_tui.bench.results import Run
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, cut, left, right, wrap
 from vllm_sleep_tui.tui.widgets.detail import rule
-from vllm_sleep_tui.tui.words import took
+from vllm_sleep_tui.units import took
 
 _MODE_PAINT = {Mode.LEVEL1: "good", Mode.LEVEL2: "accent", Mode.COLD: "bad"}
 _LABEL, _TIME = 26, 9

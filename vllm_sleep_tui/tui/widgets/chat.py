@@ -21,7 +21,7 @@ from vllm_sleep_tui.fleet.snapshot import ChatEvent, Progress
 from vllm_sleep_tui.tui.state.operations import Operations, expected
 from vllm_sleep_tui.tui.state.view import PanelFleet, View
 from vllm_sleep_tui.tui.widgets.turns import Answer, Conversation
-from vllm_sleep_tui.tui.words import took
+from vllm_sleep_tui.units import took
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.tui.app import PanelApp

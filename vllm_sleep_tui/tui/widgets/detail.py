@@ -11,7 +11,8 @@ from vllm_sleep_tui.tui.drawing.bars import progress, waterfall
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, cut_line, wrap
 from vllm_sleep_tui.tui.state.past import Past
 from vllm_sleep_tui.tui.state.view import Running, View
-from vllm_sleep_tui.tui.words import PARTS_OF_WAKE, clock, long_time, phases_of, took
+from vllm_sleep_tui.tui.words import PARTS_OF_WAKE, phases_of
+from vllm_sleep_tui.units import clock, time_sum, took
 
 _INDENT = "  "
 _START = [phase.value for phase in StartPhase]
@@ -195,9 +196,7 @@ def past_lines(past: Past, model: ModelSnapshot, width: int) -> list[Line]:
 
 def _today(past: Past) -> str:
     seconds = past.saved_today.seconds
-    return f"today {_switches(past.switches_today)}" + (
-        f", {long_time(seconds)} saved" if seconds > 0 else ""
-    )
+    return f"today {_switches(past.switches_today)}" + (f", {time_sum(seconds)} saved" if seconds > 0 else "")
 
 
 def _switches(count: int) -> str:

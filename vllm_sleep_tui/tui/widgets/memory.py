@@ -23,7 +23,7 @@ from vllm_sleep_tui.tui.drawing.bars import (
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, left, line_width, right, spread
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.widgets.processes import short
-from vllm_sleep_tui.tui.words import GIB, UNKNOWN, gib, gib_short
+from vllm_sleep_tui.units import GIB, UNKNOWN, gib_cell, gib_number
 
 _NAME_WIDTH = 7
 _TOTAL_WIDTH = 17
@@ -43,16 +43,16 @@ def gpu_parts(gpu: GpuSnapshot, models: tuple[ModelSnapshot, ...], colors: dict[
             continue
         ours += held
         fill = HATCHED if model.state is State.ASLEEP else SOLID
-        parts.append(Part(f"{model.name} {gib(held)}", held, colors[model.name], fill))
+        parts.append(Part(f"{model.name} {gib_number(held)}", held, colors[model.name], fill))
     others = (gpu.used_bytes or 0) - ours
     for process in sorted(gpu.others, key=lambda other: -(other.bytes or 0))[:_NAMED]:
         held = min(process.bytes or 0, others)
         if held > SHOWN:
             who = cut(f"{process.user}: {short(clean(process.command))}", _NAMED_WIDTH)
-            parts.append(Part(f"{who} {gib(held)}", held, "others", SOLID))
+            parts.append(Part(f"{who} {gib_number(held)}", held, "others", SOLID))
             others -= held
     if others > SHOWN:
-        parts.append(Part(f"others {gib(others)}", others, "others", SOLID))
+        parts.append(Part(f"others {gib_number(others)}", others, "others", SOLID))
     return parts
 
 
@@ -66,18 +66,18 @@ def ram_parts(snapshot: FleetSnapshot, colors: dict[str, str]) -> list[Part]:
         pinned = pinned if pinned > SHOWN else 0
         private += max(0, (model.ram_bytes or 0) - pinned)
         if pinned:
-            parts.append(Part(f"{model.name} {gib(pinned)}", pinned, colors[model.name], HATCHED))
+            parts.append(Part(f"{model.name} {gib_number(pinned)}", pinned, colors[model.name], HATCHED))
     if private > 0:
-        parts.append(Part(f"private {gib(private)}", private, "muted", SOLID))
+        parts.append(Part(f"private {gib_number(private)}", private, "muted", SOLID))
     if total is not None and available is not None:
         others = total - available - private - sum(part.size for part in parts if part.fill == HATCHED)
         if others > SHOWN:
-            parts.append(Part(f"others {gib(int(others))}", others, "others", SOLID))
+            parts.append(Part(f"others {gib_number(int(others))}", others, "others", SOLID))
     return parts
 
 
 def _totals(used: int | None, total: int | None) -> str:
-    return f"{gib_short(used)} / {gib_short(total)} GiB"
+    return f"{gib_cell(used)} / {gib_cell(total)} GiB"
 
 
 def _readings(gpu: GpuSnapshot) -> list[Span]:
@@ -94,7 +94,7 @@ def _readings(gpu: GpuSnapshot) -> list[Span]:
 def _free_words(used: int | None, total: int | None) -> list[Part]:
     if used is None or total is None:
         return []
-    return [Part(f"free {gib(total - used)}", total - used, "faint", FREE)]
+    return [Part(f"free {gib_number(total - used)}", total - used, "faint", FREE)]
 
 
 def gpu_lines(view: View, gpu: GpuSnapshot, width: int, *, compact: bool) -> list[Line]:
@@ -128,7 +128,7 @@ def _below(parts: list[Part], gpu: GpuSnapshot, after: int | None, width: int) -
     readings = _readings(gpu)
     mark: list[Span] = []
     if after is not None:
-        mark = [(f"{MARK} ", MARK_PAINT), (f"{gib(after)} after enter   ", "text")]
+        mark = [(f"{MARK} ", MARK_PAINT), (f"{gib_number(after)} after enter   ", "text")]
     room = width - _NAME_WIDTH - line_width(readings) - line_width(mark) - 1
     names = legend([*parts, *_free_words(gpu.used_bytes, gpu.total_bytes)], room)
     return spread([(" " * _NAME_WIDTH, ""), *names, *mark], readings, width)
@@ -155,7 +155,7 @@ def ram_lines(view: View, width: int, *, compact: bool) -> list[Line]:
     ]
     words: list[Span] = []
     if limit is not None:
-        words = [(f"{MARK} ", MARK_PAINT), (f"level 1 up to {gib(limit)}", "muted")]
+        words = [(f"{MARK} ", MARK_PAINT), (f"level 1 up to {gib_number(limit)}", "muted")]
     room = width - _NAME_WIDTH - line_width(words) - 1
     names = legend([*hatched, *_free_words(total - available, total)], room)
     return [first, spread([(" " * _NAME_WIDTH, ""), *names], words, width)]

@@ -13,7 +13,8 @@ from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, left, right
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.words import LOOKS, NONE, clock, ram_words, state_words, took, vram_words
+from vllm_sleep_tui.tui.words import LOOKS, ram_words, state_words, vram_words
+from vllm_sleep_tui.units import NONE, clock, took
 
 
 class Column(NamedTuple):

@@ -12,7 +12,7 @@ from textual.geometry import Size
 from vllm_sleep_tui.fleet.observe.processes import HeldProcess
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, cut, left, right
-from vllm_sleep_tui.tui.words import NONE, UNKNOWN, gib_short
+from vllm_sleep_tui.units import NONE, UNKNOWN, gib_cell
 
 _WIDTHS = {"pid": 8, "user": 10, "GPU": 6, "VRAM": 7, "RAM": 7}
 _NARROW = 90
@@ -118,7 +118,7 @@ def _gpus(held: Iterable[HeldProcess]) -> str:
 
 
 def _amount(count: int | None) -> str:
-    return UNKNOWN if count is None else NONE if count == 0 else gib_short(count)
+    return UNKNOWN if count is None else NONE if count == 0 else gib_cell(count)
 
 
 class ProcessTable(Painted):

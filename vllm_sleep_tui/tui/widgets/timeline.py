@@ -8,7 +8,7 @@ from textual import events
 from textual.geometry import Size
 from textual.message import Message
 
-from vllm_sleep_tui.tui.drawing.cursor import event_lines, moment_words, nearest, state_mark, title
+from vllm_sleep_tui.tui.drawing.cursor import event_lines, nearest, state_mark, title
 from vllm_sleep_tui.tui.drawing.lanes import (
     WINDOWS,
     Change,
@@ -24,6 +24,7 @@ from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, left
 from vllm_sleep_tui.tui.drawing.served import around, bars, requests_of, spread_over, sum_of, tokens_of
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.widgets.detail import rule
+from vllm_sleep_tui.units import time_of_day
 
 _NAME_WIDTH = 12
 _MARK_WIDTH = 2
@@ -149,7 +150,7 @@ class Timeline(Painted):
         entries = around(view.past.served, frame, cell)
         switch = nearest(view.past.switches, name, frame, cell)
         return (
-            title(name, color, change, entries, moment_words(moment, now), width - _RULE_WIDTH),
+            title(name, color, change, entries, time_of_day(moment, now), width - _RULE_WIDTH),
             event_lines(switch, name, color, now, width),
         )
 
