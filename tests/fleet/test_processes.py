@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.fleet.conftest import GIB, Box, seen, until
-from vllm_sleep_tui.fleet.observe.processes import HeldProcess
+from vllm_sleep_tui.fleet.snapshot import HeldProcess
 
 MakeBox = Callable[..., Box]
 STRANGER = """

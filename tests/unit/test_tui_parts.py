@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from textual.color import Color
 
 from vllm_sleep_tui.tui.drawing.bars import HATCHED, MARK, SOLID, Part, cells_of, stacked, waterfall
-from vllm_sleep_tui.tui.drawing.blocks import Blocks
 from vllm_sleep_tui.tui.drawing.paint import cut, line_width, spread, wrap
 from vllm_sleep_tui.tui.keys import KEYS
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, read_theme
+from vllm_sleep_tui.tui.widgets.turns import Blocks
 from vllm_sleep_tui.units import clock, gib_number, took
 
 GOOD = (package_folder() / "night.yaml").read_text(encoding="utf-8")

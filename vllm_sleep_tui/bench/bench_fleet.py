@@ -19,7 +19,7 @@ from vllm_sleep_tui.config.yaml import as_yaml, parse, typed
 from vllm_sleep_tui.errors import PanelError, UsageError
 from vllm_sleep_tui.files import write_private
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.operations.operation import Report
+from vllm_sleep_tui.fleet.snapshot import Report
 
 
 def changed_models(loaded: LoadedConfig, plan: Plan) -> dict[str, dict[str, Any]]:

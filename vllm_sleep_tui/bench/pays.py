@@ -48,7 +48,8 @@ class Pays(msgspec.Struct, frozen=True, kw_only=True):
         return (
             f"{way}{precise(self.cold)}: each switch saves {precise(self.saved)}. Warm-up and priming "
             f"cost {precise(self.once)} once, earned back by switch {self.pays_after}. "
-            f"At {switches_per_day:g} switches a day that is {time_left(self.saved * switches_per_day)} a day."
+            f"At {switches_per_day:g} switches a day that is "
+            f"{time_left(self.saved * switches_per_day)} a day."
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from vllm_sleep_tui.bench.results import Found
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.operations.operation import Report
+from vllm_sleep_tui.fleet.snapshot import Report
 from vllm_sleep_tui.fleet.states import SETTLED, State
 
 

@@ -18,12 +18,11 @@ from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.cli.status import model_json
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.units import gib
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.fleet import Fleet
-    from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
+    from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot
 
 names_argument = click.argument("names", metavar="NAME…", nargs=-1)
 all_option = click.option("--all", "everything", is_flag=True, help="Every model of the config.")
@@ -143,10 +142,12 @@ def _operate(
     loaded: LoadedConfig, names: Sequence[str], act: Callable[[Fleet], Awaitable[Any]]
 ) -> list[ModelSnapshot]:
     """Carry the operation out; how the models are afterwards."""
-    from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 
-    with_fleet(loaded, act)
-    snapshot = read_once(loaded, state_dir())
+    async def act_and_look(fleet: Fleet) -> FleetSnapshot:
+        await act(fleet)
+        return await fleet.measured()
+
+    snapshot = with_fleet(loaded, act_and_look)
     return [snapshot.model(name) for name in names]
 
 

@@ -159,7 +159,7 @@ class Headless:
 
     async def _stop_all(self, fleet: Fleet) -> None:
         """Stop what runs; a start that somebody else has under way is theirs to stop."""
-        models = [model for model in fleet.snapshot().models if not model.is_attached]
+        models = [model for model in fleet.snapshot().models if not model.is_external]
         theirs = fleet.starts_of_others()
         for name, pid in theirs.items():
             log.info("serve: %s is being started by process %d and is left to it", name, pid)

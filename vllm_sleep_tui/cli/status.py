@@ -21,7 +21,9 @@ from vllm_sleep_tui.cli.common import (
     put,
     put_json,
 )
+from vllm_sleep_tui.cli.scrape import page
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
+from vllm_sleep_tui.fleet.survey import looking, read_once
 from vllm_sleep_tui.paths import APP, state_dir
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.units import NONE, age, gib, hundredths
@@ -60,20 +62,18 @@ def status(ctx: click.Context, watch: bool, prometheus: bool, as_json: bool) -> 
     """Show every model and GPU."""
     if prometheus and (watch or as_json):
         raise click.UsageError("--prometheus goes with neither --watch nor --json.")
-    from vllm_sleep_tui.fleet.observe.snapshotter import looking
-
     loaded = load_config(ctx, only_looks=True)
-    with looking(loaded, state_dir()) as look:
-        if watch:
+    if watch:
+        with looking(loaded, state_dir()) as look:
             _watch(look, as_json=as_json)
-        elif prometheus:
-            from vllm_sleep_tui.cli.scrape import page
-
-            put(page(look()), nl=False)
-        elif as_json:
-            put_json(status_json(look()))
-        else:
-            put("\n".join(status_lines(look())))
+        return
+    snapshot = read_once(loaded, state_dir())
+    if prometheus:
+        put(page(snapshot), nl=False)
+    elif as_json:
+        put_json(status_json(snapshot))
+    else:
+        put("\n".join(status_lines(snapshot)))
 
 
 def _watch(look: Callable[[], FleetSnapshot], *, as_json: bool) -> None:
@@ -138,7 +138,7 @@ def status_lines(snapshot: FleetSnapshot) -> list[str]:
         if model.reason:
             lines += ["", f"{model.name}: {model.reason}", *([f"  {model.cure}"] if model.cure else [])]
         if (died := model.last_failure) is not None:
-            lines += ["", f"{model.name}: {died.told()}", f"  What it said last: {APP} logs {model.name}"]
+            lines += ["", f"{model.name}: {died.sentence}", f"  What it said last: {APP} logs {model.name}"]
     return [*lines, *backend_lines(snapshot.models), *snapshot.notes]
 
 

@@ -5,9 +5,12 @@ The first fields of each struct, in order, are the contract of ``status --json``
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from vllm_sleep_tui.fleet.states import StartPhase, State
+from vllm_sleep_tui.sizing.budget import ram_margin
 from vllm_sleep_tui.units import time_of_day
 
 
@@ -39,7 +42,8 @@ class LastFailure(msgspec.Struct, frozen=True, kw_only=True):
     log: str | None = None
     """The file that keeps what it said last."""
 
-    def told(self) -> str:
+    @property
+    def sentence(self) -> str:
         """One line for a person."""
         return f"It died at {self.clock} and was started again. {self.reason}".rstrip()
 
@@ -112,7 +116,7 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """False for vLLM on the CPU, where sleep is a state and nothing else."""
     source: str = ""
     """The model's hub name, folder or URL."""
-    is_attached: bool = False
+    is_external: bool = False
     """Given by `url:`: it can neither be started nor stopped from here, and what it holds is not seen."""
     last_request: float | None = None
     serving: Serving | None = None
@@ -126,6 +130,28 @@ class GpuProcess(msgspec.Struct, frozen=True, kw_only=True):
     user: str
     command: str
     bytes: int | None
+
+
+class HeldProcess(msgspec.Struct, frozen=True, kw_only=True):
+    """One process of a model's server, or a stranger, and what it holds."""
+
+    pid: int
+    parent: int | None
+    """Its parent, if that is one of the same model's."""
+    model: str | None
+    """Whose server it belongs to; None: a stranger."""
+    user: str
+    command: str
+    vram_by_gpu: dict[str, int | None]
+    """Bytes by GPU index; None: it is there with an unknown amount."""
+    ram_bytes: int | None
+    """Private and pinned."""
+
+    @property
+    def vram_bytes(self) -> int | None:
+        """On all GPUs together; None if some of it is not known."""
+        amounts = list(self.vram_by_gpu.values())
+        return None if None in amounts else sum(amount or 0 for amount in amounts)
 
 
 class GpuSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +181,12 @@ class HostSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     ram_available_bytes: int | None
     ram_total_bytes: int | None
+
+    @property
+    def pinning_limit_bytes(self) -> int | None:
+        """RAM in use from which on level 1 is refused; None where the machine's RAM is not known."""
+        total = self.ram_total_bytes
+        return None if total is None else total - ram_margin(total)
 
 
 class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -206,6 +238,10 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     phase: str
     detail: str = ""
     fraction: float | None = None
+
+
+Report = Callable[[Progress], None]
+"""Whom an operation tells of its steps."""
 
 
 class ChatEvent(msgspec.Struct, frozen=True, kw_only=True):

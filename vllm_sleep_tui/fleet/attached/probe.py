@@ -240,7 +240,7 @@ def snapshot_of(record: Record, model: ModelConfig, seen: Sighting | None) -> Mo
         resolved_level=resolved(model),
         proof=record.proof,
         source=model.url or "",
-        is_attached=True,
+        is_external=True,
     )
 
 

@@ -175,7 +175,7 @@ def unreadable(name: str, model: ModelConfig, error: OperationError) -> ModelSna
         cure=error.cure,
         configured_level=str(model.level),
         source=model.url or model.model or "",
-        is_attached=model.url is not None,
+        is_external=model.url is not None,
     )
 
 

@@ -12,9 +12,8 @@ from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.attached import backend as attached
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.operations.end import is_whole
-from vllm_sleep_tui.fleet.operations.operation import Report
 from vllm_sleep_tui.fleet.operations.reconcile import lives
-from vllm_sleep_tui.fleet.snapshot import ChatEvent, SwitchTimes
+from vllm_sleep_tui.fleet.snapshot import ChatEvent, Report, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 
 if TYPE_CHECKING:

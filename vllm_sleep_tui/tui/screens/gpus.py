@@ -15,10 +15,11 @@ from textual.widgets import Static
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot
 from vllm_sleep_tui.tui.drawing.bars import stacked
 from vllm_sleep_tui.tui.drawing.graphs import MIN_HEIGHT, MIN_WIDTH, buckets, graph
-from vllm_sleep_tui.tui.drawing.lanes import WINDOWS, Window
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left
-from vllm_sleep_tui.tui.state.readings import Readings, Series
-from vllm_sleep_tui.tui.state.view import PanelFleet, View
+from vllm_sleep_tui.tui.drawing.timeline import WINDOWS, Window
+from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
+from vllm_sleep_tui.tui.state.past import Readings, Series
+from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.widgets.bands import TopBand
 from vllm_sleep_tui.tui.widgets.memory import gpu_parts
 from vllm_sleep_tui.tui.widgets.processes import ProcessTable

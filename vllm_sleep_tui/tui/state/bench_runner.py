@@ -14,7 +14,7 @@ from vllm_sleep_tui.errors import PanelError, UsageError
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.snapshot import Progress
 from vllm_sleep_tui.tui.state.operations import Operations, expected
-from vllm_sleep_tui.tui.state.view import PanelFleet
+from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.units import time_left
 
 Ended = Callable[[PanelError | None], None]

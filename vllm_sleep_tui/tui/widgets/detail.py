@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from textual.geometry import Size
 
-from vllm_sleep_tui.fleet.operations.acquire import waiting_words
+from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import SETTLED, StartPhase, State
 from vllm_sleep_tui.tui.drawing.bars import progress, waterfall
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, cut_line, wrap
-from vllm_sleep_tui.tui.state.past import Past
-from vllm_sleep_tui.tui.state.view import Running, View
+from vllm_sleep_tui.tui.state.operations import Running
+from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.words import PARTS_OF_WAKE, phases_of
 from vllm_sleep_tui.units import clock, time_sum, took
 
@@ -146,7 +146,7 @@ def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
     paint = "warning" if prediction.action == "refused" else "text"
     lines = [rule(title, width), *_wrapped(prediction.sentence, width, paint)]
     if view.waits is not None and prediction.action not in {"nothing", "refused"}:
-        lines += _wrapped(f"First it {waiting_words(view.waits)}.", width, "warning")
+        lines += _wrapped(f"First it {view.waits}.", width, "warning")
     return lines
 
 

@@ -6,7 +6,6 @@ from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.sizing.budget import ram_margin
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.drawing.bars import (
     FREE,
@@ -142,7 +141,7 @@ def ram_lines(view: View, width: int, *, compact: bool) -> list[Line]:
     if total is None or available is None:
         return [((name, "text bold"), (f"unknown ({UNKNOWN})", "muted"))]
     parts = ram_parts(view.snapshot, view.colors)
-    limit = total - ram_margin(total) if _may_pin(view.snapshot) else None
+    limit = host.pinning_limit_bytes if _may_pin(view.snapshot) else None
     first: Line = (
         (name, "text bold"),
         *stacked(parts, total, width - _NAME_WIDTH - _TOTAL_WIDTH, mark=limit),
@@ -164,7 +163,7 @@ def ram_lines(view: View, width: int, *, compact: bool) -> list[Line]:
 def _may_pin(snapshot: FleetSnapshot) -> bool:
     """Whether any model could be put to sleep at level 1: only that is refused for want of RAM."""
     return any(
-        model.frees_memory and not model.is_attached and model.configured_level in {"auto", "1"}
+        model.frees_memory and not model.is_external and model.configured_level in {"auto", "1"}
         for model in snapshot.models
     )
 

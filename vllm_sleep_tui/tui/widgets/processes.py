@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rich.text import Text
 from textual.geometry import Size
 
-from vllm_sleep_tui.fleet.observe.processes import HeldProcess
+from vllm_sleep_tui.fleet.snapshot import HeldProcess
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, cut, left, right
 from vllm_sleep_tui.units import NONE, UNKNOWN, gib_cell

@@ -8,20 +8,28 @@ from textual import events
 from textual.geometry import Size
 from textual.message import Message
 
-from vllm_sleep_tui.tui.drawing.cursor import event_lines, nearest, state_mark, title
-from vllm_sleep_tui.tui.drawing.lanes import (
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, left
+from vllm_sleep_tui.tui.drawing.timeline import (
     WINDOWS,
     Change,
     Frame,
     Lanes,
     Window,
+    around,
+    bars,
     cells_of_states,
+    event_lines,
     glyph,
     joined,
     marked,
+    nearest,
+    requests_of,
+    spread_over,
+    state_mark,
+    sum_of,
+    title,
+    tokens_of,
 )
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, left
-from vllm_sleep_tui.tui.drawing.served import around, bars, requests_of, spread_over, sum_of, tokens_of
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.widgets.detail import rule
 from vllm_sleep_tui.units import time_of_day

@@ -1,25 +1,61 @@
-"""The figures that advice is reckoned from: measured ones first, estimates where there are none."""
+"""What to do with each model and GPU, reckoned from measured figures first, estimates where there are none.
+
+The advice on a config, what a model would need that was never started, and the config as the advice has it.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import closing
 from pathlib import Path
 
+from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.core import Core, simulated_folder
 from vllm_sleep_tui.fleet.levels import why_no_level2
 from vllm_sleep_tui.fleet.observe.discovery import find_command
 from vllm_sleep_tui.fleet.operations.room import held_here, read_memory, shares_of
 from vllm_sleep_tui.fleet.states import RUNNING
+from vllm_sleep_tui.fleet.store.history import History
 from vllm_sleep_tui.sizing import budget
-from vllm_sleep_tui.sizing.advice import Advice, advise
+from vllm_sleep_tui.sizing.advice import Advice, ModelAdvice, advise
+from vllm_sleep_tui.sizing.advice_config import AFTERWARDS, apply_text, proposed_text
+from vllm_sleep_tui.sizing.budget import HIGHEST_UTILIZATION
 from vllm_sleep_tui.sizing.checkpoint import find_checkpoint
-from vllm_sleep_tui.sizing.estimate import ACTIVATIONS, Estimate, Times, estimate, times
+from vllm_sleep_tui.sizing.estimate import ACTIVATIONS, Estimate, Times, checkpoint_of, estimate, times
 from vllm_sleep_tui.sizing.figures import PRIVATE_BYTES, Figures, Machine
 from vllm_sleep_tui.sizing.footprints import AWAKE_OVERHEAD, Footprint
+from vllm_sleep_tui.sizing.sharing import GpuAdvice
+from vllm_sleep_tui.telemetry.gpus import GpuReading, open_reader
 from vllm_sleep_tui.telemetry.host import host_memory
+
+__all__ = [
+    "AFTERWARDS",
+    "HIGHEST_UTILIZATION",
+    "Advice",
+    "Estimate",
+    "GpuAdvice",
+    "ModelAdvice",
+    "advise_config",
+    "advise_fleet",
+    "apply_text",
+    "estimate_of",
+    "proposed_text",
+]
+
+
+def advise_config(loaded: LoadedConfig, state_dir: Path, names: Collection[str]) -> Advice:
+    """The advice on these models of a config, as `Fleet.advice` gives it; it is reckoned over all of them."""
+    core = Core(loaded, state_dir)
+    with closing(core.reader), closing(History(state_dir, loaded.path)) as history:
+        whole = advise_fleet(core, history.rates())
+    gpus = {gpu for name in names for gpu in loaded.config.models[name].gpus}
+    return Advice(
+        models=tuple(model for model in whole.models if model.name in names),
+        gpus=tuple(gpu for gpu in whole.gpus if gpu.index in gpus),
+    )
 
 
 def advise_fleet(core: Core, per_day: Mapping[str, float] | None = None) -> Advice:
@@ -28,6 +64,36 @@ def advise_fleet(core: Core, per_day: Mapping[str, float] | None = None) -> Advi
     `per_day` are the switches to each model a day, once a week of them is known.
     """
     return advise(read_machine(core), read_figures(core, per_day))
+
+
+def estimate_of(model: str, here: Path, loaded: LoadedConfig | None, state_dir: Path) -> Estimate:
+    """What a model would need that no config names, a folder or a hub name; nothing is started or fetched.
+
+    On the first GPU there is, and by the rules of the config's vLLM. Raises UsageError if it is not here.
+    """
+    entry = ModelConfig(model=model)
+    checkpoint_of(entry, here)
+    gpu = _first_gpu(loaded, state_dir)
+    vllm = find_command(loaded.config.vllm_command, os.environ) if loaded else None
+    return estimate(
+        entry,
+        here,
+        total=gpu.total_bytes if gpu else None,
+        gpu_name=gpu.name if gpu else "",
+        utilization=HIGHEST_UTILIZATION,
+        version=vllm.version if vllm else None,
+    )
+
+
+def _first_gpu(loaded: LoadedConfig | None, state_dir: Path) -> GpuReading | None:
+    is_simulated = loaded is not None and loaded.config.simulated_gpus
+    with closing(
+        open_reader(simulated_folder(loaded, state_dir) if loaded and is_simulated else None)
+    ) as reader:
+        return next(iter(reader.read()), None)
+
+
+# ── the figures ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_machine(core: Core) -> Machine:
