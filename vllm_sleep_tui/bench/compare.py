@@ -46,17 +46,17 @@ def compare(first: Run, second: Run) -> tuple[Difference, ...]:
 
 def series(run: Run) -> dict[str, list[float]]:
     """Every series of figures by what it is, the models as {a} and {b}."""
-    found: dict[str, list[float]] = {}
+    all_series: dict[str, list[float]] = {}
     for mode in figures.modes(run):
         for place, name in zip(("{a}", "{b}"), run.plan.pair, strict=True):
             made = figures.steps(run, mode, name)
-            found[f"{mode}: switch to {place}"] = figures.switches(run, mode, name)
-            found[f"{mode}: first token of {place}"] = [s.ttft for s in made if s.ttft is not None]
-            found[f"{mode}: inference of {place}"] = [s.inference for s in made]
-        found[f"{mode}: whole pass"] = [t for each in run.of_mode(mode) if (t := each.total) is not None]
+            all_series[f"{mode}: switch to {place}"] = figures.switches(run, mode, name)
+            all_series[f"{mode}: first token of {place}"] = [s.ttft for s in made if s.ttft is not None]
+            all_series[f"{mode}: inference of {place}"] = [s.inference for s in made]
+        all_series[f"{mode}: whole pass"] = [t for each in run.of_mode(mode) if (t := each.total) is not None]
     for place, name in zip(("{a}", "{b}"), run.plan.pair, strict=True):
-        found[f"initial load of {place}"] = figures.loads(run, name)
-    return found
+        all_series[f"initial load of {place}"] = figures.loads(run, name)
+    return all_series
 
 
 def _difference(what: str, first: Sequence[float], second: Sequence[float]) -> Difference:
@@ -109,5 +109,5 @@ def table(rows: Sequence[Difference], first: str, second: str) -> Table:
     return Table(header=header, rows=cells)
 
 
-def _shown(found: Spread) -> str:
-    return f"{precise(found.median)} ({precise(found.low)} to {precise(found.high)}, n={found.count})"
+def _shown(spread: Spread) -> str:
+    return f"{precise(spread.median)} ({precise(spread.low)} to {precise(spread.high)}, n={spread.count})"

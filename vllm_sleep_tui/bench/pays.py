@@ -69,16 +69,16 @@ def pays(run: Run) -> tuple[Pays, ...]:
 
 def switch_time(run: Run, mode: Mode) -> float | None:
     """The median switch to each model, averaged; None unless both directions were measured."""
-    found = [figures.spread(figures.switches(run, mode, name)) for name in run.plan.pair]
-    known = [each.median for each in found if each is not None]
-    return mean(known) if len(known) == len(found) else None
+    spreads = [figures.spread(figures.switches(run, mode, name)) for name in run.plan.pair]
+    medians = [each.median for each in spreads if each is not None]
+    return mean(medians) if len(medians) == len(spreads) else None
 
 
 def cold_from_loads(run: Run) -> float | None:
     """A cold start as the initial loads had it, without what only sleeping asks for."""
-    found = [phases_of_loads(run, name, without=ONCE) for name in run.plan.pair]
-    known = [each for each in found if each is not None]
-    return mean(known) if len(known) == len(found) else None
+    sums = [phases_of_loads(run, name, without=ONCE) for name in run.plan.pair]
+    complete = [each for each in sums if each is not None]
+    return mean(complete) if len(complete) == len(sums) else None
 
 
 def phases_of_loads(

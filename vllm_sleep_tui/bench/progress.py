@@ -40,10 +40,10 @@ def left(run: Run) -> Left:
 
 def seconds_of_step(run: Run, mode: Mode) -> float | None:
     """The mean of a mode's steps so far; of a cold one never made, that of the initial loads."""
-    known = [step.switch + step.inference for each in run.of_mode(mode) for step in each.steps]
-    if not known and mode is Mode.COLD:
-        known = [load.seconds for load in run.loads]
-    return mean(known) if known else None
+    measured = [step.switch + step.inference for each in run.of_mode(mode) for step in each.steps]
+    if not measured and mode is Mode.COLD:
+        measured = [load.seconds for load in run.loads]
+    return mean(measured) if measured else None
 
 
 def line(run: Run, key: PassKey, step: Step) -> str:

@@ -26,8 +26,8 @@ WHAT_A_SWITCH_IS = (
 
 def report(run: Run, switches_per_day: float) -> Document:
     """The whole report of a run."""
-    known = post.read()
-    nearest = post.nearest(known, run.machine)
+    published = post.read()
+    nearest = post.nearest(published, run.machine)
     summary = figures.summary(run)
     return Document(
         title=f"Switching between {run.plan.a} and {run.plan.b}",
@@ -41,8 +41,9 @@ def report(run: Run, switches_per_day: float) -> Document:
             Section(
                 title="The post's figures",
                 notes=(
-                    f"Theirs, not measured here: {known.source} (vLLM {known.vllm}, {nearest.name}, "
-                    f"A = {known.pair[0]}, B = {known.pair[1]}). Other hardware and models: compare ratios.",
+                    f"Theirs, not measured here: {published.source} (vLLM {published.vllm}, {nearest.name}, "
+                    f"A = {published.pair[0]}, B = {published.pair[1]}). "
+                    "Other hardware and models: compare ratios.",
                 ),
             ),
         ),
@@ -143,9 +144,11 @@ def _inferences(run: Run, summary: Summary, theirs: Mapping[Mode, Figures], name
 
 def _first_answers(run: Run) -> tuple[str, ...]:
     """What a warm-up takes out of the first inference."""
-    found = [f"{name} {precise(spent)}" for name, spent in figures.first_answers(run).items()]
+    answers = [f"{name} {precise(spent)}" for name, spent in figures.first_answers(run).items()]
+    if not answers:
+        return ()
     how = "as its warm-up, counted in the load" if run.plan.warm_up else "without a warm-up, counted above"
-    return (f"The first whole answer after the initial load, {how}: {', '.join(found)}.",) if found else ()
+    return (f"The first whole answer after the initial load, {how}: {', '.join(answers)}.",)
 
 
 def _totals(totals: Sequence[Total], theirs: Mapping[Mode, Figures], named: str) -> Table:
@@ -168,11 +171,11 @@ def _phases(run: Run) -> Table:
         (
             mode.words,
             name,
-            " · ".join(f"{phase} {precise(spent)}" for phase, spent in found.items()),
+            " · ".join(f"{phase} {precise(spent)}" for phase, spent in spent_by_phase.items()),
         )
         for mode in figures.modes(run)
         for name in run.plan.pair
-        if (found := figures.phases(run, mode, name))
+        if (spent_by_phase := figures.phases(run, mode, name))
     )
     return Table(header=("by", "switch to", "medians of its phases"), rows=rows)
 
@@ -193,21 +196,21 @@ def _held(made: Sequence[Step], name: str) -> tuple[str, str]:
     """The medians of what a model held after these steps: VRAM and RAM."""
     shown = []
     for kind in ("vram", "ram"):
-        known = [size for step in made if (size := getattr(step.after, kind).get(name)) is not None]
-        shown.append(gib(median(known)) if known else NONE)
+        sizes = [size for step in made if (size := getattr(step.after, kind).get(name)) is not None]
+        shown.append(gib(median(sizes)) if sizes else NONE)
     return shown[0], shown[1]
 
 
 def _pays(run: Run, switches_per_day: float) -> tuple[str, ...]:
-    found = tuple(each.sentence(switches_per_day) for each in pays(run))
-    held = [
+    sentences = tuple(each.sentence(switches_per_day) for each in pays(run))
+    residues = [
         f"{name} holds {vram} of VRAM and {ram} of RAM {state}"
         for name, state, vram, ram in _memory(run).rows
         if state != "awake"
     ]
-    if found and held:
-        return *found, f"What it takes meanwhile: {'; '.join(held)}."
-    return found or (
+    if sentences and residues:
+        return *sentences, f"What it takes meanwhile: {'; '.join(residues)}."
+    return sentences or (
         "Not known: it takes a sleep level, and a cold pass or an initial load, of both models.",
     )
 
@@ -255,14 +258,14 @@ def _theirs_switch(given: Figures | None, *, is_a: bool) -> str:
     return _seconds(given.switch_a if is_a else given.switch_b)
 
 
-def _spread(found: Spread | None) -> tuple[str, str, str]:
+def _spread(spread: Spread | None) -> tuple[str, str, str]:
     """Count, median, range."""
-    if found is None:
+    if spread is None:
         return "0", NONE, NONE
     return (
-        str(found.count),
-        precise(found.median),
-        f"{precise(found.low)} to {precise(found.high)}",
+        str(spread.count),
+        precise(spread.median),
+        f"{precise(spread.low)} to {precise(spread.high)}",
     )
 
 

@@ -266,10 +266,10 @@ class _Bench:
 
     def note_version(self, name: str) -> None:
         """Keep the vLLM version, which is known once a server of it runs."""
-        known = self.keeper.run.machine
+        machine = self.keeper.run.machine
         version = self.bed.vllm_version(name)
-        if known.vllm != version:
-            self.keeper.change(machine=msgspec.structs.replace(known, vllm=version))
+        if machine.vllm != version:
+            self.keeper.change(machine=msgspec.structs.replace(machine, vllm=version))
 
     # ── one step ─────────────────────────────────────────────────────────────────────────────────────────
 

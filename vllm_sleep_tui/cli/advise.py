@@ -127,10 +127,10 @@ def _gpu_lines(gpu: GpuAdvice) -> list[str]:
         lines.append("       Two could stay awake with smaller KV caches (estimate):")
         for name in gpu.sharing.models:
             contexts = gpu.sharing.contexts[name]
-            held = "" if contexts is None else f", {contexts:.1f} full contexts"
+            fits = "" if contexts is None else f", {contexts:.1f} full contexts"
             cache = gib(gpu.sharing.kv_cache_memory_bytes[name])
             lines.append(
-                f"         {name}: {cache}{held}: gpu-memory-utilization {gpu.sharing.utilization[name]:g}"
+                f"         {name}: {cache}{fits}: gpu-memory-utilization {gpu.sharing.utilization[name]:g}"
             )
     return lines
 

@@ -13,6 +13,7 @@ import click
 from vllm_sleep_tui.cli.common import config_option, json_option, load_config, put, put_json, say
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.errors import OperationError, UsageError
+from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.units import hundredths, milliseconds
 
 if TYPE_CHECKING:
@@ -104,12 +105,10 @@ async def _read_line() -> str:
 
 async def _ask(fleet: Fleet, name: str, messages: list[dict[str, Any]], *, aloud: bool) -> dict[str, Any]:
     """Stream one answer; what it was and took, in seconds. Raises OperationError if it breaks off."""
-    from vllm_sleep_tui.fleet.states import State
-
     texts: list[str] = []
     answer: dict[str, Any] = dict.fromkeys(("text", *MEASURED))
-    found = {model.name: model.state for model in fleet.snapshot().models}[name]
-    was_started = found not in (State.AWAKE, State.ASLEEP)
+    before = {model.name: model.state for model in fleet.snapshot().models}[name]
+    was_started = before not in (State.AWAKE, State.ASLEEP)
     began = time.monotonic()
     async for event in fleet.chat(name, messages, report=Reporter()):
         if event.error:

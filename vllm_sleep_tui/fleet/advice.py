@@ -132,22 +132,24 @@ def read_figures(core: Core, per_day: Mapping[str, float] | None = None) -> list
 def _figures(
     core: Core, name: str, share: float | None, version: str | None, per_day: float | None
 ) -> Figures:
-    model, known = core.model(name), core.footprint(name)
+    model, footprint = core.model(name), core.footprint(name)
     expected, unreadable = _estimate(core, model, share, version)
-    seconds = _times(known, expected.times or _times_of(known, model))
-    pinned = known.pinned or expected.pinned_bytes or budget.pinned_estimate(known, expected.weights_bytes)
-    awake = _awake(core, model, known, expected, share)
-    measured = {what for what in seconds if known.typical(what) is not None}
-    measured |= {"memory"} if set(known.awake) >= {str(gpu) for gpu in model.gpus} else set()
-    measured |= {"pinned"} if known.pinned else set()
+    seconds = _times(footprint, expected.times or _times_of(footprint, model))
+    pinned = (
+        footprint.pinned or expected.pinned_bytes or budget.pinned_estimate(footprint, expected.weights_bytes)
+    )
+    awake = _awake(core, model, footprint, expected, share)
+    measured = {what for what in seconds if footprint.typical(what) is not None}
+    measured |= {"memory"} if set(footprint.awake) >= {str(gpu) for gpu in model.gpus} else set()
+    measured |= {"pinned"} if footprint.pinned else set()
     return Figures(
         name=name,
         gpus=model.gpus,
         configured=str(model.level),
         is_attached=model.url is not None,
         awake=awake,
-        asleep={gpu: budget.asleep_estimate(known, model, gpu) for gpu in model.gpus},
-        weights=_share_of_weights(known, model) or expected.weights_per_gpu,
+        asleep={gpu: budget.asleep_estimate(footprint, model, gpu) for gpu in model.gpus},
+        weights=_share_of_weights(footprint, model) or expected.weights_per_gpu,
         context=expected.context_bytes,
         pinned=pinned,
         start=seconds["start"],
@@ -156,7 +158,7 @@ def _figures(
         estimated=frozenset({"memory", "pinned", *seconds} - measured),
         no_level2=why_no_level2(model, version, core.loaded.path.parent),
         per_day=per_day,
-        unreadable=None if known.weights or known.pinned else unreadable,
+        unreadable=None if footprint.weights or footprint.pinned else unreadable,
     )
 
 
@@ -167,49 +169,50 @@ def _estimate(
     total = min((size for gpu in model.gpus if (size := core.total(gpu))), default=None)
     base: Path = core.loaded.path.parent
     try:
-        found = estimate(model, base, total=total, utilization=share, version=version)
+        estimated = estimate(model, base, total=total, utilization=share, version=version)
     except UsageError as error:
         is_here = model.model is not None and find_checkpoint(model.model, base, os.environ | model.env)
         return Estimate(), error.what if is_here else None
-    return found, found.unknown.get("weights")
+    return estimated, estimated.unknown.get("weights")
 
 
-def _times(known: Footprint, expected: Times | None) -> dict[str, float | None]:
-    return {
-        what: known.typical(what) if known.typical(what) is not None else getattr(expected, what, None)
-        for what in ("start", "wake1", "wake2")
-    }
+def _times(footprint: Footprint, expected: Times | None) -> dict[str, float | None]:
+    seconds: dict[str, float | None] = {}
+    for what in ("start", "wake1", "wake2"):
+        measured = footprint.typical(what)
+        seconds[what] = getattr(expected, what, None) if measured is None else measured
+    return seconds
 
 
-def _share_of_weights(known: Footprint, model: ModelConfig) -> int | None:
+def _share_of_weights(footprint: Footprint, model: ModelConfig) -> int | None:
     """Bytes of weights on one GPU, as the log told for all of them."""
-    return None if known.weights is None else known.weights // (len(model.gpus) or 1)
+    return None if footprint.weights is None else footprint.weights // (len(model.gpus) or 1)
 
 
-def _times_of(known: Footprint, model: ModelConfig) -> Times | None:
+def _times_of(footprint: Footprint, model: ModelConfig) -> Times | None:
     """Expected times of a model that has run, where its files tell nothing."""
-    share = _share_of_weights(known, model)
-    if share is None or known.weights is None:
+    share = _share_of_weights(footprint, model)
+    if share is None or footprint.weights is None:
         return None
-    cache = max(0, max(known.awake.values(), default=0) - share - ACTIVATIONS - AWAKE_OVERHEAD)
+    cache = max(0, max(footprint.awake.values(), default=0) - share - ACTIVATIONS - AWAKE_OVERHEAD)
     return times(
         share,
-        checkpoint_bytes=known.weights,
+        checkpoint_bytes=footprint.weights,
         kv=cache,
-        pinned_bytes=known.pinned or known.weights,
+        pinned_bytes=footprint.pinned or footprint.weights,
         gpus=len(model.gpus) or 1,
     )
 
 
 def _awake(
-    core: Core, model: ModelConfig, known: Footprint, expected: Estimate, share: float | None
+    core: Core, model: ModelConfig, footprint: Footprint, expected: Estimate, share: float | None
 ) -> dict[int, int]:
     """VRAM by GPU, measured or estimated; empty if a GPU's size is not known."""
-    found = {}
+    by_gpu = {}
     for gpu in model.gpus:
-        measured, total = known.awake.get(str(gpu)), core.total(gpu)
+        measured, total = footprint.awake.get(str(gpu)), core.total(gpu)
         if measured is None and total is None:
             return {}
         guess = expected.awake_per_gpu or budget.awake_estimate(share, total or 0)
-        found[gpu] = guess if measured is None else measured
-    return found
+        by_gpu[gpu] = guess if measured is None else measured
+    return by_gpu

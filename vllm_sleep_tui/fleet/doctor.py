@@ -314,8 +314,8 @@ def _cache_check(cache: Path) -> Check:
 
 def _foreign_checks(machine: Surroundings) -> Iterator[Check]:
     for server in find_foreign_servers(machine.gpus):
-        held = f"VRAM {gib(server.vram_bytes)}"
-        what = f"pid {server.process.pid}, user {server.user}, {held}: {server.command}"
+        vram = f"VRAM {gib(server.vram_bytes)}"
+        what = f"pid {server.process.pid}, user {server.user}, {vram}: {server.command}"
         cure = "It is left alone; to see it in the panel, add a model with `url:`."
         yield Check("another vLLM", Verdict.WARN, what, cure)
 

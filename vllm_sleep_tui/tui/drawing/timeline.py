@@ -69,22 +69,22 @@ class Lanes:
     """The states of each model over time: what the history told, and since then what the panel saw."""
 
     def __init__(self) -> None:
-        self._told: dict[str, list[Change]] = {}
-        self._seen: dict[str, list[Change]] = {}
+        self._recorded: dict[str, list[Change]] = {}
+        self._observed: dict[str, list[Change]] = {}
         self._spans: Sequence[StateSpan] = ()
 
-    def hear(self, spans: Sequence[StateSpan]) -> None:
+    def take_history(self, spans: Sequence[StateSpan]) -> None:
         """Take the history's answer in place of the last one."""
         if spans is self._spans:
             return
-        self._spans, self._told = spans, {}
+        self._spans, self._recorded = spans, {}
         for span in spans:
-            self._told.setdefault(span.model, []).append(Change(span.start, span.state, span.level))
+            self._recorded.setdefault(span.model, []).append(Change(span.start, span.state, span.level))
 
     def see(self, snapshot: FleetSnapshot) -> None:
         """Remember what changed; what was before the first look is told by `since`."""
         for model in snapshot.models:
-            changes = self._seen.setdefault(model.name, [])
+            changes = self._observed.setdefault(model.name, [])
             if not changes or changes[-1].state is not model.state:
                 entered = _entered(model, snapshot.time, changes)
                 changes.append(Change(entered, model.state, model.level))
@@ -93,9 +93,9 @@ class Lanes:
 
     def changes(self, name: str) -> list[Change]:
         """All that is known of a model, the oldest first; what both tell is the history's."""
-        told = self._told.get(name, [])
-        after = told[-1].time if told else 0.0
-        return [*told, *(change for change in self._seen.get(name, []) if change.time > after)]
+        recorded = self._recorded.get(name, [])
+        after = recorded[-1].time if recorded else 0.0
+        return [*recorded, *(change for change in self._observed.get(name, []) if change.time > after)]
 
 
 def _entered(model: ModelSnapshot, now: float, before: Sequence[Change]) -> float:
@@ -110,17 +110,17 @@ def cells_of_states(changes: Sequence[Change], frame: Frame) -> list[Change | No
 
     What is short must not vanish: a cell with a failure in it shows that, one with a wake in it the wake.
     """
-    found: list[Change | None] = [None] * frame.cells
+    cells: list[Change | None] = [None] * frame.cells
     for change, following in zip(changes, [*changes[1:], None], strict=True):
         stop = frame.end if following is None else following.time
         if stop <= frame.start or change.time >= frame.end:
             continue
         first, last = (int((at - frame.start) / frame.step) for at in (max(change.time, frame.start), stop))
         for cell in range(first, min(last + 1, frame.cells)):
-            before = found[cell]
+            before = cells[cell]
             if before is None or _gives_way(before.state, change.state):
-                found[cell] = change
-    return found
+                cells[cell] = change
+    return cells
 
 
 def _gives_way(before: State, now: State) -> bool:

@@ -36,7 +36,7 @@ from vllm_sleep_tui.tui.widgets.models import ModelTable
 from vllm_sleep_tui.tui.widgets.timeline import Timeline
 from vllm_sleep_tui.units import gib
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported by `action_bench`
     from vllm_sleep_tui.tui.state.bench_runner import BenchRunner
 
 
@@ -277,8 +277,8 @@ class Dashboard(Screen[None]):
         if model.state is State.STOPPED and model.name not in self.operations.running:
             self.notify(f"{model.name} is stopped already.", markup=False)
             return
-        held = f"It gives back {gib(model.vram_bytes)} of VRAM. " if model.vram_bytes else ""
-        text = f"{held}The next start loads the model anew, which takes far longer than waking it."
+        gain = f"It gives back {gib(model.vram_bytes)} of VRAM. " if model.vram_bytes else ""
+        text = f"{gain}The next start loads the model anew, which takes far longer than waking it."
         choices = [Choice("y", f"Stop {model.name}", "stop")]
         if await self.app.push_screen_wait(Question(f"Stop {model.name}?", text, choices)):
             self._stop(model.name)
@@ -398,16 +398,13 @@ class Dashboard(Screen[None]):
 
     def action_bench(self) -> None:
         """The benchmark's screen."""
-        from vllm_sleep_tui.tui.screens.bench import BenchScreen  # seldom looked at, and slow to import
-
-        self.app.push_screen(BenchScreen(self.fleet, self._bench_runner()))
-
-    def _bench_runner(self) -> BenchRunner:
+        # Seldom looked at, and slow to import.
+        from vllm_sleep_tui.tui.screens.bench import BenchScreen
         from vllm_sleep_tui.tui.state.bench_runner import BenchRunner
 
         if self._bench is None:
             self._bench = BenchRunner(self.fleet, self.operations)
-        return self._bench
+        self.app.push_screen(BenchScreen(self.fleet, self._bench))
 
     def action_advice(self) -> None:
         """What to do with each model."""

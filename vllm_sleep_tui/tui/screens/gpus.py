@@ -101,9 +101,9 @@ class GpuCard(Painted):
         busy = self._graph("busy", self._readings.utilization(self._gpu), room, now, "accent")
         if not both:
             return busy
-        held = self._graph("memory", self._readings.memory(self._gpu), room, now, "good")
+        memory = self._graph("memory", self._readings.memory(self._gpu), room, now, "good")
         gap: Span = ("  ", "")
-        return [(*one, gap, *other) for one, other in zip(busy, held, strict=True)]
+        return [(*one, gap, *other) for one, other in zip(busy, memory, strict=True)]
 
     def _graph(self, title: str, series: Series, width: int, now: float, color: str) -> list[Line]:
         """One graph under its title, drawn again only when its readings moved by a dot."""
@@ -191,9 +191,9 @@ class GpuScreen(Screen[None]):
                 self._cards[gpu.uuid].show(view, gpu, window, min(14, room - 5))
 
     async def _show_processes(self, snapshot: FleetSnapshot) -> None:
-        held = await self._fleet.processes()
+        processes = await self._fleet.processes()
         if self.is_attached:
-            self.query_one(ProcessTable).show(held, View(snapshot=snapshot).colors)
+            self.query_one(ProcessTable).show(processes, View(snapshot=snapshot).colors)
             self._title()
 
     def _title(self) -> None:

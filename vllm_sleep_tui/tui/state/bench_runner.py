@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+from vllm_sleep_tui.bench import run as experiment
 from vllm_sleep_tui.bench.plan import PassKey, Plan
 from vllm_sleep_tui.bench.progress import left
 from vllm_sleep_tui.bench.results import Run, Step, folder, new_file, read
@@ -73,8 +74,6 @@ class BenchRunner:
         self._task = None
 
     async def _measure(self, plan: Plan, ended: Ended, resume: Path | None) -> None:
-        from vllm_sleep_tui.bench.run import run
-
         error: PanelError | None = None
         try:
             before = None if resume is None else read(resume)
@@ -82,7 +81,9 @@ class BenchRunner:
             out = resume or new_file(self._fleet.state_dir, plan)
             # A benchmark stops and starts servers of its own, for which it needs the fleet itself.
             fleet = cast("Fleet", self._fleet)
-            self.run = await run(fleet, plan, self._sample, out=out, resume=before, report=self._report)
+            self.run = await experiment.run(
+                fleet, plan, self._sample, out=out, resume=before, report=self._report
+            )
         except (Exception, asyncio.CancelledError) as raised:
             error = expected(raised)
         self._task = None
@@ -97,10 +98,10 @@ class BenchRunner:
 
 def past_runs(place: Path) -> list[tuple[Path, Run]]:
     """The results in a folder, the newest first; what cannot be read is left out (blocks for ms)."""
-    found = []
+    runs = []
     for path in sorted(place.glob("*.json"), reverse=True):
         try:
-            found.append((path, read(path)))
+            runs.append((path, read(path)))
         except UsageError:
             continue
-    return found
+    return runs

@@ -37,19 +37,19 @@ def gpu_parts(gpu: GpuSnapshot, models: tuple[ModelSnapshot, ...], colors: dict[
     parts: list[Part] = []
     ours = 0
     for model in models:
-        held = (model.vram_by_gpu or {}).get(str(gpu.index), 0)
-        if held <= 0:
+        size = (model.vram_by_gpu or {}).get(str(gpu.index), 0)
+        if size <= 0:
             continue
-        ours += held
+        ours += size
         fill = HATCHED if model.state is State.ASLEEP else SOLID
-        parts.append(Part(f"{model.name} {gib_number(held)}", held, colors[model.name], fill))
+        parts.append(Part(f"{model.name} {gib_number(size)}", size, colors[model.name], fill))
     others = (gpu.used_bytes or 0) - ours
     for process in sorted(gpu.others, key=lambda other: -(other.bytes or 0))[:_NAMED]:
-        held = min(process.bytes or 0, others)
-        if held > SHOWN:
+        size = min(process.bytes or 0, others)
+        if size > SHOWN:
             who = cut(f"{process.user}: {short(clean(process.command))}", _NAMED_WIDTH)
-            parts.append(Part(f"{who} {gib_number(held)}", held, "others", SOLID))
-            others -= held
+            parts.append(Part(f"{who} {gib_number(size)}", size, "others", SOLID))
+            others -= size
     if others > SHOWN:
         parts.append(Part(f"others {gib_number(others)}", others, "others", SOLID))
     return parts

@@ -26,10 +26,10 @@ class Order(NamedTuple):
 
 
 ORDERS = (
-    Order("VRAM", lambda held: -(held.vram_bytes or 0)),
-    Order("RAM", lambda held: -(held.ram_bytes or 0)),
-    Order("pid", lambda held: held.pid),
-    Order("user", lambda held: held.user),
+    Order("VRAM", lambda process: -(process.vram_bytes or 0)),
+    Order("RAM", lambda process: -(process.ram_bytes or 0)),
+    Order("pid", lambda process: process.pid),
+    Order("user", lambda process: process.user),
 )
 
 
@@ -45,10 +45,10 @@ class Row(NamedTuple):
     ram: int | None
 
 
-def rows(held: Sequence[HeldProcess], order: Order, colors: dict[str, str]) -> list[Row]:
+def rows(processes: Sequence[HeldProcess], order: Order, colors: dict[str, str]) -> list[Row]:
     """The models by the chosen column of their sums, each with its tree; the strangers last."""
-    found: list[Row] = []
-    by_model = {name: [each for each in held if each.model == name] for name in colors}
+    table: list[Row] = []
+    by_model = {name: [each for each in processes if each.model == name] for name in colors}
     shown = [name for name in colors if by_model[name]]
     if order.name in {"VRAM", "RAM"}:
         attribute = f"{order.name.lower()}_bytes"
@@ -56,18 +56,18 @@ def rows(held: Sequence[HeldProcess], order: Order, colors: dict[str, str]) -> l
     for name in shown:
         tree = by_model[name]
         vram, ram = _sum(each.vram_bytes for each in tree), _sum(each.ram_bytes for each in tree)
-        found.append(Row(f"● {name}", f"{colors[name]} bold", "", "", _gpus(tree), vram, ram))
+        table.append(Row(f"● {name}", f"{colors[name]} bold", "", "", _gpus(tree), vram, ram))
         for process, branch in _branches(tree, order):
-            found.append(_row(process, branch))
-    strangers = sorted((each for each in held if each.model is None), key=order.key)
+            table.append(_row(process, branch))
+    strangers = sorted((each for each in processes if each.model is None), key=order.key)
     if strangers:
         vram, ram = (
             _sum(each.vram_bytes for each in strangers),
             _sum(each.ram_bytes for each in strangers),
         )
-        found.append(Row("● others", "others bold", "", "", _gpus(strangers), vram, ram))
-        found += [_row(process, "  ") for process in strangers]
-    return found
+        table.append(Row("● others", "others bold", "", "", _gpus(strangers), vram, ram))
+        table += [_row(process, "  ") for process in strangers]
+    return table
 
 
 def _branches(tree: Sequence[HeldProcess], order: Order) -> list[tuple[HeldProcess, str]]:
@@ -75,17 +75,17 @@ def _branches(tree: Sequence[HeldProcess], order: Order) -> list[tuple[HeldProce
     children: dict[int | None, list[HeldProcess]] = {}
     for process in sorted(tree, key=order.key):
         children.setdefault(process.parent, []).append(process)
-    found: list[tuple[HeldProcess, str]] = []
+    branches: list[tuple[HeldProcess, str]] = []
 
     def walk(parent: int | None, before: str) -> None:
         siblings = children.get(parent, [])
         for process in siblings:
             is_last = process is siblings[-1]
-            found.append((process, f"{before}{'└ ' if is_last else '├ '}"))
+            branches.append((process, f"{before}{'└ ' if is_last else '├ '}"))
             walk(process.pid, f"{before}{'  ' if is_last else '│ '}")
 
     walk(None, "  ")
-    return found
+    return branches
 
 
 def _row(process: HeldProcess, branch: str) -> Row:
@@ -109,12 +109,12 @@ def short(command: str) -> str:
 
 
 def _sum(amounts: Iterable[int | None]) -> int | None:
-    known = list(amounts)
-    return None if None in known else sum(amount or 0 for amount in known)
+    sizes = list(amounts)
+    return None if None in sizes else sum(amount or 0 for amount in sizes)
 
 
-def _gpus(held: Iterable[HeldProcess]) -> str:
-    return ",".join(sorted({gpu for each in held for gpu in each.vram_by_gpu}, key=int)) or NONE
+def _gpus(processes: Iterable[HeldProcess]) -> str:
+    return ",".join(sorted({gpu for each in processes for gpu in each.vram_by_gpu}, key=int)) or NONE
 
 
 def _amount(count: int | None) -> str:
@@ -127,12 +127,12 @@ class ProcessTable(Painted):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.order = ORDERS[0]
-        self._held: Sequence[HeldProcess] | None = None
+        self._processes: Sequence[HeldProcess] | None = None
         self._colors: dict[str, str] = {}
 
-    def show(self, held: Sequence[HeldProcess], colors: dict[str, str]) -> None:
+    def show(self, processes: Sequence[HeldProcess], colors: dict[str, str]) -> None:
         """Show these processes."""
-        self._held, self._colors = held, colors
+        self._processes, self._colors = processes, colors
         self.repaint()
 
     def turn(self) -> None:
@@ -142,7 +142,7 @@ class ProcessTable(Painted):
 
     def paint(self, size: Size) -> list[Line]:
         """The titles, and a line for each model and process."""
-        if self._held is None:
+        if self._processes is None:
             return [(("looking …", "muted"),)]
         shown = [name for name in _WIDTHS if size.width >= _NARROW or name not in {"user", "GPU"}]
         room = max(10, size.width - sum(_WIDTHS[name] for name in shown) - 1)
@@ -152,7 +152,7 @@ class ProcessTable(Painted):
             for name in shown
         ]
         lines: list[Line] = [tuple(titles)]
-        for row in rows(self._held, self.order, self._colors):
+        for row in rows(self._processes, self.order, self._colors):
             cells = {
                 "pid": row.pid,
                 "user": row.user,
