@@ -20,7 +20,7 @@ from vllm_sleep_tui.fleet.operations.room import held_here, read_memory, shares_
 from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.fleet.store.history import History
 from vllm_sleep_tui.sizing import budget
-from vllm_sleep_tui.sizing.advice import Advice, ModelAdvice, advise
+from vllm_sleep_tui.sizing.advice import Advice, ModelAdvice, Verdict, advise
 from vllm_sleep_tui.sizing.advice_config import AFTERWARDS, apply_text, proposed_text
 from vllm_sleep_tui.sizing.budget import HIGHEST_UTILIZATION
 from vllm_sleep_tui.sizing.checkpoint import find_checkpoint
@@ -38,6 +38,7 @@ __all__ = [
     "Estimate",
     "GpuAdvice",
     "ModelAdvice",
+    "Verdict",
     "advise_config",
     "advise_fleet",
     "apply_text",

@@ -1,10 +1,11 @@
-"""States, and what is measured of a model, as short text; how numbers are written is in `units`."""
+"""States, commands and what is measured, as short text; how numbers are written is in `units`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
-from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, SwitchTimes
+from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.units import NONE, gib_cell
 
@@ -37,16 +38,16 @@ def state_words(state: State, level: int | None) -> str:
     return word
 
 
-def vram_words(model: ModelSnapshot) -> str:
-    """The model's VRAM for a table cell, in GiB."""
-    if model.vram_bytes == 0:
-        return NONE
-    return gib_cell(model.vram_bytes)
+def memory_words(size: int | None) -> str:
+    """Bytes for a table cell, in GiB; what is not there is NONE."""
+    return NONE if size == 0 else gib_cell(size)
 
 
-def ram_words(count: int | None) -> str:
-    """RAM for a table cell, in GiB."""
-    return NONE if count == 0 else gib_cell(count)
+def short_command(command: str) -> str:
+    """A command without the folders of its program and its scripts, which say little and take much room."""
+    program, *rest = command.split(" ")
+    names = [Path(word).name if word.startswith("/") and word.endswith(".py") else word for word in rest]
+    return " ".join([Path(program).name, *names]) if program else command
 
 
 PARTS_OF_WAKE = ("weights", "reload", "kv cache", "reset")

@@ -21,9 +21,9 @@ def held_processes(
     for reading in sample.gpus:
         for pid, amount in (reading.processes or {}).items():
             vram.setdefault(pid, {})[str(reading.index)] = amount
-    known = _simulated(simulated)
+    simulated_memory = _simulated(simulated)
     pids = [*owners, *(pid for pid in vram if pid not in owners)]
-    return tuple(_held(table, pid, owners, vram.get(pid, {}), known) for pid in pids)
+    return tuple(_held(table, pid, owners, vram.get(pid, {}), simulated_memory) for pid in pids)
 
 
 def _simulated(folder: Path | None) -> Mapping[int, Memory]:
@@ -39,11 +39,11 @@ def _held(
     pid: int,
     owners: Mapping[int, str],
     vram: dict[str, int | None],
-    known: Mapping[int, Memory],
+    simulated_memory: Mapping[int, Memory],
 ) -> HeldProcess:
     user, command = describe(pid)
     owner, above = owners.get(pid), table.parents.get(pid)
-    ram = known.get(pid) or memory(pid)
+    ram = simulated_memory.get(pid) or memory(pid)
     return HeldProcess(
         pid=pid,
         parent=above if owner is not None and owners.get(above or 0) == owner else None,

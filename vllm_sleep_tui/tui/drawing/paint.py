@@ -61,6 +61,13 @@ def spread(start: Sequence[Span], end: Sequence[Span], width: int) -> Line:
     return (*start, (" " * gap, ""), *end)
 
 
+def rule(title: Iterable[Span], width: int) -> Line:
+    """A thin line with a title, across the box."""
+    line = cut_line((("─ ", "border"), *title, (" ", "")), width)
+    used = sum(len(text) for text, _ in line)
+    return (*line, ("─" * max(0, width - used), "border"))
+
+
 def wrap(text: str, width: int) -> list[str]:
     """The text in lines of at most `width` cells, broken at blanks; lines of the text stay apart."""
     lines: list[str] = []

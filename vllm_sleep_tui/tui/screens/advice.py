@@ -16,12 +16,11 @@ from textual.widgets import Static
 from vllm_sleep_tui.config.edit import difference
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.advice import AFTERWARDS, apply_text, proposed_text
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, wrap
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, rule, wrap
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.widgets.bands import TopBand
-from vllm_sleep_tui.tui.widgets.detail import rule
 from vllm_sleep_tui.units import gib
 
 if TYPE_CHECKING:

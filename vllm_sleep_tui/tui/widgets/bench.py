@@ -12,8 +12,7 @@ from textual.geometry import Size
 from vllm_sleep_tui.bench.figures import summary
 from vllm_sleep_tui.bench.plan import Mode
 from vllm_sleep_tui.bench.results import Run
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, cut, left, right, wrap
-from vllm_sleep_tui.tui.widgets.detail import rule
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, cut, left, right, rule, wrap
 from vllm_sleep_tui.units import took
 
 MAX_REPEATS = 99

@@ -8,7 +8,7 @@ from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import SETTLED, StartPhase, State
 from vllm_sleep_tui.tui.drawing.bars import progress, waterfall
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, cut_line, wrap
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, cut_line, rule, wrap
 from vllm_sleep_tui.tui.state.operations import Running
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.words import PARTS_OF_WAKE, phases_of
@@ -20,13 +20,6 @@ NOTED_SHARE = 0.05
 """Time of a switch that belongs to no phase is shown when it is more than this share of it."""
 AIRY_HEIGHT = 36
 """Terminals of this height have room for a blank line between sections."""
-
-
-def rule(title: list[Span], width: int) -> Line:
-    """A thin line with a title, across the box."""
-    line = cut_line((("─ ", "border"), *title, (" ", "")), width)
-    used = sum(len(text) for text, _ in line)
-    return (*line, ("─" * max(0, width - used), "border"))
 
 
 def _wrapped(text: str, width: int, paint: str) -> list[Line]:

@@ -21,7 +21,7 @@ from vllm_sleep_tui.tui.drawing.bars import (
 )
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, left, line_width, right, spread
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.widgets.processes import short
+from vllm_sleep_tui.tui.words import short_command
 from vllm_sleep_tui.units import GIB, UNKNOWN, gib_cell, gib_number
 
 _NAME_WIDTH = 7
@@ -47,7 +47,7 @@ def gpu_parts(gpu: GpuSnapshot, models: tuple[ModelSnapshot, ...], colors: dict[
     for process in sorted(gpu.others, key=lambda other: -(other.bytes or 0))[:_NAMED]:
         size = min(process.bytes or 0, others)
         if size > SHOWN:
-            who = cut(f"{process.user}: {short(clean(process.command))}", _NAMED_WIDTH)
+            who = cut(f"{process.user}: {short_command(clean(process.command))}", _NAMED_WIDTH)
             parts.append(Part(f"{who} {gib_number(size)}", size, "others", SOLID))
             others -= size
     if others > SHOWN:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from rich.text import Text
@@ -12,7 +11,8 @@ from textual.geometry import Size
 from vllm_sleep_tui.fleet.snapshot import HeldProcess
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, cut, left, right
-from vllm_sleep_tui.units import NONE, UNKNOWN, gib_cell
+from vllm_sleep_tui.tui.words import memory_words, short_command
+from vllm_sleep_tui.units import NONE
 
 _WIDTHS = {"pid": 8, "user": 10, "GPU": 6, "VRAM": 7, "RAM": 7}
 _NARROW = 90
@@ -89,7 +89,7 @@ def _branches(tree: Sequence[HeldProcess], order: Order) -> list[tuple[HeldProce
 
 
 def _row(process: HeldProcess, branch: str) -> Row:
-    command = branch + short(clean(process.command))
+    command = branch + short_command(clean(process.command))
     return Row(
         command,
         "text",
@@ -101,13 +101,6 @@ def _row(process: HeldProcess, branch: str) -> Row:
     )
 
 
-def short(command: str) -> str:
-    """A command without the folders of its program and its scripts, which say little and take much room."""
-    program, *rest = command.split(" ")
-    names = [Path(word).name if word.startswith("/") and word.endswith(".py") else word for word in rest]
-    return " ".join([Path(program).name, *names]) if program else command
-
-
 def _sum(amounts: Iterable[int | None]) -> int | None:
     sizes = list(amounts)
     return None if None in sizes else sum(amount or 0 for amount in sizes)
@@ -115,10 +108,6 @@ def _sum(amounts: Iterable[int | None]) -> int | None:
 
 def _gpus(processes: Iterable[HeldProcess]) -> str:
     return ",".join(sorted({gpu for each in processes for gpu in each.vram_by_gpu}, key=int)) or NONE
-
-
-def _amount(count: int | None) -> str:
-    return UNKNOWN if count is None else NONE if count == 0 else gib_cell(count)
 
 
 class ProcessTable(Painted):
@@ -157,8 +146,8 @@ class ProcessTable(Painted):
                 "pid": row.pid,
                 "user": row.user,
                 "GPU": row.gpus,
-                "VRAM": _amount(row.vram),
-                "RAM": _amount(row.ram),
+                "VRAM": memory_words(row.vram),
+                "RAM": memory_words(row.ram),
             }
             numbers = "".join(right(cut(cells[name], _WIDTHS[name] - 1), _WIDTHS[name]) for name in shown)
             is_sum = not row.pid
