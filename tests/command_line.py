@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 
 from vllm_sleep_tui.config.load import load
-from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
+from vllm_sleep_tui.fleet.survey import read_once
 
 SERVER_SECONDS = 300.0
 """Limit of one command: a real server starts in 30 to 100 s on two busy cores (vLLM 0.32)."""

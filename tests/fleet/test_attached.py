@@ -22,9 +22,9 @@ from tests.fleet.by_hand import vllm
 from tests.fleet.conftest import SIMULATOR, Box, seen, until, until_state
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import OperationError, RefusedError
-from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 from vllm_sleep_tui.fleet.snapshot import ChatEvent
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.survey import read_once
 
 MakeBox = Callable[..., Box]
 FreePort = Callable[[], int]

@@ -25,10 +25,10 @@ from vllm_sleep_tui.fleet.attached.care import AttachedCare, read_use
 from vllm_sleep_tui.fleet.attached.probe import ProbeResult, after
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.model import Model
-from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Hang
 from vllm_sleep_tui.fleet.supervision.supervisor import Limits
+from vllm_sleep_tui.fleet.survey import read_once
 from vllm_sleep_tui.telemetry.processes import ProcessId
 
 MakeBox = Callable[..., Box]

@@ -17,8 +17,8 @@ from tests.fleet.conftest import Box, seen, until, until_state
 from tests.fleet.test_attached import HELLO, gpus_of, said
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import RefusedError
-from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.survey import read_once
 
 MakeBox = Callable[..., Box]
 FreePort = Callable[[], int]

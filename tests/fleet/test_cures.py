@@ -149,7 +149,7 @@ async def test_a_model_that_grew_since_it_was_measured_wakes_half_and_then_whole
         await fleet.switch("b")
         assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.ASLEEP, State.AWAKE)
         assert seen(fleet, "b").proof == "proven"
-        assert "out of memory" in fleet.log_path("b").read_text()
+        assert "out of memory" in fleet.log("b").path.read_text()
 
 
 async def test_a_wake_out_of_memory_twice_is_failed(box: MakeBox) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.fleet.beside import core_of
 from tests.fleet.conftest import GIB, Box, seen, until
-from vllm_sleep_tui.fleet.observe.processes import HeldProcess
+from vllm_sleep_tui.fleet.snapshot import HeldProcess
 
 MakeBox = Callable[..., Box]
 STRANGER = """

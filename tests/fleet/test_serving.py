@@ -221,7 +221,9 @@ async def test_a_proof_that_is_counted_late_is_nobodys_request(box: MakeBox) -> 
 
 def served(fleet: Fleet, name: str) -> Work:
     """All that the history knows of a model."""
-    entries = [entry for entry in fleet.history.served_between(0, time.time() + 60) if entry.model == name]
+    entries = [
+        entry for entry in fleet._core.history.served_between(0, time.time() + 60) if entry.model == name
+    ]
     each = [(entry.requests, entry.prompt_tokens, entry.generated_tokens) for entry in entries]
     return Work(*(sum(counts) for counts in zip(*each, strict=True)))
 

@@ -309,7 +309,7 @@ async def test_two_configs_with_a_model_of_one_name_do_not_touch_each_other(box:
         assert seen(other, "a").state is State.STOPPED
         await other.start(["a"])
         assert seen(one, "a").pid != seen(other, "a").pid
-        assert one.log_path("a") != other.log_path("a")
+        assert one.log("a").path != other.log("a").path
         await one.stop(["a"])
         assert (seen(one, "a").state, seen(other, "a").state) == (State.STOPPED, State.AWAKE)
 

@@ -17,10 +17,10 @@ import pytest
 
 from tests.fleet.conftest import Box
 from vllm_sleep_tui.config.load import load
-from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import RecordStore
+from vllm_sleep_tui.fleet.survey import read_once
 
 MakeBox = Callable[..., Box]
 

@@ -30,9 +30,9 @@ from raw_server import RawServer
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 from vllm_sleep_tui.fleet.snapshot import Progress, SwitchTimes
 from vllm_sleep_tui.fleet.store.records import RecordStore
+from vllm_sleep_tui.fleet.survey import read_once
 
 PAIR = ("a", "b")
 

@@ -25,7 +25,7 @@ from gpu_config import PAIR
 
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.config.types import ModelConfig
-from vllm_sleep_tui.fleet.observe.snapshotter import read_once
+from vllm_sleep_tui.fleet.survey import read_once
 from vllm_sleep_tui.sizing.checkpoint import INDEX
 from vllm_sleep_tui.sizing.estimate import Estimate, checkpoint_of, estimate
 from vllm_sleep_tui.sizing.footprints import Footprint, digest, is_on

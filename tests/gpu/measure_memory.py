@@ -30,9 +30,9 @@ from command_line import CommandLine
 from vllm_sleep_tui.cli.status import status_json
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.fleet.core import simulated_folder
-from vllm_sleep_tui.fleet.observe.snapshotter import looking
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import RecordStore
+from vllm_sleep_tui.fleet.survey import looking
 
 EVERY_SECONDS = 0.25
 TIMES = 3

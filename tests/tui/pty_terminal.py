@@ -41,7 +41,8 @@ class Terminal:
             stdin=side,
             stdout=side,
             stderr=side,
-            env=environment,
+            # Its size is that of the pty: xdist's workers have these set to one of their own.
+            env={name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")},
             start_new_session=True,
             preexec_fn=own if controlling else None,
         )

@@ -11,11 +11,14 @@ import msgspec
 
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError
-from vllm_sleep_tui.fleet.observe.processes import HeldProcess
+from vllm_sleep_tui.fleet.advice import Advice
+from vllm_sleep_tui.fleet.past import Past
+from vllm_sleep_tui.fleet.server_log import ServerLog
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
     FleetSnapshot,
     GpuSnapshot,
+    HeldProcess,
     HostSnapshot,
     ModelSnapshot,
     OperationSnapshot,
@@ -25,8 +28,6 @@ from vllm_sleep_tui.fleet.snapshot import (
 )
 from vllm_sleep_tui.fleet.states import StartPhase, State
 from vllm_sleep_tui.fleet.store.history import History
-from vllm_sleep_tui.fleet.store.locks import Holder
-from vllm_sleep_tui.sizing.advice import Advice
 
 GIB = 1024**3
 NOW = 1_764_000_000.0
@@ -138,7 +139,7 @@ class ScriptedFleet:
         self.calls: list[tuple[Any, ...]] = []
         self.gate = asyncio.Event()
         self.is_gated = True
-        self.holder: Holder | None = None
+        self.waits_for: str | None = None
         self.history = History(logs)
         self.held: tuple[HeldProcess, ...] = ()
         self.asked_processes = 0
@@ -158,14 +159,18 @@ class ScriptedFleet:
     def predict(self, name: str) -> Prediction:
         return prediction_for(self.now, name)
 
-    def waits(self, name: str) -> Holder | None:
-        return self.holder
+    def waits(self, name: str) -> str | None:
+        return self.waits_for
 
-    def log_path(self, name: str) -> Path:
-        return self.logs / f"{name}.log"
+    async def past(self, window: float) -> Past:
+        names = [one.name for one in self.now.models]
+        return await asyncio.to_thread(self.history.past, names, window)
 
-    async def seen(self, name: str) -> None:
-        self.change(name, last_failure=None)
+    def log(self, name: str) -> ServerLog:
+        async def forget() -> None:
+            self.change(name, last_failure=None)
+
+        return ServerLog(self.logs / f"{name}.log", self.now.model(name).last_failure, forget)
 
     def change(self, name: str, **fields: Any) -> None:
         """Another snapshot, with one model changed."""

@@ -8,8 +8,7 @@ import pytest
 from screen_text import lines_of, panel, text_of, until, until_seen
 from scripted_fleet import ScriptedFleet
 
-from vllm_sleep_tui.sizing.advice import Advice, ModelAdvice, Verdict
-from vllm_sleep_tui.sizing.sharing import GpuAdvice
+from vllm_sleep_tui.fleet.advice import Advice, GpuAdvice, ModelAdvice, Verdict
 
 ADVICE = Advice(
     models=(

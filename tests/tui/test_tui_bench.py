@@ -12,7 +12,7 @@ from test_tui_real_fleet import demo, real_panel
 from vllm_sleep_tui.bench.plan import Mode
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.widgets.bench_form import BenchForm
+from vllm_sleep_tui.tui.widgets.bench import BenchForm
 
 __all__ = ["demo"]
 

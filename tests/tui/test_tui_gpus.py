@@ -9,10 +9,9 @@ import pytest
 from screen_text import lines_of, panel, until, until_seen
 from scripted_fleet import NOW, ScriptedFleet, gib
 
-from vllm_sleep_tui.fleet.observe.processes import HeldProcess
-from vllm_sleep_tui.telemetry.ring import Point
+from vllm_sleep_tui.fleet.snapshot import HeldProcess
 from vllm_sleep_tui.tui.drawing.graphs import buckets, graph
-from vllm_sleep_tui.tui.state.readings import Series
+from vllm_sleep_tui.tui.state.past import Point, Series
 
 
 def held(

@@ -10,9 +10,8 @@ from screen_text import panel, text_of, until, until_seen
 from scripted_fleet import ScriptedFleet
 
 from vllm_sleep_tui.errors import OperationError, PanelError
-from vllm_sleep_tui.fleet.snapshot import Progress
-from vllm_sleep_tui.tui.state.operations import Operations
-from vllm_sleep_tui.tui.state.view import Report, Running
+from vllm_sleep_tui.fleet.snapshot import Progress, Report
+from vllm_sleep_tui.tui.state.operations import Operations, Running
 
 
 class Ends:

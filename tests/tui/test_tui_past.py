@@ -12,7 +12,6 @@ from scripted_fleet import TIMES, ScriptedFleet
 
 from vllm_sleep_tui.fleet.snapshot import Serving
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.fleet.store.locks import Holder
 
 
 @pytest.fixture
@@ -111,13 +110,11 @@ async def test_a_death_shows_from_when_it_was_seen_although_its_record_is_older(
 
 async def test_who_holds_the_gpu_stands_beside_what_enter_would_do(tmp_path: Path) -> None:
     fleet = ScriptedFleet()
-    fleet.holder = Holder(
-        user="ada", pid=1, operation="start", model="coder", since=time.time(), until=time.time() + 20.4
-    )
+    fleet.waits_for = "waits for ada's start of coder, about 20 s more"
     async with panel(fleet, tmp_path) as pilot:
         await pilot.press("down")
         await until_seen(pilot, "enter → phi", "First it waits for ada's start of coder, about")
-        fleet.holder = None
+        fleet.waits_for = None
         await until(pilot, lambda: "First it waits" not in text_of(pilot.app), "the end of it")
 
 

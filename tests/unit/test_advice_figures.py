@@ -11,8 +11,8 @@ import pytest
 
 from tests.unit.made_checkpoints import PHI, write_model
 from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.fleet.advice import read_figures, read_machine
 from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.observe.figures import read_figures, read_machine
 from vllm_sleep_tui.sizing.figures import Figures
 from vllm_sleep_tui.sizing.footprints import Footprint
 from vllm_sleep_tui.units import GIB

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from vllm_sleep_tui.cli.init import Surroundings, config_text, gpus_needed, short_name
+from vllm_sleep_tui.cli.init import config_text, gpus_needed, short_name
 from vllm_sleep_tui.config.load import load
-from vllm_sleep_tui.fleet.observe.discovery import CachedModel, VllmEnvironment
-from vllm_sleep_tui.telemetry.gpus import GpuReading
+from vllm_sleep_tui.fleet.survey import CachedModel, GpuReading, Surroundings, VllmEnvironment
 
 GIB = 2**30
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from vllm_sleep_tui.fleet.past import Served, StateSpan
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.fleet.store.history import History, Served, StateSpan, midnight
+from vllm_sleep_tui.fleet.store.history import History, midnight
 from vllm_sleep_tui.fleet.store.history_tables import DAY, FINE_DAYS, KEPT_DAYS
 
 

@@ -17,11 +17,11 @@ from vllm_sleep_tui.engine.causes import diagnose
 from vllm_sleep_tui.engine.logs import LogTail, PhaseReader
 from vllm_sleep_tui.fleet.keeper_client import KeeperStatus, read_status
 from vllm_sleep_tui.fleet.observe.orphans import find_orphans
-from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 from vllm_sleep_tui.fleet.operations.acquire import describe
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import decode_holder
 from vllm_sleep_tui.fleet.store.records import Record, RecordStore, encode
+from vllm_sleep_tui.fleet.survey import read_once
 from vllm_sleep_tui.sizing.footprints import FootprintStore
 from vllm_sleep_tui.telemetry import prometheus
 from vllm_sleep_tui.text import clean

@@ -16,7 +16,9 @@ import vllm_sleep_tui
 PACKAGE = Path(vllm_sleep_tui.__file__).parent
 BASE = {"text", "errors", "files", "units"}
 DOWN_TO_ENGINE = BASE | {"config", "engine", "telemetry"}
-CORE = BASE | {"paths", "config", "fleet"}
+DOOR = {"fleet", "snapshot", "states", "events", "past", "server_log", "survey", "advice", "doctor"}
+"""What faces may use of `fleet`: itself, the questions that need no open fleet, the types of both."""
+FACE = BASE | {"paths", "config"} | {f"fleet.{module}" for module in DOOR}
 ALLOWED: dict[str, set[str]] = {
     "text": set(),
     "units": set(),
@@ -30,9 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "telemetry": BASE | {"config", "simulator.devices"},
     "sizing": DOWN_TO_ENGINE,
     "fleet": DOWN_TO_ENGINE | {"paths", "sizing", "simulator.devices"},
-    "bench": CORE,
-    "tui": CORE | {"bench", "leaving", "engine.logs", "telemetry.ring", "sizing"},
-    "cli": CORE | {"bench", "leaving", "tui", "telemetry", "engine.logs", "sizing"},
+    "bench": FACE,
+    "tui": FACE | {"bench", "leaving"},
+    "cli": FACE | {"bench", "leaving", "tui"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -100,9 +102,10 @@ def test_our_sleep_mode_runs_inside_vllm_and_needs_nothing_of_ours() -> None:
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("vllm_sleep_tui.fleet.observe.snapshotter", {"httpx", "textual", "rich"}),
+        ("vllm_sleep_tui.fleet.survey", {"httpx", "textual", "rich", "sqlite3"}),
         ("vllm_sleep_tui.fleet.fleet", {"textual"}),
         ("vllm_sleep_tui.cli", {"httpx", "textual", "rich"}),
+        ("vllm_sleep_tui.cli.status", {"httpx", "textual", "rich", "sqlite3"}),
     ],
 )
 def test_a_late_import_is_late(module: str, unwanted: set[str]) -> None:

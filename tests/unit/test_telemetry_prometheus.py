@@ -7,7 +7,7 @@ import math
 import pytest
 
 from vllm_sleep_tui.telemetry import prometheus
-from vllm_sleep_tui.telemetry.ring import Point, Ring
+from vllm_sleep_tui.tui.state.past import Point, Ring
 
 # In the shape that vLLM 0.32 answers, "transcripts/metrics-idle.txt".
 PAGE = r"""# HELP vllm:num_requests_running Number of requests in model execution batches.

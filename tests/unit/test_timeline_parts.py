@@ -5,13 +5,24 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_sleep_tui.fleet.past import PastSwitch, Served
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.fleet.store.history import PastSwitch, Served
-from vllm_sleep_tui.tui.drawing.cursor import EVENT_LINES, event_lines, nearest, title
-from vllm_sleep_tui.tui.drawing.lanes import Change, Frame, cells_of_states
 from vllm_sleep_tui.tui.drawing.paint import Line, line_width
-from vllm_sleep_tui.tui.drawing.served import around, bars, requests_of, spread_over, tokens_of
+from vllm_sleep_tui.tui.drawing.timeline import (
+    EVENT_LINES,
+    Change,
+    Frame,
+    around,
+    bars,
+    cells_of_states,
+    event_lines,
+    nearest,
+    requests_of,
+    spread_over,
+    title,
+    tokens_of,
+)
 
 FRAME = Frame(end=100.0, seconds=100.0, cells=10)
 LEVEL_2 = {

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from textual.color import Color
 
 from vllm_sleep_tui.tui.drawing.bars import HATCHED, MARK, SOLID, Part, cells_of, stacked, waterfall
-from vllm_sleep_tui.tui.drawing.blocks import Blocks
 from vllm_sleep_tui.tui.drawing.paint import cut, line_width, spread, wrap
 from vllm_sleep_tui.tui.keys import KEYS
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, read_theme
-from vllm_sleep_tui.tui.words import clock, gib, took
+from vllm_sleep_tui.tui.widgets.turns import Blocks
+from vllm_sleep_tui.units import clock, gib_number, took
 
 GOOD = (package_folder() / "night.yaml").read_text(encoding="utf-8")
 
@@ -110,8 +110,8 @@ def test_times_and_sizes_are_short() -> None:
         "26 ms", "0.10 s", "0.48 s", "12.3 s", "88 s",
     ]  # fmt: skip
     assert [clock(value) for value in (3.9, 252, 3900, 200_000)] == ["0:03", "4:12", "1:05 h", "2 d"]
-    assert gib(None) == "?"
-    assert gib(0) == "0.0"
+    assert gib_number(None) == "?"
+    assert gib_number(0) == "0.0"
 
 
 def test_every_shipped_theme_is_sound_and_the_default_is_there() -> None:

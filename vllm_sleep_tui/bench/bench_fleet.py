@@ -19,20 +19,20 @@ from vllm_sleep_tui.config.yaml import as_yaml, parse, typed
 from vllm_sleep_tui.errors import PanelError, UsageError
 from vllm_sleep_tui.files import write_private
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.operations.operation import Report
+from vllm_sleep_tui.fleet.snapshot import Report
 
 
 def changed_models(loaded: LoadedConfig, plan: Plan) -> dict[str, dict[str, Any]]:
     """The pair's entries in the config with the plan's changes, as written: ${VAR} stays."""
     written = parse(loaded.path).values["models"]
-    found: dict[str, dict[str, Any]] = {}
+    models: dict[str, dict[str, Any]] = {}
     for name in plan.pair:
         entry = dict(written[name])
         for override in plan.overrides:
             if override.model in (name, "*"):
                 _change(entry, override)
-        found[name] = entry
-    return found
+        models[name] = entry
+    return models
 
 
 def recorded_models(loaded: LoadedConfig, plan: Plan) -> dict[str, dict[str, Any]]:

@@ -14,8 +14,8 @@ import msgspec
 from vllm_sleep_tui.bench import figures
 from vllm_sleep_tui.bench.document import Table
 from vllm_sleep_tui.bench.figures import Spread
-from vllm_sleep_tui.bench.progress import seconds
 from vllm_sleep_tui.bench.results import Run
+from vllm_sleep_tui.units import precise
 
 CHANCE = 0.05
 """A difference that chance makes less often than this is called one."""
@@ -46,17 +46,17 @@ def compare(first: Run, second: Run) -> tuple[Difference, ...]:
 
 def series(run: Run) -> dict[str, list[float]]:
     """Every series of figures by what it is, the models as {a} and {b}."""
-    found: dict[str, list[float]] = {}
+    all_series: dict[str, list[float]] = {}
     for mode in figures.modes(run):
         for place, name in zip(("{a}", "{b}"), run.plan.pair, strict=True):
             made = figures.steps(run, mode, name)
-            found[f"{mode}: switch to {place}"] = figures.switches(run, mode, name)
-            found[f"{mode}: first token of {place}"] = [s.ttft for s in made if s.ttft is not None]
-            found[f"{mode}: inference of {place}"] = [s.inference for s in made]
-        found[f"{mode}: whole pass"] = [t for each in run.of_mode(mode) if (t := each.total) is not None]
+            all_series[f"{mode}: switch to {place}"] = figures.switches(run, mode, name)
+            all_series[f"{mode}: first token of {place}"] = [s.ttft for s in made if s.ttft is not None]
+            all_series[f"{mode}: inference of {place}"] = [s.inference for s in made]
+        all_series[f"{mode}: whole pass"] = [t for each in run.of_mode(mode) if (t := each.total) is not None]
     for place, name in zip(("{a}", "{b}"), run.plan.pair, strict=True):
-        found[f"initial load of {place}"] = figures.loads(run, name)
-    return found
+        all_series[f"initial load of {place}"] = figures.loads(run, name)
+    return all_series
 
 
 def _difference(what: str, first: Sequence[float], second: Sequence[float]) -> Difference:
@@ -109,5 +109,5 @@ def table(rows: Sequence[Difference], first: str, second: str) -> Table:
     return Table(header=header, rows=cells)
 
 
-def _shown(found: Spread) -> str:
-    return f"{seconds(found.median)} ({seconds(found.low)} to {seconds(found.high)}, n={found.count})"
+def _shown(spread: Spread) -> str:
+    return f"{precise(spread.median)} ({precise(spread.low)} to {precise(spread.high)}, n={spread.count})"

@@ -67,10 +67,10 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 def spread(values: Iterable[float | None]) -> Spread | None:
     """Median, lowest and highest of the known ones; None without any."""
-    known = sorted(value for value in values if value is not None)
-    if not known:
+    ranked = sorted(value for value in values if value is not None)
+    if not ranked:
         return None
-    return Spread(count=len(known), median=median(known), low=known[0], high=known[-1])
+    return Spread(count=len(ranked), median=median(ranked), low=ranked[0], high=ranked[-1])
 
 
 def steps(run: Run, mode: Mode, target: str) -> list[Step]:
@@ -93,7 +93,7 @@ def summary(run: Run) -> Summary:
     return Summary(
         rows=tuple(row(run, mode, name) for mode in modes(run) for name in run.plan.pair),
         totals=tuple(total(run, mode) for mode in modes(run)),
-        loads={name: found for name in run.plan.pair if (found := spread(loads(run, name)))},
+        loads={name: of_model for name in run.plan.pair if (of_model := spread(loads(run, name)))},
     )
 
 
@@ -135,15 +135,15 @@ def loads(run: Run, name: str) -> list[float]:
 
 def first_answers(run: Run) -> dict[str, float]:
     """Seconds of each model's first answer: its warm-up, or without one the first of all passes."""
-    found: dict[str, float] = {}
+    answers: dict[str, float] = {}
     for load in reversed(run.loads):
         made = [step for mode in modes(run) if mode.level for step in steps(run, mode, load.model)]
         later = sorted((step for step in made if step.began > load.began), key=lambda step: step.began)
         if FIRST_ANSWER in load.phases:
-            found[load.model] = load.phases[FIRST_ANSWER]
+            answers[load.model] = load.phases[FIRST_ANSWER]
         elif later:
-            found[load.model] = later[0].inference
-    return {name: found[name] for name in run.plan.pair if name in found}
+            answers[load.model] = later[0].inference
+    return {name: answers[name] for name in run.plan.pair if name in answers}
 
 
 def phases(run: Run, mode: Mode, target: str) -> dict[str, float]:

@@ -50,15 +50,15 @@ def environment_of(vllm_command: tuple[str, ...]) -> Path | None:
     if program is None:
         return None
     for folder in (Path(program).absolute().parent, Path(program).resolve().parent):
-        for found in sorted(folder.parent.glob("lib/python3.*/site-packages")):
-            return found
+        for packages in sorted(folder.parent.glob("lib/python3.*/site-packages")):
+            return packages
     return None
 
 
 def _version_of(package: str, environment: Path) -> str | None:
     """The version of an installed package, by the name of its metadata folder."""
-    found = next(environment.glob(f"{package}-*.dist-info"), None)
-    return None if found is None else found.name.removeprefix(f"{package}-").removesuffix(".dist-info")
+    metadata = next(environment.glob(f"{package}-*.dist-info"), None)
+    return None if metadata is None else metadata.name.removeprefix(f"{package}-").removesuffix(".dist-info")
 
 
 def _first(path: Path, pattern: str) -> str | None:

@@ -9,8 +9,8 @@ import msgspec
 
 from vllm_sleep_tui.bench import figures
 from vllm_sleep_tui.bench.plan import Mode
-from vllm_sleep_tui.bench.progress import duration, seconds
 from vllm_sleep_tui.bench.results import Run
+from vllm_sleep_tui.units import precise, time_left
 
 ONCE = ("warming", "priming", figures.FIRST_ANSWER)
 """Phases of an initial load that only sleeping asks for."""
@@ -41,14 +41,15 @@ class Pays(msgspec.Struct, frozen=True, kw_only=True):
         """All of it for a person."""
         about = "about " if self.is_estimate else ""
         way = (
-            f"{self.mode.words.capitalize()}: a switch takes {seconds(self.sleeping)}, stop and start {about}"
+            f"{self.mode.words.capitalize()}: a switch takes {precise(self.sleeping)}, stop and start {about}"
         )
         if self.pays_after is None:
-            return f"{way}{seconds(self.cold)}: sleeping does not pay here."
+            return f"{way}{precise(self.cold)}: sleeping does not pay here."
         return (
-            f"{way}{seconds(self.cold)}: each switch saves {seconds(self.saved)}. Warm-up and priming cost "
-            f"{seconds(self.once)} once, earned back by switch {self.pays_after}. "
-            f"At {switches_per_day:g} switches a day that is {duration(self.saved * switches_per_day)} a day."
+            f"{way}{precise(self.cold)}: each switch saves {precise(self.saved)}. Warm-up and priming "
+            f"cost {precise(self.once)} once, earned back by switch {self.pays_after}. "
+            f"At {switches_per_day:g} switches a day that is "
+            f"{time_left(self.saved * switches_per_day)} a day."
         )
 
 
@@ -68,16 +69,16 @@ def pays(run: Run) -> tuple[Pays, ...]:
 
 def switch_time(run: Run, mode: Mode) -> float | None:
     """The median switch to each model, averaged; None unless both directions were measured."""
-    found = [figures.spread(figures.switches(run, mode, name)) for name in run.plan.pair]
-    known = [each.median for each in found if each is not None]
-    return mean(known) if len(known) == len(found) else None
+    spreads = [figures.spread(figures.switches(run, mode, name)) for name in run.plan.pair]
+    medians = [each.median for each in spreads if each is not None]
+    return mean(medians) if len(medians) == len(spreads) else None
 
 
 def cold_from_loads(run: Run) -> float | None:
     """A cold start as the initial loads had it, without what only sleeping asks for."""
-    found = [phases_of_loads(run, name, without=ONCE) for name in run.plan.pair]
-    known = [each for each in found if each is not None]
-    return mean(known) if len(known) == len(found) else None
+    sums = [phases_of_loads(run, name, without=ONCE) for name in run.plan.pair]
+    complete = [each for each in sums if each is not None]
+    return mean(complete) if len(complete) == len(sums) else None
 
 
 def phases_of_loads(

@@ -8,8 +8,7 @@ import msgspec
 
 from vllm_sleep_tui.bench.plan import Mode, Plan
 from vllm_sleep_tui.bench.results import Machine
-
-GIB = 2**30
+from vllm_sleep_tui.units import GIB
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

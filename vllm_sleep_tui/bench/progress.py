@@ -7,6 +7,7 @@ from statistics import mean
 
 from vllm_sleep_tui.bench.plan import STEPS, Mode, PassKey
 from vllm_sleep_tui.bench.results import Run, Step
+from vllm_sleep_tui.units import precise, time_left
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,35 +40,20 @@ def left(run: Run) -> Left:
 
 def seconds_of_step(run: Run, mode: Mode) -> float | None:
     """The mean of a mode's steps so far; of a cold one never made, that of the initial loads."""
-    known = [step.switch + step.inference for each in run.of_mode(mode) for step in each.steps]
-    if not known and mode is Mode.COLD:
-        known = [load.seconds for load in run.loads]
-    return mean(known) if known else None
+    measured = [step.switch + step.inference for each in run.of_mode(mode) for step in each.steps]
+    if not measured and mode is Mode.COLD:
+        measured = [load.seconds for load in run.loads]
+    return mean(measured) if measured else None
 
 
 def line(run: Run, key: PassKey, step: Step) -> str:
     """One step for a person, with the time left."""
     rest = left(run)
-    first = "no text" if step.ttft is None else f"first token {seconds(step.ttft)}"
+    first = "no text" if step.ttft is None else f"first token {precise(step.ttft)}"
     tokens = "" if step.tokens is None else f"{step.tokens} tokens in "
     at_least = "about" if rest.is_all else "at least"
-    ahead = f", {at_least} {duration(rest.seconds)} left" if rest.done < rest.steps else ""
+    ahead = f", {at_least} {time_left(rest.seconds)} left" if rest.done < rest.steps else ""
     return (
-        f"{key.mode} {key.repeat}  {step.leaving or '–'} → {step.target}  {seconds(step.switch)}  {first}  "
-        f"{tokens}{seconds(step.inference)}  ({rest.done} of {rest.steps}{ahead})"
+        f"{key.mode} {key.repeat}  {step.leaving or '–'} → {step.target}  {precise(step.switch)}  {first}  "
+        f"{tokens}{precise(step.inference)}  ({rest.done} of {rest.steps}{ahead})"
     )
-
-
-def seconds(value: float) -> str:
-    """Seconds, or milliseconds, with the figures that count."""
-    if value < 0.1:
-        return f"{1000 * value:.1f} ms" if value < 0.01 else f"{1000 * value:.0f} ms"
-    return f"{value:.3f} s" if value < 1 else f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
-
-
-def duration(value: float) -> str:
-    """A longer time as people say it."""
-    if value < 90:
-        return f"{value:.0f} s"
-    minutes = round(value / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

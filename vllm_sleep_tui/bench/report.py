@@ -14,12 +14,9 @@ from vllm_sleep_tui.bench.figures import Spread, Summary, Total
 from vllm_sleep_tui.bench.pays import pays
 from vllm_sleep_tui.bench.plan import MAX_TOKENS, Mode
 from vllm_sleep_tui.bench.post import Figures
-from vllm_sleep_tui.bench.progress import left, seconds
+from vllm_sleep_tui.bench.progress import left
 from vllm_sleep_tui.bench.results import Machine, Run, Step
-
-GIB = 2**30
-NONE = "–"
-
+from vllm_sleep_tui.units import NONE, gib, precise
 
 WHAT_A_SWITCH_IS = (
     "A switch is the leaving model's sleep and the other's wake, or its stop and the other's start, until "
@@ -29,8 +26,8 @@ WHAT_A_SWITCH_IS = (
 
 def report(run: Run, switches_per_day: float) -> Document:
     """The whole report of a run."""
-    known = post.read()
-    nearest = post.nearest(known, run.machine)
+    published = post.read()
+    nearest = post.nearest(published, run.machine)
     summary = figures.summary(run)
     return Document(
         title=f"Switching between {run.plan.a} and {run.plan.b}",
@@ -44,8 +41,9 @@ def report(run: Run, switches_per_day: float) -> Document:
             Section(
                 title="The post's figures",
                 notes=(
-                    f"Theirs, not measured here: {known.source} (vLLM {known.vllm}, {nearest.name}, "
-                    f"A = {known.pair[0]}, B = {known.pair[1]}). Other hardware and models: compare ratios.",
+                    f"Theirs, not measured here: {published.source} (vLLM {published.vllm}, {nearest.name}, "
+                    f"A = {published.pair[0]}, B = {published.pair[1]}). "
+                    "Other hardware and models: compare ratios.",
                 ),
             ),
         ),
@@ -117,11 +115,11 @@ def _head(run: Run, summary: Summary) -> list[str]:
 
 
 def _machine(machine: Machine) -> str:
-    gpus = ", ".join(f"{gpu.name} ({_gib(gpu.total_bytes)})" for gpu in machine.gpus) or "no GPU"
+    gpus = ", ".join(f"{gpu.name} ({gib(gpu.total_bytes)})" for gpu in machine.gpus) or "no GPU"
     parts = [
         gpus,
         f"{machine.cpu or 'CPU unknown'}, {machine.cores} cores",
-        f"{_gib(machine.ram_bytes)} of RAM",
+        f"{gib(machine.ram_bytes)} of RAM",
         f"driver {machine.driver}" if machine.driver else None,
         f"vLLM {machine.vllm}" if machine.vllm else None,
         f"torch {machine.torch}" if machine.torch else None,
@@ -137,7 +135,7 @@ def _inferences(run: Run, summary: Summary, theirs: Mapping[Mode, Figures], name
         given = theirs.get(row.mode, Figures())
         other = given.inference_a if row.target == run.plan.a else given.inference_b
         count, middle, range_ = _spread(row.inference)
-        first = NONE if row.ttft is None else seconds(row.ttft.median)
+        first = NONE if row.ttft is None else precise(row.ttft.median)
         tokens = NONE if row.tokens is None else f"{row.tokens.median:g}"
         rows.append((row.mode.words, row.target, count, first, middle, range_, tokens, _seconds(other)))
     header = ("after", "model", "n", "first token", "whole answer", "lowest to highest", "tokens", named)
@@ -146,9 +144,11 @@ def _inferences(run: Run, summary: Summary, theirs: Mapping[Mode, Figures], name
 
 def _first_answers(run: Run) -> tuple[str, ...]:
     """What a warm-up takes out of the first inference."""
-    found = [f"{name} {seconds(spent)}" for name, spent in figures.first_answers(run).items()]
+    answers = [f"{name} {precise(spent)}" for name, spent in figures.first_answers(run).items()]
+    if not answers:
+        return ()
     how = "as its warm-up, counted in the load" if run.plan.warm_up else "without a warm-up, counted above"
-    return (f"The first whole answer after the initial load, {how}: {', '.join(found)}.",) if found else ()
+    return (f"The first whole answer after the initial load, {how}: {', '.join(answers)}.",)
 
 
 def _totals(totals: Sequence[Total], theirs: Mapping[Mode, Figures], named: str) -> Table:
@@ -171,11 +171,11 @@ def _phases(run: Run) -> Table:
         (
             mode.words,
             name,
-            " · ".join(f"{phase} {seconds(spent)}" for phase, spent in found.items()),
+            " · ".join(f"{phase} {precise(spent)}" for phase, spent in spent_by_phase.items()),
         )
         for mode in figures.modes(run)
         for name in run.plan.pair
-        if (found := figures.phases(run, mode, name))
+        if (spent_by_phase := figures.phases(run, mode, name))
     )
     return Table(header=("by", "switch to", "medians of its phases"), rows=rows)
 
@@ -196,21 +196,21 @@ def _held(made: Sequence[Step], name: str) -> tuple[str, str]:
     """The medians of what a model held after these steps: VRAM and RAM."""
     shown = []
     for kind in ("vram", "ram"):
-        known = [size for step in made if (size := getattr(step.after, kind).get(name)) is not None]
-        shown.append(_gib(median(known)) if known else NONE)
+        sizes = [size for step in made if (size := getattr(step.after, kind).get(name)) is not None]
+        shown.append(gib(median(sizes)) if sizes else NONE)
     return shown[0], shown[1]
 
 
 def _pays(run: Run, switches_per_day: float) -> tuple[str, ...]:
-    found = tuple(each.sentence(switches_per_day) for each in pays(run))
-    held = [
+    sentences = tuple(each.sentence(switches_per_day) for each in pays(run))
+    residues = [
         f"{name} holds {vram} of VRAM and {ram} of RAM {state}"
         for name, state, vram, ram in _memory(run).rows
         if state != "awake"
     ]
-    if found and held:
-        return *found, f"What it takes meanwhile: {'; '.join(held)}."
-    return found or (
+    if sentences and residues:
+        return *sentences, f"What it takes meanwhile: {'; '.join(residues)}."
+    return sentences or (
         "Not known: it takes a sleep level, and a cold pass or an initial load, of both models.",
     )
 
@@ -258,16 +258,16 @@ def _theirs_switch(given: Figures | None, *, is_a: bool) -> str:
     return _seconds(given.switch_a if is_a else given.switch_b)
 
 
-def _spread(found: Spread | None) -> tuple[str, str, str]:
+def _spread(spread: Spread | None) -> tuple[str, str, str]:
     """Count, median, range."""
-    if found is None:
+    if spread is None:
         return "0", NONE, NONE
-    return str(found.count), seconds(found.median), f"{seconds(found.low)} to {seconds(found.high)}"
+    return (
+        str(spread.count),
+        precise(spread.median),
+        f"{precise(spread.low)} to {precise(spread.high)}",
+    )
 
 
 def _seconds(value: float | None) -> str:
-    return NONE if value is None else seconds(value)
-
-
-def _gib(size: float | None) -> str:
-    return NONE if size is None else f"{size / GIB:.1f} GiB"
+    return NONE if value is None else precise(value)

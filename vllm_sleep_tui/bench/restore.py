@@ -9,7 +9,7 @@ from typing import Any
 from vllm_sleep_tui.bench.results import Found
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.operations.operation import Report
+from vllm_sleep_tui.fleet.snapshot import Report
 from vllm_sleep_tui.fleet.states import SETTLED, State
 
 
@@ -24,13 +24,13 @@ def neighbours(fleet: Fleet, pair: Sequence[str]) -> list[str]:
 def look(fleet: Fleet, names: Sequence[str]) -> tuple[Found, ...]:
     """How these models are now; raises RefusedError if one is in the middle of something."""
     snapshot = fleet.snapshot()
-    found = []
+    states = []
     for name in names:
         model = snapshot.model(name)
         if model.state not in SETTLED:
             raise RefusedError(f"{name} is {model.state}.", "Wait for its end, then begin again.")
-        found.append(Found(name=name, state=model.state, level=model.level))
-    return tuple(found)
+        states.append(Found(name=name, state=model.state, level=model.level))
+    return tuple(states)
 
 
 async def put_aside(fleet: Fleet, names: Sequence[str], report: Report | None) -> None:
@@ -40,14 +40,14 @@ async def put_aside(fleet: Fleet, names: Sequence[str], report: Report | None) -
             await fleet.sleep(name, report=report)
 
 
-async def put_back(fleet: Fleet, found: Sequence[Found], report: Report | None) -> None:
+async def put_back(fleet: Fleet, states: Sequence[Found], report: Report | None) -> None:
     """Bring each model to its state of before: stopped ones first, awake ones last; failed ones end stopped.
 
     Goes on after a failure and raises OperationError that names all of them.
     """
     failures: list[str] = []
     rank = {State.STOPPED: 0, State.FAILED: 0, State.ASLEEP: 1, State.AWAKE: 2}
-    for before in sorted(found, key=lambda each: rank[each.state]):
+    for before in sorted(states, key=lambda each: rank[each.state]):
         try:
             await _put_back_one(fleet, before, report)
         except CancelledByUser:

@@ -12,8 +12,9 @@ import msgspec
 
 from vllm_sleep_tui.bench.plan import STEPS, Mode, PassKey, Plan
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.files import write_private
+from vllm_sleep_tui.files import private_dir, write_private
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.units import file_stamp
 
 SCHEMA = 1
 KIND = "vllm-sleep-tui bench"
@@ -156,6 +157,16 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         """With this pass in the place of the one of its key."""
         kept = tuple(each for each in self.passes if each.key != changed.key)
         return msgspec.structs.replace(self, passes=(*kept, changed))
+
+
+def folder(state_dir: Path) -> Path:
+    """Where results are kept unless a file is named; it need not exist."""
+    return state_dir / "bench"
+
+
+def new_file(state_dir: Path, plan: Plan) -> Path:
+    """A file for a new result in that folder, which is made; raises PanelError."""
+    return private_dir(folder(state_dir)) / f"{file_stamp()}-{plan.a}-{plan.b}.json"
 
 
 def read(path: Path) -> Run:

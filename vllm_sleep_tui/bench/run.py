@@ -23,8 +23,7 @@ from vllm_sleep_tui.bench.results import Load, Memory, Pass, Run, Step, write
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.operations.operation import Report
-from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Progress
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Progress, Report
 from vllm_sleep_tui.fleet.states import RUNNING, StartPhase, State
 
 

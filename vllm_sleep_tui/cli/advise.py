@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
-from contextlib import closing
 from typing import Any
 
 import click
@@ -15,7 +12,6 @@ from vllm_sleep_tui.cli.common import (
     config_option,
     confirm,
     given_config,
-    in_words,
     json_option,
     load_config,
     put,
@@ -24,20 +20,21 @@ from vllm_sleep_tui.cli.common import (
 )
 from vllm_sleep_tui.config.edit import difference
 from vllm_sleep_tui.config.load import LoadedConfig
-from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.errors import CancelledByUser, RefusedError, UsageError
-from vllm_sleep_tui.fleet.core import Core
-from vllm_sleep_tui.fleet.observe.discovery import find_command
-from vllm_sleep_tui.fleet.observe.figures import advise_fleet
-from vllm_sleep_tui.fleet.store.history import History
+from vllm_sleep_tui.fleet.advice import (
+    AFTERWARDS,
+    HIGHEST_UTILIZATION,
+    Advice,
+    Estimate,
+    GpuAdvice,
+    ModelAdvice,
+    advise_config,
+    apply_text,
+    estimate_of,
+    proposed_text,
+)
 from vllm_sleep_tui.paths import here, state_dir
-from vllm_sleep_tui.sizing.advice import Advice, ModelAdvice
-from vllm_sleep_tui.sizing.advice_config import AFTERWARDS, apply_text, proposed_text
-from vllm_sleep_tui.sizing.budget import HIGHEST_UTILIZATION
-from vllm_sleep_tui.sizing.estimate import Estimate, checkpoint_of, estimate
-from vllm_sleep_tui.sizing.sharing import GpuAdvice, listed
-from vllm_sleep_tui.telemetry.gpus import GpuReading, open_reader
-from vllm_sleep_tui.units import time_text
+from vllm_sleep_tui.units import KIB, gib, time_text
 
 
 @click.command()
@@ -58,15 +55,15 @@ def advise(
     files, and nothing is launched or fetched.
     """
     loaded = _config(ctx, is_needed=not names)
-    known = loaded.config.models if loaded else {}
-    strange = [name for name in names if name not in known]
-    if is_applied and strange:
+    configured = loaded.config.models if loaded else {}
+    others = [name for name in names if name not in configured]
+    if is_applied and others:
         raise UsageError(
-            f"{strange[0]!r} is not in the config, so nothing can be written for it.", "Name others."
+            f"{others[0]!r} is not in the config, so nothing can be written for it.", "Name others."
         )
-    estimates = {name: _estimate(name, loaded) for name in strange}
-    chosen = [name for name in names if name in known] if names else list(known)
-    advice = _advise(loaded, chosen) if loaded and chosen else Advice(models=(), gpus=())
+    estimates = {name: _estimate(name, loaded) for name in others}
+    chosen = [name for name in names if name in configured] if names else list(configured)
+    advice = advise_config(loaded, state_dir(), chosen) if loaded and chosen else Advice(models=(), gpus=())
     if as_json:
         put_json(_as_json(advice, estimates))
     else:
@@ -85,48 +82,17 @@ def _config(ctx: click.Context, *, is_needed: bool) -> LoadedConfig | None:
         return None
 
 
-def _advise(loaded: LoadedConfig, names: Sequence[str]) -> Advice:
-    """The advice on these models; it is reckoned over all of them."""
-    core = Core(loaded, state_dir())
-    with closing(core.reader), closing(History(state_dir(), loaded.path)) as history:
-        whole = advise_fleet(core, history.rates())
-    gpus = {gpu for name in names for gpu in loaded.config.models[name].gpus}
-    return Advice(
-        models=tuple(model for model in whole.models if model.name in names),
-        gpus=tuple(gpu for gpu in whole.gpus if gpu.index in gpus),
-    )
-
-
 # ── estimates ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _estimate(name: str, loaded: LoadedConfig | None) -> Estimate:
     """What a model would need that the config does not name; raises UsageError if it is not here."""
-    model = ModelConfig(model=name)
     try:
-        checkpoint_of(model, here())
+        return estimate_of(name, here(), loaded, state_dir())
     except UsageError as error:
-        known = f" In the config: {', '.join(loaded.config.models)}." if loaded else ""
-        raise UsageError(error.what, f"{error.cure.rstrip('.')}.{known}" if known else error.cure) from None
-    gpu = _first_gpu(loaded)
-    vllm = find_command(loaded.config.vllm_command, os.environ) if loaded else None
-    return estimate(
-        model,
-        here(),
-        total=gpu.total_bytes if gpu else None,
-        gpu_name=gpu.name if gpu else "",
-        utilization=HIGHEST_UTILIZATION,
-        version=vllm.version if vllm else None,
-    )
-
-
-def _first_gpu(loaded: LoadedConfig | None) -> GpuReading | None:
-    if loaded is not None and loaded.config.simulated_gpus:
-        reader = Core(loaded, state_dir()).reader
-    else:
-        reader = open_reader(None)
-    with closing(reader):
-        return next(iter(reader.read()), None)
+        configured = f" In the config: {', '.join(loaded.config.models)}." if loaded else ""
+        cure = f"{error.cure.rstrip('.')}.{configured}" if configured else error.cure
+        raise UsageError(error.what, cure) from None
 
 
 # ── output ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,7 +100,7 @@ def _first_gpu(loaded: LoadedConfig | None) -> GpuReading | None:
 
 def _as_json(advice: Advice, estimates: dict[str, Estimate]) -> dict[str, Any]:
     shown: dict[str, Any] = msgspec.to_builtins(advice)
-    named = [{"name": name, **msgspec.to_builtins(found)} for name, found in estimates.items()]
+    named = [{"name": name, **msgspec.to_builtins(estimate)} for name, estimate in estimates.items()]
     return {"version": 1, **shown, "estimates": named}
 
 
@@ -145,9 +111,9 @@ def _lines(advice: Advice, estimates: dict[str, Estimate]) -> list[str]:
     if advice.gpus:
         lines += [""] if lines else []
         lines += [line for gpu in advice.gpus for line in _gpu_lines(gpu)]
-    for name, found in estimates.items():
+    for name, estimate in estimates.items():
         lines += [""] if lines else []
-        lines += _estimate_lines(name, found)
+        lines += _estimate_lines(name, estimate)
     return lines
 
 
@@ -161,39 +127,39 @@ def _gpu_lines(gpu: GpuAdvice) -> list[str]:
         lines.append("       Two could stay awake with smaller KV caches (estimate):")
         for name in gpu.sharing.models:
             contexts = gpu.sharing.contexts[name]
-            held = "" if contexts is None else f", {contexts:.1f} full contexts"
-            cache = in_words(gpu.sharing.kv_cache_memory_bytes[name])
+            fits = "" if contexts is None else f", {contexts:.1f} full contexts"
+            cache = gib(gpu.sharing.kv_cache_memory_bytes[name])
             lines.append(
-                f"         {name}: {cache}{held}: gpu-memory-utilization {gpu.sharing.utilization[name]:g}"
+                f"         {name}: {cache}{fits}: gpu-memory-utilization {gpu.sharing.utilization[name]:g}"
             )
     return lines
 
 
-def _estimate_lines(name: str, found: Estimate) -> list[str]:
+def _estimate_lines(name: str, estimate: Estimate) -> list[str]:
     """An estimate, a line for each thing; what is not known says why."""
-    count = "" if found.parameters is None else f", {found.parameters / 1e9:.2f} billion parameters"
-    kind = ", ".join(filter(None, (found.architecture, found.task, found.quantization)))
+    count = "" if estimate.parameters is None else f", {estimate.parameters / 1e9:.2f} billion parameters"
+    kind = ", ".join(filter(None, (estimate.architecture, estimate.task, estimate.quantization)))
     lines = [f"{name}: an estimate from its files; nothing was launched", f"  model         {kind}{count}"]
-    lines.append(f"  weights       {in_words(found.weights_bytes)}")
-    if found.kv_bytes_per_token is not None:
+    lines.append(f"  weights       {gib(estimate.weights_bytes)}")
+    if estimate.kv_bytes_per_token is not None:
         context = (
-            f", {in_words(found.context_bytes)} for {found.max_length} tokens" if found.max_length else ""
+            f", {gib(estimate.context_bytes)} for {estimate.max_length} tokens" if estimate.max_length else ""
         )
-        lines.append(f"  KV cache      {found.kv_bytes_per_token / 1024:.0f} KiB a token{context}")
-    least = f"; {in_words(found.floor_per_gpu)} at least, for one context" if found.floor_per_gpu else ""
-    at = f" at gpu-memory-utilization {HIGHEST_UTILIZATION:g}" if found.awake_per_gpu else ""
-    lines.append(f"  VRAM awake    {in_words(found.awake_per_gpu)}{at}{least}")
-    lines.append(f"  VRAM asleep   {in_words(found.asleep_per_gpu)}")
-    lines.append(f"  RAM, level 1  {in_words(found.pinned_bytes)} pinned for good")
-    lines += _time_lines(found)
+        lines.append(f"  KV cache      {estimate.kv_bytes_per_token / KIB:.0f} KiB a token{context}")
+    least = f"; {gib(estimate.floor_per_gpu)} at least, for one context" if estimate.floor_per_gpu else ""
+    at = f" at gpu-memory-utilization {HIGHEST_UTILIZATION:g}" if estimate.awake_per_gpu else ""
+    lines.append(f"  VRAM awake    {gib(estimate.awake_per_gpu)}{at}{least}")
+    lines.append(f"  VRAM asleep   {gib(estimate.asleep_per_gpu)}")
+    lines.append(f"  RAM, level 1  {gib(estimate.pinned_bytes)} pinned for good")
+    lines += _time_lines(estimate)
     return [
         *lines,
-        *(f"  not known     {what.replace('_', ' ')}: {why}" for what, why in found.unknown.items()),
+        *(f"  not known     {what.replace('_', ' ')}: {why}" for what, why in estimate.unknown.items()),
     ]
 
 
-def _time_lines(found: Estimate) -> list[str]:
-    times = found.times
+def _time_lines(estimate: Estimate) -> list[str]:
+    times = estimate.times
     if times is None:
         return []
     return [
@@ -209,7 +175,6 @@ def _time_lines(found: Estimate) -> list[str]:
 
 def _apply(loaded: LoadedConfig, advice: Advice, *, is_agreed: bool) -> None:
     """Write the advice to the config, after a look at what changes; raises PanelError."""
-    _check_whole(advice)
     text = proposed_text(loaded, advice)
     if text is None:
         say("The config says so already.")
@@ -222,15 +187,3 @@ def _apply(loaded: LoadedConfig, advice: Advice, *, is_agreed: bool) -> None:
             raise CancelledByUser("Nothing was written.")
     apply_text(loaded, text, state_dir())
     say(f"Written. {AFTERWARDS}")
-
-
-def _check_whole(advice: Advice) -> None:
-    """Raises UsageError if smaller caches would be written for some who share a GPU, but not all."""
-    named = {model.name for model in advice.models}
-    for model in advice.models:
-        missing = [name for name in model.beside if name not in named]
-        if model.utilization is not None and model.level == "none" and missing:
-            raise UsageError(
-                f"The advice on {model.name} holds only with that on {listed(missing)}.",
-                "Name them too, or nobody.",
-            )

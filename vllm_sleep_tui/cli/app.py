@@ -7,7 +7,6 @@ import errno
 import importlib
 import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.files import private_dir, write_private
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.text import clean, one_line
+from vllm_sleep_tui.units import file_stamp
 
 VERBS: dict[str, str] = {
     "status": "status",
@@ -142,7 +142,7 @@ def _keep_details() -> str:
     """Write the traceback to the state folder; says where it lies."""
     try:
         folder = private_dir(state_dir() / "crashes")
-        path: Path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+        path: Path = folder / f"{file_stamp()}-{os.getpid()}.txt"
         write_private(path, clean(traceback.format_exc()).encode())
     except PanelError:
         return "The details could not be written either; the state folder is not writable."

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
+from vllm_sleep_tui.bench import compare, figures, markdown, page, report
+from vllm_sleep_tui.bench.plan import PassKey, Plan, order, parse_modes, parse_overrides
+from vllm_sleep_tui.bench.progress import left, line
+from vllm_sleep_tui.bench.results import Run, Step, new_file, read
 from vllm_sleep_tui.cli.common import (
     config_option,
     given_config,
@@ -21,16 +25,15 @@ from vllm_sleep_tui.cli.common import (
     say,
 )
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
+from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import CancelledByUser, PanelError, UsageError
-from vllm_sleep_tui.files import private_dir, write_atomically
+from vllm_sleep_tui.files import write_atomically
+from vllm_sleep_tui.fleet.snapshot import WAITING, Progress
+from vllm_sleep_tui.fleet.states import StartPhase
 from vllm_sleep_tui.paths import absolute, state_dir
 
 if TYPE_CHECKING:
-    from vllm_sleep_tui.bench.plan import PassKey, Plan
-    from vllm_sleep_tui.bench.results import Run, Step
-    from vllm_sleep_tui.config.load import LoadedConfig
     from vllm_sleep_tui.fleet.fleet import Fleet
-    from vllm_sleep_tui.fleet.snapshot import Progress
 
 NEW_RUN_ONLY = ("modes", "repeats", "seed", "no_warmup", "changes", "out")
 file_argument = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
@@ -67,8 +70,6 @@ def run_verb(
     **given: Any,
 ) -> None:
     """Measure A→B→A→B→A→B, an answer after each switch; the models end as they were found."""
-    from vllm_sleep_tui.bench.results import read
-
     loaded = load_config(ctx)
     before = None if resume is None else read(resume)
     if before is None:
@@ -80,7 +81,7 @@ def run_verb(
     again = _again(ctx, path)
 
     async def measure(fleet: Fleet) -> Run:
-        from vllm_sleep_tui.bench import run as experiment
+        from vllm_sleep_tui.bench import run as experiment  # with httpx, which reports do without
 
         try:
             return await experiment.run(
@@ -107,9 +108,6 @@ def run_verb(
 @click.option("--switches-per-day", type=click.FloatRange(min=0), default=50.0, show_default=True)
 def report_verb(file: Path, html: Path | None, md: Path | None, switches_per_day: float) -> None:
     """Show a result beside the post's figures, and whether sleeping pays."""
-    from vllm_sleep_tui.bench import markdown, page, report
-    from vllm_sleep_tui.bench.results import read
-
     document = report.report(read(file), switches_per_day)
     if html is not None:
         _write(html, page.render(document))
@@ -125,11 +123,6 @@ def report_verb(file: Path, html: Path | None, md: Path | None, switches_per_day
 @json_option
 def compare_verb(first: Path, second: Path, as_json: bool) -> None:
     """Compare two results: medians, ratio, and whether the difference is more than the spread."""
-    import msgspec
-
-    from vllm_sleep_tui.bench import compare, markdown
-    from vllm_sleep_tui.bench.results import read
-
     rows = compare.compare(read(first), read(second))
     if as_json:
         put_json({"version": 1, "rows": msgspec.to_builtins(rows)})
@@ -147,19 +140,17 @@ def _plan(
     no_warmup: bool,
     changes: tuple[str, ...],
 ) -> Plan:
-    from vllm_sleep_tui.bench import plan
-
     if len(names) != 2:
         raise UsageError("bench run takes two models.", f"Name two of: {', '.join(loaded.config.models)}.")
     for name in names:
         loaded.model(name)
-    return plan.Plan(
+    return Plan(
         a=names[0],
         b=names[1],
-        passes=plan.order(plan.parse_modes(modes, repeats), seed),
+        passes=order(parse_modes(modes, repeats), seed),
         seed=seed,
         warm_up=not no_warmup,
-        overrides=plan.parse_overrides(changes, (names[0], names[1])),
+        overrides=parse_overrides(changes, (names[0], names[1])),
     )
 
 
@@ -182,8 +173,7 @@ def _new_path(out: Path | None, plan: Plan) -> Path:
         if not path.parent.is_dir():
             raise UsageError(f"The folder {path.parent} is not there.", "Make it, or name another --out.")
         return path
-    folder = private_dir(state_dir() / "bench")
-    return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.a}-{plan.b}.json"
+    return new_file(state_dir(), plan)
 
 
 def _again(ctx: click.Context, path: Path) -> str:
@@ -192,9 +182,6 @@ def _again(ctx: click.Context, path: Path) -> str:
 
 
 def _how_far(path: Path) -> str:
-    from vllm_sleep_tui.bench.progress import left
-    from vllm_sleep_tui.bench.results import read
-
     if not path.exists():
         return "Nothing was measured yet."
     rest = left(read(path))
@@ -203,24 +190,15 @@ def _how_far(path: Path) -> str:
 
 def _starts_only(report: Reporter) -> Callable[[Progress], None]:
     """The progress of starts and stops; a switch by sleep is told as a whole, when it is measured."""
-    from vllm_sleep_tui.fleet.snapshot import WAITING
-    from vllm_sleep_tui.fleet.states import StartPhase
-
     shown = {*StartPhase, "stopping", WAITING}
     return lambda progress: report(progress) if progress.phase in shown else None
 
 
 def _tell(run: Run, key: PassKey, step: Step) -> None:
-    from vllm_sleep_tui.bench.progress import line
-
     say(line(run, key, step))
 
 
 def _put_result(run: Run, path: Path, as_json: bool) -> None:
-    import msgspec
-
-    from vllm_sleep_tui.bench import figures, markdown, report
-
     if as_json:
         shown = msgspec.to_builtins(figures.summary(run))
         put_json({"version": 1, "file": str(path), "finished": run.is_done, "summary": shown})

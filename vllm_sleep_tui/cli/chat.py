@@ -13,6 +13,8 @@ import click
 from vllm_sleep_tui.cli.common import config_option, json_option, load_config, put, put_json, say
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.errors import OperationError, UsageError
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.units import hundredths, milliseconds
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.fleet import Fleet
@@ -103,12 +105,10 @@ async def _read_line() -> str:
 
 async def _ask(fleet: Fleet, name: str, messages: list[dict[str, Any]], *, aloud: bool) -> dict[str, Any]:
     """Stream one answer; what it was and took, in seconds. Raises OperationError if it breaks off."""
-    from vllm_sleep_tui.fleet.states import State
-
     texts: list[str] = []
     answer: dict[str, Any] = dict.fromkeys(("text", *MEASURED))
-    found = {model.name: model.state for model in fleet.snapshot().models}[name]
-    was_started = found not in (State.AWAKE, State.ASLEEP)
+    before = {model.name: model.state for model in fleet.snapshot().models}[name]
+    was_started = before not in (State.AWAKE, State.ASLEEP)
     began = time.monotonic()
     async for event in fleet.chat(name, messages, report=Reporter()):
         if event.error:
@@ -130,9 +130,9 @@ async def _ask(fleet: Fleet, name: str, messages: list[dict[str, Any]], *, aloud
 def _timings(answer: dict[str, Any], *, was_started: bool) -> str:
     """Such as: woke in 0.36 s · TTFT 26 ms · 212 tok/s."""
     switched, ttft, tokens = answer["switch_seconds"], answer["ttft"], answer["completion_tokens"]
-    parts = [f"{'started' if was_started else 'woke'} in {switched:.2f} s"] if switched else []
+    parts = [f"{'started' if was_started else 'woke'} in {hundredths(switched)}"] if switched else []
     if ttft is not None:
-        parts.append(f"TTFT {ttft * 1000:.0f} ms")
+        parts.append(f"TTFT {milliseconds(ttft)}")
     streamed = answer["seconds"] - (switched or 0) - (ttft or 0)
     if tokens and tokens > 1 and streamed > 0:
         parts.append(f"{(tokens - 1) / streamed:.0f} tok/s")

@@ -225,8 +225,3 @@ def _encodable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_encodable(item) for item in value]
     return value
-
-
-def in_words(size: int | None) -> str:
-    """Bytes as GiB with one decimal; a dash for what is not known."""
-    return "–" if size is None else f"{size / 2**30:.1f} GiB"

@@ -15,7 +15,7 @@ from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
 from vllm_sleep_tui.config.yaml import MAX_BYTES
 from vllm_sleep_tui.errors import OperationError, RefusedError, UsageError
 from vllm_sleep_tui.files import is_taken, is_text, private_dir, read_own, trust, write_private
-from vllm_sleep_tui.fleet.operations.arguments import simulated_flags
+from vllm_sleep_tui.fleet.survey import flag_tables
 from vllm_sleep_tui.paths import state_dir
 
 PANEL_SPEED = 5.0
@@ -96,8 +96,8 @@ def write_demo(folder: Path, speed: float) -> Path:
         )
     text = _TEMPLATE.format(python=_quoted(sys.executable), schema=SCHEMA_NAME, mark=_MARK, speed=speed)
     write_private(path, text.encode())
-    write_schema(folder / SCHEMA_NAME, [simulated_flags(os.environ)])
     loaded = load(path)
+    write_schema(folder / SCHEMA_NAME, flag_tables(loaded, state_dir(), may_ask=False))
     trust(loaded.found, loaded.agreement(), state_dir())
     return path
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import click
 
-from vllm_sleep_tui.cli.checks import Check, Verdict, check_config, check_flags, check_machine, check_models
 from vllm_sleep_tui.cli.common import config_option, given_config, is_agreed, json_option, put, put_json
-from vllm_sleep_tui.cli.init import look_around
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.doctor import Check, Verdict, examine
 from vllm_sleep_tui.paths import find_config, here
 
 
@@ -23,7 +22,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
     It looks at the config, vLLM, GPUs, ports, folders and other people's servers, and changes nothing.
     """
-    checks = examine(given_config(ctx))
+    checks = _checks(given_config(ctx))
     failed = any(check.verdict is Verdict.FAIL for check in checks)
     if as_json:
         put_json({"version": 1, "ok": not failed, "checks": checks})
@@ -35,18 +34,11 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     ctx.exit(1 if failed else 0)
 
 
-def examine(given: Path | None) -> list[Check]:
+def _checks(given: Path | None) -> list[Check]:
     """All checks, as far as the config allows them."""
-    found = look_around(here())
     try:
         loaded = load(find_config(given))
     except PanelError as error:
         broken = Check("config", Verdict.FAIL, error.what, error.cure)
-        return [broken, *check_machine(found, None)]
-    may_ask = given is not None or is_agreed(loaded)
-    return [
-        *check_config(loaded),
-        *check_flags(loaded, may_ask=may_ask),
-        *check_models(loaded, found),
-        *check_machine(found, loaded),
-    ]
+        return [broken, *examine(None, here(), may_ask=False)]
+    return examine(loaded, here(), may_ask=given is not None or is_agreed(loaded))

@@ -2,61 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from vllm_sleep_tui.cli.common import config_option, given_config, in_words, load_config, put_done, say
-from vllm_sleep_tui.config.flags import FlagTable
+from vllm_sleep_tui.cli.common import config_option, given_config, load_config, put_done, say
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.config.schema import write_schema
 from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
 from vllm_sleep_tui.errors import RefusedError
-from vllm_sleep_tui.files import is_taken, is_text, trust, write_private
-from vllm_sleep_tui.fleet.observe.discovery import CachedModel, VllmEnvironment, find_models, find_vllm
-from vllm_sleep_tui.fleet.operations.arguments import flags_of, simulated_flags
+from vllm_sleep_tui.files import is_taken, trust, write_private
+from vllm_sleep_tui.fleet.survey import CachedModel, GpuReading, Surroundings, flag_tables, look_around
 from vllm_sleep_tui.paths import here, state_dir
-from vllm_sleep_tui.sizing.hub import has_token, hub_cache
-from vllm_sleep_tui.telemetry.gpus import GpuFault, GpuReading, open_reader
+from vllm_sleep_tui.units import gib
 
 MAX_MODELS = 8
 WEIGHTS_SHARE = 0.8
 """Of a GPU's memory: more weights than that leave no room for a KV cache."""
 EXAMPLE = "Qwen/Qwen3-0.6B"
 SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_NAME}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What there is to work with."""
-
-    environments: tuple[VllmEnvironment, ...]
-    gpus: tuple[GpuReading, ...]
-    gpu_note: str | None
-    gpu_faults: tuple[GpuFault, ...] = ()
-    models: tuple[CachedModel, ...]
-    token: bool
-
-
-def look_around(here: Path) -> Surroundings:
-    """Look for vLLM, GPUs and cached models; starts nothing."""
-    reader = open_reader(None)
-    try:
-        gpus, note, faults = reader.read(), reader.note, reader.faults
-    finally:
-        reader.close()
-    return Surroundings(
-        environments=tuple(env for env in find_vllm(os.environ, here) if is_text(env.command)),
-        gpus=gpus,
-        gpu_note=note,
-        gpu_faults=faults,
-        models=tuple(model for model in find_models(hub_cache(os.environ)) if is_text(model.name)),
-        token=has_token(os.environ),
-    )
 
 
 @click.command()
@@ -79,12 +45,12 @@ def init(ctx: click.Context, force: bool, schema: bool) -> None:
     if is_taken(path) and not force:
         what = f"{path} is there already{', a link' if path.is_symlink() else ''}."
         raise RefusedError(what, "Replace it with --force, or write another with --config.")
-    found = look_around(here())
-    for line in describe(found):
+    machine = look_around(here())
+    for line in describe(machine):
         say(line)
-    write_private(path, config_text(found).encode())
+    write_private(path, config_text(machine).encode())
     loaded = load(path)
-    write_schema(path.with_name(SCHEMA_NAME), tables_of(loaded, may_ask=False))
+    write_schema(path.with_name(SCHEMA_NAME), flag_tables(loaded, state_dir(), may_ask=False))
     trust(loaded.found, loaded.agreement(), state_dir())
     put_done(str(path))
     named = "" if path == Path(CONFIG_NAME) else f" --config {path}"
@@ -94,7 +60,7 @@ def init(ctx: click.Context, force: bool, schema: bool) -> None:
 def renew_schema(loaded: LoadedConfig) -> None:
     """Write the schema beside a config, with the flags of every vLLM that it names."""
     say("Asking vLLM for its flags, which takes up to a minute the first time.")
-    tables = tables_of(loaded, may_ask=True)
+    tables = flag_tables(loaded, state_dir(), may_ask=True)
     path = loaded.found.with_name(SCHEMA_NAME)
     write_schema(path, tables)
     put_done(str(path))
@@ -104,34 +70,25 @@ def renew_schema(loaded: LoadedConfig) -> None:
     say(f"An editor takes it by this line in the config: {SCHEMA_LINE}")
 
 
-def tables_of(loaded: LoadedConfig, *, may_ask: bool) -> list[FlagTable]:
-    """The flags of each vLLM that a config names, asked if it may be."""
-    own = [model for model in loaded.config.models.values() if not model.url]
-    if loaded.config.simulated_gpus:
-        return [simulated_flags({**os.environ, **model.env}) for model in own[:1]]
-    commands = dict.fromkeys(model.vllm_command or loaded.config.vllm_command for model in own)
-    return [flags_of(command, loaded.path.parent, state_dir(), may_ask=may_ask) for command in commands]
-
-
-def describe(found: Surroundings) -> list[str]:
-    """What was found, a line each."""
+def describe(machine: Surroundings) -> list[str]:
+    """What there is, a line each."""
     lines = [
         f"vLLM   {environment.version or 'of unknown version'}  {environment.command}  ({environment.place})"
-        for environment in found.environments
+        for environment in machine.environments
     ] or ["vLLM   none found: install it in an environment of its own and name its binary in vllm_command"]
-    lines += [f"GPU {gpu.index}  {gpu.name}  {in_words(gpu.total_bytes)}" for gpu in found.gpus] or [
-        f"GPU    {found.gpu_note or 'none found'}"
+    lines += [f"GPU {gpu.index}  {gpu.name}  {gib(gpu.total_bytes)}" for gpu in machine.gpus] or [
+        f"GPU    {machine.gpu_note or 'none found'}"
     ]
-    lines += [f"Model  {model.name}  {in_words(model.bytes)}" for model in found.models] or [
+    lines += [f"Model  {model.name}  {gib(model.bytes)}" for model in machine.models] or [
         f"Model  none in the Hugging Face cache; {EXAMPLE} is written as an example"
     ]
-    token = "there is one" if found.token else "none; gated models need one (hf auth login)"
+    token = "there is one" if machine.token else "none; gated models need one (hf auth login)"
     return [*lines, f"Token  {token}"]
 
 
-def config_text(found: Surroundings) -> str:
+def config_text(machine: Surroundings) -> str:
     """The config file for these surroundings, with comments."""
-    best = best_environment(found.environments)
+    best = machine.best_environment
     command = str(best.command) if best else "vllm"
     lines = [
         SCHEMA_LINE,
@@ -140,7 +97,7 @@ def config_text(found: Surroundings) -> str:
         f"vllm_command: [{_quoted(command)}]",
         *(
             f"# also found: {other.command}  {other.version or ''}".rstrip()
-            for other in found.environments
+            for other in machine.environments
             if other != best
         ),
         "",
@@ -156,15 +113,9 @@ def config_text(found: Surroundings) -> str:
         "  #   url: http://127.0.0.1:8000     instead of `model:`, a server that you start yourself",
         '  #   api_key: "${BIG_KEY}"          its key, if it wants one; or api_key_file: FILE',
     ]
-    for name, model in named_models(found.models, found.gpus):
-        lines += _model_lines(name, model, found.gpus)
+    for name, model in named_models(machine.models, machine.gpus):
+        lines += _model_lines(name, model, machine.gpus)
     return "\n".join(lines) + "\n"
-
-
-def best_environment(environments: Sequence[VllmEnvironment]) -> VllmEnvironment | None:
-    """The first one that can sleep, else the first."""
-    able = [environment for environment in environments if environment.can_sleep]
-    return next(iter(able or environments), None)
 
 
 def named_models(models: Sequence[CachedModel], gpus: Sequence[GpuReading]) -> list[tuple[str, CachedModel]]:
@@ -184,7 +135,7 @@ def short_name(model: str) -> str:
 
 
 def _model_lines(name: str, model: CachedModel, gpus: Sequence[GpuReading]) -> list[str]:
-    size = f"{in_words(model.bytes)} of weights" if model.bytes else "an example, fetched at its first start"
+    size = f"{gib(model.bytes)} of weights" if model.bytes else "an example, fetched at its first start"
     lines = [f"  {_quoted(name)}:", f"    model: {_quoted(model.name)}  # {size}"]
     if not gpus:
         return [*lines, "    gpus: []  # no GPU was found: vLLM on the CPU, where sleeping frees no memory"]
@@ -201,8 +152,8 @@ def gpus_needed(weights: int, gpus: Sequence[GpuReading]) -> int | None:
         return 0
     for count in (1, 2, 4, 8):
         sizes = [gpu.total_bytes for gpu in gpus[:count]]
-        known = [size for size in sizes if size is not None]
-        if len(sizes) == count and (len(known) < count or weights <= WEIGHTS_SHARE * min(known) * count):
+        sized = [size for size in sizes if size is not None]
+        if len(sizes) == count and (len(sized) < count or weights <= WEIGHTS_SHARE * min(sized) * count):
             return count
     return None
 

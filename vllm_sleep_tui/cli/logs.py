@@ -9,8 +9,7 @@ import click
 
 from vllm_sleep_tui.cli.common import config_option, load_config, put
 from vllm_sleep_tui.errors import OperationError
-from vllm_sleep_tui.files import path_of
-from vllm_sleep_tui.fleet.store.records import RecordStore
+from vllm_sleep_tui.fleet.survey import log_of
 from vllm_sleep_tui.paths import state_dir
 
 POLL_SECONDS = 0.2
@@ -27,30 +26,23 @@ def logs(ctx: click.Context, name: str, follow: bool, count: int) -> None:
 
     If its server died and was started again, the last lines of the one that died come first, once.
     """
-    from vllm_sleep_tui.engine.logs import LogTail
-    from vllm_sleep_tui.fleet.store.last_failure import last_words, seen
-
     loaded = load_config(ctx, only_looks=True)
     loaded.model(name)
-    records = RecordStore(state_dir(), loaded.path)
-    record = records.read(name)
-    path = path_of(record.log) if record.log else records.log_path(name)
-    if not path.exists() and not follow:
+    log = log_of(loaded, state_dir(), name)
+    if not log.path.exists() and not follow:
         raise OperationError(f"{name} has no log yet.", f"Start it: vllm-sleep-tui start {name}")
-    tail = LogTail(path)
     try:
-        lines = [*last_words(record.last_failure, count), *tail.last(count)]
-        if record.last_failure is not None:
-            asyncio.run(seen(records, name))
+        lines = [*log.last_words(count), *log.last(count)]
+        asyncio.run(log.seen())
         while True:
             if lines:
                 put("\n".join(lines))
             if not follow:
                 return
             time.sleep(POLL_SECONDS)
-            lines = tail.read_new()
+            lines = log.read_new()
     except OSError as error:
         raise OperationError(
-            f"The log {path} cannot be read: {error.strerror}.",
+            f"The log {log.path} cannot be read: {error.strerror}.",
             "Put away what has its name; the next start begins a new one.",
         ) from None

@@ -9,7 +9,6 @@ import click
 
 from vllm_sleep_tui.cli.common import (
     config_option,
-    in_words,
     json_option,
     load_config,
     put_done,
@@ -20,10 +19,11 @@ from vllm_sleep_tui.cli.status import model_json
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.units import gib
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.fleet import Fleet
-    from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
+    from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot
 
 names_argument = click.argument("names", metavar="NAME…", nargs=-1)
 all_option = click.option("--all", "everything", is_flag=True, help="Every model of the config.")
@@ -144,7 +144,7 @@ def _choose(
 
 def _with_servers(loaded: LoadedConfig) -> list[str]:
     """The models of which a server of ours runs; such a one may have got a `url:` meanwhile."""
-    from vllm_sleep_tui.fleet.observe.snapshotter import read_once
+    from vllm_sleep_tui.fleet.survey import read_once  # only `--all` asks
 
     return read_once(loaded, state_dir()).with_servers()
 
@@ -153,10 +153,12 @@ def _operate(
     loaded: LoadedConfig, names: Sequence[str], act: Callable[[Fleet], Awaitable[Any]]
 ) -> list[ModelSnapshot]:
     """Carry the operation out; how the models are afterwards."""
-    from vllm_sleep_tui.fleet.observe.snapshotter import read_once
 
-    with_fleet(loaded, act)
-    snapshot = read_once(loaded, state_dir())
+    async def act_and_look(fleet: Fleet) -> FleetSnapshot:
+        await act(fleet)
+        return await fleet.measured()
+
+    snapshot = with_fleet(loaded, act_and_look)
     return [snapshot.model(name) for name in names]
 
 
@@ -177,7 +179,7 @@ def _put_several(models: list[ModelSnapshot], as_json: bool) -> None:
 def _put_lines(models: list[ModelSnapshot]) -> None:
     for model in models:
         level = "" if model.level is None else f" L{model.level}"
-        put_done(f"{model.name}  {model.state}{level}  VRAM {in_words(model.vram_bytes)}")
+        put_done(f"{model.name}  {model.state}{level}  VRAM {gib(model.vram_bytes)}")
 
 
 def _result(model: ModelSnapshot) -> dict[str, Any]:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 import click
 
-from vllm_sleep_tui.cli.common import confirm, in_words, json_option, put, put_json, say
+from vllm_sleep_tui.cli.common import confirm, json_option, put, put_json, say
 from vllm_sleep_tui.errors import RefusedError
-from vllm_sleep_tui.fleet.observe.discovery import ForeignServer, find_foreign_servers
-from vllm_sleep_tui.fleet.observe.orphans import Orphan, end_orphans, find_orphans
+from vllm_sleep_tui.fleet.survey import ForeignServer, Orphan, end_orphans, find_orphans, find_strangers
 from vllm_sleep_tui.paths import state_dir
-from vllm_sleep_tui.telemetry.gpus import open_reader
+from vllm_sleep_tui.units import gib
 
 
 @click.command()
@@ -24,34 +23,25 @@ def orphans(end: bool, yes: bool, as_json: bool) -> None:
 
     Servers that were not started here are named and never touched.
     """
-    found = find_orphans(state_dir())
-    ours = {orphan.process for orphan in found}
+    processes = find_orphans(state_dir())
+    ours = {orphan.process for orphan in processes}
     strangers = [stranger for stranger in find_strangers() if stranger.process not in ours]
-    if end and found:
+    if end and processes:
         if not yes:
-            ask(found)
-        end_orphans(found)
+            ask(processes)
+        end_orphans(processes)
     if as_json:
-        put_json({"version": 1, "ended": end, **in_json(found, strangers)})
+        put_json({"version": 1, "ended": end, **in_json(processes, strangers)})
     else:
-        put_lines(found, strangers, ended=end)
+        put_lines(processes, strangers, ended=end)
 
 
-def find_strangers() -> tuple[ForeignServer, ...]:
-    """vLLM servers that were not started here, with their VRAM where NVML tells."""
-    reader = open_reader(None)
-    try:
-        return find_foreign_servers(reader.read())
-    finally:
-        reader.close()
-
-
-def ask(found: Sequence[Orphan]) -> None:
+def ask(processes: Sequence[Orphan]) -> None:
     """Name what would be ended and ask; raises RefusedError without a yes."""
-    for orphan in found:
+    for orphan in processes:
         say(line_of(orphan, "orphan"))
     try:
-        agreed = confirm(f"End these {len(found)}, which loses what they hold?")
+        agreed = confirm(f"End these {len(processes)}, which loses what they hold?")
     except click.Abort:
         agreed = False
     if not agreed:
@@ -59,7 +49,7 @@ def ask(found: Sequence[Orphan]) -> None:
         raise RefusedError("Nothing was ended.", cure)
 
 
-def in_json(found: Sequence[Orphan], strangers: Sequence[ForeignServer]) -> dict[str, object]:
+def in_json(processes: Sequence[Orphan], strangers: Sequence[ForeignServer]) -> dict[str, object]:
     """Both lists for a program."""
     return {
         "orphans": [
@@ -70,7 +60,7 @@ def in_json(found: Sequence[Orphan], strangers: Sequence[ForeignServer]) -> dict
                 "why": orphan.why,
                 "ram_bytes": orphan.ram_bytes,
             }
-            for orphan in found
+            for orphan in processes
         ],
         "strangers": [
             {
@@ -84,23 +74,22 @@ def in_json(found: Sequence[Orphan], strangers: Sequence[ForeignServer]) -> dict
     }
 
 
-def put_lines(found: Sequence[Orphan], strangers: Sequence[ForeignServer], *, ended: bool) -> None:
+def put_lines(processes: Sequence[Orphan], strangers: Sequence[ForeignServer], *, ended: bool) -> None:
     """Both lists for a person."""
-    for orphan in found:
+    for orphan in processes:
         put(line_of(orphan, "ended" if ended else "orphan"))
-    if not found:
+    if not processes:
         put("No orphans.")
     elif not ended:
         put("End them with: vllm-sleep-tui orphans --end")
     for stranger in strangers:
-        held = in_words(stranger.vram_bytes)
+        vram = gib(stranger.vram_bytes)
         put(
-            f"not ours, left alone  pid {stranger.process.pid}  user {stranger.user}  VRAM {held}  "
+            f"not ours, left alone  pid {stranger.process.pid}  user {stranger.user}  VRAM {vram}  "
             f"{stranger.command}"
         )
 
 
 def line_of(orphan: Orphan, word: str) -> str:
     """One orphan for a person."""
-    held = in_words(orphan.ram_bytes)
-    return f"{word}  pid {orphan.process.pid}  RAM {held}  {orphan.why}  {orphan.command}"
+    return f"{word}  pid {orphan.process.pid}  RAM {gib(orphan.ram_bytes)}  {orphan.why}  {orphan.command}"

@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 DETAIL_SECONDS = 1.0
-"""A phase is told at once, its details no oftener than this."""
+"""A phase is printed at once, its details no more often than this."""
 
 
 class Reporter:
     """Prints progress, a line for each step: ``qwen  loading  weights 2/4``."""
 
     def __init__(self) -> None:
-        self._told: dict[str, tuple[str, str, float]] = {}
+        self._said: dict[str, tuple[str, str, float]] = {}
 
     def __call__(self, progress: Progress) -> None:
         """Say what is new."""
-        phase, detail, told_at = self._told.get(progress.model, ("", "", 0.0))
+        phase, detail, said_at = self._said.get(progress.model, ("", "", 0.0))
         if progress.phase == phase and (
-            progress.detail == detail or time.monotonic() - told_at < DETAIL_SECONDS
+            progress.detail == detail or time.monotonic() - said_at < DETAIL_SECONDS
         ):
             return
-        self._told[progress.model] = (progress.phase, progress.detail, time.monotonic())
+        self._said[progress.model] = (progress.phase, progress.detail, time.monotonic())
         say("  ".join(filter(None, (progress.model, progress.phase, progress.detail))))
 
 
@@ -43,7 +43,7 @@ def with_fleet(loaded: LoadedConfig, act: Callable[[Fleet], Awaitable[Result]]) 
     """Open the fleet and act on it; raises PanelError, CancelledByUser after an interruption."""
 
     async def opened() -> Result:
-        from vllm_sleep_tui.fleet.fleet import Fleet
+        from vllm_sleep_tui.fleet.fleet import Fleet  # with httpx, which a usage error does without
 
         fleet = Fleet(loaded, state_dir())
         try:

@@ -42,7 +42,7 @@ def _states(each: Each) -> Samples:
 
 
 def _vram(each: Each) -> Samples:
-    return (({**who, "gpu": gpu}, held) for who, m in each for gpu, held in (m.vram_by_gpu or {}).items())
+    return (({**who, "gpu": gpu}, size) for who, m in each for gpu, size in (m.vram_by_gpu or {}).items())
 
 
 def _totals(each: Each) -> Samples:

@@ -77,11 +77,11 @@ class Headless:
         self._stop_on_exit = stop_on_exit
         self._ends = asyncio.Event()
         self._reloads = asyncio.Event()
-        self._told: dict[str, str] = {}
+        self._logged: dict[str, str] = {}
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT."""
-        from vllm_sleep_tui.fleet.fleet import Fleet
+        from vllm_sleep_tui.fleet.fleet import Fleet  # with httpx, which a usage error does without
 
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, self._reloads.set)
@@ -127,12 +127,12 @@ class Headless:
         snapshot = fleet.snapshot()
         for model in snapshot.models:
             line = line_of(model)
-            if self._told.get(model.name) != line:
-                self._told[model.name] = line
+            if self._logged.get(model.name) != line:
+                self._logged[model.name] = line
                 log.info("%s: %s", model.name, line)
         for note in snapshot.notes:
-            if self._told.get(note) is None:
-                self._told[note] = note
+            if self._logged.get(note) is None:
+                self._logged[note] = note
                 log.warning("%s", note)
 
     async def _autostart(self, fleet: Fleet) -> None:

@@ -15,16 +15,18 @@ import msgspec
 from vllm_sleep_tui.cli.common import (
     config_option,
     draw,
-    in_words,
     json_option,
     json_text,
     load_config,
     put,
     put_json,
 )
+from vllm_sleep_tui.cli.scrape import page
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
+from vllm_sleep_tui.fleet.survey import looking, read_once
 from vllm_sleep_tui.paths import APP, state_dir
 from vllm_sleep_tui.text import clean
+from vllm_sleep_tui.units import NONE, age, gib, hundredths
 
 MODEL_FIELDS = (
     "name",
@@ -60,20 +62,18 @@ def status(ctx: click.Context, watch: bool, prometheus: bool, as_json: bool) -> 
     """Show every model and GPU."""
     if prometheus and (watch or as_json):
         raise click.UsageError("--prometheus goes with neither --watch nor --json.")
-    from vllm_sleep_tui.fleet.observe.snapshotter import looking
-
     loaded = load_config(ctx, only_looks=True)
-    with looking(loaded, state_dir()) as look:
-        if watch:
+    if watch:
+        with looking(loaded, state_dir()) as look:
             _watch(look, as_json=as_json)
-        elif prometheus:
-            from vllm_sleep_tui.cli.scrape import page
-
-            put(page(look()), nl=False)
-        elif as_json:
-            put_json(status_json(look()))
-        else:
-            put("\n".join(status_lines(look())))
+        return
+    snapshot = read_once(loaded, state_dir())
+    if prometheus:
+        put(page(snapshot), nl=False)
+    elif as_json:
+        put_json(status_json(snapshot))
+    else:
+        put("\n".join(status_lines(snapshot)))
 
 
 def _watch(look: Callable[[], FleetSnapshot], *, as_json: bool) -> None:
@@ -133,12 +133,12 @@ def status_lines(snapshot: FleetSnapshot) -> list[str]:
     lines.append("")
     lines += [_gpu_line(gpu) for gpu in snapshot.gpus]
     host = snapshot.host
-    lines.append(f"RAM    {in_words(host.ram_available_bytes)} free of {in_words(host.ram_total_bytes)}")
+    lines.append(f"RAM    {gib(host.ram_available_bytes)} free of {gib(host.ram_total_bytes)}")
     for model in snapshot.models:
         if model.reason:
             lines += ["", f"{model.name}: {model.reason}", *([f"  {model.cure}"] if model.cure else [])]
         if (died := model.last_failure) is not None:
-            lines += ["", f"{model.name}: {died.told()}", f"  What it said last: {APP} logs {model.name}"]
+            lines += ["", f"{model.name}: {died.sentence}", f"  What it said last: {APP} logs {model.name}"]
     return [*lines, *backend_lines(snapshot.models), *snapshot.notes]
 
 
@@ -164,24 +164,18 @@ def _row(model: ModelSnapshot, now: float) -> tuple[str, ...]:
     return (
         model.name,
         state,
-        in_words(model.vram_bytes),
-        in_words(model.ram_bytes),
-        ",".join(str(gpu) for gpu in model.gpus) or ("–" if model.frees_memory else "CPU"),
-        str(model.port or "–"),
-        _age(now - model.since) if model.since else "–",
-        f"{switch.total:.2f} s" if switch else "–",
+        gib(model.vram_bytes),
+        gib(model.ram_bytes),
+        ",".join(str(gpu) for gpu in model.gpus) or (NONE if model.frees_memory else "CPU"),
+        str(model.port or NONE),
+        age(now - model.since) if model.since else NONE,
+        hundredths(switch.total) if switch else NONE,
     )
-
-
-def _age(seconds: float) -> str:
-    minutes, rest = divmod(max(0, int(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _gpu_line(gpu: GpuSnapshot) -> str:
     simulated = "  SIMULATED" if gpu.simulated else ""
     busy = "" if gpu.utilization is None else f"  {gpu.utilization:.0f} %"
-    memory = f"{in_words(gpu.used_bytes)} of {in_words(gpu.total_bytes)}"
-    others = "".join(f"\n       {in_words(p.bytes)}  pid {p.pid}  {p.user}  {p.command}" for p in gpu.others)
+    memory = f"{gib(gpu.used_bytes)} of {gib(gpu.total_bytes)}"
+    others = "".join(f"\n       {gib(p.bytes)}  pid {p.pid}  {p.user}  {p.command}" for p in gpu.others)
     return f"GPU {gpu.index}  {memory}{busy}  {gpu.name}{simulated}{others}"

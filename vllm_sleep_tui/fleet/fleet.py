@@ -10,23 +10,29 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import OperationError
-from vllm_sleep_tui.files import path_of
-from vllm_sleep_tui.fleet.attached.backend import prober
+from vllm_sleep_tui.fleet.attached.backend import probe, prober
 from vllm_sleep_tui.fleet.backend import Backend, backend_of
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
 from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.observe.predict import memory_in, waits
-from vllm_sleep_tui.fleet.observe.processes import HeldProcess, held_processes
+from vllm_sleep_tui.fleet.observe.processes import held_processes
 from vllm_sleep_tui.fleet.observe.serving import ServingPoller
 from vllm_sleep_tui.fleet.observe.snapshotter import Snapshotter
 from vllm_sleep_tui.fleet.operations import groups
+from vllm_sleep_tui.fleet.operations.acquire import waiting_words
 from vllm_sleep_tui.fleet.operations.chat import answer
-from vllm_sleep_tui.fleet.operations.operation import Operation, Report, actor, ended, to_safe_point
-from vllm_sleep_tui.fleet.snapshot import ChatEvent, FleetSnapshot, Prediction, SwitchTimes
+from vllm_sleep_tui.fleet.operations.operation import Operation, actor, ended, to_safe_point
+from vllm_sleep_tui.fleet.past import Past
+from vllm_sleep_tui.fleet.server_log import ServerLog, log_of
+from vllm_sleep_tui.fleet.snapshot import (
+    ChatEvent,
+    FleetSnapshot,
+    HeldProcess,
+    Prediction,
+    Report,
+    SwitchTimes,
+)
 from vllm_sleep_tui.fleet.states import StartPhase, State
-from vllm_sleep_tui.fleet.store import last_failure
-from vllm_sleep_tui.fleet.store.history import History
-from vllm_sleep_tui.fleet.store.locks import Holder
 from vllm_sleep_tui.fleet.supervision.supervisor import Leader, Watcher
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive
 from vllm_sleep_tui.telemetry.sampler import Sampler
@@ -109,7 +115,8 @@ class Fleet:
         self._core.reload(loaded)
 
     async def measured(self) -> FleetSnapshot:
-        """Everything, with memory that is read after this call."""
+        """Everything, with memory and attached servers looked at after this call."""
+        await probe(self._core.models())
         self._sampler.set_roots(self._snapshotter.roots())
         return self._snapshotter.snapshot(await asyncio.to_thread(self._sampler.sample_once))
 
@@ -117,10 +124,9 @@ class Fleet:
         """The vLLM that the model's last launch ran on; None before the first."""
         return self._core.model(name).record.vllm_version
 
-    @property
-    def history(self) -> History:
-        """The past: switches, states, time saved. Its questions read a database: ask them off the loop."""
-        return self._core.history
+    async def past(self, window: float) -> Past:
+        """What the history says about the last `window` seconds, and about today."""
+        return await asyncio.to_thread(self._core.history.past, list(self._core.config.models), window)
 
     @property
     def history_note(self) -> str | None:
@@ -158,31 +164,25 @@ class Fleet:
         except OperationError as error:
             return Prediction(target=name, action="refused", sentence=error.what)
 
-    def waits(self, name: str) -> Holder | None:
-        """Whom an operation on the model would have to wait for; None if it could begin at once."""
-        return waits(self._core.model(name))
+    def waits(self, name: str) -> str | None:
+        """What an operation on the model would do first: "waits for …"; None if it could begin at once."""
+        who = waits(self._core.model(name))
+        return None if who is None else waiting_words(who)
 
     async def advice(self) -> Advice:
         """What to do with each model and GPU, from what was measured here."""
-        from vllm_sleep_tui.fleet.observe.figures import (
-            advise_fleet,  # reads checkpoints; only whoever asks pays
-        )
+        from vllm_sleep_tui.fleet.advice import advise_fleet  # reads checkpoints; only whoever asks pays
 
-        return await asyncio.to_thread(lambda: advise_fleet(self._core, self.history.rates()))
+        return await asyncio.to_thread(lambda: advise_fleet(self._core, self._core.history.rates()))
 
     async def processes(self) -> tuple[HeldProcess, ...]:
         """The processes of our servers, and all others that hold VRAM."""
         roots = self._snapshotter.roots()
         return await asyncio.to_thread(held_processes, self._sampler.latest(), roots, self._core.simulated)
 
-    def log_path(self, name: str) -> Path:
-        """The model's log file, which need not exist yet."""
-        model = self._core.model(name)
-        return path_of(model.record.log) if model.record.log else model.log_path
-
-    async def seen(self, name: str) -> None:
-        """The person has looked at why the model's last server died; it is not told of any longer."""
-        await last_failure.seen(self._core.records, name)
+    def log(self, name: str) -> ServerLog:
+        """What the model's servers said; raises OperationError if its record cannot be read."""
+        return log_of(self._core.records, name)
 
     # ── what can be done ─────────────────────────────────────────────────────────────────────────────────
 
@@ -258,11 +258,11 @@ class Fleet:
         try:
             last = after
             if last is None:
-                latest = await asyncio.to_thread(self.history.latest_events, 1)
+                latest = await asyncio.to_thread(self._core.history.latest_events, 1)
                 last = latest[-1].id if latest else 0
             while True:
                 written.clear()
-                for event in await asyncio.to_thread(self.history.events_after, last):
+                for event in await asyncio.to_thread(self._core.history.events_after, last):
                     last = event.id
                     yield event
                 with contextlib.suppress(TimeoutError):

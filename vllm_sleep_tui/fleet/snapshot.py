@@ -5,11 +5,13 @@ The first fields of each struct, in order, are the contract of ``status --json``
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 
 import msgspec
 
 from vllm_sleep_tui.fleet.states import RUNNING, StartPhase, State
+from vllm_sleep_tui.sizing.budget import ram_margin
+from vllm_sleep_tui.units import time_of_day
 
 
 class OperationSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,14 +42,15 @@ class LastFailure(msgspec.Struct, frozen=True, kw_only=True):
     log: str | None = None
     """The file that keeps what it said last."""
 
-    def told(self) -> str:
+    @property
+    def sentence(self) -> str:
         """One line for a person."""
         return f"It died at {self.clock} and was started again. {self.reason}".rstrip()
 
     @property
     def clock(self) -> str:
         """The time of day at which it was seen."""
-        return time.strftime("%H:%M:%S", time.localtime(self.at))
+        return time_of_day(self.at)
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,7 +116,7 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """False for vLLM on the CPU, where sleep is a state and nothing else."""
     source: str = ""
     """The model's hub name, folder or URL."""
-    is_attached: bool = False
+    is_external: bool = False
     """Given by `url:`: it can neither be started nor stopped from here, and what it holds is not seen."""
     has_own_server: bool = False
     """It is attached, and a server that was started here before still runs: that one can be stopped."""
@@ -129,6 +132,28 @@ class GpuProcess(msgspec.Struct, frozen=True, kw_only=True):
     user: str
     command: str
     bytes: int | None
+
+
+class HeldProcess(msgspec.Struct, frozen=True, kw_only=True):
+    """One process of a model's server, or a stranger, and what it holds."""
+
+    pid: int
+    parent: int | None
+    """Its parent, if that is one of the same model's."""
+    model: str | None
+    """Whose server it belongs to; None: a stranger."""
+    user: str
+    command: str
+    vram_by_gpu: dict[str, int | None]
+    """Bytes by GPU index; None: it is there with an unknown amount."""
+    ram_bytes: int | None
+    """Private and pinned."""
+
+    @property
+    def vram_bytes(self) -> int | None:
+        """On all GPUs together; None if some of it is not known."""
+        amounts = list(self.vram_by_gpu.values())
+        return None if None in amounts else sum(amount or 0 for amount in amounts)
 
 
 class GpuSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,6 +184,12 @@ class HostSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     ram_available_bytes: int | None
     ram_total_bytes: int | None
 
+    @property
+    def pinning_limit_bytes(self) -> int | None:
+        """RAM in use from which on level 1 is refused; None where the machine's RAM is not known."""
+        total = self.ram_total_bytes
+        return None if total is None else total - ram_margin(total)
+
 
 class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the screen and `status` show."""
@@ -184,7 +215,7 @@ class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         return [
             model.name
             for model in self.models
-            if model.has_own_server or (model.state in RUNNING and not model.is_attached)
+            if model.has_own_server or (model.state in RUNNING and not model.is_external)
         ]
 
 
@@ -221,6 +252,10 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     phase: str
     detail: str = ""
     fraction: float | None = None
+
+
+Report = Callable[[Progress], None]
+"""Whom an operation tells of its steps."""
 
 
 class ChatEvent(msgspec.Struct, frozen=True, kw_only=True):

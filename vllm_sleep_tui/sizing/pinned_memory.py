@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from vllm_sleep_tui.sizing.checkpoint import Checkpoint, Tensor
+from vllm_sleep_tui.units import MIB
 
-MIB = 2**20
 SMALL = MIB
 """The largest tensor that shares a small segment."""
 SMALL_SEGMENT = 2 * MIB

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from rich.theme import Theme as RichTheme
+from textual import work
 from textual.app import App, SystemCommand
 from textual.driver import Driver
 from textual.drivers.linux_driver import LinuxDriver
@@ -25,13 +26,13 @@ from vllm_sleep_tui.files import read_regular
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.leaving import Leaving, leave_at_once
-from vllm_sleep_tui.tui.cleaned import CLEANED
 from vllm_sleep_tui.tui.keys import KEYS
 from vllm_sleep_tui.tui.screens.dashboard import Dashboard
+from vllm_sleep_tui.tui.screens.dialogs import ThemeChooser
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
 from vllm_sleep_tui.tui.state.operations import Operations
-from vllm_sleep_tui.tui.state.view import PanelFleet
-from vllm_sleep_tui.tui.terminal import PanelDriver
+from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
+from vllm_sleep_tui.tui.terminal import CLEANED, PanelDriver
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, textual_theme
 
 if TYPE_CHECKING:
@@ -119,12 +120,18 @@ class PanelApp(App[None]):
         except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return Remembered()
 
-    def remember_theme(self, name: str) -> None:
-        """Begin with this theme the next time."""
+    def _remember_theme(self, name: str) -> None:
         try:
             files.write_private(self._memory, msgspec.json.encode(Remembered(theme=name)))
         except PanelError as error:
             self.notify(f"The theme is not remembered. {error.what}", severity="warning", markup=False)
+
+    @work
+    async def action_theme(self) -> None:
+        """Choose a theme, and begin with it the next time."""
+        chosen = await self.push_screen_wait(ThemeChooser(self.theme_names, self.theme))
+        if chosen is not None:
+            self._remember_theme(chosen)
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The palette: what the keys do, and a switch to each model by name."""

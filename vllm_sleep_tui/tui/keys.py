@@ -108,7 +108,7 @@ KEYS: tuple[Key, ...] = (
         shown="]",
         in_footer=False,
     ),
-    Key(key="t", action="theme", short="theme", help="Choose a theme", in_footer=False),
+    Key(key="t", action="app.theme", short="theme", help="Choose a theme", in_footer=False),
     Key(key="question_mark", action="help", short="help", help="This list", shown="?"),
     Key(key="q", action="quit_panel", short="quit", help="Quit (asks what becomes of running servers)"),
     Key(

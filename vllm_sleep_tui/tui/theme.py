@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Protocol, cast
 
 import msgspec
 from rich.style import Style
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from textual.color import Color, ColorParseError
+from textual.message_pump import MessagePump
 from textual.theme import Theme
 
 DEFAULT_THEME = "night"
@@ -81,6 +83,17 @@ class Palette:
             italic="italic" in paint or None,
             underline="underline" in paint or None,
         )
+
+
+class Themed(Protocol):
+    """What widgets ask of the app: `PanelApp` is one."""
+
+    palette: Palette
+
+
+def palette_of(widget: MessagePump) -> Palette:
+    """The colours of the theme in use, for a widget or a screen of the panel."""
+    return cast(Themed, widget.app).palette
 
 
 def _readable_on(color: Color) -> Color:

@@ -1,15 +1,13 @@
-"""Numbers and states as short text; what is unknown is `?`, what is not there is `–`."""
+"""States, commands and what is measured, as short text; how numbers are written is in `units`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
-from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, SwitchTimes
+from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
-
-GIB = 1024**3
-NONE = "–"
-UNKNOWN = "?"
+from vllm_sleep_tui.units import NONE, gib_cell
 
 
 class Look(NamedTuple):
@@ -32,44 +30,6 @@ LOOKS: dict[State, Look] = {
 }
 
 
-def gib(count: int | None) -> str:
-    """Bytes as GiB with one decimal, without the unit."""
-    return UNKNOWN if count is None else f"{count / GIB:.1f}"
-
-
-def gib_short(count: int | None) -> str:
-    """Bytes as GiB in at most four characters, without the unit."""
-    if count is None:
-        return UNKNOWN
-    return f"{count / GIB:.0f}" if count >= 100 * GIB else f"{count / GIB:.1f}"
-
-
-def clock(seconds: float) -> str:
-    """How long, as 0:07, 12:31, 3:05 h or 2 d."""
-    whole = max(0, int(seconds))
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d}"
-    if whole < 86400:
-        return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
-    return f"{whole // 86400} d"
-
-
-def took(seconds: float) -> str:
-    """A measured time: 26 ms, 0.48 s, 12.3 s, 88 s."""
-    if seconds < 0.0995:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 9.95:
-        return f"{seconds:.2f} s"
-    return f"{seconds:.1f} s" if seconds < 59.95 else f"{seconds:.0f} s"
-
-
-def long_time(seconds: float) -> str:
-    """A sum of time: 47 s, 11 min, 2.3 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def state_words(state: State, level: int | None) -> str:
     """The state with its level: `asleep L1`."""
     word = LOOKS[state].word
@@ -78,16 +38,16 @@ def state_words(state: State, level: int | None) -> str:
     return word
 
 
-def vram_words(model: ModelSnapshot) -> str:
-    """The model's VRAM for a table cell, in GiB."""
-    if model.vram_bytes == 0:
-        return NONE
-    return gib_short(model.vram_bytes)
+def memory_words(size: int | None) -> str:
+    """Bytes for a table cell, in GiB; what is not there is NONE."""
+    return NONE if size == 0 else gib_cell(size)
 
 
-def ram_words(count: int | None) -> str:
-    """RAM for a table cell, in GiB."""
-    return NONE if count == 0 else gib_short(count)
+def short_command(command: str) -> str:
+    """A command without the folders of its program and its scripts, which say little and take much room."""
+    program, *rest = command.split(" ")
+    names = [Path(word).name if word.startswith("/") and word.endswith(".py") else word for word in rest]
+    return " ".join([Path(program).name, *names]) if program else command
 
 
 PARTS_OF_WAKE = ("weights", "reload", "kv cache", "reset")

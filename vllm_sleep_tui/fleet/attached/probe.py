@@ -198,7 +198,7 @@ def snapshot_of(record: Record, model: ModelConfig, seen: ProbeResult | None) ->
         resolved_level=resolved(model),
         proof=record.proof,
         source=model.url or "",
-        is_attached=True,
+        is_external=True,
         has_own_server=owns_server(record),
     )
 

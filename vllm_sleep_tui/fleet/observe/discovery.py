@@ -66,12 +66,12 @@ class ForeignServer:
 
 def find_vllm(environ: Mapping[str, str], here: Path) -> tuple[VllmEnvironment, ...]:
     """The vllm binaries of PATH, conda, ./venv, ./.venv, uv and pipx, each environment once."""
-    found: dict[Path, VllmEnvironment] = {}
+    environments: dict[Path, VllmEnvironment] = {}
     for place, command in _candidates(environ, here):
-        if os.access(command, os.X_OK) and command.is_file() and command.resolve() not in found:
+        if os.access(command, os.X_OK) and command.is_file() and command.resolve() not in environments:
             environment = VllmEnvironment(command=command, version=vllm_version(command), place=place)
-            found[command.resolve()] = environment
-    return tuple(found.values())
+            environments[command.resolve()] = environment
+    return tuple(environments.values())
 
 
 def _candidates(environ: Mapping[str, str], here: Path) -> Iterator[tuple[str, Path]]:
@@ -134,13 +134,13 @@ def find_command(words: Iterable[str], environ: Mapping[str, str]) -> VllmEnviro
 
 def find_models(cache: Path) -> tuple[CachedModel, ...]:
     """The models in the cache that have a config and weights, by name."""
-    found = []
+    models = []
     for folder in _folders(cache):
         if folder.name.startswith("models--") and (snapshot := _snapshot(folder)):
             model = _model(folder.name.removeprefix("models--").replace("--", "/"), snapshot)
             if model.bytes:
-                found.append(model)
-    return tuple(found)
+                models.append(model)
+    return tuple(models)
 
 
 def _snapshot(folder: Path) -> Path | None:
@@ -168,22 +168,22 @@ def _model(name: str, snapshot: Path) -> CachedModel:
 
 def find_foreign_servers(readings: Iterable[GpuReading]) -> tuple[ForeignServer, ...]:
     """Every vLLM server on the machine that no keeper of ours started, with the VRAM of its whole tree."""
-    held: dict[int, int] = {}
+    vram_by_pid: dict[int, int] = {}
     for reading in readings:
         for pid, size in (reading.processes or {}).items():
-            held[pid] = held.get(pid, 0) + (size or 0)
+            vram_by_pid[pid] = vram_by_pid.get(pid, 0) + (size or 0)
     table = ProcessTable.read()
     servers = {pid: command for pid in table.parents if _SERVER.search(command := command_of(pid) or "")}
-    found = []
+    foreign = []
     for pid, command in servers.items():
         process = table.id_of(pid)
         if process is None or table.parents[pid] in servers or is_ours(pid, table):
             continue
-        sizes = [held[member] for member in (pid, *table.descendants(pid)) if member in held]
+        sizes = [vram_by_pid[member] for member in (pid, *table.descendants(pid)) if member in vram_by_pid]
         vram = sum(sizes) if sizes else None
         user = user_of(pid) or "unknown"
-        found.append(ForeignServer(process=process, user=user, command=command, vram_bytes=vram))
-    return tuple(found)
+        foreign.append(ForeignServer(process=process, user=user, command=command, vram_bytes=vram))
+    return tuple(foreign)
 
 
 def is_ours(pid: int, table: ProcessTable) -> bool:

@@ -29,12 +29,12 @@ from vllm_sleep_tui.telemetry.processes import (
     memory,
     signal_process,
 )
+from vllm_sleep_tui.units import GIB, gib
 
-GIB = 2**30
 KIND_SECONDS = 15.0
 """For a keeper to stop its server; a killed engine frees tens of GiB within this too."""
 END_SECONDS = 25.0
-NOTED_GIB = 0.1
+NOTED_BYTES = GIB // 10
 """Less than this that orphans hold is not told."""
 
 
@@ -57,34 +57,34 @@ def find_orphans(state_dir: Path) -> tuple[Orphan, ...]:
     mine = [pid for pid in table.parents if is_mine(pid)]
     launches = {pid: launch for pid in mine if (launch := launch_of(pid))}
     keepers = {pid: launch for pid, launch in launches.items() if is_keeper(pid)}
-    found: dict[int, Orphan] = {}
+    orphans: dict[int, Orphan] = {}
     for pid, launch in keepers.items():
         why = fault_of(pid, launch)
         if why is not None:
             for member in (pid, *table.descendants(pid)):
-                note(found, table, member, launch, why, member == pid)
+                note(orphans, table, member, launch, why, member == pid)
     folders = {state_dir / "records", *(file.parent for pid in keepers if (file := keeper_file(pid)))}
     left = {**dict(recorded(folders, table, mine)), **launches}
     for pid, launch in left.items():
         if launch not in keepers.values():
-            note(found, table, pid, launch, "its keeper is gone", False)
-    return tuple(found[pid] for pid in sorted(found))
+            note(orphans, table, pid, launch, "its keeper is gone", False)
+    return tuple(orphans[pid] for pid in sorted(orphans))
 
 
 def note(
-    found: dict[int, Orphan], table: ProcessTable, pid: int, launch: str, why: str, is_keeper: bool
+    orphans: dict[int, Orphan], table: ProcessTable, pid: int, launch: str, why: str, is_keeper: bool
 ) -> None:
     """Add a process that still lives."""
     process = table.id_of(pid)
-    if process is None or not is_alive(process) or pid in found:
+    if process is None or not is_alive(process) or pid in orphans:
         return
-    held = memory(pid)
-    found[pid] = Orphan(
+    ram = memory(pid)
+    orphans[pid] = Orphan(
         process=process,
         launch=launch,
         command=command_of(pid) or "",
         why=why,
-        ram_bytes=held.private_bytes + held.pinned_bytes if held else 0,
+        ram_bytes=ram.private_bytes + ram.pinned_bytes if ram else 0,
         is_keeper=is_keeper,
     )
 
@@ -107,12 +107,12 @@ def is_keeper(pid: int) -> bool:
 
 def open_files(pid: int) -> list[str]:
     """The paths of a process's open files; empty if they cannot be seen."""
-    found = []
+    paths = []
     with contextlib.suppress(OSError):
         for entry in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
-                found.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
-    return found
+                paths.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
+    return paths
 
 
 def keeper_file(pid: int) -> Path | None:
@@ -183,33 +183,33 @@ def spoken_of(folder: Path) -> Iterator[tuple[str, tuple[ProcessId, ...]]]:
                 yield word.launch, processes_of(word)
 
 
-def processes_of(told: Record | KeeperStatus) -> tuple[ProcessId, ...]:
+def processes_of(source: Record | KeeperStatus) -> tuple[ProcessId, ...]:
     """Server and engines, as a record or a keeper tells of them."""
-    return (*([told.server] if told.server else []), *told.engines)
+    return (*([source.server] if source.server else []), *source.engines)
 
 
-def summary(found: Sequence[Orphan]) -> tuple[str, ...]:
+def summary(orphans: Sequence[Orphan]) -> tuple[str, ...]:
     """One line on orphans for the screen; none if there is none."""
-    if not found:
+    if not orphans:
         return ()
-    held = sum(orphan.ram_bytes for orphan in found) / GIB
-    what = "process is" if len(found) == 1 else "processes are"
-    left = f"{len(found)} {what} left of lost servers"
-    left += f" and hold {held:.1f} GiB of RAM" if held >= NOTED_GIB else ""
+    ram = sum(orphan.ram_bytes for orphan in orphans)
+    what = "process is" if len(orphans) == 1 else "processes are"
+    left = f"{len(orphans)} {what} left of lost servers"
+    left += f" and hold {gib(ram)} of RAM" if ram >= NOTED_BYTES else ""
     return (f"{left}: see `vllm-sleep-tui orphans`.",)
 
 
-def end_orphans(found: Sequence[Orphan]) -> None:
+def end_orphans(orphans: Sequence[Orphan]) -> None:
     """End them and wait until they are gone; raises OperationError for any that stays END_SECONDS.
 
     A keeper is asked to stop its server; where there is none, nobody is left to be asked.
     """
-    kept = {orphan.launch for orphan in found if orphan.is_keeper}
-    for orphan in found:
+    kept = {orphan.launch for orphan in orphans if orphan.is_keeper}
+    for orphan in orphans:
         if orphan.is_keeper or orphan.launch not in kept:
             signal_process(orphan.process, signal.SIGTERM if orphan.is_keeper else signal.SIGKILL)
     began = time.monotonic()
-    while left := [orphan for orphan in found if is_alive(orphan.process)]:
+    while left := [orphan for orphan in orphans if is_alive(orphan.process)]:
         waited = time.monotonic() - began
         if waited > END_SECONDS:
             raise OperationError(

@@ -5,33 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import msgspec
-
+from vllm_sleep_tui.fleet.snapshot import HeldProcess
 from vllm_sleep_tui.telemetry.attribution import describe, trees
 from vllm_sleep_tui.telemetry.processes import Memory, ProcessTable, memory
 from vllm_sleep_tui.telemetry.sampler import Sample
-
-
-class HeldProcess(msgspec.Struct, frozen=True, kw_only=True):
-    """One process and what it holds."""
-
-    pid: int
-    parent: int | None
-    """Its parent, if that is one of the same model's."""
-    model: str | None
-    """Whose server it belongs to; None: a stranger."""
-    user: str
-    command: str
-    vram_by_gpu: dict[str, int | None]
-    """Bytes by GPU index; None: it is there with an unknown amount."""
-    ram_bytes: int | None
-    """Private and pinned."""
-
-    @property
-    def vram_bytes(self) -> int | None:
-        """On all GPUs together; None if some of it is not known."""
-        held = list(self.vram_by_gpu.values())
-        return None if None in held else sum(amount or 0 for amount in held)
 
 
 def held_processes(
@@ -44,9 +21,9 @@ def held_processes(
     for reading in sample.gpus:
         for pid, amount in (reading.processes or {}).items():
             vram.setdefault(pid, {})[str(reading.index)] = amount
-    known = _simulated(simulated)
+    simulated_memory = _simulated(simulated)
     pids = [*owners, *(pid for pid in vram if pid not in owners)]
-    return tuple(_held(table, pid, owners, vram.get(pid, {}), known) for pid in pids)
+    return tuple(_held(table, pid, owners, vram.get(pid, {}), simulated_memory) for pid in pids)
 
 
 def _simulated(folder: Path | None) -> Mapping[int, Memory]:
@@ -62,11 +39,11 @@ def _held(
     pid: int,
     owners: Mapping[int, str],
     vram: dict[str, int | None],
-    known: Mapping[int, Memory],
+    simulated_memory: Mapping[int, Memory],
 ) -> HeldProcess:
     user, command = describe(pid)
     owner, above = owners.get(pid), table.parents.get(pid)
-    ram = known.get(pid) or memory(pid)
+    ram = simulated_memory.get(pid) or memory(pid)
     return HeldProcess(
         pid=pid,
         parent=above if owner is not None and owners.get(above or 0) == owner else None,

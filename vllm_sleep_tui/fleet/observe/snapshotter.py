@@ -110,7 +110,7 @@ def unreadable(model: Model, error: OperationError) -> ModelSnapshot:
         cure=error.cure,
         configured_level=str(config.level),
         source=config.url or config.model or "",
-        is_attached=config.url is not None,
+        is_external=config.url is not None,
     )
 
 

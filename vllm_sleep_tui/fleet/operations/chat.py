@@ -11,8 +11,7 @@ from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.backend import backend_of
 from vllm_sleep_tui.fleet.model import Model
-from vllm_sleep_tui.fleet.operations.operation import Report
-from vllm_sleep_tui.fleet.snapshot import ChatEvent, SwitchTimes
+from vllm_sleep_tui.fleet.snapshot import ChatEvent, Report, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 
 FIRST_LIMIT = 300.0

@@ -6,17 +6,16 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Iterator
 from typing import TypeVar
 
 from vllm_sleep_tui.errors import CancelledByUser, PanelError
 from vllm_sleep_tui.fleet.events import FleetEvent, Kind, Outcome
-from vllm_sleep_tui.fleet.snapshot import Progress, SwitchTimes
+from vllm_sleep_tui.fleet.snapshot import Progress, Report, SwitchTimes
 from vllm_sleep_tui.fleet.states import StartPhase
 from vllm_sleep_tui.telemetry.processes import ProcessId, start_ticks
 
 T = TypeVar("T")
-Report = Callable[[Progress], None]
 
 PHASES = ("drain", "sleep", "settle", "wake", "weights", "reload", "kv_cache", "reset", "prove")
 

@@ -25,6 +25,7 @@ import msgspec
 
 from vllm_sleep_tui.files import as_text
 from vllm_sleep_tui.fleet.events import FleetEvent
+from vllm_sleep_tui.fleet.past import Past, PastSwitch, Percentiles, Saved, Served, StateSpan
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.history_tables import ADD, BUCKET, DAY, drop_old, prepare
@@ -48,59 +49,8 @@ BUSY_SECONDS = 5.0
 """How long nobody is waited for after that was in vain."""
 
 
-class PastSwitch(msgspec.Struct, frozen=True, kw_only=True):
-    """One switch that went well."""
-
-    time: float
-    """UTC seconds of its end."""
-    model: str
-    level: int | None
-    """The level it slept at; None if it was started instead."""
-    from_state: State
-    times: SwitchTimes
-    left: tuple[str, ...]
-    """Who made room."""
-
-
-class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
-    """How long a model's switches took, in seconds."""
-
-    count: int
-    p50: float
-    p95: float
-
-
-class Saved(msgspec.Struct, frozen=True, kw_only=True):
-    """What sleeping saved against stopping and starting the same models."""
-
-    switches: int
-    """Of sleepers; a start saves nothing."""
-    seconds: float
-    unknown: int = 0
-    """Switches that are not counted in `seconds`: their model's cold start is not known."""
-
-
-class StateSpan(msgspec.Struct, frozen=True, kw_only=True):
-    """A model was in a state from one moment to another, UTC seconds."""
-
-    model: str
-    state: State
-    level: int | None
-    start: float
-    end: float
-
-
-class Served(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model was asked and answered in a stretch of time; one without anything is left out."""
-
-    model: str
-    time: float
-    """UTC seconds of its beginning."""
-    seconds: float
-    requests: int
-    """That ended, however they ended."""
-    prompt_tokens: int
-    generated_tokens: int
+STRETCHES = 120
+"""So many of them make up the window in which requests and tokens are told; none is shorter than is kept."""
 
 
 class History:
@@ -172,6 +122,20 @@ class History:
         self._worker.submit(self._guarded, statement, (event.time, self._config, content))
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────
+
+    def past(self, models: Sequence[str], window: float) -> Past:
+        """All that a timeline of the last `window` seconds shows, and today's sums (blocks for ms)."""
+        now = time.time()
+        starts = {name: self.usual_cold_start(name) for name in models}
+        return Past(
+            percentiles={name: self.percentiles(name) for name in models},
+            cold_starts={name: seconds for name, seconds in starts.items() if seconds is not None},
+            switches_today=sum(past.from_state is State.ASLEEP for past in self.switches_today()),
+            saved_today=self.saved_since(midnight(now)),
+            spans=tuple(self.states_between(now - window, now)),
+            switches=tuple(self.switches_since(now - window)),
+            served=tuple(self.served_between(now - window, now, max(BUCKET, int(window / STRETCHES)))),
+        )
 
     def percentiles(self, model: str) -> dict[int, Percentiles]:
         """The seconds of switches to `model` from asleep, by level; a level that was not used is left out."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rich.cells import cell_len
 
 from vllm_sleep_tui.tui.drawing.paint import Line, Span, cut, left, right
-from vllm_sleep_tui.tui.words import took
+from vllm_sleep_tui.units import took
 
 SOLID, HATCHED, FREE = "█", "▒", "░"
 MARK, MARK_PAINT = "┃", "text on-background bold"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from vllm_sleep_tui.telemetry.ring import Point
 from vllm_sleep_tui.tui.drawing.paint import Line
+from vllm_sleep_tui.tui.state.past import Point
 
 MIN_WIDTH, MIN_HEIGHT = 20, 4
 _FIRST_DOT, _LAST_DOT = "\u2800", "\u28ff"

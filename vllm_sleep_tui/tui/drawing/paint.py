@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, cast
 
 from rich.cells import cell_len, set_cell_size
 from rich.segment import Segment
@@ -11,9 +10,7 @@ from textual.geometry import Region, Size
 from textual.strip import Strip
 from textual.widget import Widget
 
-if TYPE_CHECKING:
-    from vllm_sleep_tui.tui.app import PanelApp
-    from vllm_sleep_tui.tui.theme import Palette
+from vllm_sleep_tui.tui.theme import palette_of
 
 Span = tuple[str, str]
 """A text and its paint (see `theme.Palette`)."""
@@ -64,6 +61,13 @@ def spread(start: Sequence[Span], end: Sequence[Span], width: int) -> Line:
     return (*start, (" " * gap, ""), *end)
 
 
+def rule(title: Iterable[Span], width: int) -> Line:
+    """A thin line with a title, across the box."""
+    line = cut_line((("─ ", "border"), *title, (" ", "")), width)
+    used = sum(len(text) for text, _ in line)
+    return (*line, ("─" * max(0, width - used), "border"))
+
+
 def wrap(text: str, width: int) -> list[str]:
     """The text in lines of at most `width` cells, broken at blanks; lines of the text stay apart."""
     lines: list[str] = []
@@ -96,11 +100,6 @@ class Painted(Widget):
         """The lines for a content area of this size."""
         raise NotImplementedError
 
-    @property
-    def palette(self) -> Palette:
-        """The colours of the theme in use."""
-        return cast("PanelApp", self.app).palette
-
     def repaint(self) -> None:
         """Paint again, and refresh what differs from what is on the screen."""
         if not self.is_attached or self.content_size.width == 0:
@@ -129,6 +128,6 @@ class Painted(Widget):
         width = self.content_size.width
         if not 0 <= y < len(self._lines):
             return Strip.blank(width, base)
-        style = self.palette.style
+        style = palette_of(self).style
         segments = [Segment(text, base + style(paint)) for text, paint in self._lines[y]]
         return Strip(segments).adjust_cell_length(width, base)

@@ -15,17 +15,16 @@ from textual.widgets import Static
 
 from vllm_sleep_tui.config.edit import difference
 from vllm_sleep_tui.errors import PanelError
-from vllm_sleep_tui.sizing.advice_config import AFTERWARDS, apply_text, proposed_text
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, wrap
+from vllm_sleep_tui.fleet.advice import AFTERWARDS, apply_text, proposed_text
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, rule, wrap
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
-from vllm_sleep_tui.tui.state.view import PanelFleet, View
+from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
+from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.widgets.bands import TopBand
-from vllm_sleep_tui.tui.widgets.detail import rule
-from vllm_sleep_tui.tui.words import gib
+from vllm_sleep_tui.units import gib
 
 if TYPE_CHECKING:
-    from vllm_sleep_tui.sizing.advice import Advice, ModelAdvice
-    from vllm_sleep_tui.sizing.sharing import GpuAdvice
+    from vllm_sleep_tui.fleet.advice import Advice, GpuAdvice, ModelAdvice
 
 _KEYS = "esc back   ⏎ or A write it to the config (asks)   ↑ ↓ scroll"
 _DIFF_LINES = 24
@@ -61,7 +60,7 @@ def gpu_card(advice: GpuAdvice, width: int) -> list[Line]:
         for name in advice.sharing.models:
             cache = gib(advice.sharing.kv_cache_memory_bytes[name])
             share = advice.sharing.utilization[name]
-            lines += _text(f"  {name}: {cache} GiB, gpu-memory-utilization {share:g}", width, "muted")
+            lines += _text(f"  {name}: {cache}, gpu-memory-utilization {share:g}", width, "muted")
     return [*lines, ((" ", ""),)]
 
 

@@ -24,10 +24,10 @@ from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.tui.drawing.paint import Painted
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
 from vllm_sleep_tui.tui.state.bench_runner import BenchRunner, past_runs
-from vllm_sleep_tui.tui.state.view import PanelFleet, View
+from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
+from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.widgets.bands import TopBand
-from vllm_sleep_tui.tui.widgets.bench_bars import BenchBars
-from vllm_sleep_tui.tui.widgets.bench_form import BenchForm
+from vllm_sleep_tui.tui.widgets.bench import BenchBars, BenchForm
 
 STEP_SECONDS = 0.5
 _KEYS = "esc back, stop   r run   + − repeats   space choose   tab results   ⏎ show one"

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, ClassVar, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.events import DescendantBlur, DescendantFocus, Resize
+from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Static
 
-from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Prediction
+from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot, Prediction
 from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.drawing.paint import Painted
 from vllm_sleep_tui.tui.keys import bindings
 from vllm_sleep_tui.tui.screens.advice import AdviceScreen
-from vllm_sleep_tui.tui.screens.dialogs import Help, ThemeChooser
+from vllm_sleep_tui.tui.screens.dialogs import Choice, Help, Question
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
 from vllm_sleep_tui.tui.screens.logs import LogScreen
-from vllm_sleep_tui.tui.screens.operating import OperatingScreen
-from vllm_sleep_tui.tui.state.operations import Operations
-from vllm_sleep_tui.tui.state.past import PastReader
-from vllm_sleep_tui.tui.state.readings import Readings
-from vllm_sleep_tui.tui.state.view import PanelFleet, Trouble, View
+from vllm_sleep_tui.tui.state.operations import Operations, Running, Trouble, Work
+from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
+from vllm_sleep_tui.tui.state.past import PastReader, Readings
+from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.widgets.bands import BottomBand, TopBand
 from vllm_sleep_tui.tui.widgets.chat import ChatPane
 from vllm_sleep_tui.tui.widgets.detail import Detail
 from vllm_sleep_tui.tui.widgets.memory import MemoryPanel
 from vllm_sleep_tui.tui.widgets.models import ModelTable
 from vllm_sleep_tui.tui.widgets.timeline import Timeline
+from vllm_sleep_tui.units import gib
 
-if TYPE_CHECKING:
-    from vllm_sleep_tui.tui.app import PanelApp
+if TYPE_CHECKING:  # imported by `action_bench`
     from vllm_sleep_tui.tui.state.bench_runner import BenchRunner
+
 
 TICK_SECONDS = 0.25
 IDLE_TICKS = 3
@@ -47,19 +50,21 @@ TIMELINE_HEIGHT, SERVED_HEIGHT = 28, 2
 _TYPING_HINT = "⏎ or ctrl+j send   esc leave the input   letters are text here"
 
 
-class Dashboard(OperatingScreen):
+class Dashboard(Screen[None]):
     """The one screen of every day."""
 
     BINDINGS: ClassVar[list[BindingType]] = bindings()
 
     def __init__(self, fleet: PanelFleet, operations: Operations) -> None:
-        super().__init__(fleet, operations)
+        super().__init__()
+        self.fleet = fleet
+        self.operations = operations
         self._ticks = 0
         self._is_busy = False
         self._look_timer: Timer | None = None
         self.readings = Readings()
         self._bench: BenchRunner | None = None
-        self._past = PastReader(fleet.history, operations, self.changed)
+        self._past = PastReader(fleet, operations, self.changed)
         snapshot = fleet.snapshot()
         awake = [model.name for model in snapshot.models if model.state is State.AWAKE]
         self._table = ModelTable(id="table")
@@ -67,7 +72,7 @@ class Dashboard(OperatingScreen):
 
     @property
     def selected(self) -> str | None:
-        """The model under the table's cursor."""
+        """The model under the table's cursor, on which the keys act."""
         return self._table.selected
 
     def compose(self) -> ComposeResult:
@@ -197,6 +202,151 @@ class Dashboard(OperatingScreen):
         typing = self.query_one(ChatPane).input.has_focus
         self.query_one(BottomBand).show_typing(_TYPING_HINT if typing else "")
 
+    # ── what the keys do to models ──────────────────────────────────────────────────────────────────────────
+
+    def begin(self, model: str, verb: str, work: Work, *, replaces: bool = False) -> None:
+        """Start an operation, or say that the model is busy."""
+        if not self.operations.begin(model, verb=verb, work=work, ended=self._ended, replaces=replaces):
+            busy = self.operations.running[model].verb
+            self.notify(f"Already {busy} {model}; escape stops that.", severity="warning", markup=False)
+        self.changed()
+
+    def _ended(self, running: Running, error: PanelError | None) -> None:
+        if error is not None:
+            text = f"{error.what}\n{error.cure}" if error.cure else error.what
+            title = f"{running.verb.capitalize()} {running.model} did not work"
+            self.notify(text, title=title, severity="error", timeout=12, markup=False)
+        elif running.cancelled:
+            self.notify(f"Stopped {running.verb} {running.model}.", markup=False)
+        if self.is_attached:
+            self.changed()
+
+    def _model(self) -> ModelSnapshot | None:
+        return None if self.selected is None else self.fleet.snapshot().model(self.selected)
+
+    def action_switch(self) -> None:
+        """Switch to the selected model."""
+        if (name := self.selected) is not None:
+            self.switch_to(name)
+
+    def switch_to(self, name: str) -> None:
+        """Switch to a model; one that is awake, with nothing under way that could change it, is left so."""
+        snapshot = self.fleet.snapshot()
+        moving = self.operations.running or any(model.operation for model in snapshot.models)
+        if snapshot.model(name).state is State.AWAKE and not moving:
+            self.notify(f"{name} is awake.", markup=False)
+            return
+        self.begin(name, "switching to", lambda report: self.fleet.switch(name, report=report))
+
+    def action_sleep(self) -> None:
+        """Put it to sleep at its own level."""
+        if (name := self.selected) is not None:
+            self.begin(name, "putting to sleep", lambda report: self.fleet.sleep(name, report=report))
+
+    def action_sleep_at(self, level: int) -> None:
+        """Put it to sleep at a level."""
+        if (name := self.selected) is not None:
+            self.begin(
+                name,
+                f"putting to sleep at level {level}",
+                lambda report: self.fleet.sleep(name, level=level, report=report),
+            )
+
+    def action_wake(self) -> None:
+        """Wake it beside the others."""
+        if (name := self.selected) is not None:
+            self.begin(name, "waking", lambda report: self.fleet.wake(name, report=report))
+
+    def action_start(self) -> None:
+        """Start it."""
+        if (name := self.selected) is not None:
+            self.start_all([name])
+
+    def start_all(self, names: Sequence[str]) -> None:
+        """Start models; the fleet takes them one after the other where they share a GPU."""
+        first, rest = names[0], len(names) - 1
+        verb = "starting" if not rest else f"starting {rest} more and"
+        self.begin(first, verb, lambda report: self.fleet.start(list(names), report=report))
+
+    @work
+    async def action_stop(self) -> None:
+        """Stop it, after a question."""
+        model = self._model()
+        if model is None:
+            return
+        if model.state is State.STOPPED and model.name not in self.operations.running:
+            self.notify(f"{model.name} is stopped already.", markup=False)
+            return
+        gain = f"It gives back {gib(model.vram_bytes)} of VRAM. " if model.vram_bytes else ""
+        text = f"{gain}The next start loads the model anew, which takes far longer than waking it."
+        choices = [Choice("y", f"Stop {model.name}", "stop")]
+        if await self.app.push_screen_wait(Question(f"Stop {model.name}?", text, choices)):
+            self._stop(model.name)
+
+    def _stop(self, name: str) -> None:
+        self.begin(name, "stopping", lambda report: self.fleet.stop([name], report=report), replaces=True)
+
+    @work
+    async def action_restart(self) -> None:
+        """Restart it, after a question."""
+        model = self._model()
+        if model is None:
+            return
+        text = "It answers nobody until it is loaded again."
+        choices = [Choice("y", f"Restart {model.name}", "restart")]
+        if await self.app.push_screen_wait(Question(f"Restart {model.name}?", text, choices)):
+            name = model.name
+            self.begin(name, "restarting", lambda report: self.fleet.restart([name], report=report))
+
+    @work
+    async def ask_autostart(self, names: Sequence[str]) -> None:
+        """Offer to start the models that the config marks, if they are stopped."""
+        stopped = [name for name in names if self.fleet.snapshot().model(name).state is State.STOPPED]
+        if not stopped:
+            return
+        text = f"The config marks them with autostart: {', '.join(stopped)}."
+        choices = [Choice("y", "Start", "start")]
+        if await self.app.push_screen_wait(Question("Start models?", text, choices)):
+            self.start_all(stopped)
+
+    def background(self) -> str:
+        """A benchmark ends with the panel."""
+        if self._bench is None or not self._bench.is_running:
+            return ""
+        return "A benchmark runs: leaving stops it; what it measured is kept."
+
+    def running_models(self) -> list[str]:
+        """The models with a server of ours."""
+        return self.fleet.snapshot().with_servers()
+
+    @work(exclusive=True, group="quit")
+    async def action_quit_panel(self) -> None:
+        """Leave: at once if nothing runs, else after asking what becomes of the servers."""
+        running = self.running_models()
+        background = self.background()
+        if not running and not self.operations.running and not background:
+            self.app.exit()
+            return
+        text = f"Running: {', '.join(running)}." if running else "No server runs."
+        for operation in self.operations.running.values():
+            text += f"\nStill {operation.verb} {operation.model}: leaving stops that at its next safe point."
+        text += f"\n{background}" if background else ""
+        choices = [Choice("l", "Leave them running", "leave"), Choice("s", "Stop them", "stop")]
+        answer = await self.app.push_screen_wait(Question("Quit the panel?", text, choices))
+        if answer == "leave":
+            self.app.exit()
+        elif answer == "stop":
+            await self._stop_all(running)
+
+    async def _stop_all(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._stop(name)
+        await self.operations.settled(names)
+        if not any(name in self.operations.troubles for name in names):
+            self.app.exit()
+
+    # ── what the keys show ──────────────────────────────────────────────────────────────────────────────────
+
     def action_chat(self) -> None:
         """Into the chat's input."""
         self.add_class("-chatting")
@@ -233,11 +383,13 @@ class Dashboard(OperatingScreen):
     def action_log(self) -> None:
         """The selected model's log."""
         if self.selected is not None:
-            name = self.selected
-            died = self.fleet.snapshot().model(name).last_failure
-            self.app.push_screen(LogScreen(name, self.fleet.log_path(name), died))
-            if died is not None:
-                self.run_worker(self.fleet.seen(name))
+            try:
+                log = self.fleet.log(self.selected)
+            except PanelError as error:  # a record that cannot be read
+                self.notify(f"{error.what}\n{error.cure}", severity="error", timeout=12, markup=False)
+                return
+            self.app.push_screen(LogScreen(self.selected, log))
+            self.run_worker(log.seen())
 
     def action_gpus(self) -> None:
         """The screen of the GPUs."""
@@ -245,22 +397,13 @@ class Dashboard(OperatingScreen):
 
     def action_bench(self) -> None:
         """The benchmark's screen."""
-        from vllm_sleep_tui.tui.screens.bench import BenchScreen  # seldom looked at, and slow to import
-
-        self.app.push_screen(BenchScreen(self.fleet, self._bench_runner()))
-
-    def _bench_runner(self) -> BenchRunner:
+        # Seldom looked at, and slow to import.
+        from vllm_sleep_tui.tui.screens.bench import BenchScreen
         from vllm_sleep_tui.tui.state.bench_runner import BenchRunner
 
         if self._bench is None:
             self._bench = BenchRunner(self.fleet, self.operations)
-        return self._bench
-
-    def background(self) -> str:
-        """A benchmark ends with the panel."""
-        if self._bench is None or not self._bench.is_running:
-            return ""
-        return "A benchmark runs: leaving stops it; what it measured is kept."
+        self.app.push_screen(BenchScreen(self.fleet, self._bench))
 
     def action_advice(self) -> None:
         """What to do with each model."""
@@ -299,11 +442,3 @@ class Dashboard(OperatingScreen):
     def action_help(self) -> None:
         """All keys."""
         self.app.push_screen(Help())
-
-    @work
-    async def action_theme(self) -> None:
-        """Choose a theme."""
-        app = cast("PanelApp", self.app)
-        chosen = await app.push_screen_wait(ThemeChooser(app.theme_names, app.theme))
-        if chosen is not None:
-            app.remember_theme(chosen)

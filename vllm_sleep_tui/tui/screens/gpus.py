@@ -15,14 +15,15 @@ from textual.widgets import Static
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot
 from vllm_sleep_tui.tui.drawing.bars import stacked
 from vllm_sleep_tui.tui.drawing.graphs import MIN_HEIGHT, MIN_WIDTH, buckets, graph
-from vllm_sleep_tui.tui.drawing.lanes import WINDOWS, Window
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left
-from vllm_sleep_tui.tui.state.readings import Readings, Series
-from vllm_sleep_tui.tui.state.view import PanelFleet, View
+from vllm_sleep_tui.tui.drawing.timeline import WINDOWS, Window
+from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
+from vllm_sleep_tui.tui.state.past import Readings, Series
+from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.widgets.bands import TopBand
 from vllm_sleep_tui.tui.widgets.memory import gpu_parts
 from vllm_sleep_tui.tui.widgets.processes import ProcessTable
-from vllm_sleep_tui.tui.words import UNKNOWN, gib_short
+from vllm_sleep_tui.units import UNKNOWN, gib_cell
 
 STEP_SECONDS = 1.0
 PROCESS_STEPS = 2
@@ -36,7 +37,7 @@ _AXIS_WIDTH = 6
 def figures(gpu: GpuSnapshot) -> list[Span]:
     """What the card reads, in one line; what it does not tell is left out."""
     spans: list[Span] = [(f"{_number(gpu.utilization)} %", "text bold"), (" busy", "muted")]
-    memory = f"   {gib_short(gpu.used_bytes)} / {gib_short(gpu.total_bytes)} GiB"
+    memory = f"   {gib_cell(gpu.used_bytes)} / {gib_cell(gpu.total_bytes)} GiB"
     spans.append((memory, "text"))
     if gpu.temperature is not None:
         spans.append((f"   {gpu.temperature:.0f} °C", "text"))
@@ -100,9 +101,9 @@ class GpuCard(Painted):
         busy = self._graph("busy", self._readings.utilization(self._gpu), room, now, "accent")
         if not both:
             return busy
-        held = self._graph("memory", self._readings.memory(self._gpu), room, now, "good")
+        memory = self._graph("memory", self._readings.memory(self._gpu), room, now, "good")
         gap: Span = ("  ", "")
-        return [(*one, gap, *other) for one, other in zip(busy, held, strict=True)]
+        return [(*one, gap, *other) for one, other in zip(busy, memory, strict=True)]
 
     def _graph(self, title: str, series: Series, width: int, now: float, color: str) -> list[Line]:
         """One graph under its title, drawn again only when its readings moved by a dot."""
@@ -190,9 +191,9 @@ class GpuScreen(Screen[None]):
                 self._cards[gpu.uuid].show(view, gpu, window, min(14, room - 5))
 
     async def _show_processes(self, snapshot: FleetSnapshot) -> None:
-        held = await self._fleet.processes()
+        processes = await self._fleet.processes()
         if self.is_attached:
-            self.query_one(ProcessTable).show(held, View(snapshot=snapshot).colors)
+            self.query_one(ProcessTable).show(processes, View(snapshot=snapshot).colors)
             self._title()
 
     def _title(self) -> None:

@@ -6,8 +6,7 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar
 
 from rich.text import Text
 from textual.app import ComposeResult
@@ -17,14 +16,9 @@ from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import RichLog, Static
 
-from vllm_sleep_tui.engine.logs import LogTail
-from vllm_sleep_tui.fleet.snapshot import LastFailure
-from vllm_sleep_tui.fleet.store.last_failure import last_words
+from vllm_sleep_tui.fleet.server_log import ServerLog
 from vllm_sleep_tui.text import clean
-
-if TYPE_CHECKING:
-    from vllm_sleep_tui.tui.app import PanelApp
-    from vllm_sleep_tui.tui.theme import Palette
+from vllm_sleep_tui.tui.theme import Palette, palette_of
 
 KEPT_LINES = 1_000
 STEP_LINES = 300
@@ -56,8 +50,7 @@ class WrappedLog(RichLog):
         """Append; of more than can be kept the last are."""
         new = list(lines)[-KEPT_LINES:]
         self._kept.extend(new)
-        palette = cast("PanelApp", self.app).palette
-        self.write(painted(new, palette), scroll_end=self.is_vertical_scroll_end)
+        self.write(painted(new, palette_of(self)), scroll_end=self.is_vertical_scroll_end)
 
     def on_resize(self, event: Resize) -> None:
         """Break the lines anew for another width; RichLog's own handler runs besides."""
@@ -77,13 +70,11 @@ class LogScreen(Screen[None]):
         Binding("end,G", "end", "end", show=False),
     ]
 
-    def __init__(self, model: str, path: Path, died: LastFailure | None = None) -> None:
-        """The log at `path`, below the last words of the server that died before, if one did."""
+    def __init__(self, model: str, log: ServerLog) -> None:
+        """The log of a model, below the last words of the server that died before, if one did."""
         super().__init__()
-        self._died = died
         self._model = model
-        self._path = path
-        self._tail = LogTail(path)
+        self._log = log
         self._timer: Timer | None = None
         self._is_empty = True
         self._is_reading = False
@@ -118,7 +109,7 @@ class LogScreen(Screen[None]):
         if self._is_reading:
             return
         log = self.query_one(WrappedLog)
-        self._is_reading, read, self._read = True, self._read, self._tail.read_new
+        self._is_reading, read, self._read = True, self._read, self._log.read_new
         try:
             lines = await asyncio.to_thread(read)
         except OSError as error:
@@ -129,15 +120,15 @@ class LogScreen(Screen[None]):
         if lines:
             if self._is_empty:
                 self._is_empty = False
-                log.border_subtitle = str(self._path).replace("[", r"\[")
+                log.border_subtitle = str(self._log.path).replace("[", r"\[")
             elif (left_out := len(lines) - STEP_LINES) > 0:
                 lines = [f"… {left_out:,} lines are left out here; the file has them", *lines[left_out:]]
             log.write_lines(clean(line).expandtabs(4) for line in lines[-KEPT_LINES:])
 
     def _first(self) -> list[str]:
         """What is there when the screen opens: the end of a long log, not its beginning."""
-        words = last_words(self._died, KEPT_LINES // 2)
-        return [*words, *self._tail.last(KEPT_LINES - len(words))]
+        words = self._log.last_words(KEPT_LINES // 2)
+        return [*words, *self._log.last(KEPT_LINES - len(words))]
 
     def action_end(self) -> None:
         """To the end, and follow again."""

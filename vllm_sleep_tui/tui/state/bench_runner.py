@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+from vllm_sleep_tui.bench import run as experiment
 from vllm_sleep_tui.bench.plan import PassKey, Plan
-from vllm_sleep_tui.bench.progress import duration, left
-from vllm_sleep_tui.bench.results import Run, Step, read
+from vllm_sleep_tui.bench.progress import left
+from vllm_sleep_tui.bench.results import Run, Step, folder, new_file, read
 from vllm_sleep_tui.errors import PanelError, UsageError
-from vllm_sleep_tui.files import private_dir
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.snapshot import Progress
 from vllm_sleep_tui.tui.state.operations import Operations, expected
-from vllm_sleep_tui.tui.state.view import PanelFleet
+from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
+from vllm_sleep_tui.units import time_left
 
 Ended = Callable[[PanelError | None], None]
 
@@ -41,7 +41,7 @@ class BenchRunner:
     @property
     def folder(self) -> Path:
         """Where results are kept."""
-        return self._fleet.state_dir / "bench"
+        return folder(self._fleet.state_dir)
 
     def start(self, plan: Plan, ended: Ended, resume: Path | None = None) -> None:
         """Run the plan, or go on with a result; `ended` is told why it did not come to its end."""
@@ -67,23 +67,23 @@ class BenchRunner:
         if self.run is None:
             return "bench begins"
         rest = left(self.run)
-        more = f", {'about' if rest.is_all else 'at least'} {duration(rest.seconds)} left"
+        more = f", {'about' if rest.is_all else 'at least'} {time_left(rest.seconds)} left"
         return f"bench {rest.done} of {rest.steps}{more if rest.seconds else ''}"
 
     def _forget(self, _: asyncio.Task[None]) -> None:
         self._task = None
 
     async def _measure(self, plan: Plan, ended: Ended, resume: Path | None) -> None:
-        from vllm_sleep_tui.bench.run import run
-
         error: PanelError | None = None
         try:
             before = None if resume is None else read(resume)
             self.run = before
-            out = resume or private_dir(self.folder) / _file_name(plan)
+            out = resume or new_file(self._fleet.state_dir, plan)
             # A benchmark stops and starts servers of its own, for which it needs the fleet itself.
             fleet = cast("Fleet", self._fleet)
-            self.run = await run(fleet, plan, self._sample, out=out, resume=before, report=self._report)
+            self.run = await experiment.run(
+                fleet, plan, self._sample, out=out, resume=before, report=self._report
+            )
         except (Exception, asyncio.CancelledError) as raised:
             error = expected(raised)
         self._task = None
@@ -96,16 +96,12 @@ class BenchRunner:
         self.progress = progress
 
 
-def _file_name(plan: Plan) -> str:
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.a}-{plan.b}.json"
-
-
-def past_runs(folder: Path) -> list[tuple[Path, Run]]:
+def past_runs(place: Path) -> list[tuple[Path, Run]]:
     """The results in a folder, the newest first; what cannot be read is left out (blocks for ms)."""
-    found = []
-    for path in sorted(folder.glob("*.json"), reverse=True):
+    runs = []
+    for path in sorted(place.glob("*.json"), reverse=True):
         try:
-            found.append((path, read(path)))
+            runs.append((path, read(path)))
         except UsageError:
             continue
-    return found
+    return runs

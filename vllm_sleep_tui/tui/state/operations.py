@@ -5,18 +5,53 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from vllm_sleep_tui.errors import CancelledByUser, PanelError
-from vllm_sleep_tui.fleet.snapshot import WAITING, Progress
-from vllm_sleep_tui.tui.state.view import Report, Running, Trouble
+from vllm_sleep_tui.fleet.snapshot import WAITING, ModelSnapshot, Progress, Report
 
 CLOSE_SECONDS = 30.0
 """How long leaving waits for operations to reach a safe point."""
+TROUBLE_SECONDS = 30.0
+"""So long a refusal stands on the screen; after it, it tells of a past that may be another one by now."""
 
 T = TypeVar("T")
 Work = Callable[[Report], Awaitable[object]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """An operation that this panel started and that is under way."""
+
+    model: str
+    verb: str
+    """What is being done, for a person: switching to, putting to sleep …"""
+    since: float
+    """UTC seconds."""
+    progress: Progress | None = None
+    cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """A refusal or a failure of an operation of this panel; it stays until the next one on that model.
+
+    It is over before that once the model has moved on, whoever moved it, or after TROUBLE_SECONDS: a failure
+    of the model itself is in its record.
+    """
+
+    verb: str
+    what: str
+    cure: str
+    at: float
+    """UTC seconds of its end."""
+
+    def stands(self, model: ModelSnapshot, now: float) -> bool:
+        """Whether it still tells how things are; `now` in UTC seconds."""
+        return now < self.at + TROUBLE_SECONDS and (model.since is None or model.since <= self.at)
+
+
 Ended = Callable[[Running, PanelError | None], None]
 
 

@@ -1,28 +1,16 @@
-"""What the history says, asked in a thread when something has happened: the dashboard's look at the past."""
+"""What was, for the screen: the history's latest answer, and the GPUs' figures since the panel was opened."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot
-from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.fleet.store.history import (
-    History,
-    PastSwitch,
-    Percentiles,
-    Saved,
-    Served,
-    StateSpan,
-    midnight,
-)
-from vllm_sleep_tui.fleet.store.history_tables import BUCKET
-
-if TYPE_CHECKING:
-    from vllm_sleep_tui.tui.state.operations import Operations
+from vllm_sleep_tui.fleet.past import Past
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
+from vllm_sleep_tui.tui.state.operations import Operations
+from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 
 SETTLING_SECONDS = 4.0
 """What happened is written a moment after it shows on the screen; so long it is asked for again."""
@@ -31,49 +19,14 @@ STALE_SECONDS = 60.0
 """Without anything new the answer is kept so long."""
 BUSY_SECONDS = 5.0
 """The same while a model answers."""
-STRETCHES = 120
-"""So many of them make up the window in which requests and tokens are told; none is shorter than is kept."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Past:
-    """One answer of the history."""
-
-    percentiles: Mapping[str, Mapping[int, Percentiles]] = field(default_factory=dict)
-    """Of switches, by model and level."""
-    cold_starts: Mapping[str, float] = field(default_factory=dict)
-    """The usual one of each model, in seconds; a model whose is not known is left out."""
-    switches_today: int = 0
-    """To models that slept; a start is none."""
-    saved_today: Saved = field(default_factory=lambda: Saved(switches=0, seconds=0.0))
-    spans: tuple[StateSpan, ...] = ()
-    switches: tuple[PastSwitch, ...] = ()
-    """In the window, like the spans and what was served."""
-    served: tuple[Served, ...] = ()
-
-
-def read_past(history: History, models: Sequence[str], window: float) -> Past:
-    """Ask for everything that the dashboard shows, over the last `window` seconds (blocks for ms)."""
-    now = time.time()
-    stretch = max(BUCKET, int(window / STRETCHES))
-    colds = {name: history.usual_cold_start(name) for name in models}
-    return Past(
-        percentiles={name: history.percentiles(name) for name in models},
-        cold_starts={name: seconds for name, seconds in colds.items() if seconds is not None},
-        switches_today=sum(past.from_state is State.ASLEEP for past in history.switches_today()),
-        saved_today=history.saved_since(midnight(now)),
-        spans=tuple(history.states_between(now - window, now)),
-        switches=tuple(history.switches_since(now - window)),
-        served=tuple(history.served_between(now - window, now, stretch)),
-    )
 
 
 class PastReader:
-    """Keeps the latest answer and asks anew when the fleet has changed."""
+    """Keeps the history's latest answer and asks anew when the fleet has changed."""
 
-    def __init__(self, history: History, operations: Operations, answered: Callable[[], None]) -> None:
+    def __init__(self, fleet: PanelFleet, operations: Operations, answered: Callable[[], None]) -> None:
         self.latest = Past()
-        self._history = history
+        self._fleet = fleet
         self._operations = operations
         self._answered = answered
         self._question: object = None
@@ -84,8 +37,8 @@ class PastReader:
         """Ask, if something is new, and return at once; `answered` is called when the answer differs."""
         now = time.monotonic()
         answering = [model.name for model in snapshot.models if _answers(model)]
-        known = [(model.name, model.state, model.last_switch) for model in snapshot.models]
-        question = (window, known, answering)
+        states = [(model.name, model.state, model.last_switch) for model in snapshot.models]
+        question = (window, states, answering)
         if question != self._question:
             self._question, self._changed_at = question, now
         settling = now - self._changed_at < SETTLING_SECONDS and now - self._asked_at > SPACING_SECONDS
@@ -94,11 +47,11 @@ class PastReader:
         if self._is_asking or not (is_new or settling or is_stale):
             return
         self._is_asking, self._asked_at = True, now
-        self._operations.spawn(self._ask([model.name for model in snapshot.models], window))
+        self._operations.spawn(self._ask(window))
 
-    async def _ask(self, models: Sequence[str], window: float) -> None:
+    async def _ask(self, window: float) -> None:
         try:
-            past = await asyncio.to_thread(read_past, self._history, models, window)
+            past = await self._fleet.past(window)
         finally:
             self._is_asking = False
         if past != self.latest:
@@ -109,3 +62,94 @@ class PastReader:
 def _answers(model: ModelSnapshot) -> bool:
     serving = model.serving
     return serving is not None and bool(serving.running or serving.generation_tokens_per_s)
+
+
+# ── the GPUs' figures ────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One reading."""
+
+    time: float
+    """UTC seconds."""
+    value: float | None
+    """None: not known at that time."""
+
+
+class Ring:
+    """Keeps the last `length` readings and forgets the older ones."""
+
+    def __init__(self, length: int) -> None:
+        self._points: deque[Point] = deque(maxlen=length)
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def append(self, time: float, value: float | None) -> None:
+        """Add a reading taken at `time` (UTC seconds)."""
+        self._points.append(Point(time, value))
+
+    @property
+    def latest(self) -> Point | None:
+        """The newest reading; None before the first."""
+        return self._points[-1] if self._points else None
+
+    def since(self, time: float) -> tuple[Point, ...]:
+        """The readings taken at `time` (UTC seconds) or later, oldest first."""
+        return tuple(point for point in self._points if point.time >= time)
+
+
+FINE_SECONDS, FINE_COUNT = 1.0, 600
+"""Ten minutes to the second."""
+COARSE_SECONDS, COARSE_COUNT = 20.0, 4320
+"""A day, three readings a minute."""
+
+
+class Series:
+    """One figure of one GPU: the last minutes finely, the day before coarsely."""
+
+    def __init__(self) -> None:
+        self._fine = Ring(FINE_COUNT)
+        self._coarse = Ring(COARSE_COUNT)
+
+    def append(self, time: float, value: float | None) -> None:
+        """Add a reading; those that come too close together are left out."""
+        for ring, spacing in ((self._fine, FINE_SECONDS), (self._coarse, COARSE_SECONDS)):
+            if ring.latest is None or time - ring.latest.time >= 0.9 * spacing:
+                ring.append(time, value)
+
+    def since(self, start: float) -> tuple[Point, ...]:
+        """The readings from a moment on, oldest first."""
+        fine = self._fine.since(start)
+        first = fine[0].time if fine else start
+        older = self._coarse.since(start) if first > start + FINE_SECONDS else ()
+        return (*(point for point in older if point.time < first), *fine)
+
+
+class Readings:
+    """Utilisation (per cent) and memory (share of the card, per cent) of each GPU."""
+
+    def __init__(self) -> None:
+        self._utilization: dict[str, Series] = {}
+        self._memory: dict[str, Series] = {}
+
+    def see(self, snapshot: FleetSnapshot) -> None:
+        """Remember this moment."""
+        for gpu in snapshot.gpus:
+            self.utilization(gpu).append(snapshot.time, gpu.utilization)
+            self.memory(gpu).append(snapshot.time, _share(gpu))
+
+    def utilization(self, gpu: GpuSnapshot) -> Series:
+        """How busy it was."""
+        return self._utilization.setdefault(gpu.uuid, Series())
+
+    def memory(self, gpu: GpuSnapshot) -> Series:
+        """How full it was."""
+        return self._memory.setdefault(gpu.uuid, Series())
+
+
+def _share(gpu: GpuSnapshot) -> float | None:
+    if gpu.used_bytes is None or not gpu.total_bytes:
+        return None
+    return 100.0 * gpu.used_bytes / gpu.total_bytes

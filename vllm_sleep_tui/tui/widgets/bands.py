@@ -13,7 +13,7 @@ from vllm_sleep_tui.fleet.snapshot import GpuSnapshot
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, line_width, spread
 from vllm_sleep_tui.tui.keys import KEYS, Key
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.words import GIB
+from vllm_sleep_tui.units import GIB
 
 
 def hardware(gpus: tuple[GpuSnapshot, ...]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar
 
 from rich.text import Text
 from textual import events
@@ -19,12 +19,11 @@ from textual.widgets import ContentSwitcher, TextArea
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, Progress
 from vllm_sleep_tui.tui.state.operations import Operations, expected
-from vllm_sleep_tui.tui.state.view import PanelFleet, View
+from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
+from vllm_sleep_tui.tui.state.view import View
+from vllm_sleep_tui.tui.theme import palette_of
 from vllm_sleep_tui.tui.widgets.turns import Answer, Conversation
-from vllm_sleep_tui.tui.words import took
-
-if TYPE_CHECKING:
-    from vllm_sleep_tui.tui.app import PanelApp
+from vllm_sleep_tui.units import took
 
 FLUSH_SECONDS = 0.1
 
@@ -146,7 +145,7 @@ class ChatPane(Vertical):
             self._title(self._view)
 
     def _paint(self, paint: str) -> str:
-        color = cast("PanelApp", self.app).palette.style(paint).color
+        color = palette_of(self).style(paint).color
         return color.name if color is not None else "default"
 
     async def _conversation(self, name: str) -> Conversation:

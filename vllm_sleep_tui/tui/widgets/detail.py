@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from textual.geometry import Size
 
-from vllm_sleep_tui.fleet.operations.acquire import waiting_words
+from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import SETTLED, StartPhase, State
 from vllm_sleep_tui.tui.drawing.bars import progress, waterfall
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, cut_line, wrap
-from vllm_sleep_tui.tui.state.past import Past
-from vllm_sleep_tui.tui.state.view import Running, View
-from vllm_sleep_tui.tui.words import PARTS_OF_WAKE, clock, long_time, phases_of, took
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, cut_line, rule, wrap
+from vllm_sleep_tui.tui.state.operations import Running
+from vllm_sleep_tui.tui.state.view import View
+from vllm_sleep_tui.tui.words import PARTS_OF_WAKE, phases_of
+from vllm_sleep_tui.units import clock, time_sum, took
 
 _INDENT = "  "
 _START = [phase.value for phase in StartPhase]
@@ -19,13 +20,6 @@ NOTED_SHARE = 0.05
 """Time of a switch that belongs to no phase is shown when it is more than this share of it."""
 AIRY_HEIGHT = 36
 """Terminals of this height have room for a blank line between sections."""
-
-
-def rule(title: list[Span], width: int) -> Line:
-    """A thin line with a title, across the box."""
-    line = cut_line((("─ ", "border"), *title, (" ", "")), width)
-    used = sum(len(text) for text, _ in line)
-    return (*line, ("─" * max(0, width - used), "border"))
 
 
 def _wrapped(text: str, width: int, paint: str) -> list[Line]:
@@ -145,7 +139,7 @@ def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
     paint = "warning" if prediction.action == "refused" else "text"
     lines = [rule(title, width), *_wrapped(prediction.sentence, width, paint)]
     if view.waits is not None and prediction.action not in {"nothing", "refused"}:
-        lines += _wrapped(f"First it {waiting_words(view.waits)}.", width, "warning")
+        lines += _wrapped(f"First it {view.waits}.", width, "warning")
     return lines
 
 
@@ -195,9 +189,7 @@ def past_lines(past: Past, model: ModelSnapshot, width: int) -> list[Line]:
 
 def _today(past: Past) -> str:
     seconds = past.saved_today.seconds
-    return f"today {_switches(past.switches_today)}" + (
-        f", {long_time(seconds)} saved" if seconds > 0 else ""
-    )
+    return f"today {_switches(past.switches_today)}" + (f", {time_sum(seconds)} saved" if seconds > 0 else "")
 
 
 def _switches(count: int) -> str:

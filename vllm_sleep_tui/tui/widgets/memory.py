@@ -6,7 +6,6 @@ from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.sizing.budget import ram_margin
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.drawing.bars import (
     FREE,
@@ -22,8 +21,8 @@ from vllm_sleep_tui.tui.drawing.bars import (
 )
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, left, line_width, right, spread
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.widgets.processes import short
-from vllm_sleep_tui.tui.words import GIB, UNKNOWN, gib, gib_short
+from vllm_sleep_tui.tui.words import short_command
+from vllm_sleep_tui.units import GIB, UNKNOWN, gib_cell, gib_number
 
 _NAME_WIDTH = 7
 _TOTAL_WIDTH = 17
@@ -38,21 +37,21 @@ def gpu_parts(gpu: GpuSnapshot, models: tuple[ModelSnapshot, ...], colors: dict[
     parts: list[Part] = []
     ours = 0
     for model in models:
-        held = (model.vram_by_gpu or {}).get(str(gpu.index), 0)
-        if held <= 0:
+        size = (model.vram_by_gpu or {}).get(str(gpu.index), 0)
+        if size <= 0:
             continue
-        ours += held
+        ours += size
         fill = HATCHED if model.state is State.ASLEEP else SOLID
-        parts.append(Part(f"{model.name} {gib(held)}", held, colors[model.name], fill))
+        parts.append(Part(f"{model.name} {gib_number(size)}", size, colors[model.name], fill))
     others = (gpu.used_bytes or 0) - ours
     for process in sorted(gpu.others, key=lambda other: -(other.bytes or 0))[:_NAMED]:
-        held = min(process.bytes or 0, others)
-        if held > SHOWN:
-            who = cut(f"{process.user}: {short(clean(process.command))}", _NAMED_WIDTH)
-            parts.append(Part(f"{who} {gib(held)}", held, "others", SOLID))
-            others -= held
+        size = min(process.bytes or 0, others)
+        if size > SHOWN:
+            who = cut(f"{process.user}: {short_command(clean(process.command))}", _NAMED_WIDTH)
+            parts.append(Part(f"{who} {gib_number(size)}", size, "others", SOLID))
+            others -= size
     if others > SHOWN:
-        parts.append(Part(f"others {gib(others)}", others, "others", SOLID))
+        parts.append(Part(f"others {gib_number(others)}", others, "others", SOLID))
     return parts
 
 
@@ -66,18 +65,18 @@ def ram_parts(snapshot: FleetSnapshot, colors: dict[str, str]) -> list[Part]:
         pinned = pinned if pinned > SHOWN else 0
         private += max(0, (model.ram_bytes or 0) - pinned)
         if pinned:
-            parts.append(Part(f"{model.name} {gib(pinned)}", pinned, colors[model.name], HATCHED))
+            parts.append(Part(f"{model.name} {gib_number(pinned)}", pinned, colors[model.name], HATCHED))
     if private > 0:
-        parts.append(Part(f"private {gib(private)}", private, "muted", SOLID))
+        parts.append(Part(f"private {gib_number(private)}", private, "muted", SOLID))
     if total is not None and available is not None:
         others = total - available - private - sum(part.size for part in parts if part.fill == HATCHED)
         if others > SHOWN:
-            parts.append(Part(f"others {gib(int(others))}", others, "others", SOLID))
+            parts.append(Part(f"others {gib_number(int(others))}", others, "others", SOLID))
     return parts
 
 
 def _totals(used: int | None, total: int | None) -> str:
-    return f"{gib_short(used)} / {gib_short(total)} GiB"
+    return f"{gib_cell(used)} / {gib_cell(total)} GiB"
 
 
 def _readings(gpu: GpuSnapshot) -> list[Span]:
@@ -94,7 +93,7 @@ def _readings(gpu: GpuSnapshot) -> list[Span]:
 def _free_words(used: int | None, total: int | None) -> list[Part]:
     if used is None or total is None:
         return []
-    return [Part(f"free {gib(total - used)}", total - used, "faint", FREE)]
+    return [Part(f"free {gib_number(total - used)}", total - used, "faint", FREE)]
 
 
 def gpu_lines(view: View, gpu: GpuSnapshot, width: int, *, compact: bool) -> list[Line]:
@@ -128,7 +127,7 @@ def _below(parts: list[Part], gpu: GpuSnapshot, after: int | None, width: int) -
     readings = _readings(gpu)
     mark: list[Span] = []
     if after is not None:
-        mark = [(f"{MARK} ", MARK_PAINT), (f"{gib(after)} after enter   ", "text")]
+        mark = [(f"{MARK} ", MARK_PAINT), (f"{gib_number(after)} after enter   ", "text")]
     room = width - _NAME_WIDTH - line_width(readings) - line_width(mark) - 1
     names = legend([*parts, *_free_words(gpu.used_bytes, gpu.total_bytes)], room)
     return spread([(" " * _NAME_WIDTH, ""), *names, *mark], readings, width)
@@ -142,7 +141,7 @@ def ram_lines(view: View, width: int, *, compact: bool) -> list[Line]:
     if total is None or available is None:
         return [((name, "text bold"), (f"unknown ({UNKNOWN})", "muted"))]
     parts = ram_parts(view.snapshot, view.colors)
-    limit = total - ram_margin(total) if _may_pin(view.snapshot) else None
+    limit = host.pinning_limit_bytes if _may_pin(view.snapshot) else None
     first: Line = (
         (name, "text bold"),
         *stacked(parts, total, width - _NAME_WIDTH - _TOTAL_WIDTH, mark=limit),
@@ -155,7 +154,7 @@ def ram_lines(view: View, width: int, *, compact: bool) -> list[Line]:
     ]
     words: list[Span] = []
     if limit is not None:
-        words = [(f"{MARK} ", MARK_PAINT), (f"level 1 up to {gib(limit)}", "muted")]
+        words = [(f"{MARK} ", MARK_PAINT), (f"level 1 up to {gib_number(limit)}", "muted")]
     room = width - _NAME_WIDTH - line_width(words) - 1
     names = legend([*hatched, *_free_words(total - available, total)], room)
     return [first, spread([(" " * _NAME_WIDTH, ""), *names], words, width)]
@@ -164,7 +163,7 @@ def ram_lines(view: View, width: int, *, compact: bool) -> list[Line]:
 def _may_pin(snapshot: FleetSnapshot) -> bool:
     """Whether any model could be put to sleep at level 1: only that is refused for want of RAM."""
     return any(
-        model.frees_memory and not model.is_attached and model.configured_level in {"auto", "1"}
+        model.frees_memory and not model.is_external and model.configured_level in {"auto", "1"}
         for model in snapshot.models
     )
 

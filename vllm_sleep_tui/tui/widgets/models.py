@@ -13,7 +13,8 @@ from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, left, right
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.words import LOOKS, NONE, clock, ram_words, state_words, took, vram_words
+from vllm_sleep_tui.tui.words import LOOKS, memory_words, state_words
+from vllm_sleep_tui.units import NONE, clock, took
 
 
 class Column(NamedTuple):
@@ -69,11 +70,11 @@ def header(layout: Layout) -> Line:
 
 def _cell(column: Column, model: ModelSnapshot, now: float) -> str:
     if column is _VRAM:
-        return vram_words(model)
+        return memory_words(model.vram_bytes)
     if column is _RAM:
-        return ram_words(model.ram_bytes)
+        return memory_words(model.ram_bytes)
     if column is _PINNED:
-        return ram_words(model.pinned_bytes)
+        return memory_words(model.pinned_bytes)
     if column is _FOR:
         return NONE if model.since is None or model.state is State.STOPPED else clock(now - model.since)
     return NONE if model.last_switch is None else took(model.last_switch.total)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from rich.text import Text
 from textual.geometry import Size
 
-from vllm_sleep_tui.fleet.observe.processes import HeldProcess
+from vllm_sleep_tui.fleet.snapshot import HeldProcess
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, cut, left, right
-from vllm_sleep_tui.tui.words import NONE, UNKNOWN, gib_short
+from vllm_sleep_tui.tui.words import memory_words, short_command
+from vllm_sleep_tui.units import NONE
 
 _WIDTHS = {"pid": 8, "user": 10, "GPU": 6, "VRAM": 7, "RAM": 7}
 _NARROW = 90
@@ -26,10 +26,10 @@ class Order(NamedTuple):
 
 
 ORDERS = (
-    Order("VRAM", lambda held: -(held.vram_bytes or 0)),
-    Order("RAM", lambda held: -(held.ram_bytes or 0)),
-    Order("pid", lambda held: held.pid),
-    Order("user", lambda held: held.user),
+    Order("VRAM", lambda process: -(process.vram_bytes or 0)),
+    Order("RAM", lambda process: -(process.ram_bytes or 0)),
+    Order("pid", lambda process: process.pid),
+    Order("user", lambda process: process.user),
 )
 
 
@@ -45,10 +45,10 @@ class Row(NamedTuple):
     ram: int | None
 
 
-def rows(held: Sequence[HeldProcess], order: Order, colors: dict[str, str]) -> list[Row]:
+def rows(processes: Sequence[HeldProcess], order: Order, colors: dict[str, str]) -> list[Row]:
     """The models by the chosen column of their sums, each with its tree; the strangers last."""
-    found: list[Row] = []
-    by_model = {name: [each for each in held if each.model == name] for name in colors}
+    table: list[Row] = []
+    by_model = {name: [each for each in processes if each.model == name] for name in colors}
     shown = [name for name in colors if by_model[name]]
     if order.name in {"VRAM", "RAM"}:
         attribute = f"{order.name.lower()}_bytes"
@@ -56,18 +56,18 @@ def rows(held: Sequence[HeldProcess], order: Order, colors: dict[str, str]) -> l
     for name in shown:
         tree = by_model[name]
         vram, ram = _sum(each.vram_bytes for each in tree), _sum(each.ram_bytes for each in tree)
-        found.append(Row(f"● {name}", f"{colors[name]} bold", "", "", _gpus(tree), vram, ram))
+        table.append(Row(f"● {name}", f"{colors[name]} bold", "", "", _gpus(tree), vram, ram))
         for process, branch in _branches(tree, order):
-            found.append(_row(process, branch))
-    strangers = sorted((each for each in held if each.model is None), key=order.key)
+            table.append(_row(process, branch))
+    strangers = sorted((each for each in processes if each.model is None), key=order.key)
     if strangers:
         vram, ram = (
             _sum(each.vram_bytes for each in strangers),
             _sum(each.ram_bytes for each in strangers),
         )
-        found.append(Row("● others", "others bold", "", "", _gpus(strangers), vram, ram))
-        found += [_row(process, "  ") for process in strangers]
-    return found
+        table.append(Row("● others", "others bold", "", "", _gpus(strangers), vram, ram))
+        table += [_row(process, "  ") for process in strangers]
+    return table
 
 
 def _branches(tree: Sequence[HeldProcess], order: Order) -> list[tuple[HeldProcess, str]]:
@@ -75,21 +75,21 @@ def _branches(tree: Sequence[HeldProcess], order: Order) -> list[tuple[HeldProce
     children: dict[int | None, list[HeldProcess]] = {}
     for process in sorted(tree, key=order.key):
         children.setdefault(process.parent, []).append(process)
-    found: list[tuple[HeldProcess, str]] = []
+    branches: list[tuple[HeldProcess, str]] = []
 
     def walk(parent: int | None, before: str) -> None:
         siblings = children.get(parent, [])
         for process in siblings:
             is_last = process is siblings[-1]
-            found.append((process, f"{before}{'└ ' if is_last else '├ '}"))
+            branches.append((process, f"{before}{'└ ' if is_last else '├ '}"))
             walk(process.pid, f"{before}{'  ' if is_last else '│ '}")
 
     walk(None, "  ")
-    return found
+    return branches
 
 
 def _row(process: HeldProcess, branch: str) -> Row:
-    command = branch + short(clean(process.command))
+    command = branch + short_command(clean(process.command))
     return Row(
         command,
         "text",
@@ -101,24 +101,13 @@ def _row(process: HeldProcess, branch: str) -> Row:
     )
 
 
-def short(command: str) -> str:
-    """A command without the folders of its program and its scripts, which say little and take much room."""
-    program, *rest = command.split(" ")
-    names = [Path(word).name if word.startswith("/") and word.endswith(".py") else word for word in rest]
-    return " ".join([Path(program).name, *names]) if program else command
-
-
 def _sum(amounts: Iterable[int | None]) -> int | None:
-    known = list(amounts)
-    return None if None in known else sum(amount or 0 for amount in known)
+    sizes = list(amounts)
+    return None if None in sizes else sum(amount or 0 for amount in sizes)
 
 
-def _gpus(held: Iterable[HeldProcess]) -> str:
-    return ",".join(sorted({gpu for each in held for gpu in each.vram_by_gpu}, key=int)) or NONE
-
-
-def _amount(count: int | None) -> str:
-    return UNKNOWN if count is None else NONE if count == 0 else gib_short(count)
+def _gpus(processes: Iterable[HeldProcess]) -> str:
+    return ",".join(sorted({gpu for each in processes for gpu in each.vram_by_gpu}, key=int)) or NONE
 
 
 class ProcessTable(Painted):
@@ -127,12 +116,12 @@ class ProcessTable(Painted):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.order = ORDERS[0]
-        self._held: Sequence[HeldProcess] | None = None
+        self._processes: Sequence[HeldProcess] | None = None
         self._colors: dict[str, str] = {}
 
-    def show(self, held: Sequence[HeldProcess], colors: dict[str, str]) -> None:
+    def show(self, processes: Sequence[HeldProcess], colors: dict[str, str]) -> None:
         """Show these processes."""
-        self._held, self._colors = held, colors
+        self._processes, self._colors = processes, colors
         self.repaint()
 
     def turn(self) -> None:
@@ -142,7 +131,7 @@ class ProcessTable(Painted):
 
     def paint(self, size: Size) -> list[Line]:
         """The titles, and a line for each model and process."""
-        if self._held is None:
+        if self._processes is None:
             return [(("looking …", "muted"),)]
         shown = [name for name in _WIDTHS if size.width >= _NARROW or name not in {"user", "GPU"}]
         room = max(10, size.width - sum(_WIDTHS[name] for name in shown) - 1)
@@ -152,13 +141,13 @@ class ProcessTable(Painted):
             for name in shown
         ]
         lines: list[Line] = [tuple(titles)]
-        for row in rows(self._held, self.order, self._colors):
+        for row in rows(self._processes, self.order, self._colors):
             cells = {
                 "pid": row.pid,
                 "user": row.user,
                 "GPU": row.gpus,
-                "VRAM": _amount(row.vram),
-                "RAM": _amount(row.ram),
+                "VRAM": memory_words(row.vram),
+                "RAM": memory_words(row.ram),
             }
             numbers = "".join(right(cut(cells[name], _WIDTHS[name] - 1), _WIDTHS[name]) for name in shown)
             is_sum = not row.pid

@@ -8,22 +8,30 @@ from textual import events
 from textual.geometry import Size
 from textual.message import Message
 
-from vllm_sleep_tui.tui.drawing.cursor import event_lines, moment_words, nearest, state_mark, title
-from vllm_sleep_tui.tui.drawing.lanes import (
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, left, rule
+from vllm_sleep_tui.tui.drawing.timeline import (
     WINDOWS,
     Change,
     Frame,
     Lanes,
     Window,
+    around,
+    bars,
     cells_of_states,
+    event_lines,
     glyph,
     joined,
     marked,
+    nearest,
+    requests_of,
+    spread_over,
+    state_mark,
+    sum_of,
+    title,
+    tokens_of,
 )
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, left
-from vllm_sleep_tui.tui.drawing.served import around, bars, requests_of, spread_over, sum_of, tokens_of
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.widgets.detail import rule
+from vllm_sleep_tui.units import time_of_day
 
 _NAME_WIDTH = 12
 _MARK_WIDTH = 2
@@ -66,7 +74,7 @@ class Timeline(Painted):
     def show(self, view: View) -> None:
         """Take and show this moment."""
         self._view = view
-        self._lanes.hear(view.past.spans)
+        self._lanes.take_history(view.past.spans)
         self._lanes.see(view.snapshot)
         self.repaint()
 
@@ -108,8 +116,8 @@ class Timeline(Painted):
 
     def _frame(self, view: View, width: int = 0) -> Frame:
         # Before it is shown for the first time its box tells how wide it will be.
-        known = width or self.content_size.width or self.container_size.width
-        count = max(1, known - _NAME_WIDTH)
+        cells = width or self.content_size.width or self.container_size.width
+        count = max(1, cells - _NAME_WIDTH)
         # Whole cells of time: the picture moves one cell at a time, not a little with each look.
         step = self.window.seconds / count
         return Frame((view.snapshot.time // step + 1) * step, self.window.seconds, count)
@@ -123,7 +131,9 @@ class Timeline(Painted):
             return []
         frame = self._frame(view, size.width)
         cell = None if self._cursor is None else frame.cell(self._cursor)
-        head, below = self._quiet(view, frame) if cell is None else self._told(view, frame, cell, size.width)
+        head, below = (
+            self._quiet(view, frame) if cell is None else self._pointed_at(view, frame, cell, size.width)
+        )
         lanes = [self._lane(view, model.name, frame, cell) for model in view.snapshot.models]
         served = [self._served(view, measure, frame, cell) for measure in _MEASURES]
         if not self.styles.is_auto_height:
@@ -139,7 +149,7 @@ class Timeline(Painted):
         total = sum_of([entry for entry in view.past.served if entry.time + entry.seconds > frame.start])
         return [*head, (f"  {total.words}", "muted")] if total.words else head, []
 
-    def _told(self, view: View, frame: Frame, cell: int, width: int) -> tuple[list[Span], list[Line]]:
+    def _pointed_at(self, view: View, frame: Frame, cell: int, width: int) -> tuple[list[Span], list[Line]]:
         """The title and the lines below while the cursor is out, about the selected model."""
         name, now = view.selected or "", view.snapshot.time
         color = view.colors.get(name, "text")
@@ -149,7 +159,7 @@ class Timeline(Painted):
         entries = around(view.past.served, frame, cell)
         switch = nearest(view.past.switches, name, frame, cell)
         return (
-            title(name, color, change, entries, moment_words(moment, now), width - _RULE_WIDTH),
+            title(name, color, change, entries, time_of_day(moment, now), width - _RULE_WIDTH),
             event_lines(switch, name, color, now, width),
         )
 
@@ -177,13 +187,13 @@ class Timeline(Painted):
 
     def _row(self, row: str, key: object, draw: Callable[[], list[Span]], cell: int | None) -> list[Span]:
         """The spans of a row, drawn again only when they could differ."""
-        known = self._rows.get(row)
-        if known is None or known[0] != key:
+        drawn = self._rows.get(row)
+        if drawn is None or drawn[0] != key:
             cells = draw()
-            self._rows[row] = known = (key, cells, joined(cells))
+            self._rows[row] = drawn = (key, cells, joined(cells))
         if cell is None:
-            return known[2]
-        cells = known[1]
+            return drawn[2]
+        cells = drawn[1]
         return joined([*cells[:cell], marked(cells[cell]), *cells[cell + 1 :]])
 
     def _states(self, name: str, frame: Frame) -> list[Change | None]:

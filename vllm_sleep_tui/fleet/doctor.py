@@ -1,4 +1,4 @@
-"""The checks of `doctor`: each looks at one thing and says ok, warn or fail, and the cure."""
+"""Is everything there that a config needs? Each check looks at one thing: ok, warn or fail, and the cure."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_sleep_tui.cli.common import in_words
-from vllm_sleep_tui.cli.init import Surroundings, best_environment
 from vllm_sleep_tui.config.flags import FlagTable
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.config.types import CONFIG_NAME, ModelConfig
@@ -27,16 +25,18 @@ from vllm_sleep_tui.fleet.observe.discovery import VllmEnvironment, find_command
 from vllm_sleep_tui.fleet.observe.orphans import find_orphans
 from vllm_sleep_tui.fleet.operations.arguments import complaints, flags_of, simulated_flags
 from vllm_sleep_tui.fleet.store.records import RecordStore
+from vllm_sleep_tui.fleet.survey import Surroundings, look_around
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.sizing.chat_template import TEMPLATE_CURE, lacks_template
 from vllm_sleep_tui.sizing.hub import hub_cache
 from vllm_sleep_tui.telemetry.gpus import VISIBLE, fault_of, is_hidden
 from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import holder_of_port
+from vllm_sleep_tui.units import GIB, MIB, gib
 
-LOW_RAM_BYTES = 8 * 2**30
-LOW_STATE_BYTES = 200 * 2**20
-LOW_CACHE_BYTES = 20 * 2**30
+LOW_RAM_BYTES = 8 * GIB
+LOW_STATE_BYTES = 200 * MIB
+LOW_CACHE_BYTES = 20 * GIB
 
 
 class Verdict(StrEnum):
@@ -56,7 +56,23 @@ class Check(msgspec.Struct, frozen=True):
     cure: str = ""
 
 
-def check_config(loaded: LoadedConfig) -> Iterator[Check]:
+def examine(loaded: LoadedConfig | None, here: Path, *, may_ask: bool) -> list[Check]:
+    """All checks, those of the machine alone without a config; nothing is changed.
+
+    `may_ask`: the person agreed to run what the config names, to ask vLLM for its flags.
+    """
+    machine = look_around(here)
+    if loaded is None:
+        return list(_machine(machine, None))
+    return [
+        *_config(loaded),
+        *_flags(loaded, may_ask=may_ask),
+        *_models(loaded, machine),
+        *_machine(machine, loaded),
+    ]
+
+
+def _config(loaded: LoadedConfig) -> Iterator[Check]:
     """The config and the binary it names."""
     yield Check("config", Verdict.OK, f"{loaded.path}, models: {', '.join(loaded.config.models)}")
     if all(model.url for model in loaded.config.models.values()):
@@ -85,7 +101,7 @@ def _vllm_check(environment: VllmEnvironment) -> Check:
     )
 
 
-def check_flags(loaded: LoadedConfig, *, may_ask: bool) -> Iterator[Check]:
+def _flags(loaded: LoadedConfig, *, may_ask: bool) -> Iterator[Check]:
     """The arguments of the models, by the parser of the vLLM that would read them.
 
     It runs vLLM's Python once to ask it, if the person agreed to run what the config names.
@@ -118,17 +134,17 @@ def _table_check(command: tuple[str, ...], flags: FlagTable, *, may_ask: bool) -
     return Check("flags", Verdict.WARN, what, cure)
 
 
-def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:
+def _models(loaded: LoadedConfig, machine: Surroundings) -> Iterator[Check]:
     """GPUs, ports and folders that the models name."""
-    known = {gpu.index for gpu in found.gpus}
+    indices = {gpu.index for gpu in machine.gpus}
     for name, model in loaded.config.models.items():
-        faults = [fault for index in model.gpus if (fault := fault_of(found.gpu_faults, index))]
-        missing = [index for index in model.gpus if index not in known and not faults]
+        faults = [fault for index in model.gpus if (fault := fault_of(machine.gpu_faults, index))]
+        missing = [index for index in model.gpus if index not in indices and not faults]
         if faults and not loaded.config.simulated_gpus and not model.url:
             yield Check(f"{name}.gpus", Verdict.FAIL, faults[0].what, faults[0].cure)
-        yield from _visible_checks(loaded, name, model, found)
+        yield from _visible_checks(loaded, name, model, machine)
         if missing and not loaded.config.simulated_gpus and not model.url:
-            have = ", ".join(map(str, sorted(known))) or "none that NVML can see"
+            have = ", ".join(map(str, sorted(indices))) or "none that NVML can see"
             cure = "Correct `gpus`; [] is vLLM on the CPU."
             what = f"there is no GPU {', '.join(map(str, missing))}; this machine has: {have}"
             yield Check(f"{name}.gpus", Verdict.FAIL, what, cure)
@@ -151,11 +167,11 @@ def check_models(loaded: LoadedConfig, found: Surroundings) -> Iterator[Check]:
 
 
 def _visible_checks(
-    loaded: LoadedConfig, name: str, model: ModelConfig, found: Surroundings
+    loaded: LoadedConfig, name: str, model: ModelConfig, machine: Surroundings
 ) -> Iterator[Check]:
     """Whether the model's GPUs are among those that this shell was given."""
     visible = os.environ.get(VISIBLE)
-    hidden = [str(gpu.index) for gpu in found.gpus if gpu.index in model.gpus and is_hidden(gpu, visible)]
+    hidden = [str(gpu.index) for gpu in machine.gpus if gpu.index in model.gpus and is_hidden(gpu, visible)]
     if hidden and not loaded.config.simulated_gpus and not model.url:
         what = f"GPU {', '.join(hidden)} is not this shell's: {VISIBLE} is {visible!r}"
         cure = f"Correct `gpus`, or unset {VISIBLE} if the GPU is yours to use."
@@ -216,11 +232,11 @@ def _port_check(loaded: LoadedConfig, name: str, port: int) -> Check:
     return Check(f"{name}.port", Verdict.FAIL, f"{port} is taken by {pid}{who}", cure)
 
 
-def check_machine(found: Surroundings, loaded: LoadedConfig | None) -> Iterator[Check]:
+def _machine(machine: Surroundings, loaded: LoadedConfig | None) -> Iterator[Check]:
     """What does not depend on a model."""
     simulated = bool(loaded and loaded.config.simulated_gpus)
     if loaded is None:
-        best = best_environment(found.environments)
+        best = machine.best_environment
         yield (
             _vllm_check(best)
             if best
@@ -228,14 +244,14 @@ def check_machine(found: Surroundings, loaded: LoadedConfig | None) -> Iterator[
         )
     if simulated and loaded:
         yield Check("gpus", Verdict.OK, f"{len(loaded.config.simulated_gpus)}, SIMULATED")
-    elif found.gpus:
-        names = ", ".join(f"{gpu.index} {gpu.name} {in_words(gpu.total_bytes)}" for gpu in found.gpus)
+    elif machine.gpus:
+        names = ", ".join(f"{gpu.index} {gpu.name} {gib(gpu.total_bytes)}" for gpu in machine.gpus)
         yield Check("gpus", Verdict.OK, names)
-    elif not found.gpu_faults:
+    elif not machine.gpu_faults:
         cure = "Without an NVIDIA GPU, models run on the CPU alone: `gpus: []`."
-        yield Check("gpus", Verdict.WARN, found.gpu_note or "none", cure)
+        yield Check("gpus", Verdict.WARN, machine.gpu_note or "none", cure)
     if not simulated:
-        yield from (Check("gpus", Verdict.WARN, fault.what, fault.cure) for fault in found.gpu_faults)
+        yield from (Check("gpus", Verdict.WARN, fault.what, fault.cure) for fault in machine.gpu_faults)
     yield _ram_check(simulated_folder(loaded, state_dir()) if loaded else None)
     yield _state_check()
     if not simulated:
@@ -243,9 +259,9 @@ def check_machine(found: Surroundings, loaded: LoadedConfig | None) -> Iterator[
         yield Check(
             "token",
             Verdict.OK,
-            "Hugging Face token: " + ("yes" if found.token else "no, gated models need one"),
+            "Hugging Face token: " + ("yes" if machine.token else "no, gated models need one"),
         )
-        yield from _foreign_checks(found)
+        yield from _foreign_checks(machine)
     yield from _logout_checks()
     for orphan in find_orphans(state_dir()):
         cure = "End it with: vllm-sleep-tui orphans --end"
@@ -254,7 +270,7 @@ def check_machine(found: Surroundings, loaded: LoadedConfig | None) -> Iterator[
 
 def _ram_check(simulated: Path | None) -> Check:
     host = host_memory(simulated)
-    what = f"{in_words(host.available_bytes)} free of {in_words(host.total_bytes)}"
+    what = f"{gib(host.available_bytes)} free of {gib(host.total_bytes)}"
     what += ", SIMULATED" if simulated else ""
     if host.available_bytes is not None and host.available_bytes < LOW_RAM_BYTES:
         return Check(
@@ -279,7 +295,7 @@ def _state_check() -> Check:
             f"not writable: {error.strerror}",
             "Correct it or set XDG_STATE_HOME.",
         )
-    what = f"{folder}, {in_words(free)} free on its disk"
+    what = f"{folder}, {gib(free)} free on its disk"
     if free < LOW_STATE_BYTES:
         return Check("state folder", Verdict.WARN, what, "Make room: logs need up to 60 MiB a model.")
     return Check("state folder", Verdict.OK, what)
@@ -288,7 +304,7 @@ def _state_check() -> Check:
 def _cache_check(cache: Path) -> Check:
     there = next(path for path in (cache, *cache.parents) if os.path.exists(path))
     free = shutil.disk_usage(there).free
-    what = f"{cache}, {in_words(free)} free on its disk"
+    what = f"{cache}, {gib(free)} free on its disk"
     if free < LOW_CACHE_BYTES:
         return Check(
             "model cache", Verdict.WARN, what, "Make room before a model is fetched, or move it: HF_HOME."
@@ -296,10 +312,10 @@ def _cache_check(cache: Path) -> Check:
     return Check("model cache", Verdict.OK, what)
 
 
-def _foreign_checks(found: Surroundings) -> Iterator[Check]:
-    for server in find_foreign_servers(found.gpus):
-        held = f"VRAM {in_words(server.vram_bytes)}"
-        what = f"pid {server.process.pid}, user {server.user}, {held}: {server.command}"
+def _foreign_checks(machine: Surroundings) -> Iterator[Check]:
+    for server in find_foreign_servers(machine.gpus):
+        vram = f"VRAM {gib(server.vram_bytes)}"
+        what = f"pid {server.process.pid}, user {server.user}, {vram}: {server.command}"
         cure = "It is left alone; to see it in the panel, add a model with `url:`."
         yield Check("another vLLM", Verdict.WARN, what, cure)
 

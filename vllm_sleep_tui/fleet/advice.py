@@ -1,25 +1,63 @@
-"""The figures that advice is reckoned from: measured ones first, estimates where there are none."""
+"""What to do with each model and GPU, reckoned from measured figures first, estimates where there are none.
+
+The advice on a config, what a model would need that was never started, and the config as the advice has it.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import closing
+from pathlib import Path
 
+from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.core import Core, simulated_folder
 from vllm_sleep_tui.fleet.levels import why_no_level2
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.discovery import find_command
 from vllm_sleep_tui.fleet.operations.room import held_here, read_memory, shares_of
 from vllm_sleep_tui.fleet.states import RUNNING
+from vllm_sleep_tui.fleet.store.history import History
 from vllm_sleep_tui.sizing import budget
-from vllm_sleep_tui.sizing.advice import Advice, advise
+from vllm_sleep_tui.sizing.advice import Advice, ModelAdvice, Verdict, advise
+from vllm_sleep_tui.sizing.advice_config import AFTERWARDS, apply_text, proposed_text
+from vllm_sleep_tui.sizing.budget import HIGHEST_UTILIZATION
 from vllm_sleep_tui.sizing.checkpoint import find_checkpoint
-from vllm_sleep_tui.sizing.estimate import ACTIVATIONS, Estimate, Times, estimate, times
+from vllm_sleep_tui.sizing.estimate import ACTIVATIONS, Estimate, Times, checkpoint_of, estimate, times
 from vllm_sleep_tui.sizing.figures import PRIVATE_BYTES, Figures, Machine
 from vllm_sleep_tui.sizing.footprints import AWAKE_OVERHEAD, Footprint
+from vllm_sleep_tui.sizing.sharing import GpuAdvice
+from vllm_sleep_tui.telemetry.gpus import GpuReading, open_reader
 from vllm_sleep_tui.telemetry.host import host_memory
+
+__all__ = [
+    "AFTERWARDS",
+    "HIGHEST_UTILIZATION",
+    "Advice",
+    "Estimate",
+    "GpuAdvice",
+    "ModelAdvice",
+    "Verdict",
+    "advise_config",
+    "advise_fleet",
+    "apply_text",
+    "estimate_of",
+    "proposed_text",
+]
+
+
+def advise_config(loaded: LoadedConfig, state_dir: Path, names: Collection[str]) -> Advice:
+    """The advice on these models of a config, as `Fleet.advice` gives it; it is reckoned over all of them."""
+    core = Core(loaded, state_dir)
+    with closing(core.reader), closing(History(state_dir, loaded.path)) as history:
+        whole = advise_fleet(core, history.rates())
+    gpus = {gpu for name in names for gpu in loaded.config.models[name].gpus}
+    return Advice(
+        models=tuple(model for model in whole.models if model.name in names),
+        gpus=tuple(gpu for gpu in whole.gpus if gpu.index in gpus),
+    )
 
 
 def advise_fleet(core: Core, per_day: Mapping[str, float] | None = None) -> Advice:
@@ -28,6 +66,36 @@ def advise_fleet(core: Core, per_day: Mapping[str, float] | None = None) -> Advi
     `per_day` are the switches to each model a day, once a week of them is known.
     """
     return advise(read_machine(core), read_figures(core, per_day))
+
+
+def estimate_of(model: str, here: Path, loaded: LoadedConfig | None, state_dir: Path) -> Estimate:
+    """What a model would need that no config names, a folder or a hub name; nothing is started or fetched.
+
+    On the first GPU there is, and by the rules of the config's vLLM. Raises UsageError if it is not here.
+    """
+    entry = ModelConfig(model=model)
+    checkpoint_of(entry, here)
+    gpu = _first_gpu(loaded, state_dir)
+    vllm = find_command(loaded.config.vllm_command, os.environ) if loaded else None
+    return estimate(
+        entry,
+        here,
+        total=gpu.total_bytes if gpu else None,
+        gpu_name=gpu.name if gpu else "",
+        utilization=HIGHEST_UTILIZATION,
+        version=vllm.version if vllm else None,
+    )
+
+
+def _first_gpu(loaded: LoadedConfig | None, state_dir: Path) -> GpuReading | None:
+    is_simulated = loaded is not None and loaded.config.simulated_gpus
+    with closing(
+        open_reader(simulated_folder(loaded, state_dir) if loaded and is_simulated else None)
+    ) as reader:
+        return next(iter(reader.read()), None)
+
+
+# ── the figures ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_machine(core: Core) -> Machine:
@@ -109,29 +177,30 @@ def _estimate(model: Model, share: float | None, version: str | None) -> tuple[E
     return expected, expected.unknown.get("weights")
 
 
-def _times(known: Footprint, expected: Times | None) -> dict[str, float | None]:
-    return {
-        what: known.typical(what) if known.typical(what) is not None else getattr(expected, what, None)
-        for what in ("start", "wake1", "wake2")
-    }
+def _times(footprint: Footprint, expected: Times | None) -> dict[str, float | None]:
+    seconds: dict[str, float | None] = {}
+    for what in ("start", "wake1", "wake2"):
+        measured = footprint.typical(what)
+        seconds[what] = getattr(expected, what, None) if measured is None else measured
+    return seconds
 
 
-def _share_of_weights(known: Footprint, model: ModelConfig) -> int | None:
+def _share_of_weights(footprint: Footprint, model: ModelConfig) -> int | None:
     """Bytes of weights on one GPU, as the log told for all of them."""
-    return None if known.weights is None else known.weights // (len(model.gpus) or 1)
+    return None if footprint.weights is None else footprint.weights // (len(model.gpus) or 1)
 
 
-def _times_of(known: Footprint, model: ModelConfig) -> Times | None:
+def _times_of(footprint: Footprint, model: ModelConfig) -> Times | None:
     """Expected times of a model that has run, where its files tell nothing."""
-    share = _share_of_weights(known, model)
-    if share is None or known.weights is None:
+    share = _share_of_weights(footprint, model)
+    if share is None or footprint.weights is None:
         return None
-    cache = max(0, max(known.awake.values(), default=0) - share - ACTIVATIONS - AWAKE_OVERHEAD)
+    cache = max(0, max(footprint.awake.values(), default=0) - share - ACTIVATIONS - AWAKE_OVERHEAD)
     return times(
         share,
-        checkpoint_bytes=known.weights,
+        checkpoint_bytes=footprint.weights,
         kv=cache,
-        pinned_bytes=known.pinned or known.weights,
+        pinned_bytes=footprint.pinned or footprint.weights,
         gpus=len(model.gpus) or 1,
     )
 
