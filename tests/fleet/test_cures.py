@@ -145,6 +145,7 @@ async def test_a_model_that_grew_since_it_was_measured_wakes_half_and_then_whole
     model_of(fleet, "b").remember(lambda known: replace(known, awake={"0": 2 * GIB}))
     core_of(fleet).flush()
     async with machine.open() as fleet:
+        await until(lambda: fleet.snapshot().gpus)  # the memory has been read
         assert fleet.predict("b").sleeps == ()
         await fleet.switch("b")
         assert (seen(fleet, "a").state, seen(fleet, "b").state) == (State.ASLEEP, State.AWAKE)

@@ -9,10 +9,10 @@ import pytest
 
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.predict import memory_in
 from vllm_sleep_tui.fleet.operations.room import GpuMemory, held_here, needed_to_wake, share_of
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.telemetry.gpus import GpuReading
 from vllm_sleep_tui.telemetry.processes import ProcessId
 
@@ -38,11 +38,11 @@ def core(tmp_path: Path) -> Core:
     return Core(load(config), tmp_path)
 
 
-def running(core: Core, state: State) -> Record:
-    """The record of `b`, written in this state."""
-    record = Record(config=core.records.config, name="b", state=state, engines=(ENGINE,), gpus=(0,))
-    core.records.write(record)
-    return record
+def running(core: Core, state: State) -> Model:
+    """The handle of `b`, its record written in this state."""
+    model = core.model("b")
+    model.write(state=state, engines=(ENGINE,), gpus=(0,))
+    return model
 
 
 def gpu(by_pid: dict[int, int | None] | None) -> GpuMemory:
@@ -53,13 +53,13 @@ def gpu(by_pid: dict[int, int | None] | None) -> GpuMemory:
 def test_an_engine_that_is_not_listed_holds_an_unknown_amount_and_not_nothing(
     core: Core, by_pid: dict[int, int | None] | None
 ) -> None:
-    assert gpu(by_pid).held_by(running(core, State.AWAKE)) is None
+    assert gpu(by_pid).held_by(running(core, State.AWAKE).record) is None
 
 
 def test_an_engine_that_is_listed_holds_what_it_holds(core: Core) -> None:
-    record = running(core, State.AWAKE)
+    model = running(core, State.AWAKE)
     now = gpu({4242: 17 * GIB, 99: GIB})
-    assert now.held_by(record) == held_here(core, record, now, 0) == 17 * GIB
+    assert now.held_by(model.record) == held_here(model, now, 0) == 17 * GIB
 
 
 @blind
@@ -67,19 +67,19 @@ def test_our_own_server_is_no_stranger_that_makes_the_next_model_small(
     core: Core, by_pid: dict[int, int | None] | None
 ) -> None:
     running(core, State.AWAKE)
-    seen = share_of(core, "a", {0: gpu({4242: 20 * GIB})})
+    seen = share_of(core.model("a"), {0: gpu({4242: 20 * GIB})})
     assert seen is not None
     assert seen > 0.5
-    assert share_of(core, "a", {0: gpu(by_pid)}) == seen
+    assert share_of(core.model("a"), {0: gpu(by_pid)}) == seen
 
 
 @blind
 def test_a_sleeper_that_cannot_be_seen_is_thought_to_hold_what_sleepers_leave(
     core: Core, by_pid: dict[int, int | None] | None
 ) -> None:
-    record = running(core, State.ASLEEP)
-    need = needed_to_wake(core, record, {0: gpu(by_pid)})
-    all_of_it = needed_to_wake(core, record, {0: gpu({4242: 0})})
+    model = running(core, State.ASLEEP)
+    need = needed_to_wake(model, {0: gpu(by_pid)})
+    all_of_it = needed_to_wake(model, {0: gpu({4242: 0})})
     assert 0 < need[0] < all_of_it[0]
 
 
