@@ -40,6 +40,7 @@ VERBS: dict[str, str] = {
     "switch": "operations",
     "chat": "chat",
     "logs": "logs",
+    "events": "events",
     "bench": "bench",
     "init": "init",
     "doctor": "doctor",

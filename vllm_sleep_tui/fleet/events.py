@@ -11,6 +11,7 @@ from enum import StrEnum
 import msgspec
 
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.units import hundredths
 
 
 class Kind(StrEnum):
@@ -54,3 +55,17 @@ class FleetEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One sentence: why it failed, or for whom a model made room."""
     pid: int | None = None
     """The process that did it."""
+
+    def sentence(self) -> str:
+        """What happened, for a person, without its time and model."""
+        if self.kind is Kind.OPERATION:
+            took = f" after {hundredths(self.seconds)}" if self.seconds is not None else ""
+            return f"{self.operation} {self.outcome}{took}{f': {self.detail}' if self.detail else ''}"
+        if self.kind is Kind.FAULT:
+            return f"failed: {self.detail or 'no reason is known'}"
+        words = str(self.state)
+        if self.level is not None:
+            words += f" at level {self.level}"
+        if self.operation is not None:
+            words += f" by {self.operation}"
+        return f"{words}, {self.detail}" if self.detail else words

@@ -256,10 +256,7 @@ class Fleet:
         written = asyncio.Event()
         self._subscribers.add(written)
         try:
-            last = after
-            if last is None:
-                latest = await asyncio.to_thread(self._core.history.latest_events, 1)
-                last = latest[-1].id if latest else 0
+            last = await asyncio.to_thread(self._core.history.last_event_id) if after is None else after
             while True:
                 written.clear()
                 for event in await asyncio.to_thread(self._core.history.events_after, last):

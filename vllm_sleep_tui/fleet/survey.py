@@ -7,9 +7,11 @@ Nothing is started, and only `end_orphans` ends anything.
 from __future__ import annotations
 
 import os
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_sleep_tui.config.flags import FlagTable
 from vllm_sleep_tui.config.load import LoadedConfig
@@ -31,6 +33,9 @@ from vllm_sleep_tui.fleet.store.records import RecordStore
 from vllm_sleep_tui.sizing.hub import has_token, hub_cache
 from vllm_sleep_tui.telemetry.gpus import GpuFault, GpuReading, open_reader
 
+if TYPE_CHECKING:
+    from vllm_sleep_tui.fleet.store.history import History
+
 __all__ = [
     "CachedModel",
     "ForeignServer",
@@ -40,6 +45,7 @@ __all__ = [
     "Surroundings",
     "VllmEnvironment",
     "end_orphans",
+    "events_of",
     "find_orphans",
     "find_strangers",
     "flag_tables",
@@ -100,3 +106,12 @@ def flag_tables(loaded: LoadedConfig, state_dir: Path, *, may_ask: bool) -> list
         return [simulated_flags({**os.environ, **model.env}) for model in own[:1]]
     commands = dict.fromkeys(model.vllm_command or loaded.config.vllm_command for model in own)
     return [flags_of(command, loaded.path.parent, state_dir, may_ask=may_ask) for command in commands]
+
+
+@contextmanager
+def events_of(loaded: LoadedConfig, state_dir: Path) -> Iterator[History]:
+    """What happened to the config's models: the history, to ask for its events."""
+    from vllm_sleep_tui.fleet.store.history import History  # only who asks for it needs a database
+
+    with closing(History(state_dir, loaded.path)) as history:
+        yield history

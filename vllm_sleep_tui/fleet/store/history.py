@@ -240,6 +240,10 @@ class History:
         )
         return [_event(row) for row in reversed(rows)]
 
+    def last_event_id(self) -> int:
+        """The id of the newest event; 0 if there is none."""
+        return next(iter(event.id for event in self.latest_events(1)), 0)
+
     # ── on the thread ────────────────────────────────────────────────────────────────────────────────────
 
     def _write(self, table: str, at: float | None, *values: Value, ending: str = "") -> None:

@@ -1,0 +1,47 @@
+"""`events`: what happened to the models, whoever did it."""
+
+from __future__ import annotations
+
+import time
+
+import click
+from vllm_sleep_tui.cli.common import config_option, json_option, json_text, load_config, put, put_json
+from vllm_sleep_tui.fleet.events import FleetEvent
+from vllm_sleep_tui.fleet.survey import events_of
+from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.units import time_of_day
+
+POLL_SECONDS = 0.5
+
+
+@click.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on with what happens from now on, until Ctrl-C.")
+@click.option("-n", "count", type=click.IntRange(0), default=50, show_default=True, help="How many.")
+@json_option
+@config_option
+@click.pass_context
+def events(ctx: click.Context, follow: bool, count: int, as_json: bool) -> None:
+    """Show the last events: states, failures with their reasons, and how operations ended.
+
+    With --follow and --json each event is a line of its own.
+    """
+    loaded = load_config(ctx, only_looks=True)
+    with events_of(loaded, state_dir()) as history:
+        past = history.latest_events(count)
+        if as_json and not follow:
+            put_json({"version": 1, "events": past})
+            return
+        last = past[-1].id if past else history.last_event_id()
+        while True:
+            for event in past:
+                put(json_text(event) if as_json else line(event))
+            if not follow:
+                return
+            time.sleep(POLL_SECONDS)
+            past = history.events_after(last)
+            last = past[-1].id if past else last
+
+
+def line(event: FleetEvent) -> str:
+    """An event as a person reads it."""
+    return f"{time_of_day(event.time, time.time())}  {event.model}  {event.sentence()}"
