@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import click
+
 from vllm_sleep_tui.cli.common import config_option, json_option, json_text, load_config, put, put_json
 from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.survey import events_of
