@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -248,18 +249,22 @@ class Fleet:
     def _backend(self, name: str) -> Backend:
         return backend_of(self._core.model(name))
 
-    async def events(self, after: int | None = None) -> AsyncIterator[FleetEvent]:
-        """What happens from now on, or since the event with the id `after`, in this process and in others.
+    def events(self, after: int | None = None) -> AsyncGenerator[FleetEvent, None]:
+        """What happens from this call on, or since the event with the id `after`, here and elsewhere.
 
         Without an end: close the iterator, or cancel who waits for it.
         """
+        return self._events(after, time.time())
+
+    async def _events(self, after: int | None, since: float) -> AsyncGenerator[FleetEvent, None]:
         written = asyncio.Event()
         self._subscribers.add(written)
         try:
-            last = await asyncio.to_thread(self._core.history.last_event_id) if after is None else after
+            history = self._core.history
+            last = await asyncio.to_thread(history.last_event_id, since) if after is None else after
             while True:
                 written.clear()
-                for event in await asyncio.to_thread(self._core.history.events_after, last):
+                for event in await asyncio.to_thread(history.events_after, last):
                     last = event.id
                     yield event
                 with contextlib.suppress(TimeoutError):

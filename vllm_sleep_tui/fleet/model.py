@@ -17,7 +17,7 @@ import msgspec
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.events import FleetEvent, Kind
-from vllm_sleep_tui.fleet.states import Event, State, next_state
+from vllm_sleep_tui.fleet.states import RUNNING, Event, State, next_state
 from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.sizing.footprints import Footprint
 from vllm_sleep_tui.telemetry.processes import memory
@@ -143,8 +143,13 @@ class Model:
 
     @property
     def footprint(self) -> Footprint:
-        """What was measured of it with its present arguments."""
-        return self.core.footprints.get(self.digest, self.core.records.vllm_version(self.name))
+        """What was measured of it: with the arguments it runs with, else with those it would start with.
+
+        The config may have changed since the launch, or was read otherwise by the version that started it.
+        """
+        record = self.record
+        digest = record.digest if record.state in RUNNING else None
+        return self.core.footprints.get(digest or self.digest, record.vllm_version)
 
     def remember(self, change: Callable[[Footprint], Footprint]) -> None:
         """Keep a measurement of the record's launch; it is written after the operation."""

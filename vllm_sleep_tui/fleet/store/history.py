@@ -240,9 +240,13 @@ class History:
         )
         return [_event(row) for row in reversed(rows)]
 
-    def last_event_id(self) -> int:
-        """The id of the newest event; 0 if there is none."""
-        return next(iter(event.id for event in self.latest_events(1)), 0)
+    def last_event_id(self, before: float | None = None) -> int:
+        """The id of the newest event, or of the newest that is older than a moment; 0 if there is none."""
+        rows = self._read(
+            "SELECT MAX(id) FROM events WHERE config = ? AND time < ?",
+            (self._config, math.inf if before is None else before),
+        )
+        return (rows[0][0] or 0) if rows else 0
 
     # ── on the thread ────────────────────────────────────────────────────────────────────────────────────
 

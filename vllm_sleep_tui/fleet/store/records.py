@@ -142,7 +142,6 @@ class RecordStore:
         private_dir(self.folder)
         self.config = as_text(config_path.resolve())
         self._suffix = hashlib.sha256(self.config.encode()).hexdigest()[:8]
-        self._versions: dict[str, str | None] = {}
 
     def path(self, name: str, kind: str = "json") -> Path:
         """The file of a model: ``json`` the record, ``lock`` its lock, ``keeper`` its keeper's word."""
@@ -156,9 +155,7 @@ class RecordStore:
         path = self.path(name)
         for attempt in range(READ_ATTEMPTS):
             try:
-                record = read_record(path)
-                self._versions[name] = record.vllm_version
-                return record
+                return read_record(path)
             except FileNotFoundError:
                 return Record(config=self.config, name=name)
             except NotAFileError:
@@ -172,17 +169,10 @@ class RecordStore:
                 ) from error
         return self._set_aside(path, name)
 
-    def vllm_version(self, name: str) -> str | None:
-        """The vLLM of the model's last launch, as last read here."""
-        if name not in self._versions:
-            return self.read(name).vllm_version
-        return self._versions[name]
-
     def write(self, record: Record) -> None:
         """Put the model's record on disk; raises OSError if the disk refuses."""
         path = self.path(record.name)
         content = encode(record)
-        self._versions[record.name] = record.vllm_version
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
