@@ -77,7 +77,7 @@ async def begin_verb(machine: Box, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("garbage", [b'{"launch":"\xff\xfe"}', b"\0" * 2048, b"[]", b'{"launch":"x'])
-def test_a_keepers_file_of_garbage_is_no_word(tmp_path: Path, garbage: bytes) -> None:
+def test_a_keepers_file_of_garbage_is_no_status(tmp_path: Path, garbage: bytes) -> None:
     path = tmp_path / "a.keeper"
     path.write_bytes(garbage)
     assert read_status(path).launch is None
@@ -242,14 +242,14 @@ async def test_a_model_that_moved_to_another_gpu_meanwhile_is_moved_under_that_g
     machine = box({"a": {"model": "sim/1GiB", "gpus": [0]}}, ["24GiB", "24GiB"])
     async with machine.open() as old:
         locks = core_of(old).gpu_locks
-        word = holder("test", "a")
-        async with hold(locks({0}), word):
+        this = holder("test", "a")
+        async with hold(locks({0}), this):
             waiting = asyncio.create_task(old.sleep("a", report=machine.report))
             await until(lambda: any(step.phase == "waiting" for step in machine.progress))
             machine.write({"a": {"model": "sim/1GiB", "gpus": [1]}}, ["24GiB", "24GiB"])
             async with machine.open() as new:
                 await new.start(["a"])
-            busy = hold(locks({1}), word)
+            busy = hold(locks({1}), this)
             await busy.__aenter__()
         try:
             await asyncio.sleep(1.0)
@@ -334,11 +334,11 @@ async def test_a_frozen_process_that_holds_the_measurements_holds_up_nobody(box:
         rival.stdout.close()
 
 
-async def test_a_keeper_that_cannot_write_its_word_starts_nothing(tmp_path: Path) -> None:
+async def test_a_keeper_that_cannot_write_its_status_starts_nothing(tmp_path: Path) -> None:
     lock = tmp_path / "a.keeper"
     lock.symlink_to("/dev/full")  # a link, and each write through it: no space left on device
     mark = tmp_path / "ran"
-    order = KeeperSpec(
+    spec = KeeperSpec(
         argv=(sys.executable, "-c", f"open({str(mark)!r}, 'w'); import time; time.sleep(120)"),
         env=dict(os.environ),
         cwd=str(tmp_path),
@@ -347,13 +347,13 @@ async def test_a_keeper_that_cannot_write_its_word_starts_nothing(tmp_path: Path
         lock=str(lock),
         tmp_dir=str(tmp_path / "tmp"),
     )
-    word = None
+    status = None
     try:
         with pytest.raises(OperationError, match="symbolic links"):
-            word = await launch(order)
+            status = await launch(spec)
     finally:
-        if word is not None and word.keeper is not None:
-            os.kill(word.keeper.pid, signal.SIGINT)
+        if status is not None and status.keeper is not None:
+            os.kill(status.keeper.pid, signal.SIGINT)
     assert not mark.exists()
 
 
@@ -433,9 +433,9 @@ def test_a_lock_folder_that_only_root_may_write_to_is_nobodys(tmp_path: Path) ->
     assert shared_folder(everybodys) == everybodys
 
 
-def test_an_order_shows_no_value_of_its_environment() -> None:
-    order = KeeperSpec(argv=(), env={"S": "hush"}, cwd="", launch="", log="", lock="", tmp_dir="")
-    assert "hush" not in repr(order)
+def test_a_spec_shows_no_value_of_its_environment() -> None:
+    spec = KeeperSpec(argv=(), env={"S": "hush"}, cwd="", launch="", log="", lock="", tmp_dir="")
+    assert "hush" not in repr(spec)
 
 
 async def test_a_neighbour_that_woke_while_others_held_the_gpu_is_locked_too(box: MakeBox) -> None:

@@ -39,14 +39,14 @@ SLEEP = "time.sleep(120)\n"
 class Kept:
     """A keeper with a small Python program as its server."""
 
-    def __init__(self, folder: Path, program: str, **order: object) -> None:
+    def __init__(self, folder: Path, program: str, **spec: object) -> None:
         self.launch = uuid.uuid4().hex
         self.log = folder / "server.log"
         self.lock = folder / "m.keeper"
         self.tmp = folder / "tmp"
         self.tmp.mkdir(exist_ok=True)
         env = {**os.environ, "VLLM_SLEEP_TUI_LAUNCH": self.launch}
-        self.order = KeeperSpec(
+        self.spec = KeeperSpec(
             argv=(sys.executable, "-c", program),
             env=env,
             cwd=str(folder),
@@ -54,21 +54,21 @@ class Kept:
             log=str(self.log),
             lock=str(self.lock),
             tmp_dir=str(self.tmp),
-            **order,  # type: ignore[arg-type]
+            **spec,  # type: ignore[arg-type]
         )
 
     async def start(self) -> KeeperStatus:
-        word = await launch(self.order)
+        status = await launch(self.spec)
         await until(lambda: self.log.exists() and b"up" in self.log.read_bytes())
-        return word
+        return status
 
     @property
-    def word(self) -> KeeperStatus:
+    def status(self) -> KeeperStatus:
         return read_status(self.lock)
 
     async def ended(self) -> KeeperStatus:
         await until(lambda: not is_kept(self.lock))
-        return self.word
+        return self.status
 
 
 async def until(condition: Callable[[], object], limit: float = 20.0) -> None:
@@ -80,9 +80,9 @@ async def until(condition: Callable[[], object], limit: float = 20.0) -> None:
 
 async def test_it_keeps_a_server_and_tells_its_exit_code(tmp_path: Path) -> None:
     kept = Kept(tmp_path, READY + "time.sleep(0.2); sys.exit(7)")
-    word = await kept.start()
-    assert word.server is not None
-    assert kept.word.launch == kept.launch
+    status = await kept.start()
+    assert status.server is not None
+    assert kept.status.launch == kept.launch
     ended = await kept.ended()
     assert ended.exit is not None
     assert (ended.exit.code, ended.exit.asked) == (7, False)
@@ -98,12 +98,12 @@ async def test_it_ends_the_whole_group_when_the_server_dies_even_what_left_the_s
         "print(a.pid, b.pid, flush=True)\n"
     )
     kept = Kept(tmp_path, program + SLEEP)
-    word = await kept.start()
+    status = await kept.start()
     await until(lambda: len(kept.log.read_text().split()) == 3)
     children = [ProcessId(pid, start_ticks(pid) or 0) for pid in map(int, kept.log.read_text().split()[1:])]
     assert all(is_alive(child) for child in children)
-    assert word.server is not None
-    os.kill(word.server.pid, signal.SIGKILL)
+    assert status.server is not None
+    os.kill(status.server.pid, signal.SIGKILL)
     ended = await kept.ended()
     assert ended.exit is not None
     assert ended.exit.code == -signal.SIGKILL
@@ -113,8 +113,8 @@ async def test_it_ends_the_whole_group_when_the_server_dies_even_what_left_the_s
 async def test_asked_to_stop_it_asks_the_server_kindly(tmp_path: Path) -> None:
     kind = "import signal, sys\nsignal.signal(15, lambda *_: sys.exit(0))\n"
     kept = Kept(tmp_path, kind + READY + SLEEP)
-    word = await kept.start()
-    assert ask_to_stop(word, at_once=False)
+    status = await kept.start()
+    assert ask_to_stop(status, at_once=False)
     ended = await kept.ended()
     assert ended.exit is not None
     assert (ended.exit.code, ended.exit.asked) == (0, True)
@@ -141,43 +141,43 @@ async def test_the_server_dies_with_its_keeper_and_what_survives_is_found_by_its
     tmp_path: Path,
 ) -> None:
     kept = Kept(tmp_path, READY + "subprocess.Popen(['sleep', '300'])\nprint('child', flush=True)\n" + SLEEP)
-    word = await kept.start()
+    status = await kept.start()
     await until(lambda: "child" in kept.log.read_text())
-    assert word.keeper is not None
-    assert word.server is not None
-    os.kill(word.keeper.pid, signal.SIGKILL)
-    await until(lambda: not is_alive(word.server))  # type: ignore[arg-type]
+    assert status.keeper is not None
+    assert status.server is not None
+    os.kill(status.keeper.pid, signal.SIGKILL)
+    await until(lambda: not is_alive(status.server))  # type: ignore[arg-type]
     assert not is_kept(kept.lock)
-    assert len(members(kept.launch, word.server)) == 1
-    assert await end_members(kept.launch, word.server)
-    assert members(kept.launch, word.server) == ()
+    assert len(members(kept.launch, status.server)) == 1
+    assert await end_members(kept.launch, status.server)
+    assert members(kept.launch, status.server) == ()
 
 
 async def test_a_second_keeper_for_the_same_model_is_refused(tmp_path: Path) -> None:
     kept = Kept(tmp_path, READY + SLEEP)
-    word = await kept.start()
+    status = await kept.start()
     with pytest.raises(OperationError, match="keeper"):
-        await launch(kept.order)
-    assert read_status(kept.lock).server == word.server
-    ask_to_stop(word, at_once=True)
+        await launch(kept.spec)
+    assert read_status(kept.lock).server == status.server
+    ask_to_stop(status, at_once=True)
     await kept.ended()
 
 
 async def test_a_command_that_cannot_run_is_told_with_the_reason(tmp_path: Path) -> None:
     kept = Kept(tmp_path, "")
-    order = KeeperSpec(**{**_fields(kept.order), "argv": (str(tmp_path / "no-such-vllm"),)})
+    spec = KeeperSpec(**{**_fields(kept.spec), "argv": (str(tmp_path / "no-such-vllm"),)})
     with pytest.raises(OperationError, match="No such file"):
-        await launch(order)
+        await launch(spec)
     assert not is_kept(kept.lock)
 
 
-def _fields(order: KeeperSpec) -> dict[str, object]:
-    return {name: getattr(order, name) for name in KeeperSpec.__slots__}
+def _fields(spec: KeeperSpec) -> dict[str, object]:
+    return {name: getattr(spec, name) for name in KeeperSpec.__slots__}
 
 
 async def test_a_flood_cannot_grow_the_log_beyond_its_cap(tmp_path: Path) -> None:
     kept = Kept(tmp_path, READY + "for _ in range(400): print('x' * 4000)", log_bytes=100_000)
-    await launch(kept.order)
+    await launch(kept.spec)
     await kept.ended()
     files = sorted(tmp_path.glob("server.log*"))
     assert [file.name for file in files] == ["server.log", "server.log.1", "server.log.2"]
@@ -189,10 +189,10 @@ async def test_signals_that_the_launcher_ignores_reach_the_server(tmp_path: Path
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         kept = Kept(tmp_path, READY + SLEEP, grace=30.0)
-        word = await kept.start()
+        status = await kept.start()
     finally:
         signal.signal(signal.SIGTERM, previous)
-    ask_to_stop(word, at_once=False)
+    ask_to_stop(status, at_once=False)
     ended = await kept.ended()
     assert ended.exit is not None
     assert ended.exit.code == -signal.SIGTERM
@@ -205,8 +205,8 @@ def begin(kept: Kept, report: int) -> None:
     """Start the keeper as the product does, with `report` as where it answers."""
     command = [sys.executable, "-I", "-S", keeper.__file__]
     env = {"PATH": os.defpath, "VLLM_SLEEP_TUI_LAUNCH": kept.launch, MARKER: os.environ[MARKER]}
-    order = json.dumps(asdict(kept.order)).encode()
-    subprocess.run(command, input=order, stdout=report, env=env, start_new_session=True, check=True)
+    spec = json.dumps(asdict(kept.spec)).encode()
+    subprocess.run(command, input=spec, stdout=report, env=env, start_new_session=True, check=True)
 
 
 async def test_a_launcher_that_died_before_the_answer_does_not_take_the_server_along(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ async def test_a_launcher_that_died_before_the_answer_does_not_take_the_server_a
     os.close(writer)
     await until(lambda: kept.log.exists() and b"up" in kept.log.read_bytes())
     assert is_kept(kept.lock)
-    assert ask_to_stop(kept.word, at_once=False)
+    assert ask_to_stop(kept.status, at_once=False)
     ended = await kept.ended()
     assert ended.exit is not None
     assert ended.exit.asked
@@ -233,8 +233,8 @@ async def test_asked_to_stop_before_it_has_answered_its_launcher_it_stops_the_se
     os.set_blocking(writer, True)  # full: the keeper's answer waits
     begin(kept, writer)
     os.close(writer)
-    await until(lambda: kept.word.server is not None)
-    assert ask_to_stop(kept.word, at_once=False)
+    await until(lambda: kept.status.server is not None)
+    assert ask_to_stop(kept.status, at_once=False)
     with open(reader, "rb") as answers:
         await asyncio.to_thread(answers.read)
     ended = await kept.ended()
