@@ -94,10 +94,6 @@ class _Results(msgspec.Struct):
     results: list[Any]
 
 
-class _Paths(msgspec.Struct):
-    paths: dict[str, msgspec.Raw]
-
-
 class _Logprob(msgspec.Struct):
     logprob: float
 
@@ -169,10 +165,6 @@ class VllmClient:
     async def models(self, timeout: float = 5) -> tuple[ModelCard, ...]:
         """What the server serves, aliases as entries of their own."""
         return (await self._get(endpoints.MODELS, _Models, timeout)).data
-
-    async def paths(self, timeout: float = 20) -> frozenset[str]:
-        """The routes that the server has; vLLM takes up to 4 s for the first answer (0.32, measured)."""
-        return frozenset((await self._get("/openapi.json", _Paths, timeout)).paths)
 
     async def metrics(self, timeout: float = 5) -> str:
         """The Prometheus text of `/metrics`, about 60 kB."""

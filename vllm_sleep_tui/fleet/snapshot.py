@@ -102,11 +102,11 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     configured_level: str = "auto"
     """auto, 1, 2 or none."""
     resolved_level: str | None = None
+    """What `auto` became at start: 1, 2 or none."""
     sleep_backend: str | None = None
     """own: our sleep mode; stock: vLLM's; None where it is not known."""
     sleep_backend_why: str | None = None
     """Why it is vLLM's although ours was to be had."""
-    """What `auto` became at start: 1, 2 or none."""
     proof: str | None = None
     """After the last wake or sleep: proven, unproven, unverified."""
     frees_memory: bool = True
@@ -115,7 +115,6 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The model's hub name, folder or URL."""
     is_attached: bool = False
     """Given by `url:`: it can neither be started nor stopped from here, and what it holds is not seen."""
-    last_request: float | None = None
     serving: Serving | None = None
     """While awake, in a panel or `serve`; None until its first page of figures."""
 

@@ -66,8 +66,8 @@ def pinned_estimate(footprint: Footprint, weights: int | None) -> int | None:
     """Bytes of RAM that level 1 will pin: measured, else twice the weights; None if those are not known."""
     if footprint.pinned:
         return footprint.pinned
-    known = footprint.backed_up or footprint.weights or weights
-    return None if known is None else int(known * PINNED_PER_WEIGHTS)
+    copied = footprint.weights or weights
+    return None if copied is None else int(copied * PINNED_PER_WEIGHTS)
 
 
 def ram_margin(total: int) -> int:

@@ -44,8 +44,6 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     """VRAM by GPU index while asleep at level 0, the weights included."""
     pinned: int | None = None
     weights: int | None = None
-    backed_up: int | None = None
-    """What level 1 copies to RAM, before pinned allocations are rounded up."""
     times: dict[str, tuple[float, ...]] = {}
     """The last seconds measured, by what was done: start, sleep1-first, sleep0, sleep1,
     sleep2, wake0, wake1, wake2."""
@@ -76,7 +74,6 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
             resident={**other.resident, **self.resident},
             pinned=other.pinned if self.pinned is None else self.pinned,
             weights=other.weights if self.weights is None else self.weights,
-            backed_up=other.backed_up if self.backed_up is None else self.backed_up,
             times={**other.times, **self.times},
         )
 

@@ -273,7 +273,7 @@ class Attached:
         """Its version; raises RefusedError for a vLLM whose sleep is not reliable."""
         with self.allowed("sleep"):
             version = await self.client.version()
-        why_not = capabilities(version, None).why_not
+        why_not = capabilities(version).why_not
         if why_not is not None:
             raise RefusedError(f"{self.name}: {why_not}", "Run a newer vLLM there.")
         return version

