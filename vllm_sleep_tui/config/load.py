@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_sleep_tui.config.checks import check, check_names, own_key, spans_machines
+from vllm_sleep_tui.config.checks import check, check_names, own_key
 from vllm_sleep_tui.config.types import (
     Config,
     GatewayConfig,
@@ -24,6 +24,7 @@ from vllm_sleep_tui.config.types import (
 )
 from vllm_sleep_tui.config.values import fill_in, read_args, read_env
 from vllm_sleep_tui.config.yaml import Document, Key, is_null, parse, spell, typed
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.files import digest_with
 
@@ -171,7 +172,7 @@ def _model(document: Document, name: str, value: Any) -> ModelConfig:
         if part in filled and not isinstance(filled[part], list):
             _mapping(document, (*key, part), filled[part])
     args = read_args(document, (*key, "args"), filled.get("args", {}))
-    env = read_env(document, key, filled, spans_machines=spans_machines(args))
+    env = read_env(document, key, filled, spans_machines=ServeArgs(args).spans_machines)
     values = {part: typed(item) for part, item in filled.items() if part not in ("args", "env", "env_file")}
     values |= {"args": args, "env": env, **keys}
     if not is_null(files := filled.get("env_file")):

@@ -14,8 +14,9 @@ from typing import Any
 
 import msgspec
 
-from vllm_sleep_tui.config.flags import RESERVED, SAID, SWITCH, Flag, FlagTable, why_reserved
+from vllm_sleep_tui.config.flags import SAID, SWITCH, Flag, FlagTable
 from vllm_sleep_tui.config.types import Config
+from vllm_sleep_tui.engine.serve_args import RESERVED, why_reserved
 from vllm_sleep_tui.files import write_private
 
 Schema = dict[str, Any]

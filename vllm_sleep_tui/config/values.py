@@ -18,9 +18,9 @@ from vllm_sleep_tui.config.flags import (
     Spelling,
     is_name,
     spelled,
-    why_reserved,
 )
 from vllm_sleep_tui.config.yaml import MAX_BYTES, Document, Key, Written, is_null, parse, typed
+from vllm_sleep_tui.engine.serve_args import why_reserved
 from vllm_sleep_tui.files import read_regular
 
 RESERVED_ENV: dict[str, str] = {

@@ -73,6 +73,12 @@ class Configured(msgspec.Struct, frozen=True):
     load_config: _LoadConfig
     lora_config: Any = None
 
+    @property
+    def args(self) -> dict[str, str]:
+        """The arguments that decide it, as the command line would have them."""
+        lora = {} if self.lora_config is None else {"enable-lora": "true"}
+        return {"load-format": self.load_config.load_format, **lora}
+
 
 class _ServerInfo(msgspec.Struct):
     vllm_config: Configured

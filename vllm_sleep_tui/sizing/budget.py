@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 
 from vllm_sleep_tui.config.types import Config, ModelConfig
-from vllm_sleep_tui.sizing.footprints import AWAKE_OVERHEAD, Footprint, argument, asleep_guess
+from vllm_sleep_tui.engine.serve_args import ServeArgs
+from vllm_sleep_tui.sizing.footprints import AWAKE_OVERHEAD, Footprint, asleep_guess
 from vllm_sleep_tui.units import GIB
 
 HIGHEST_UTILIZATION = 0.9
@@ -19,8 +20,7 @@ PINNED_PER_WEIGHTS = 2.0
 
 def fixed_utilization(model: ModelConfig) -> float | None:
     """The model's own `gpu-memory-utilization`, None if it is left to us."""
-    value = argument(model, "gpu-memory-utilization")
-    return None if value is None else float(value)
+    return ServeArgs(model.args).utilization
 
 
 def utilization(

@@ -153,19 +153,6 @@ def digest(model: ModelConfig) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def argument(model: ModelConfig, name: str) -> str | None:
-    """The text of a flag of the model's `args`, of a list its first; None if it is not there."""
-    value = model.args.get(name)
-    if isinstance(value, tuple | list):
-        return str(value[0]) if value else None
-    return None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def is_on(model: ModelConfig, name: str) -> bool:
-    """Whether a flag without a value is set."""
-    return argument(model, name) == "true"
-
-
 def asleep_guess(gpus: Iterable[int]) -> int:
     """Bytes a sleeper is assumed to leave on each of its GPUs until it was measured."""
     return ASLEEP_GUESS if len(tuple(gpus)) < 2 else ASLEEP_GUESS_PARALLEL

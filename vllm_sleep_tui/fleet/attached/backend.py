@@ -284,10 +284,8 @@ class Attached:
             configured = await self.client.configured(ASK_SECONDS)
         if configured is None:
             return
-        model, args = configured.model_config, {"load-format": configured.load_config.load_format}
-        if configured.lora_config is not None:
-            args["enable-lora"] = "true"
-        if never := why_no_reload(model.model, args, version, model.quantization):
+        model = configured.model_config
+        if never := why_no_reload(model.model, configured.args, version, model.quantization):
             raise RefusedError(f"Level 2 could not bring {self.name} back: {never}.", "Sleep it at level 1.")
 
     async def drain(self, operation: Operation, *, force: bool) -> None:

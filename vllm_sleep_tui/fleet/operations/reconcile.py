@@ -20,6 +20,7 @@ import msgspec
 from vllm_sleep_tui.engine import sleeping
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
+from vllm_sleep_tui.engine.serve_args import port_in
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
 from vllm_sleep_tui.files import as_text
 from vllm_sleep_tui.fleet.keeper_client import KeeperStatus, is_kept, read_status
@@ -239,11 +240,11 @@ def identify(model: Model, status: KeeperStatus) -> Record:
     environment = {name: value for name, _, value in pairs}
     argv = command_words(status.server.pid)
     socket, secret = environment.get(SOCKET_VARIABLE), environment.get(OLD_SECRET_VARIABLE)
-    if (socket or secret) is None or "--port" not in argv:
+    if (socket or secret) is None:
         raise ValueError("its process does not tell how to reach it")
     return msgspec.structs.replace(
         model.record,
-        port=int(argv[argv.index("--port") + 1]),
+        port=port_in(argv),
         socket=socket,
         secret=None if socket else secret,
         gpus=tuple(int(gpu) for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu),
