@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sleep_tui.engine.logs import GIB, MAX_LINE, LogTail, Phase, PhaseReader
+from vllm_sleep_tui.engine.logs import MAX_LINE, LogTail, Phase, PhaseReader
+from vllm_sleep_tui.units import GIB
 
 DATA = Path(__file__).parent / "data"
 

@@ -15,6 +15,7 @@ from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.files import read_regular
 
 MAX_KEY_FILE = 2**16
+"""Bytes; a key has a hundred, and what is larger is another file."""
 _WRAPPERS = {"docker", "podman", "nerdctl", "uvx", "ssh", "sudo", "sh", "bash", "srun"}
 _RUNNERS = {"conda", "mamba", "micromamba", "uv", "poetry", "pipx", "hatch", "pixi", "pdm"}
 _VARIABLE = re.compile(r"\$(\{[A-Za-z_]\w*\}|[A-Za-z_]\w*)", re.ASCII)

@@ -20,6 +20,7 @@ from vllm_sleep_tui.engine.serve_args import OPTIMIZATION_LEVEL
 
 SHIPPED = Path(__file__).parents[1] / "vllm_flags"
 MAX_TABLE_BYTES = 4 * 2**20
+"""A shipped one has 30 kB; one that was asked for has the help of each flag besides."""
 SWITCH = "switch"
 WORDS = {"true": True, "false": False}
 """What a switch is, once the file is read."""
@@ -105,9 +106,9 @@ class FlagTable:
 
     def nearest(self, name: str) -> str | None:
         """The flag that looks most like `name`, without dashes; None if none does."""
-        known = [spelling.lstrip("-") for spelling in self._by_name if spelling.startswith("--")]
-        found = difflib.get_close_matches(name.partition(".")[0], known, n=1, cutoff=0.6)
-        return found[0] if found else None
+        spellings = [spelling.lstrip("-") for spelling in self._by_name if spelling.startswith("--")]
+        alike = difflib.get_close_matches(name.partition(".")[0], spellings, n=1, cutoff=0.6)
+        return alike[0] if alike else None
 
     def starting(self, dashed: str) -> dict[str, Flag]:
         """The spellings that begin like this one."""
@@ -172,8 +173,8 @@ def _spelled(text: str, tables: list[FlagTable]) -> Spelling:
     is_short = text.startswith("-") and not text.startswith("--")
     for table in tables:
         for dashed in (short, long) if is_short else (long, short):
-            if found := table.find_dashed(dashed):
-                return Spelling(found.name + dot + tail, found, dashed in found.off)
+            if exact := table.find_dashed(dashed):
+                return Spelling(exact.name + dot + tail, exact, dashed in exact.off)
     # argparse takes a beginning for the whole, if only one flag begins so.
     begun: dict[tuple[str, bool], Flag] = {}
     for table in reversed(tables):

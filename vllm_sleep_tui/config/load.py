@@ -227,19 +227,19 @@ def _items(document: Document, key: Key, value: Any) -> list[Any]:
 
 
 def _check_keys(document: Document, key: Key, values: Mapping[str, Any], kind: type[msgspec.Struct]) -> None:
-    known = kind.__struct_fields__
+    fields = kind.__struct_fields__
     for name in values:
-        if name not in known:
-            near = _nearest(name, known)
+        if name not in fields:
+            near = _nearest(name, fields)
             wrong = f"unknown key; the nearest known one is {near}" if near else "unknown key"
-            raise document.error((*key, name), wrong, f"Known here: {', '.join(known)}.")
+            raise document.error((*key, name), wrong, f"Known here: {', '.join(fields)}.")
 
 
-def _nearest(name: str, known: Iterable[str], likeness: float = 0.0) -> str | None:
+def _nearest(name: str, words: Iterable[str], likeness: float = 0.0) -> str | None:
     """The known word that looks most like `name`; None if none is as like it as that, from 0 to 1."""
-    spelled = {word.lower(): word for word in known}
-    found = difflib.get_close_matches(name.lower().replace("-", "_"), spelled, n=1, cutoff=likeness)
-    return spelled[found[0]] if found else None
+    spelled = {word.lower(): word for word in words}
+    alike = difflib.get_close_matches(name.lower().replace("-", "_"), spelled, n=1, cutoff=likeness)
+    return spelled[alike[0]] if alike else None
 
 
 def _kind(value: Any) -> str:

@@ -90,13 +90,13 @@ def _either_dash(name: str) -> str:
 
 
 def _described(flag: Flag) -> Schema:
-    found: Schema = {"description": flag.help} if flag.help else {}
+    entry: Schema = {"description": flag.help} if flag.help else {}
     if flag.default is not None:
-        found["default"] = flag.default
+        entry["default"] = flag.default
     one = list(_one(flag))
     if not (flag.takes_list or flag.repeats):
-        return found | {"anyOf": one}
-    return found | {"anyOf": [*one, {"type": "array", "items": {"anyOf": one}}]}
+        return entry | {"anyOf": one}
+    return entry | {"anyOf": [*one, {"type": "array", "items": {"anyOf": one}}]}
 
 
 def _one(flag: Flag) -> Iterator[Schema]:

@@ -102,9 +102,9 @@ def check_args(args: Mapping[str, Any], flags: FlagTable) -> Iterator[tuple[str,
         if flag is None:
             near = flags.nearest(name)
             others = [table.version for table in shipped_tables() if table.find(name)]
-            known = f" (vLLM {', '.join(others)} does)" if others else ""
+            elsewhere = f" (vLLM {', '.join(others)} does)" if others else ""
             cure = f"The nearest that it knows is {near}." if near else "Remove it."
-            yield name, f"vLLM {flags.version} knows no --{head}{known}", cure
+            yield name, f"vLLM {flags.version} knows no --{head}{elsewhere}", cure
         elif tail and flag.type == SWITCH:
             yield name, f"--{head} takes no value, so nothing of it can be set", "Write true or false."
         elif not tail and (wrong := wrong_value(flag, _texts(value))):
@@ -203,10 +203,10 @@ def _fixed(spec: ServeSpec) -> dict[str, str]:
 
 def _path(program: str, path: str) -> str:
     """PATH with the program's folder first: an environment that is not activated fails on `ninja`."""
-    found = shutil.which(program, path=path)
-    if found is None:
+    binary = shutil.which(program, path=path)
+    if binary is None:
         return path
     # A tool installer's link lies outside the environment; a venv's python is itself a link out of it.
-    ahead = dict.fromkeys([str(Path(found).absolute().parent), str(Path(found).resolve().parent)])
+    ahead = dict.fromkeys([str(Path(binary).absolute().parent), str(Path(binary).resolve().parent)])
     rest = [folder for folder in path.split(os.pathsep) if folder not in ahead]
     return os.pathsep.join([*ahead, *rest])

@@ -328,9 +328,9 @@ def _logprobs(
     if tokens is None:
         return None
     ids = [None] * len(tokens) if isinstance(prompt, str) else [str(token) for token in prompt]
-    found = []
+    logprobs = []
     for token, likely in zip(ids, tokens, strict=False):
         if likely:
             own = likely.get(token) if token is not None else None
-            found.append((own or next(iter(likely.values()))).logprob)
-    return tuple(found)
+            logprobs.append((own or next(iter(likely.values()))).logprob)
+    return tuple(logprobs)

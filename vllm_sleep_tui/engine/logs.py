@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from vllm_sleep_tui.files import open_regular
+from vllm_sleep_tui.units import GIB
 
-GIB = 1024**3
 MAX_LINE = 16 * 1024
+"""Bytes of a line that are shown; vLLM logs its whole configuration in some thousand."""
 MAX_READ = 4 * 1024 * 1024
+"""Bytes a call, so that a log that grew unread for hours holds up nobody."""
 TAIL_STEP = 1024 * 1024
 """Bytes by which the end of a log is looked for, backwards."""
 MAX_WHY = 200
@@ -130,11 +132,11 @@ class PhaseReader:
         """One process's word; a single one without it is enough for vLLM's own."""
         try:
             word = json.loads(text)
-            told = Backend(word["state"] == "own", str(word["why"])[:MAX_WHY])
+            backend = Backend(word["state"] == "own", str(word["why"])[:MAX_WHY])
         except (ValueError, KeyError, TypeError):
             return
         if self._backend is None or self._backend.is_own:
-            self._backend = told
+            self._backend = backend
 
 
 def _phase_in(line: str) -> Phase | None:
@@ -176,15 +178,15 @@ class LogTail:
         try:
             with os.fdopen(open_regular(self._path, follow=True), "rb") as file:
                 status = os.fstat(file.fileno())
-                start, found = status.st_size, b""
-                while start and found.count(b"\n") <= count:
+                start, content = status.st_size, b""
+                while start and content.count(b"\n") <= count:
                     start = max(0, start - TAIL_STEP)
                     file.seek(start)
-                    found = file.read(status.st_size - start)
+                    content = file.read(status.st_size - start)
         except FileNotFoundError:
             return []
-        self._inode, self._offset = status.st_ino, start + len(found)
-        lines = found.split(b"\n")
+        self._inode, self._offset = status.st_ino, start + len(content)
+        lines = content.split(b"\n")
         complete = [_last_drawn(line) for line in lines[:-1]]
         drawn, self._pending = _split_unfinished(lines[-1])
         shown = [*complete, *drawn][-count:] if count else []

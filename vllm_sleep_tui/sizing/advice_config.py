@@ -35,13 +35,13 @@ def apply_text(loaded: LoadedConfig, text: str, state_dir: Path) -> LoadedConfig
 
 def _values(loaded: LoadedConfig, advice: Advice) -> dict[Key, Any]:
     configured = {name: str(model.level) for name, model in loaded.config.models.items()}
-    found: dict[Key, Any] = {}
+    values: dict[Key, Any] = {}
     for name, (level, utilization) in changes(advice, configured).items():
         if level is not None:
-            found["models", name, "level"] = level if level == "none" else int(level)
+            values["models", name, "level"] = level if level == "none" else int(level)
         if utilization is not None:
-            found["models", name, "args", _spelled(loaded, name)] = utilization
-    return found
+            values["models", name, "args", _spelled(loaded, name)] = utilization
+    return values
 
 
 def _spelled(loaded: LoadedConfig, name: str) -> str:

@@ -12,6 +12,7 @@ from vllm_sleep_tui.units import GIB
 
 HIGHEST_UTILIZATION = 0.9
 LOWEST_UTILIZATION = 0.1
+"""Where others hold nearly all of a GPU there is still a share, which vLLM takes and can refuse in words."""
 MARGIN = GIB // 2
 """VRAM left over beside an awake model, for what the driver and vLLM's temporaries take."""
 PINNED_PER_WEIGHTS = 2.0

@@ -18,6 +18,7 @@ FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates
 OWN_FORMATS = ("tekken.json", "tokenizer.model.v3")
 """Mistral's tokenizers, which lay a chat out themselves."""
 MAX_BYTES = 64 * 2**20
+"""Of a tokenizer's config, which may list every added token."""
 
 
 def lacks_template(model: ModelConfig, base: Path, environ: Mapping[str, str]) -> bool:

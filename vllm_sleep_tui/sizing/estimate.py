@@ -127,7 +127,7 @@ def estimate(
     length = args.max_model_len or checkpoint.max_length
     per_gpu = _weights_per_gpu(checkpoint, layout, spread_out)
     context = checkpoint.kv_bytes(length, width=args.kv_width, ranks=layout.tensor_ranks) if length else None
-    found = Estimate(
+    figures = Estimate(
         architecture=checkpoint.architecture,
         task=checkpoint.task,
         quantization=args.quantization or checkpoint.quantization,
@@ -143,7 +143,7 @@ def estimate(
         pinned_bytes=None if spread_out is None else spread_out.pinned,
         unknown=dict(checkpoint.unknown),
     )
-    return _with_vram(found, model, layout, total, utilization)
+    return _with_vram(figures, model, layout, total, utilization)
 
 
 def checkpoint_of(model: ModelConfig, base: Path) -> Checkpoint:
@@ -208,26 +208,26 @@ def times(weights: int, *, checkpoint_bytes: int, kv: int, pinned_bytes: int, gp
 
 
 def _with_vram(
-    found: Estimate, model: ModelConfig, layout: Layout, total: int | None, utilization: float | None
+    figures: Estimate, model: ModelConfig, layout: Layout, total: int | None, utilization: float | None
 ) -> Estimate:
     """With what it holds on a GPU of `total` bytes, and the times that follow."""
-    if found.weights_per_gpu is None:
-        return found
+    if figures.weights_per_gpu is None:
+        return figures
     given = ServeArgs(model.args).kv_cache_memory_bytes
     awake = None
     if given is not None:
-        awake = found.weights_per_gpu + given + ACTIVATIONS + AWAKE_OVERHEAD
+        awake = figures.weights_per_gpu + given + ACTIVATIONS + AWAKE_OVERHEAD
     elif total is not None:
         awake = budget.awake_estimate(budget.fixed_utilization(model) or utilization, total)
-    fixed = found.weights_per_gpu + ACTIVATIONS + AWAKE_OVERHEAD
+    fixed = figures.weights_per_gpu + ACTIVATIONS + AWAKE_OVERHEAD
     expected = times(
-        found.weights_per_gpu,
-        checkpoint_bytes=found.checkpoint_bytes or 0,
+        figures.weights_per_gpu,
+        checkpoint_bytes=figures.checkpoint_bytes or 0,
         kv=max(0, (awake or fixed) - fixed),
-        pinned_bytes=found.pinned_bytes or 0,
+        pinned_bytes=figures.pinned_bytes or 0,
         gpus=layout.gpus,
     )
-    return msgspec.structs.replace(found, awake_per_gpu=awake, times=expected)
+    return msgspec.structs.replace(figures, awake_per_gpu=awake, times=expected)
 
 
 def _weights_per_gpu(checkpoint: Checkpoint, layout: Layout, spread_out: Spread | None) -> int | None:

@@ -23,8 +23,11 @@ from vllm_sleep_tui.files import lock_within, read_regular, write_atomically
 from vllm_sleep_tui.units import GIB
 
 KEPT_SAMPLES = 50
+"""Times of one kind: enough for a median, and old ones give way to those of a machine that has changed."""
 MAX_BYTES = 16 * 2**20
+"""Of the file, which has some kB a model."""
 LOCK_SECONDS = 1.0
+"""A write takes milliseconds; who holds the lock for longer is frozen."""
 ASLEEP_GUESS = int(1.6 * GIB)
 """What a sleeper leaves on one GPU; 0.8 to 1.6 GiB measured on an H100 (vLLM 0.24)."""
 ASLEEP_GUESS_PARALLEL = int(2.8 * GIB)
@@ -91,13 +94,13 @@ class FootprintStore:
 
     def get(self, digest: str | None, version: str | None) -> Footprint:
         """What was measured; where a figure is missing, that of the version measured last stands in."""
-        known = {**self._read(), **self._noted} if self._noted else self._read()
+        footprints = {**self._read(), **self._noted} if self._noted else self._read()
         exact, prefix = f"{digest}@{version}", f"{digest}@"
-        found = known.get(exact, Footprint())
-        for key in reversed(known):
+        footprint = footprints.get(exact, Footprint())
+        for key in reversed(footprints):
             if key.startswith(prefix) and key != exact:
-                found = found.over(known[key])
-        return found
+                footprint = footprint.over(footprints[key])
+        return footprint
 
     def note(self, digest: str, version: str | None, change: Callable[[Footprint], Footprint]) -> None:
         """Apply `change` to what is known here, at once; `flush` writes it, off the path of an operation."""
@@ -120,16 +123,16 @@ class FootprintStore:
             descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 if lock_within(descriptor, LOCK_SECONDS):
-                    known = dict(self._read())
+                    written = dict(self._read())
                     for key, change in changes:
-                        known[key] = change(known.get(key, Footprint()))
-                    write_atomically(self._path, msgspec.json.encode(known))
+                        written[key] = change(written.get(key, Footprint()))
+                    write_atomically(self._path, msgspec.json.encode(written))
             finally:
                 os.close(descriptor)
         with self._noting:  # what was noted meanwhile, by another thread, is not in the file yet
-            known, self._noted = self._read(), {}
+            written, self._noted = self._read(), {}
             for key, change in self._changes:
-                before = self._noted.get(key) or known.get(key) or Footprint()
+                before = self._noted.get(key) or written.get(key) or Footprint()
                 self._noted[key] = change(before)
 
     def _read(self) -> dict[str, Footprint]:
