@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.fleet.beside import record_of
 from tests.fleet.conftest import Box, until
-from vllm_sleep_tui.telemetry.processes import descendants
+from vllm_sleep_tui.telemetry.processes import ProcessTable
 
 MakeBox = Callable[..., Box]
 LOOPBACK = ("0100007F", "00000000000000000000000001000000")
@@ -53,7 +53,7 @@ async def test_a_servers_family_and_serve_listen_on_loopback_alone(box: MakeBox)
         await until(lambda: "serve: leads" in log.read_text())
         for record in records:
             assert record.keeper is not None
-            family = [record.keeper.pid, *descendants(record.keeper.pid)]
+            family = [record.keeper.pid, *ProcessTable.read().descendants(record.keeper.pid)]
             assert len(family) > 2
             found = [address for pid in family for address in listening(pid)]
             assert f"{record.port:04X}" in {address.split(":")[1] for address in found}

@@ -25,10 +25,11 @@ from gpu_config import PAIR
 
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.config.types import ModelConfig
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.fleet.survey import read_once
 from vllm_sleep_tui.sizing.checkpoint import INDEX
 from vllm_sleep_tui.sizing.estimate import Estimate, checkpoint_of, estimate
-from vllm_sleep_tui.sizing.footprints import Footprint, digest, is_on
+from vllm_sleep_tui.sizing.footprints import Footprint, digest
 
 GIB = 2**30
 FP8 = "quantization", "fp8"
@@ -108,7 +109,7 @@ def compared(expected: Estimate, seen: Footprint, model: ModelConfig) -> Iterato
     """One row for each thing that is known of both."""
     times, starts = expected.times, seen.times.get("start", ())
     first = None if times is None else times.first_start
-    if is_on(model, "enforce-eager") and times is not None:
+    if ServeArgs(model.args).is_eager and times is not None:
         first = times.start  # nothing is compiled
     pairs: Mapping[str, tuple[float | None, float | None]] = {
         "weights": (expected.weights_bytes, seen.weights),

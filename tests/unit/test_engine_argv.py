@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_sleep_tui.config.flags import RESERVED
 from vllm_sleep_tui.engine.argv import (
     NEVER_INHERITED,
     ServeSpec,
@@ -17,6 +16,7 @@ from vllm_sleep_tui.engine.argv import (
     serve_environment,
 )
 from vllm_sleep_tui.engine.guard_files import copy_backend, copy_guard
+from vllm_sleep_tui.engine.serve_args import RESERVED
 
 SPEC = ServeSpec(
     command=("vllm",),

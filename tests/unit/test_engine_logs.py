@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sleep_tui.engine.logs import GIB, MAX_LINE, LogTail, Phase, PhaseReader
+from vllm_sleep_tui.engine.logs import MAX_LINE, LogTail, Phase, PhaseReader
+from vllm_sleep_tui.units import GIB
 
 DATA = Path(__file__).parent / "data"
 
@@ -67,28 +68,22 @@ def test_the_same_line_twice_is_news_once() -> None:
     assert reader.feed("Starting to load model x...") is None
 
 
-def test_figures_of_one_gpu_are_read_in_bytes() -> None:
+def test_the_weights_of_one_gpu_are_read_in_bytes() -> None:
     facts = read("start-gpu.txt")[1].facts
 
     assert facts.weights_bytes == round(7.31 * GIB)
-    assert facts.kv_cache_bytes == round(58.57 * GIB)
-    assert facts.sleep_freed_bytes == round(65.94 * GIB)
-    assert facts.sleep_backed_up_bytes == round(7.31 * GIB)
 
 
-def test_figures_of_two_workers_add_up_and_a_later_sleep_replaces_the_earlier() -> None:
+def test_the_weights_of_two_workers_add_up() -> None:
     facts = read("start-tp2.txt")[1].facts
 
     assert facts.weights_bytes == 2 * round(0.57 * GIB)
-    assert facts.sleep_freed_bytes == 2 * round(30.91 * GIB)
 
 
 def test_what_no_line_told_is_unknown_and_not_zero() -> None:
     facts = read("start-cpu.txt")[1].facts
 
     assert facts.weights_bytes is None
-    assert facts.sleep_freed_bytes is None
-    assert facts.kv_cache_bytes == GIB
 
 
 def test_only_complete_lines_come_and_each_once(tmp_path: Path) -> None:

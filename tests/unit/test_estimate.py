@@ -11,8 +11,9 @@ import pytest
 
 from tests.unit.made_checkpoints import MOE, PHI, QWEN, SMOLLM, cache_model, write_model
 from vllm_sleep_tui.config.types import ModelConfig
+from vllm_sleep_tui.engine.serve_args import whole_number
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.sizing.estimate import Estimate, estimate, estimated_weights, whole_number
+from vllm_sleep_tui.sizing.estimate import Estimate, estimate, estimated_weights
 
 GIB = 2**30
 H100 = 81559 * 2**20

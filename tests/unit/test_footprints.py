@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import threading
 import time
@@ -54,6 +55,13 @@ def test_another_versions_figures_stand_in_one_by_one(tmp_path: Path) -> None:
         assert (now.typical("wake1"), now.typical("start")) == (2.0, 90.0)
         store.flush()
     assert store.get("d", "0.24.0").times["wake1"] == (1.0,)
+
+
+def test_a_file_of_the_version_before_is_read_figures_that_are_no_more_left_out(tmp_path: Path) -> None:
+    figures = {"awake": {"0": 9}, "weights": 7, "backed_up": 6, "times": {"wake1": [1.0]}}
+    (tmp_path / "footprints.json").write_text(json.dumps({"d@0.24.0": figures}))
+    read = FootprintStore(tmp_path).get("d", "0.24.0")
+    assert (read.weights, read.awake, read.typical("wake1")) == (7, {"0": 9}, 1.0)
 
 
 def test_a_file_of_measurements_that_cannot_be_read_is_none(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_sleep_tui.config.flags import RESERVED
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.config.types import Config, GatewayConfig, IdleConfig, ModelConfig, SimulatedGpuConfig
 from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv, serve_environment
+from vllm_sleep_tui.engine.serve_args import RESERVED
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.supervision.idle import poll_seconds
 from vllm_sleep_tui.sizing.budget import fixed_utilization, level_for, utilization

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import vllm_sleep_tui
+from vllm_sleep_tui.config.flags import shipped_tables
 
 PACKAGE = Path(vllm_sleep_tui.__file__).parent
 BASE = {"text", "errors", "files", "units"}
@@ -27,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "paths": BASE | {"config"},
     "leaving": set(),
     "simulator": set(),
-    "config": BASE,
+    "config": BASE | {"engine.serve_args"},  # which imports nothing of ours
     "engine": BASE | {"config", "telemetry.prometheus"},
     "telemetry": BASE | {"config", "simulator.devices"},
     "sizing": DOWN_TO_ENGINE,
@@ -119,6 +120,15 @@ def test_what_asks_vllm_needs_nothing_but_it() -> None:
     assert roots <= sys.stdlib_module_names | {"vllm"}
 
 
+PROC = re.compile(r"^/proc\b")
+READS_PROC = {
+    "telemetry/kernel.py",  # what psutil cannot tell
+    "fleet/keeper.py",  # needs nothing but the standard library, as it outlives installations
+    "telemetry/gpus.py",  # the driver's version, not a process's
+    "bench/machine.py",  # what the machine is, not its processes
+}
+
+
 ONLY_IN_ENGINE = re.compile(
     r"\bvllm:\w|/(sleep|wake_up|is_sleeping|collective_rpc|reset_prefix_cache|health|metrics|panel/\w+)\b"
     r"|\breload_weights\b|\bpanel_(sleep|keep)_"
@@ -139,3 +149,39 @@ def test_names_of_vllms_metrics_and_its_admin_paths_are_known_to_the_engine_alon
     """The simulator, which speaks the same HTTP and shares no code, has its own."""
     if part_of(path) not in ("engine", "simulator"):
         assert [text for text in literals(path) if ONLY_IN_ENGINE.search(text)] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_processes_are_read_by_psutil_and_what_it_cannot_tell_in_one_file(path: Path) -> None:
+    if str(path.relative_to(PACKAGE)) not in READS_PROC and part_of(path) != "simulator":
+        assert [text for text in literals(path) if PROC.search(text)] == []
+
+
+FLAGS = {name.lstrip("-") for table in shipped_tables() for flag in table.flags for name in flag.names}
+
+
+def flags_named(path: Path) -> Iterator[str]:
+    """The strings that are a flag's whole name, or are looked up in a model's `args`."""
+    for text in literals(path):
+        if "-" in text.lstrip("-") and text.lstrip("-") in FLAGS:
+            yield text
+    for node in ast.walk(ast.parse(path.read_text())):
+        where, key = None, None
+        if isinstance(node, ast.Subscript):
+            where, key = node.value, node.slice
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            where, key = node.func.value, next(iter(node.args), None)
+        if isinstance(where, ast.Attribute) and where.attr == "args" and isinstance(key, ast.Constant):
+            yield str(key.value)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_vllms_flags_are_known_to_the_engine_alone(path: Path) -> None:
+    """Others read a model's arguments through `engine.serve_args.ServeArgs`."""
+    if part_of(path) not in ("engine", "simulator"):
+        assert list(flags_named(path)) == []
+
+
+def test_what_the_config_reads_of_the_engine_needs_nothing_of_ours() -> None:
+    roots = {name.split(".")[0] for name in imports(PACKAGE / "engine/serve_args.py")}
+    assert roots <= sys.stdlib_module_names

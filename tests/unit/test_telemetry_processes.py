@@ -121,7 +121,7 @@ def test_a_name_with_brackets_and_spaces_does_not_shift_the_fields() -> None:
 
 def test_descendants_reach_grandchildren_parents_first() -> None:
     with python(FAMILY % (FAMILY % WAIT)) as process:
-        child, grandchild = processes.descendants(process.pid)
+        child, grandchild = ProcessTable.read().descendants(process.pid)
         table = ProcessTable.read()
         assert table.parents[child] == process.pid
         assert table.parents[grandchild] == child
@@ -146,7 +146,7 @@ def test_a_table_read_on_from_an_earlier_one_equals_a_fresh_one_for_a_family_tha
 def test_a_child_that_outlives_its_parent_is_found_under_its_new_one() -> None:
     code = "import os, sys; child = os.fork(); child and print(child, flush=True); sys.stdin.read()"
     with python(code) as process:
-        (child,) = processes.descendants(process.pid)
+        (child,) = ProcessTable.read().descendants(process.pid)
         this = identity(child)
         before = ProcessTable.read()
         process.kill()
@@ -231,10 +231,9 @@ def test_the_listener_of_a_port_is_found_on_every_address_that_takes_loopback(
     port = free_port()
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as server:
         server.bind((address, port))
-        assert processes.listener(port) is None, "bound is not listening"
+        assert processes.holder_of_port(port) is None, "bound is not listening"
         server.listen()
         assert processes.listens(port, [os.getpid()])
-        assert processes.listener(port) == identity(os.getpid())
         holder = processes.holder_of_port(port)
         assert holder is not None
         assert holder.process == identity(os.getpid())
@@ -258,8 +257,10 @@ def test_a_child_that_inherited_the_socket_does_not_hide_the_process_that_opened
         "if child: os.waitpid(child, 0)"
     )
     with python(code, str(port)) as process:
-        (child,) = processes.descendants(process.pid)
+        (child,) = ProcessTable.read().descendants(process.pid)
         assert processes.listens(port, [child])
-        assert processes.listener(port) == identity(process.pid)
+        holder = processes.holder_of_port(port)
+        assert holder is not None
+        assert holder.process == identity(process.pid)
         process.stdin.close()  # type: ignore[union-attr]
         process.wait(10)

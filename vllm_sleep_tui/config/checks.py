@@ -11,21 +11,17 @@ from urllib.parse import urlsplit
 from vllm_sleep_tui.config.types import MODEL_NAME, Config, ModelConfig, parse_bytes, parse_duration
 from vllm_sleep_tui.config.values import fill_in
 from vllm_sleep_tui.config.yaml import Document, Key, Written, is_null
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.files import read_regular
 
-MAX_PARALLEL = 1024
 MAX_KEY_FILE = 2**16
+"""Bytes; a key has a hundred, and what is larger is another file."""
 _WRAPPERS = {"docker", "podman", "nerdctl", "uvx", "ssh", "sudo", "sh", "bash", "srun"}
 _RUNNERS = {"conda", "mamba", "micromamba", "uv", "poetry", "pipx", "hatch", "pixi", "pdm"}
 _VARIABLE = re.compile(r"\$(\{[A-Za-z_]\w*\}|[A-Za-z_]\w*)", re.ASCII)
 _NAMES = "Use at most 255 printable characters, no dash first and no space first or last."
 _SENDABLE = re.compile(r"[!-~]+")
 """What a header can carry and a space cannot cut in two."""
-
-
-def spans_machines(args: Mapping[str, Any]) -> bool:
-    """Whether the model may run on more machines than this one: through Ray, or as one of several nodes."""
-    return args.get("distributed-executor-backend") == "ray" or str(args.get("nnodes", 1)) != "1"
 
 
 def check_names(document: Document, models: Mapping[str, Any]) -> None:
@@ -134,17 +130,8 @@ def _address(url: str | None) -> tuple[str, int] | None:
 
 
 def _check_args(document: Document, key: Key, model: ModelConfig) -> None:
-    share = model.args.get("gpu-memory-utilization")
-    if share is not None and not _is_share(share):
-        wrong = "must be a number above 0 and up to 1"
-        raise document.error((*key, "args", "gpu-memory-utilization"), wrong, "Write it like 0.85.")
-
-
-def _is_share(value: Any) -> bool:
-    try:
-        return not isinstance(value, tuple) and 0 < float(value) <= 1
-    except ValueError:
-        return False
+    for flag, wrong, cure in ServeArgs(model.args).faults():
+        raise document.error((*key, "args", flag), wrong, cure)
 
 
 def _check_gpus(document: Document, key: Key, model: ModelConfig, *, simulated: int) -> None:
@@ -154,28 +141,13 @@ def _check_gpus(document: Document, key: Key, model: ModelConfig, *, simulated: 
         if simulated and index >= simulated:
             cure = f"Use 0 to {simulated - 1}, or add one to `simulated_gpus`."
             raise document.error((*key, "gpus"), f"there is no simulated GPU {index}", cure)
-    needed = 1
-    for name in ("tensor-parallel-size", "pipeline-parallel-size", replicas_flag(model.args)):
-        size = _whole(model.args.get(name, "1"))
-        if size is None or not 1 <= size <= MAX_PARALLEL:
-            wrong = f"must be a whole number from 1 to {MAX_PARALLEL}"
-            raise document.error((*key, "args", name), wrong, "Write it like 2.")
-        needed *= size
-    if model.gpus and len(model.gpus) < needed and not spans_machines(model.args):
+    needed = ServeArgs(model.args).gpus
+    if model.gpus and needed is not None and len(model.gpus) < needed:
         raise document.error(
             (*key, "gpus"),
             f"{len(model.gpus)} GPU named, but tensor times pipeline times data parallel size is {needed}",
             f"Name {needed} GPUs, as in gpus: {list(range(needed))}, or lower the sizes.",
         )
-
-
-def replicas_flag(args: Mapping[str, Any]) -> str:
-    """The flag that says how many data parallel replicas of the model are on this machine."""
-    return "data-parallel-size-local" if "data-parallel-size-local" in args else "data-parallel-size"
-
-
-def _whole(value: Any) -> int | None:
-    return int(value) if re.fullmatch(r"\+?[0-9]{1,9}", str(value)) else None
 
 
 def _check_unit(document: Document, key: Key, text: str | None, parser: Any) -> None:

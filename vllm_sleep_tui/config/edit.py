@@ -73,8 +73,8 @@ def _check(path: Path, text: str, values: Mapping[Key, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
         copy.write_text(text, encoding="utf-8")
-        found = typed(parse(copy).values)
-    if found != wanted:
+        content = typed(parse(copy).values)
+    if content != wanted:
         names = ", ".join(spell(key) for key in values)
         raise RefusedError(
             f"{path} shares values between its models (& and *), so a change here would change others.",

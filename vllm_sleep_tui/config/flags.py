@@ -1,4 +1,4 @@
-"""The flags of `vllm serve`: what a parser knows, one spelling of each, and those that are our own.
+"""The flags of `vllm serve`: what a parser knows, and the one spelling of each.
 
 A table is what one vLLM's parser says of itself. Four are shipped (vLLM 0.24 to 0.33), for reading a
 config and for a vLLM that cannot be asked; `vllm_sleep_tui.engine.installed_flags` asks the installed one.
@@ -16,45 +16,16 @@ from typing import Any
 
 import msgspec
 
+from vllm_sleep_tui.engine.serve_args import OPTIMIZATION_LEVEL
+
 SHIPPED = Path(__file__).parents[1] / "vllm_flags"
 MAX_TABLE_BYTES = 4 * 2**20
+"""A shipped one has 30 kB; one that was asked for has the help of each flag besides."""
 SWITCH = "switch"
 WORDS = {"true": True, "false": False}
 """What a switch is, once the file is read."""
 SAID = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
 """What people write for it, in small letters."""
-
-RESERVED: dict[str, str] = {
-    "model": "Write it as the model's own `model:`.",
-    "host": "Servers listen on 127.0.0.1 alone: remove it.",
-    "port": "Write it as the model's own `port:`.",
-    "uds": "Clients reach a server by its port, the panel by a socket of the guard: remove it.",
-    "served-model-name": "The model's key in this file is its served name; others are its `aliases:`.",
-    "api-key": "It would show in the process list; write the model's own `api_key:` or `api_key_file:`.",
-    "middleware": "The guard is the server's middleware: remove it.",
-    "root-path": "The panel and its guard know vLLM's paths as they are; put a proxy in front.",
-    "api-server-count": "The guard counts requests in one API server: remove it.",
-    "headless": "A headless server answers no requests: remove it.",
-    "grpc": "A gRPC server has no HTTP to sleep, wake or chat through: remove it.",
-    "grpc-port": "It needs a front end that would not load the guard: remove it.",
-    "enable-sleep-mode": "Write `level: auto`, 1 or 2 to have it, `level: none` to go without.",
-    "ssl-keyfile": "Servers are reached over plain HTTP on 127.0.0.1; put a proxy in front for TLS.",
-    "ssl-certfile": "Servers are reached over plain HTTP on 127.0.0.1; put a proxy in front for TLS.",
-    "ssl-ca-certs": "Servers are reached over plain HTTP on 127.0.0.1; put a proxy in front for TLS.",
-    "ssl-cert-reqs": "Servers are reached over plain HTTP on 127.0.0.1; put a proxy in front for TLS.",
-    "ssl-ciphers": "Servers are reached over plain HTTP on 127.0.0.1; put a proxy in front for TLS.",
-    "enable-ssl-refresh": "Servers are reached over plain HTTP on 127.0.0.1; put a proxy in front for TLS.",
-    "hf-token": 'It would show in the process list; write `env: {HF_TOKEN: "${HF_TOKEN}"}`.',
-    "device-ids": "Write the model's GPUs as `gpus: [0]`.",
-    "disable-access-log-for-endpoints": "It is set for what is polled: remove it.",
-    "data-parallel-external-lb": "It makes one server of each replica; write a model of its own for each.",
-    "data-parallel-hybrid-lb": "Its replicas answer on ports of their own: remove it.",
-    "data-parallel-multi-port-external-lb": "Its replicas answer on ports of their own: remove it.",
-    "data-parallel-rank": "It makes one server of each replica; write a model of its own for each.",
-    "data-parallel-start-rank": "Its replicas answer on ports of their own: remove it.",
-    "omni": "Another program than `vllm serve` would start: start it yourself and use `url:`.",
-}
-"""Flags that `args:` may not set, and what to do instead."""
 
 _ONE = re.compile(r"-{0,2}[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+\+?)?")
 _LEVEL = re.compile(r"-{0,2}O=?([0-9]?)")
@@ -135,9 +106,9 @@ class FlagTable:
 
     def nearest(self, name: str) -> str | None:
         """The flag that looks most like `name`, without dashes; None if none does."""
-        known = [spelling.lstrip("-") for spelling in self._by_name if spelling.startswith("--")]
-        found = difflib.get_close_matches(name.partition(".")[0], known, n=1, cutoff=0.6)
-        return found[0] if found else None
+        spellings = [spelling.lstrip("-") for spelling in self._by_name if spelling.startswith("--")]
+        alike = difflib.get_close_matches(name.partition(".")[0], spellings, n=1, cutoff=0.6)
+        return alike[0] if alike else None
 
     def starting(self, dashed: str) -> dict[str, Flag]:
         """The spellings that begin like this one."""
@@ -197,13 +168,13 @@ def _spelled(text: str, tables: list[FlagTable]) -> Spelling:
     body = text.lstrip("-")
     head, dot, tail = body.partition(".")
     if _LEVEL.fullmatch(text):
-        head = "optimization-level"
+        head = OPTIMIZATION_LEVEL
     long, short = f"--{head.replace('_', '-')}", f"-{head}"
     is_short = text.startswith("-") and not text.startswith("--")
     for table in tables:
         for dashed in (short, long) if is_short else (long, short):
-            if found := table.find_dashed(dashed):
-                return Spelling(found.name + dot + tail, found, dashed in found.off)
+            if exact := table.find_dashed(dashed):
+                return Spelling(exact.name + dot + tail, exact, dashed in exact.off)
     # argparse takes a beginning for the whole, if only one flag begins so.
     begun: dict[tuple[str, bool], Flag] = {}
     for table in reversed(tables):
@@ -213,13 +184,6 @@ def _spelled(text: str, tables: list[FlagTable]) -> Spelling:
     for (name, off), flag in begun.items():
         return Spelling(name + dot + tail, flag, off)
     return Spelling(long.lstrip("-") + dot + tail, None)
-
-
-def why_reserved(name: str) -> str | None:
-    """What to do instead of setting this flag; None if it may be set."""
-    head = name.partition(".")[0]
-    head = head.lower()
-    return RESERVED.get(head) or RESERVED.get(head.removeprefix("no-"))
 
 
 def wrong_value(flag: Flag, value: str | tuple[str, ...]) -> str | None:

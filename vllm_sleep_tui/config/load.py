@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_sleep_tui.config.checks import check, check_names, own_key, spans_machines
+from vllm_sleep_tui.config.checks import check, check_names, own_key
 from vllm_sleep_tui.config.types import (
     Config,
     GatewayConfig,
@@ -24,6 +24,7 @@ from vllm_sleep_tui.config.types import (
 )
 from vllm_sleep_tui.config.values import fill_in, read_args, read_env
 from vllm_sleep_tui.config.yaml import Document, Key, is_null, parse, spell, typed
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.files import digest_with
 
@@ -171,7 +172,7 @@ def _model(document: Document, name: str, value: Any) -> ModelConfig:
         if part in filled and not isinstance(filled[part], list):
             _mapping(document, (*key, part), filled[part])
     args = read_args(document, (*key, "args"), filled.get("args", {}))
-    env = read_env(document, key, filled, spans_machines=spans_machines(args))
+    env = read_env(document, key, filled, spans_machines=ServeArgs(args).spans_machines)
     values = {part: typed(item) for part, item in filled.items() if part not in ("args", "env", "env_file")}
     values |= {"args": args, "env": env, **keys}
     if not is_null(files := filled.get("env_file")):
@@ -226,19 +227,19 @@ def _items(document: Document, key: Key, value: Any) -> list[Any]:
 
 
 def _check_keys(document: Document, key: Key, values: Mapping[str, Any], kind: type[msgspec.Struct]) -> None:
-    known = kind.__struct_fields__
+    fields = kind.__struct_fields__
     for name in values:
-        if name not in known:
-            near = _nearest(name, known)
+        if name not in fields:
+            near = _nearest(name, fields)
             wrong = f"unknown key; the nearest known one is {near}" if near else "unknown key"
-            raise document.error((*key, name), wrong, f"Known here: {', '.join(known)}.")
+            raise document.error((*key, name), wrong, f"Known here: {', '.join(fields)}.")
 
 
-def _nearest(name: str, known: Iterable[str], likeness: float = 0.0) -> str | None:
+def _nearest(name: str, words: Iterable[str], likeness: float = 0.0) -> str | None:
     """The known word that looks most like `name`; None if none is as like it as that, from 0 to 1."""
-    spelled = {word.lower(): word for word in known}
-    found = difflib.get_close_matches(name.lower().replace("-", "_"), spelled, n=1, cutoff=likeness)
-    return spelled[found[0]] if found else None
+    spelled = {word.lower(): word for word in words}
+    alike = difflib.get_close_matches(name.lower().replace("-", "_"), spelled, n=1, cutoff=likeness)
+    return spelled[alike[0]] if alike else None
 
 
 def _kind(value: Any) -> str:

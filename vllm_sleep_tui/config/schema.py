@@ -14,8 +14,9 @@ from typing import Any
 
 import msgspec
 
-from vllm_sleep_tui.config.flags import RESERVED, SAID, SWITCH, Flag, FlagTable, why_reserved
+from vllm_sleep_tui.config.flags import SAID, SWITCH, Flag, FlagTable
 from vllm_sleep_tui.config.types import Config
+from vllm_sleep_tui.engine.serve_args import RESERVED, why_reserved
 from vllm_sleep_tui.files import write_private
 
 Schema = dict[str, Any]
@@ -89,13 +90,13 @@ def _either_dash(name: str) -> str:
 
 
 def _described(flag: Flag) -> Schema:
-    found: Schema = {"description": flag.help} if flag.help else {}
+    entry: Schema = {"description": flag.help} if flag.help else {}
     if flag.default is not None:
-        found["default"] = flag.default
+        entry["default"] = flag.default
     one = list(_one(flag))
     if not (flag.takes_list or flag.repeats):
-        return found | {"anyOf": one}
-    return found | {"anyOf": [*one, {"type": "array", "items": {"anyOf": one}}]}
+        return entry | {"anyOf": one}
+    return entry | {"anyOf": [*one, {"type": "array", "items": {"anyOf": one}}]}
 
 
 def _one(flag: Flag) -> Iterator[Schema]:

@@ -18,9 +18,9 @@ from vllm_sleep_tui.config.flags import (
     Spelling,
     is_name,
     spelled,
-    why_reserved,
 )
 from vllm_sleep_tui.config.yaml import MAX_BYTES, Document, Key, Written, is_null, parse, typed
+from vllm_sleep_tui.engine.serve_args import why_reserved
 from vllm_sleep_tui.files import read_regular
 
 RESERVED_ENV: dict[str, str] = {
@@ -72,16 +72,16 @@ def _look_up(document: Document, key: Key, match: re.Match[str]) -> str:
         wrong = "a ${ that is neither ${VAR} nor ${VAR:-otherwise}"
         raise document.error(key, wrong, "Correct it; for a dollar sign as such write $$.")
     name = braced or plain
-    found = os.environ.get(name)
-    if otherwise is not None and not found:
+    value = os.environ.get(name)
+    if otherwise is not None and not value:
         return str(otherwise)
-    if found is None:
+    if value is None:
         wrong = f"the environment variable {name} is not set"
         cure = f"Set it first: export {name}=…; for a dollar sign as such write $$."
         raise document.error(key, wrong, cure)
-    if not found.isascii() and any("\ud800" <= char <= "\udfff" for char in found):
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         raise document.error(key, f"the environment variable {name} is not UTF-8 text", "Correct it.")
-    return found
+    return value
 
 
 # ── args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -93,7 +93,7 @@ def read_args(document: Document, key: Key, value: Any) -> dict[str, Any]:
     `value` is a mapping of flags to values or a list of words of the command line, variables put in. A switch
     is "true" or "false"; what has no value is left out. Raises UsageError, also for a flag that is our own.
     """
-    found: dict[str, Any] = {}
+    flags: dict[str, Any] = {}
     said: dict[str, str] = {}
     for where, name, given in _pairs(document, key, value):
         if not is_name(name):
@@ -101,15 +101,15 @@ def read_args(document: Document, key: Key, value: Any) -> dict[str, Any]:
         spelling = resolve(document, where, name)
         if spelling.name == "config":
             inside = _read_config(document, where, given)
-            found = inside | found
+            flags = inside | flags
             continue
         if is_null(given):
             continue
         if spelling.name in said:
             raise document.error(where, f"the same as {said[spelling.name]}", "Keep one of the two.")
         said[spelling.name] = name
-        found[spelling.name] = _text(document, where, spelling, given)
-    return found
+        flags[spelling.name] = _text(document, where, spelling, given)
+    return flags
 
 
 def resolve(document: Document, where: Key, name: str) -> Spelling:
@@ -228,18 +228,18 @@ def read_env(
     document: Document, key: Key, values: Mapping[str, Any], *, spans_machines: bool
 ) -> dict[str, str]:
     """The model's `env_file:` and over it `env:`; raises UsageError, also for a variable that is our own."""
-    found: dict[str, str] = {}
+    variables: dict[str, str] = {}
     files = values.get("env_file")
     for index, name in enumerate(files if isinstance(files, list) else [] if is_null(files) else [files]):
         where: Key = (*key, "env_file", index) if isinstance(files, list) else (*key, "env_file")
         if not isinstance(name, Written) or is_null(name):
             raise document.error(where, "must be the name of a file", "Write it like env_file: serve.env")
-        found |= _env_file(document, where, document.path.resolve().parent / name, spans_machines)
+        variables |= _env_file(document, where, document.path.resolve().parent / name, spans_machines)
     given = values.get("env")
     for where, variable, text in _variables(document, (*key, "env"), {} if is_null(given) else given):
         _check_variable(document, where, variable, text, spans_machines)
-        found[variable] = text
-    return found
+        variables[variable] = text
+    return variables
 
 
 def _variables(document: Document, key: Key, value: Any) -> Iterator[tuple[Key, str, str]]:
@@ -270,7 +270,7 @@ def _env_file(document: Document, where: Key, path: Path, spans_machines: bool) 
         raise document.error(where, f"{path} is not UTF-8 text", "Save the file as UTF-8.") from None
     places: dict[Key, int] = {}
     inside = document.include(Document(path, hashlib.sha256(content).hexdigest(), None, places))
-    found = {}
+    variables = {}
     for number, line in enumerate(lines, 1):
         text = line.strip().removeprefix("export ").strip()
         if not text or text.startswith("#"):
@@ -285,8 +285,8 @@ def _env_file(document: Document, where: Key, path: Path, spans_machines: bool) 
             quoted = len(value) > 1 and value[0] == value[-1] == '"'
             value = str(fill_in(inside, (name,), Written(value[1:-1] if quoted else value)))
         _check_variable(inside, (name,), name, value, spans_machines)
-        found[name] = value
-    return found
+        variables[name] = value
+    return variables
 
 
 def _check_variable(document: Document, where: Key, name: str, text: str, spans_machines: bool) -> None:

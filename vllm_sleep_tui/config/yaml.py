@@ -26,7 +26,9 @@ Key = tuple[str | int, ...]
 """Where a value stands: ("models", "qwen", "gpus", 0)."""
 
 MAX_BYTES = 1_000_000
+"""Of a config: reading more would take seconds."""
 _MAX_DEPTH = 32
+"""A config has far fewer levels; an alias inside its own anchor has no end."""
 _ANOTHER = "Give another file with --config"
 _UNUSABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _PROBLEMS = {

@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 
-from vllm_sleep_tui.config.checks import spans_machines
 from vllm_sleep_tui.config.flags import (
     SWITCH,
     WORDS,
@@ -25,6 +24,7 @@ from vllm_sleep_tui.config.flags import (
 from vllm_sleep_tui.engine.endpoints import GATE, HEALTH, IS_SLEEPING, METRICS
 from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
 from vllm_sleep_tui.engine.guard_files import BACKEND, BACKEND_WORKER
+from vllm_sleep_tui.engine.serve_args import PORT, UTILIZATION, ServeArgs
 
 READY_SECONDS = 600
 """vLLM's own limit for a start, `VLLM_ENGINE_READY_TIMEOUT_S` (vLLM 0.33, read in source)."""
@@ -75,18 +75,23 @@ class ServeSpec:
 def serve_argv(spec: ServeSpec) -> list[str]:
     """The argument vector; it holds no secret. `args` have passed `check_args` against the same flags."""
     argv = [*spec.command, "serve", spec.model, "--served-model-name", spec.served_name, *spec.aliases]
-    argv += ["--host", "127.0.0.1", "--port", str(spec.port), "--api-server-count", "1"]
+    argv += ["--host", "127.0.0.1", PORT, str(spec.port), "--api-server-count", "1"]
     argv += ["--middleware", "panel_guard.PanelGuard", "--disable-access-log-for-endpoints", QUIET_PATHS]
     # vLLM on the CPU refuses to start with this flag (0.32, log-enable-sleep-mode-refused.txt).
     if spec.sleep_mode and spec.gpus:
         argv.append("--enable-sleep-mode")
     if spec.own_backend and "worker-extension-cls" not in spec.args:
         argv += ["--worker-extension-cls", BACKEND_WORKER]
-    if spec.gpus and spec.utilization is not None and "gpu-memory-utilization" not in spec.args:
-        argv += ["--gpu-memory-utilization", f"{spec.utilization:.4f}"]
+    if spec.gpus and spec.utilization is not None and UTILIZATION not in spec.args:
+        argv += [f"--{UTILIZATION}", f"{spec.utilization:.4f}"]
     for name, value in spec.args.items():
         argv += _words(spec.flags.find(name), name, value)
     return argv
+
+
+def port_words(port: int) -> tuple[str, str]:
+    """The words of the command line by which a server is told from what wraps it."""
+    return PORT, str(port)
 
 
 def check_args(args: Mapping[str, Any], flags: FlagTable) -> Iterator[tuple[str, str, str]]:
@@ -97,9 +102,9 @@ def check_args(args: Mapping[str, Any], flags: FlagTable) -> Iterator[tuple[str,
         if flag is None:
             near = flags.nearest(name)
             others = [table.version for table in shipped_tables() if table.find(name)]
-            known = f" (vLLM {', '.join(others)} does)" if others else ""
+            elsewhere = f" (vLLM {', '.join(others)} does)" if others else ""
             cure = f"The nearest that it knows is {near}." if near else "Remove it."
-            yield name, f"vLLM {flags.version} knows no --{head}{known}", cure
+            yield name, f"vLLM {flags.version} knows no --{head}{elsewhere}", cure
         elif tail and flag.type == SWITCH:
             yield name, f"--{head} takes no value, so nothing of it can be set", "Write true or false."
         elif not tail and (wrong := wrong_value(flag, _texts(value))):
@@ -181,7 +186,7 @@ def serve_environment(
 def _fixed(spec: ServeSpec) -> dict[str, str]:
     python_path = [str(spec.guard_dir), *filter(None, [spec.env.get("PYTHONPATH")])]
     # Other machines must reach a model that spans them, so its address is the person's to choose.
-    own_address = {} if spans_machines(spec.args) else {"VLLM_HOST_IP": "127.0.0.1"}
+    own_address = {} if ServeArgs(spec.args).spans_machines else {"VLLM_HOST_IP": "127.0.0.1"}
     return own_address | {
         "VLLM_SERVER_DEV_MODE": "1",
         # NVML counts by PCI bus; CUDA by default puts the fastest first, which differs on mixed cards.
@@ -198,10 +203,10 @@ def _fixed(spec: ServeSpec) -> dict[str, str]:
 
 def _path(program: str, path: str) -> str:
     """PATH with the program's folder first: an environment that is not activated fails on `ninja`."""
-    found = shutil.which(program, path=path)
-    if found is None:
+    binary = shutil.which(program, path=path)
+    if binary is None:
         return path
     # A tool installer's link lies outside the environment; a venv's python is itself a link out of it.
-    ahead = dict.fromkeys([str(Path(found).absolute().parent), str(Path(found).resolve().parent)])
+    ahead = dict.fromkeys([str(Path(binary).absolute().parent), str(Path(binary).resolve().parent)])
     rest = [folder for folder in path.split(os.pathsep) if folder not in ahead]
     return os.pathsep.join([*ahead, *rest])

@@ -11,6 +11,7 @@ from vllm_sleep_tui.engine.failures import ENGINE_DEAD
 from vllm_sleep_tui.text import clean
 
 MAX_REASON = 300
+"""Characters of a reason that a log gives: it stands in one cell, and whole in the log."""
 
 _PREFIX = re.compile(
     r"^(?P<worker>\(\w[\w-]* pid=\d+\) )?"
@@ -104,9 +105,9 @@ def diagnose_engine(log: str) -> Diagnosis | None:
 def diagnose_download(said: str) -> str:
     """Why a download tool failed, from what it said: a sentence, or its own last words."""
     lines = [line.strip() for line in clean(said).splitlines() if line.strip()]
-    found = _known(CAUSES, [f"huggingface_hub: {line}" for line in lines])
-    if found is not None:
-        return found.reason
+    cause = _known(CAUSES, [f"huggingface_hub: {line}" for line in lines])
+    if cause is not None:
+        return cause.reason
     lines = [line for line in lines if not line.startswith("Hint:")]
     return lines[-1][:MAX_REASON] if lines else "It ended without a word."
 
@@ -145,22 +146,22 @@ def _hub_words(lines: list[_Line]) -> Iterator[str]:
     """What the hub answered; vLLM then calls the model an "invalid repository ID" (0.32, cause-hub-*.txt)."""
     for number, line in enumerate(lines):
         if line.text.startswith(_HUB):
-            yield from (told.text for told in lines[number : number + _HUB_LINES])
+            yield from (line.text for line in lines[number : number + _HUB_LINES])
 
 
 def _exceptions(lines: list[_Line]) -> Iterator[str]:
     for number, line in enumerate(lines):
         if _ARGUMENT_ERROR.match(line.text):
             yield line.text
-        elif found := _EXCEPTION.match(line.text):
-            yield _pydantic(lines, number) if found[1] == "ValidationError" else line.text
+        elif match := _EXCEPTION.match(line.text):
+            yield _pydantic(lines, number) if match[1] == "ValidationError" else line.text
 
 
 def _pydantic(lines: list[_Line], number: int) -> str:
     """The sentence inside a validation error, which stands on a line of its own."""
     for line in lines[number + 1 : number + 4]:
-        if found := _PYDANTIC.match(line.text):
-            return f"ValueError: {found[1]}"
+        if match := _PYDANTIC.match(line.text):
+            return f"ValueError: {match[1]}"
     return lines[number].text
 
 
@@ -168,8 +169,8 @@ def _known(causes: tuple[Cause, ...], texts: list[str]) -> Diagnosis | None:
     # The table decides, not the order of the log: a gated model fails with a plain 401 first.
     for cause in causes:
         for text in texts:
-            if found := cause.pattern.search(text):
-                groups = {name: value or "?" for name, value in found.groupdict().items()}
+            if match := cause.pattern.search(text):
+                groups = {name: value or "?" for name, value in match.groupdict().items()}
                 reason, cure, planned = (
                     sentence.format(**groups) for sentence in (cause.reason, cause.cure, cause.planned)
                 )

@@ -26,6 +26,7 @@ TEMPLATE_CURE = (
     "Add `chat-template: FILE` (Jinja) to its `args:` and restart it, or take its instruct version."
 )
 MAX_EVENT_BYTES = 4 * 1024 * 1024
+"""An event holds some tokens; what goes on for longer without an end is no stream of events."""
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):

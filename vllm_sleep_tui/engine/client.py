@@ -73,6 +73,12 @@ class Configured(msgspec.Struct, frozen=True):
     load_config: _LoadConfig
     lora_config: Any = None
 
+    @property
+    def args(self) -> dict[str, str]:
+        """The arguments that decide it, as the command line would have them."""
+        lora = {} if self.lora_config is None else {"enable-lora": "true"}
+        return {"load-format": self.load_config.load_format, **lora}
+
 
 class _ServerInfo(msgspec.Struct):
     vllm_config: Configured
@@ -92,10 +98,6 @@ class _IsSleeping(msgspec.Struct):
 
 class _Results(msgspec.Struct):
     results: list[Any]
-
-
-class _Paths(msgspec.Struct):
-    paths: dict[str, msgspec.Raw]
 
 
 class _Logprob(msgspec.Struct):
@@ -169,10 +171,6 @@ class VllmClient:
     async def models(self, timeout: float = 5) -> tuple[ModelCard, ...]:
         """What the server serves, aliases as entries of their own."""
         return (await self._get(endpoints.MODELS, _Models, timeout)).data
-
-    async def paths(self, timeout: float = 20) -> frozenset[str]:
-        """The routes that the server has; vLLM takes up to 4 s for the first answer (0.32, measured)."""
-        return frozenset((await self._get("/openapi.json", _Paths, timeout)).paths)
 
     async def metrics(self, timeout: float = 5) -> str:
         """The Prometheus text of `/metrics`, about 60 kB."""
@@ -330,9 +328,9 @@ def _logprobs(
     if tokens is None:
         return None
     ids = [None] * len(tokens) if isinstance(prompt, str) else [str(token) for token in prompt]
-    found = []
+    logprobs = []
     for token, likely in zip(ids, tokens, strict=False):
         if likely:
             own = likely.get(token) if token is not None else None
-            found.append((own or next(iter(likely.values()))).logprob)
-    return tuple(found)
+            logprobs.append((own or next(iter(likely.values()))).logprob)
+    return tuple(logprobs)

@@ -14,6 +14,7 @@ from typing import Any
 PROBES = (("{}", dict, "json"), ("1k", int, "size"), ("1", int, "int"), ("1.5", float, "float"))
 """What a flag's type makes of a text says what it is: its name differs from version to version."""
 MAX_HELP = 200
+"""Characters: an editor shows it beside the flag."""
 
 
 def main() -> None:
@@ -92,15 +93,15 @@ def line_of(text: str | None) -> str:
 
 def set_by(action: argparse.Action, parser: argparse.ArgumentParser) -> dict[str, object]:
     """What each spelling of a flag without a value sets: `--no-x` false, spellings that help hides too."""
-    found: dict[str, object] = {}
+    defaults: dict[str, object] = {}
     for name in [name for name, other in parser._option_string_actions.items() if other is action]:
         namespace = argparse.Namespace()
         try:
             action(parser, namespace, [], name)
         except Exception:
             continue
-        found[name] = shown(getattr(namespace, action.dest, None))
-    return found
+        defaults[name] = shown(getattr(namespace, action.dest, None))
+    return defaults
 
 
 def kind_of(convert: Any) -> str:

@@ -8,6 +8,7 @@ from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.text import clean
 
 MESSAGE_LENGTH = 600
+"""Characters of a server's own words that are passed on; they may be a whole traceback."""
 ENGINE_DEAD = "EngineCore encountered an issue"
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises; the last for brackets that are nested without an end."""

@@ -76,9 +76,11 @@ STORED_RESPONSE = re.compile(r"/v1/responses/[A-Za-z0-9_-]+\Z")
 STORED_RESPONSE_CANCEL = re.compile(r"/v1/responses/[A-Za-z0-9_-]+/cancel\Z")
 LOOPBACK = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?\Z", re.IGNORECASE)
 MAX_GATE_BODY = 1024
+"""Bytes; {"closed": true} has 16."""
 BODY_SECONDS = 30.0
 """For the body of a request to arrive, and a second more for each BODY_RATE bytes of it that did."""
 BODY_RATE = 16384
+"""Bytes a second: less than any line that people work over."""
 MAX_HELD = 2**30
 """Bytes of all bodies together that wait for their ends; anybody on this machine may send one."""
 TOUCH_SECONDS = 600.0

@@ -36,21 +36,21 @@ def flags_in(shown: str, near: FlagTable, *, same_release: bool) -> tuple[Flag, 
     if not any(_SERVE.match(line) for line in lines):
         return ()
     shows = [_flag(spellings, text, near) for spellings, text in _told(lines)]
-    told = [flag for flag in shows if flag is not None]
-    if not (same_release and told):
-        return tuple(told)
+    flags = [flag for flag in shows if flag is not None]
+    if not (same_release and flags):
+        return tuple(flags)
     by_name = {flag.name: flag for flag in near.flags}
-    told = [_with_hidden(flag, by_name.get(flag.name)) for flag in told]
-    names = {name for flag in told for name in flag.names}
-    return (*told, *(flag for flag in near.flags if names.isdisjoint(flag.names)))
+    flags = [_with_hidden(flag, by_name.get(flag.name)) for flag in flags]
+    names = {name for flag in flags for name in flag.names}
+    return (*flags, *(flag for flag in near.flags if names.isdisjoint(flag.names)))
 
 
-def _with_hidden(flag: Flag, known: Flag | None) -> Flag:
-    """The flag with the spellings that its help hides, as `known` of the same release has them."""
-    if known is None or known.type != flag.type:
+def _with_hidden(flag: Flag, complete: Flag | None) -> Flag:
+    """The flag with the spellings that its help hides, as `complete` of the same release has them."""
+    if complete is None or complete.type != flag.type:
         return flag
-    names = tuple(dict.fromkeys((*flag.names, *known.names)))
-    return msgspec.structs.replace(flag, names=names, off=known.off)
+    names = tuple(dict.fromkeys((*flag.names, *complete.names)))
+    return msgspec.structs.replace(flag, names=names, off=complete.off)
 
 
 def _told(lines: list[str]) -> Iterator[tuple[str, str]]:
@@ -76,13 +76,13 @@ def _flag(spellings: str, text: str, near: FlagTable) -> Flag | None:
     if "--help" in names:
         return None
     value = next((part["value"].strip(" =") for part in parts if part and part["value"]), "")
-    known = next((flag for name in names if (flag := near.find_dashed(name))), None)
-    if known is None or (known.type == SWITCH) != (value == ""):
-        known = _unknown(names, value)
-    off = tuple(name for name in names if name in known.off)
+    like = next((flag for name in names if (flag := near.find_dashed(name))), None)
+    if like is None or (like.type == SWITCH) != (value == ""):
+        like = _unknown(names, value)
+    off = tuple(name for name in names if name in like.off)
     # Where no table names choices the braces may be mere examples, as of `tool-call-parser`.
-    choices = _choices(value) if known.choices else ()
-    return msgspec.structs.replace(known, names=names, off=off, choices=choices, help=_for_what(text))
+    choices = _choices(value) if like.choices else ()
+    return msgspec.structs.replace(like, names=names, off=off, choices=choices, help=_for_what(text))
 
 
 def _unknown(names: tuple[str, ...], value: str) -> Flag:

@@ -30,6 +30,7 @@ DUMPER = Path(__file__).with_name("dump_parser.py")
 ASK_SECONDS = 240.0
 """Importing vLLM took 27 s on two busy cores, over 120 s on two with twenty times their work (0.32, CPU)."""
 SHEBANG_BYTES = 4096
+"""More than the kernel reads of a script's first line; of a large binary no more is read."""
 WRAPPED_SECONDS = 86_400.0
 """How long a wrapper's word is kept: the vLLM behind it may be another without any file changing here."""
 UNKNOWN_VERSION = "of a version that it does not tell"
@@ -56,18 +57,18 @@ class Installed:
         """Names this binary in this state: another version or a new installation has another."""
         words = [self.folder / word for word in self.more if "/" in word]
         changed = [path.stat().st_mtime_ns for path in (self.program, DUMPER, *words) if path.exists()]
-        known = (str(self.program.resolve()), str(self.python), self.version, changed, self.more)
-        return hashlib.sha256(repr(known).encode()).hexdigest()[:24]
+        state = (str(self.program.resolve()), str(self.python), self.version, changed, self.more)
+        return hashlib.sha256(repr(state).encode()).hexdigest()[:24]
 
 
 def installed(
     command: Sequence[str], version: str | None, environ: Mapping[str, str], folder: Path
 ) -> Installed | None:
     """The binary of a `vllm_command` that is run in `folder`; None if it is not there."""
-    found = shutil.which(command[0], path=environ.get("PATH"))
-    if found is None:
+    path = shutil.which(command[0], path=environ.get("PATH"))
+    if path is None:
         return None
-    program = Path(found)
+    program = Path(path)
     is_python = re.fullmatch(r"python[0-9.]*", program.name) is not None
     python = program if is_python else _interpreter(program)
     return Installed(program, python, version, tuple(command[1:]), folder)

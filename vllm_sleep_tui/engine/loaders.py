@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.engine.versions import NEWEST_KNOWN, Release, release_of
 
 CANNOT_RELOAD = "Model reloading with"
@@ -33,8 +34,9 @@ OBJECT_STORES = ("s3://", "gs://", "az://")
 
 def loader(model: str, args: Mapping[str, Any], quantization: str | None = None) -> str:
     """The loader that vLLM takes; `quantization` is what the checkpoint's config.json names, if anything."""
-    chosen = str(args.get("load-format") or "auto").lower()
-    if "bitsandbytes" in (args.get("quantization"), quantization):
+    asked = ServeArgs(args)
+    chosen = asked.load_format
+    if "bitsandbytes" in (asked.quantization, quantization):
         return "bitsandbytes" if chosen in ("auto", "bitsandbytes") else chosen
     return "runai_streamer" if chosen == "auto" and model.lower().startswith(OBJECT_STORES) else chosen
 
@@ -56,6 +58,6 @@ def why_no_reload(
     if release < since:
         from_ = "" if since == NEVER else f" before {since[0]}.{since[1]}"
         return f"vLLM's loader `{name}` cannot load weights again{from_}"
-    if release < LORA_SINCE and args.get("enable-lora") == "true":
+    if release < LORA_SINCE and ServeArgs(args).has_lora:
         return "vLLM cannot load the weights of a model with LoRA again before 0.28"
     return None

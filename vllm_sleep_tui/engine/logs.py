@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from vllm_sleep_tui.files import open_regular
+from vllm_sleep_tui.units import GIB
 
-GIB = 1024**3
 MAX_LINE = 16 * 1024
+"""Bytes of a line that are shown; vLLM logs its whole configuration in some thousand."""
 MAX_READ = 4 * 1024 * 1024
+"""Bytes a call, so that a log that grew unread for hours holds up nobody."""
 TAIL_STEP = 1024 * 1024
 """Bytes by which the end of a log is looked for, backwards."""
 MAX_WHY = 200
@@ -44,11 +46,6 @@ class LogFacts:
     """Figures that vLLM logged, in bytes, summed over its workers; None where no line told."""
 
     weights_bytes: int | None
-    kv_cache_bytes: int | None
-    sleep_freed_bytes: int | None
-    """What the last sleep gave back, and a wake will need."""
-    sleep_backed_up_bytes: int | None
-    """How much of it is held in RAM, before rounding."""
     backend: Backend | None = None
     """What our sleep mode said of itself; None if it said nothing."""
 
@@ -87,17 +84,7 @@ _ORDER: tuple[PhaseName, ...] = ("loading", "compiling", "capturing", "warming")
 
 _WORKER = re.compile(r"^\((\w+) pid=\d+\)")
 _GIB = r"\d{1,9}(?:\.\d+)?"
-_FIGURES = {
-    "weights": re.compile(rf"Model loading took (?P<weights>{_GIB}) GiB"),
-    "kv_cache": re.compile(
-        rf"Available KV cache memory: (?P<gpu>{_GIB}) GiB"
-        rf"|Explicitly set \((?P<cpu>{_GIB})/[\d.]+\) GiB for KV"
-    ),
-    "freed": re.compile(rf"sleep freed (?P<freed>{_GIB}) GiB"),
-    "backed_up": re.compile(rf"of which (?P<backed_up>{_GIB}) GiB is backed up in CPU"),
-}
-
-
+_WEIGHTS = re.compile(rf"Model loading took ({_GIB}) GiB")
 _BACKEND = re.compile(r"panel-sleep-backend (\{.*\})")
 
 
@@ -109,14 +96,15 @@ class PhaseReader:
 
     def __init__(self) -> None:
         self._phase: Phase | None = None
-        self._figures: dict[str, dict[str, int]] = {name: {} for name in _FIGURES}
+        self._weights: dict[str, int] = {}
+        """Bytes by worker."""
         self._backend: Backend | None = None
 
     def feed(self, line: str) -> Phase | None:
         """The phase that `line` tells of, if it tells anything new."""
-        self._read_figures(line)
-        if found := _BACKEND.search(line):
-            self._read_backend(found[1])
+        self._read_weights(line)
+        if word := _BACKEND.search(line):
+            self._read_backend(word[1])
         phase = _phase_in(line)
         if phase is None or phase == self._phase or self._is_earlier(phase):
             return None
@@ -127,10 +115,7 @@ class PhaseReader:
     def facts(self) -> LogFacts:
         """The figures so far."""
         return LogFacts(
-            weights_bytes=self._total("weights"),
-            kv_cache_bytes=self._total("kv_cache"),
-            sleep_freed_bytes=self._total("freed"),
-            sleep_backed_up_bytes=self._total("backed_up"),
+            weights_bytes=sum(self._weights.values()) if self._weights else None,
             backend=self._backend,
         )
 
@@ -138,29 +123,20 @@ class PhaseReader:
         # With several workers the slower ones still load while the first compiles.
         return self._phase is not None and _ORDER.index(phase.name) < _ORDER.index(self._phase.name)
 
-    def _read_figures(self, line: str) -> None:
-        if "GiB" not in line:
-            return
-        named = _WORKER.match(line)
-        worker = named[1] if named else ""
-        for name, pattern in _FIGURES.items():
-            if found := pattern.search(line):
-                figure = next(group for group in found.groups() if group is not None)
-                self._figures[name][worker] = round(float(figure) * GIB)
+    def _read_weights(self, line: str) -> None:
+        if took := _WEIGHTS.search(line):
+            named = _WORKER.match(line)
+            self._weights[named[1] if named else ""] = round(float(took[1]) * GIB)
 
     def _read_backend(self, text: str) -> None:
         """One process's word; a single one without it is enough for vLLM's own."""
         try:
             word = json.loads(text)
-            told = Backend(word["state"] == "own", str(word["why"])[:MAX_WHY])
+            backend = Backend(word["state"] == "own", str(word["why"])[:MAX_WHY])
         except (ValueError, KeyError, TypeError):
             return
         if self._backend is None or self._backend.is_own:
-            self._backend = told
-
-    def _total(self, name: str) -> int | None:
-        by_worker = self._figures[name]
-        return sum(by_worker.values()) if by_worker else None
+            self._backend = backend
 
 
 def _phase_in(line: str) -> Phase | None:
@@ -202,15 +178,15 @@ class LogTail:
         try:
             with os.fdopen(open_regular(self._path, follow=True), "rb") as file:
                 status = os.fstat(file.fileno())
-                start, found = status.st_size, b""
-                while start and found.count(b"\n") <= count:
+                start, content = status.st_size, b""
+                while start and content.count(b"\n") <= count:
                     start = max(0, start - TAIL_STEP)
                     file.seek(start)
-                    found = file.read(status.st_size - start)
+                    content = file.read(status.st_size - start)
         except FileNotFoundError:
             return []
-        self._inode, self._offset = status.st_ino, start + len(found)
-        lines = found.split(b"\n")
+        self._inode, self._offset = status.st_ino, start + len(content)
+        lines = content.split(b"\n")
         complete = [_last_drawn(line) for line in lines[:-1]]
         drawn, self._pending = _split_unfinished(lines[-1])
         shown = [*complete, *drawn][-count:] if count else []

@@ -33,8 +33,11 @@ FRESH_SECONDS = 3.0
 LATE_SECONDS = 0.3
 """A limit that is noticed so late says nothing of the server: this process was stopped, by Ctrl-Z say."""
 REUSED_BODY_BYTES = 512
+"""The calls of a switch have less; a chat's body is another each time, and not worth keeping."""
 REUSED_REQUESTS = 64
+"""More than there are different calls to one server."""
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
+"""The longest that we ask for, a page of metrics, has 60 kB; a stranger may send without an end."""
 BROKEN = (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError)
 FAILED = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
 Check = Callable[[socket.socket], None]
@@ -168,12 +171,12 @@ class Wire:
             return self._new_request(method, target, headers, body)
         # The same few calls come again and again; to make one anew costs 0.1 ms.
         key = (method, target, body, id(headers))
-        known = self._requests.get(key)
-        if known is None or known[0] is not headers:
-            known = (headers, self._new_request(method, target, headers, body))
+        cached = self._requests.get(key)
+        if cached is None or cached[0] is not headers:
+            cached = (headers, self._new_request(method, target, headers, body))
             if len(self._requests) < REUSED_REQUESTS:
-                self._requests[key] = known
-        return known[1]
+                self._requests[key] = cached
+        return cached[1]
 
     def _new_request(
         self, method: str, target: str, headers: Mapping[str, str], body: bytes | None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.loaders import RELOADS_SINCE, why_no_reload
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.engine.versions import release_of
 from vllm_sleep_tui.errors import RefusedError, UsageError
 from vllm_sleep_tui.fleet.model import Model
@@ -15,7 +16,6 @@ from vllm_sleep_tui.fleet.observe.discovery import find_command
 from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.sizing.estimate import checkpoint_of
-from vllm_sleep_tui.sizing.footprints import argument
 
 
 def installed_version(model: Model) -> str | None:
@@ -41,7 +41,7 @@ def why_no_level2(model: ModelConfig, version: str | None, base: Path) -> str | 
     """Why level 2 would lose something of this model, in words; None if it would not."""
     if never := never_level2(model, version, base):
         return never
-    if argument(model, "speculative-config"):
+    if ServeArgs(model.args).drafts:
         return "vLLM does not reload the draft model of speculative decoding"
     return None
 

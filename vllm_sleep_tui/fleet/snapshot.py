@@ -120,7 +120,6 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Given by `url:`: it can neither be started nor stopped from here, and what it holds is not seen."""
     has_own_server: bool = False
     """It is attached, and a server that was started here before still runs: that one can be stopped."""
-    last_request: float | None = None
     serving: Serving | None = None
     """While awake, in a panel or `serve`; None until its first page of figures."""
 

@@ -23,7 +23,6 @@ class Settings:
     keep_alive: bool
     """Stay after the engine's death (VLLM_KEEP_ALIVE_ON_ENGINE_DEATH)."""
     api_key: str
-    hub_offline: bool
     folder: Path | None
     visible: tuple[int, ...] | None
     """CUDA_VISIBLE_DEVICES as NVML indices; None: all."""
@@ -58,7 +57,6 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         dev_mode=environment.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"),
         keep_alive=environment.get("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "0") not in ("", "0"),
         api_key=environment.get("VLLM_API_KEY", ""),
-        hub_offline=environment.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
         folder=devices.folder_from_environment(environment),
         visible=None
         if visible is None

@@ -195,7 +195,7 @@ def _levels(
     machine: Machine, models: Sequence[Figures], gpus: Sequence[GpuAdvice], sleepers: Sequence[Figures]
 ) -> dict[str, ModelAdvice]:
     """Level 1 for whom it helps most for its RAM, while there is RAM; level 2 for the rest."""
-    left, found = machine.ram, {}
+    left, advice_by_name = machine.ram, {}
     for figures in sorted(sleepers, key=_gain_per_byte, reverse=True):
         verdict, why = _level(figures, left)
         if verdict is Verdict.LEVEL_1 and left is not None:
@@ -204,10 +204,10 @@ def _levels(
         if share is not None:
             why += f" It fits beside the sleepers with gpu-memory-utilization {share:g}."
         level = {Verdict.LEVEL_1: "1", Verdict.LEVEL_2: "2"}.get(verdict, "none")
-        found[figures.name] = _advice(
+        advice_by_name[figures.name] = _advice(
             figures, verdict, why, level, beside=_beside(gpus, figures), utilization=share
         )
-    return found
+    return advice_by_name
 
 
 def _level(figures: Figures, left: int | None) -> tuple[Verdict, str]:
@@ -300,9 +300,9 @@ def _capital(text: str) -> str:
 
 def changes(advice: Advice, configured: Mapping[str, str]) -> dict[str, tuple[str | None, float | None]]:
     """What the advice would change in the config: level and utilization by model, None where nothing."""
-    found = {}
+    advice_by_name = {}
     for model in advice.models:
         level = model.level if model.level != configured.get(model.name) else None
         if level is not None or model.utilization is not None:
-            found[model.name] = (level, model.utilization)
-    return found
+            advice_by_name[model.name] = (level, model.utilization)
+    return advice_by_name

@@ -9,6 +9,7 @@ from vllm_sleep_tui.config.edit import edited, replace_text
 from vllm_sleep_tui.config.flags import spelled
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.config.yaml import Key
+from vllm_sleep_tui.engine.serve_args import UTILIZATION
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.files import trust, trusted
 from vllm_sleep_tui.sizing.advice import Advice, changes
@@ -52,17 +53,17 @@ def _check_whole(advice: Advice) -> None:
 
 def _values(loaded: LoadedConfig, advice: Advice) -> dict[Key, Any]:
     configured = {name: str(model.level) for name, model in loaded.config.models.items()}
-    found: dict[Key, Any] = {}
+    values: dict[Key, Any] = {}
     for name, (level, utilization) in changes(advice, configured).items():
         if level is not None:
-            found["models", name, "level"] = level if level == "none" else int(level)
+            values["models", name, "level"] = level if level == "none" else int(level)
         if utilization is not None:
-            found["models", name, "args", _spelled(loaded, name)] = utilization
-    return found
+            values["models", name, "args", _spelled(loaded, name)] = utilization
+    return values
 
 
 def _spelled(loaded: LoadedConfig, name: str) -> str:
     """The flag as the config spells it."""
-    wanted, prefix = "gpu-memory-utilization", f"models.{name}.args."
+    prefix = f"models.{name}.args."
     inside = (key.removeprefix(prefix) for key in loaded.lines if key.startswith(prefix))
-    return next((key for key in inside if spelled(key).name == wanted), wanted)
+    return next((key for key in inside if spelled(key).name == UTILIZATION), UTILIZATION)

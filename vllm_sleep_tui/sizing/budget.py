@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping
 
 from vllm_sleep_tui.config.types import Config, ModelConfig
-from vllm_sleep_tui.sizing.footprints import AWAKE_OVERHEAD, Footprint, argument, asleep_guess
+from vllm_sleep_tui.engine.serve_args import ServeArgs
+from vllm_sleep_tui.sizing.footprints import AWAKE_OVERHEAD, Footprint, asleep_guess
 from vllm_sleep_tui.units import GIB
 
 HIGHEST_UTILIZATION = 0.9
 LOWEST_UTILIZATION = 0.1
+"""Where others hold nearly all of a GPU there is still a share, which vLLM takes and can refuse in words."""
 MARGIN = GIB // 2
 """VRAM left over beside an awake model, for what the driver and vLLM's temporaries take."""
 PINNED_PER_WEIGHTS = 2.0
@@ -19,8 +21,7 @@ PINNED_PER_WEIGHTS = 2.0
 
 def fixed_utilization(model: ModelConfig) -> float | None:
     """The model's own `gpu-memory-utilization`, None if it is left to us."""
-    value = argument(model, "gpu-memory-utilization")
-    return None if value is None else float(value)
+    return ServeArgs(model.args).utilization
 
 
 def utilization(
@@ -66,8 +67,8 @@ def pinned_estimate(footprint: Footprint, weights: int | None) -> int | None:
     """Bytes of RAM that level 1 will pin: measured, else twice the weights; None if those are not known."""
     if footprint.pinned:
         return footprint.pinned
-    known = footprint.backed_up or footprint.weights or weights
-    return None if known is None else int(known * PINNED_PER_WEIGHTS)
+    copied = footprint.weights or weights
+    return None if copied is None else int(copied * PINNED_PER_WEIGHTS)
 
 
 def ram_margin(total: int) -> int:

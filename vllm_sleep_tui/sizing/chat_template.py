@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.chat import TEMPLATE_CURE as TEMPLATE_CURE
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.sizing.checkpoint import find_checkpoint
 from vllm_sleep_tui.sizing.hub import GENERATES
@@ -17,6 +18,7 @@ FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates
 OWN_FORMATS = ("tekken.json", "tokenizer.model.v3")
 """Mistral's tokenizers, which lay a chat out themselves."""
 MAX_BYTES = 64 * 2**20
+"""Of a tokenizer's config, which may list every added token."""
 
 
 def lacks_template(model: ModelConfig, base: Path, environ: Mapping[str, str]) -> bool:
@@ -24,14 +26,14 @@ def lacks_template(model: ModelConfig, base: Path, environ: Mapping[str, str]) -
 
     `base` is the config's folder.
     """
-    given = (model.args.get(name) for name in ("chat-template", "tokenizer-mode"))
-    if not model.model or any(given) or model.args.get("runner") == "pooling":
+    args = ServeArgs(model.args)
+    if not model.model or args.lays_out_chats or args.is_pooling:
         return False
     environ = {**environ, **model.env}
     folder = find_checkpoint(model.model, base, environ)
     if folder is None or not _generates(folder):
         return False
-    tokenizer = str(model.args.get("tokenizer") or model.model)
+    tokenizer = args.tokenizer or model.model
     words = find_tokenizer(tokenizer, base, environ) if tokenizer != model.model else folder
     return words is not None and not _has_template(words)
 

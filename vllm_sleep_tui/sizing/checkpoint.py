@@ -35,6 +35,7 @@ INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000
 """Bytes of a header; the format allows no more, and all headers of a model together have far less."""
 INDEX_LIMIT = 64 * 2**20
+"""Bytes of an index, which has a line for each tensor."""
 TENSOR_LIMIT = 250_000
 """Tensors of a model; one with 384 experts in each of 60 layers has 70,000, and packed 210,000."""
 NAME_LIMIT = 500
@@ -212,8 +213,8 @@ class _Settings:
 
     def integer(self, *names: str) -> int | None:
         """The first of these that is a positive number; raises UsageError if no model has so many."""
-        found = ((name, self.text.get(name)) for name in names)
-        name, value = next(((n, v) for n, v in found if type(v) is int and v > 0), ("", None))
+        values = ((name, self.text.get(name)) for name in names)
+        name, value = next(((n, v) for n, v in values if type(v) is int and v > 0), ("", None))
         if value is not None and value > LARGEST:
             raise UsageError(f"{shown(self._path)}: {name}: no model has so many.", AGAIN)
         return value
@@ -315,8 +316,8 @@ def _read_headers(files: list[Path]) -> tuple[Tensor, ...]:
     tensors: list[Tensor] = []
     left = HEADER_LIMIT
     for path in files:
-        found, length = read_header(path)
-        tensors += found
+        in_file, length = read_header(path)
+        tensors += in_file
         left -= length
         if left < 0 or len(tensors) > TENSOR_LIMIT:
             raise UsageError(f"{shown(path.name)}: with it there are more tensors than a model has.", AGAIN)
@@ -345,13 +346,13 @@ def read_header(path: Path) -> tuple[list[Tensor], int]:
             raise ValueError("it names more tensors than a model has")
         # All in one call: a call for each takes seconds.
         entries = _entries_decoder.decode(b"[" + b",".join(raw.values()) + b"]")
-        found = [_tensor(name, entry, room) for name, entry in zip(raw, entries, strict=True)]
-        if sum(tensor.bytes for tensor in found) > room:
+        tensors = [_tensor(name, entry, room) for name, entry in zip(raw, entries, strict=True)]
+        if sum(tensor.bytes for tensor in tensors) > room:
             raise ValueError("its tensors overlap")
     except (*NOT_JSON, ValueError) as error:
         what = f"{shown(path.name)} has no safetensors header: {_malformed(error)}."
         raise UsageError(what, AGAIN) from None
-    return found, length
+    return tensors, length
 
 
 def _tensor(name: str, entry: _Entry, room: int) -> Tensor:

@@ -7,7 +7,6 @@ magnitude. The first launch replaces all of it by what is measured.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,11 +14,12 @@ from pathlib import Path
 import msgspec
 
 from vllm_sleep_tui.config.types import ModelConfig
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.engine.versions import version_numbers
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.sizing import budget
 from vllm_sleep_tui.sizing.checkpoint import Checkpoint, Task, find_checkpoint, read_checkpoint
-from vllm_sleep_tui.sizing.footprints import AWAKE_OVERHEAD, argument, is_on
+from vllm_sleep_tui.sizing.footprints import AWAKE_OVERHEAD
 from vllm_sleep_tui.sizing.model_files import shown
 from vllm_sleep_tui.sizing.pinned_memory import Layout, Spread, spread
 from vllm_sleep_tui.units import GIB
@@ -62,10 +62,6 @@ PARALLEL_START = 1.6
 """Starts on two GPUs took 106 to 182 s."""
 PIN_SECONDS_PER_GIB = 0.5
 """The first level 1 sleep, which allocates the pinned memory: 1.4 s for 3.0 GiB, 5.2 s for 10.1 measured."""
-MOST_RANKS = 1024
-"""Of tensor and of pipeline parallelism; what asks for more will not start."""
-LARGEST_NUMBER = 2**50
-"""Of a flag; no length and no size is larger."""
 KV_SECONDS_PER_GIB = 0.003
 """Mapping the KV cache, a third of a wake."""
 
@@ -127,27 +123,27 @@ def estimate(
     checkpoint = checkpoint_of(model, base)
     layout = layout_of(model, checkpoint, total=total, gpu_name=gpu_name, version=version)
     spread_out = _spread(checkpoint.folder, _stamp(checkpoint.folder), layout)
-    width = 1 if str(argument(model, "kv-cache-dtype") or "").startswith("fp8") else 2
-    length = whole_number(argument(model, "max-model-len")) or checkpoint.max_length
+    args = ServeArgs(model.args)
+    length = args.max_model_len or checkpoint.max_length
     per_gpu = _weights_per_gpu(checkpoint, layout, spread_out)
-    context = checkpoint.kv_bytes(length, width=width, ranks=layout.tensor_ranks) if length else None
-    found = Estimate(
+    context = checkpoint.kv_bytes(length, width=args.kv_width, ranks=layout.tensor_ranks) if length else None
+    figures = Estimate(
         architecture=checkpoint.architecture,
         task=checkpoint.task,
-        quantization=str(argument(model, "quantization") or "") or checkpoint.quantization,
+        quantization=args.quantization or checkpoint.quantization,
         parameters=checkpoint.parameters,
         max_length=length,
         checkpoint_bytes=checkpoint.weights_bytes,
         weights_bytes=checkpoint.weights_bytes if spread_out is None else spread_out.weights,
         weights_per_gpu=per_gpu,
-        kv_bytes_per_token=checkpoint.kv_bytes(1, width=width, ranks=layout.tensor_ranks),
+        kv_bytes_per_token=checkpoint.kv_bytes(1, width=args.kv_width, ranks=layout.tensor_ranks),
         context_bytes=_per_stage(context, layout),
         floor_per_gpu=_floor(per_gpu, _per_stage(context, layout)),
         asleep_per_gpu=_residue(model, checkpoint, layout),
         pinned_bytes=None if spread_out is None else spread_out.pinned,
         unknown=dict(checkpoint.unknown),
     )
-    return _with_vram(found, model, layout, total, utilization)
+    return _with_vram(figures, model, layout, total, utilization)
 
 
 def checkpoint_of(model: ModelConfig, base: Path) -> Checkpoint:
@@ -184,26 +180,14 @@ def layout_of(
     version: str | None = None,
 ) -> Layout:
     """How vLLM will spread and store the model with these arguments."""
-    asked = str(argument(model, "quantization") or "")
+    args = ServeArgs(model.args)
     return Layout(
-        tensor_ranks=_ranks(model, "tensor-parallel-size"),
-        pipeline_ranks=_ranks(model, "pipeline-parallel-size"),
-        quantised=asked.startswith("fp8") and checkpoint.quantization is None,
-        full_width=argument(model, "dtype") in ("float32", "float"),
+        tensor_ranks=args.tensor_ranks,
+        pipeline_ranks=args.pipeline_ranks,
+        quantised=(args.quantization or "").startswith("fp8") and checkpoint.quantization is None,
+        full_width=args.is_full_width,
         sequences=_sequences(model, total, gpu_name) if _second_runner(model, checkpoint, version) else None,
     )
-
-
-def whole_number(value: object) -> int | None:
-    """A number of a flag as vLLM reads it: 8192, 8k (thousands) or 8K (1,024s); None if it is none."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value if 0 < value <= LARGEST_NUMBER else None
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)([kKmMgGtT]?)", str(value), re.ASCII)
-    if match is None:
-        return None
-    unit = 1024 if match[2].isupper() else 1000
-    number = int(float(match[1]) * unit ** (" kmgt".index(match[2].lower()) if match[2] else 0))
-    return number if 0 < number <= LARGEST_NUMBER else None
 
 
 def times(weights: int, *, checkpoint_bytes: int, kv: int, pinned_bytes: int, gpus: int) -> Times:
@@ -224,26 +208,26 @@ def times(weights: int, *, checkpoint_bytes: int, kv: int, pinned_bytes: int, gp
 
 
 def _with_vram(
-    found: Estimate, model: ModelConfig, layout: Layout, total: int | None, utilization: float | None
+    figures: Estimate, model: ModelConfig, layout: Layout, total: int | None, utilization: float | None
 ) -> Estimate:
     """With what it holds on a GPU of `total` bytes, and the times that follow."""
-    if found.weights_per_gpu is None:
-        return found
-    given = whole_number(argument(model, "kv-cache-memory-bytes"))
+    if figures.weights_per_gpu is None:
+        return figures
+    given = ServeArgs(model.args).kv_cache_memory_bytes
     awake = None
     if given is not None:
-        awake = found.weights_per_gpu + given + ACTIVATIONS + AWAKE_OVERHEAD
+        awake = figures.weights_per_gpu + given + ACTIVATIONS + AWAKE_OVERHEAD
     elif total is not None:
         awake = budget.awake_estimate(budget.fixed_utilization(model) or utilization, total)
-    fixed = found.weights_per_gpu + ACTIVATIONS + AWAKE_OVERHEAD
+    fixed = figures.weights_per_gpu + ACTIVATIONS + AWAKE_OVERHEAD
     expected = times(
-        found.weights_per_gpu,
-        checkpoint_bytes=found.checkpoint_bytes or 0,
+        figures.weights_per_gpu,
+        checkpoint_bytes=figures.checkpoint_bytes or 0,
         kv=max(0, (awake or fixed) - fixed),
-        pinned_bytes=found.pinned_bytes or 0,
+        pinned_bytes=figures.pinned_bytes or 0,
         gpus=layout.gpus,
     )
-    return msgspec.structs.replace(found, awake_per_gpu=awake, times=expected)
+    return msgspec.structs.replace(figures, awake_per_gpu=awake, times=expected)
 
 
 def _weights_per_gpu(checkpoint: Checkpoint, layout: Layout, spread_out: Spread | None) -> int | None:
@@ -266,12 +250,8 @@ def _residue(model: ModelConfig, checkpoint: Checkpoint, layout: Layout) -> int:
     """What a sleeper leaves on each GPU."""
     if layout.gpus > 1:
         return RESIDUE_PARALLEL
-    graphs = 0 if is_on(model, "enforce-eager") else RESIDUE_GRAPHS
+    graphs = 0 if ServeArgs(model.args).is_eager else RESIDUE_GRAPHS
     return RESIDUE + RESIDUE_PER_HIDDEN * (checkpoint.hidden or 0) + graphs
-
-
-def _ranks(model: ModelConfig, name: str) -> int:
-    return min(whole_number(argument(model, name)) or 1, MOST_RANKS)
 
 
 def _second_runner(model: ModelConfig, checkpoint: Checkpoint, version: str | None) -> bool:
@@ -285,7 +265,7 @@ def _second_runner(model: ModelConfig, checkpoint: Checkpoint, version: str | No
 
 
 def _sequences(model: ModelConfig, total: int | None, gpu_name: str) -> int:
-    given = whole_number(argument(model, "max-num-seqs"))
+    given = ServeArgs(model.args).max_num_seqs
     is_large = total is not None and total >= LARGE_GPU and "a100" not in gpu_name.lower()
     return given or (1024 if is_large else 256)
 

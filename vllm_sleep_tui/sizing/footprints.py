@@ -23,8 +23,11 @@ from vllm_sleep_tui.files import lock_within, read_regular, write_atomically
 from vllm_sleep_tui.units import GIB
 
 KEPT_SAMPLES = 50
+"""Times of one kind: enough for a median, and old ones give way to those of a machine that has changed."""
 MAX_BYTES = 16 * 2**20
+"""Of the file, which has some kB a model."""
 LOCK_SECONDS = 1.0
+"""A write takes milliseconds; who holds the lock for longer is frozen."""
 ASLEEP_GUESS = int(1.6 * GIB)
 """What a sleeper leaves on one GPU; 0.8 to 1.6 GiB measured on an H100 (vLLM 0.24)."""
 ASLEEP_GUESS_PARALLEL = int(2.8 * GIB)
@@ -44,8 +47,6 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     """VRAM by GPU index while asleep at level 0, the weights included."""
     pinned: int | None = None
     weights: int | None = None
-    backed_up: int | None = None
-    """What level 1 copies to RAM, before pinned allocations are rounded up."""
     times: dict[str, tuple[float, ...]] = {}
     """The last seconds measured, by what was done: start, sleep1-first, sleep0, sleep1,
     sleep2, wake0, wake1, wake2."""
@@ -76,7 +77,6 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
             resident={**other.resident, **self.resident},
             pinned=other.pinned if self.pinned is None else self.pinned,
             weights=other.weights if self.weights is None else self.weights,
-            backed_up=other.backed_up if self.backed_up is None else self.backed_up,
             times={**other.times, **self.times},
         )
 
@@ -94,13 +94,13 @@ class FootprintStore:
 
     def get(self, digest: str | None, version: str | None) -> Footprint:
         """What was measured; where a figure is missing, that of the version measured last stands in."""
-        known = {**self._read(), **self._noted} if self._noted else self._read()
+        footprints = {**self._read(), **self._noted} if self._noted else self._read()
         exact, prefix = f"{digest}@{version}", f"{digest}@"
-        found = known.get(exact, Footprint())
-        for key in reversed(known):
+        footprint = footprints.get(exact, Footprint())
+        for key in reversed(footprints):
             if key.startswith(prefix) and key != exact:
-                found = found.over(known[key])
-        return found
+                footprint = footprint.over(footprints[key])
+        return footprint
 
     def note(self, digest: str, version: str | None, change: Callable[[Footprint], Footprint]) -> None:
         """Apply `change` to what is known here, at once; `flush` writes it, off the path of an operation."""
@@ -123,16 +123,16 @@ class FootprintStore:
             descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 if lock_within(descriptor, LOCK_SECONDS):
-                    known = dict(self._read())
+                    written = dict(self._read())
                     for key, change in changes:
-                        known[key] = change(known.get(key, Footprint()))
-                    write_atomically(self._path, msgspec.json.encode(known))
+                        written[key] = change(written.get(key, Footprint()))
+                    write_atomically(self._path, msgspec.json.encode(written))
             finally:
                 os.close(descriptor)
         with self._noting:  # what was noted meanwhile, by another thread, is not in the file yet
-            known, self._noted = self._read(), {}
+            written, self._noted = self._read(), {}
             for key, change in self._changes:
-                before = self._noted.get(key) or known.get(key) or Footprint()
+                before = self._noted.get(key) or written.get(key) or Footprint()
                 self._noted[key] = change(before)
 
     def _read(self) -> dict[str, Footprint]:
@@ -154,19 +154,6 @@ def digest(model: ModelConfig) -> str:
     stock = [model.sleep_backend] if model.sleep_backend != "auto" else []
     content = json.dumps([model.model, model.gpus, model.args, *stock], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def argument(model: ModelConfig, name: str) -> str | None:
-    """The text of a flag of the model's `args`, of a list its first; None if it is not there."""
-    value = model.args.get(name)
-    if isinstance(value, tuple | list):
-        return str(value[0]) if value else None
-    return None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def is_on(model: ModelConfig, name: str) -> bool:
-    """Whether a flag without a value is set."""
-    return argument(model, name) == "true"
 
 
 def asleep_guess(gpus: Iterable[int]) -> int:

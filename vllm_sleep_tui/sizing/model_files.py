@@ -16,6 +16,7 @@ CONFIG_LIMIT = 16 * 2**20
 REF_LIMIT = 256
 """Bytes of a file that names a revision."""
 SHOWN_LENGTH = 120
+"""Characters of a name from outside."""
 AGAIN = "Fetch the model again, or name another."
 
 

@@ -26,6 +26,7 @@ from vllm_sleep_tui.units import MIB
 SMALL = MIB
 """The largest tensor that shares a small segment."""
 SMALL_SEGMENT = 2 * MIB
+"""This and what follows are the sizes of PyTorch's CUDA allocator (CUDACachingAllocator)."""
 LARGE = 10 * MIB
 """From here on a tensor has a segment of its own, unless there is a gap for it."""
 LARGE_SEGMENT = 20 * MIB
@@ -105,9 +106,9 @@ def ranks(checkpoint: Checkpoint, layout: Layout) -> list[list[int]]:
         name = _name_in_vllm(tensor.name)
         for stage in _stages(tensor.name, checkpoint, count):
             stages[stage][name] = stages[stage].get(name, 0) + _size(tensor, checkpoint, layout)
-    found = [list(_with_table(stage, checkpoint)) for stage in stages]
-    found[-1] += _tables(checkpoint, layout)
-    return found
+    tensors = [list(_with_table(stage, checkpoint)) for stage in stages]
+    tensors[-1] += _tables(checkpoint, layout)
+    return tensors
 
 
 def pinned_of(sizes: Iterable[int]) -> int:
@@ -117,7 +118,7 @@ def pinned_of(sizes: Iterable[int]) -> int:
 
 def segments(allocations: Iterable[int]) -> list[int]:
     """The segments that PyTorch's caching allocator asks the driver for, in bytes."""
-    found: list[int] = []
+    blocks: list[int] = []
     gaps: dict[bool, list[int]] = {True: [], False: []}
     for wanted in allocations:
         size = max(ALIGNMENT, math.ceil(wanted / ALIGNMENT) * ALIGNMENT)
@@ -128,11 +129,11 @@ def segments(allocations: Iterable[int]) -> list[int]:
             block = free.pop(at)
         else:
             block = _segment(size)
-            found.append(block)
+            blocks.append(block)
         left = block - size
         if left >= ALIGNMENT if is_small else left > SMALL:
             insort(free, left)
-    return found
+    return blocks
 
 
 def _tables(checkpoint: Checkpoint, layout: Layout) -> list[int]:

@@ -118,9 +118,9 @@ def _best_pair(
 
 def _least_kept(sharing: Sharing) -> float:
     """What the worse off of them keeps, in contexts, or in GiB."""
-    known = [held for held in sharing.contexts.values() if held is not None]
-    if len(known) == len(sharing.models):
-        return min(known)
+    contexts = [held for held in sharing.contexts.values() if held is not None]
+    if len(contexts) == len(sharing.models):
+        return min(contexts)
     return min(sharing.kv_cache_memory_bytes.values()) / GIB
 
 

@@ -67,21 +67,21 @@ def attribute(
     """
     pids = trees(table, roots)
     ours = {pid: name for name, tree in pids.items() for pid in tree}
-    known = {reading.index: reading.processes for reading in readings if reading.processes is not None}
+    listed = {reading.index: reading.processes for reading in readings if reading.processes is not None}
     notes = [_silent_list(reading) for reading in readings if _is_silent(reading)]
-    if _speaks_of_other_pids(known.values(), table, ours):
-        known = {}
+    if _speaks_of_other_pids(listed.values(), table, ours):
+        listed = {}
         notes.append(
             "NVML names processes outside this container, so VRAM by model is not known; "
             "with the host's pids (docker: --pid=host) it would be."
         )
     models = {
-        name: _model_memory(frozenset(pids[name]), known, memories)
+        name: _model_memory(frozenset(pids[name]), listed, memories)
         if name in pids
         else ModelMemory(None, None, None)
         for name in roots
     }
-    return Attribution(models, _strangers(known, ours, describe), tuple(notes))
+    return Attribution(models, _strangers(listed, ours, describe), tuple(notes))
 
 
 def _is_silent(reading: GpuReading) -> bool:
@@ -99,19 +99,19 @@ def _silent_list(reading: GpuReading) -> str:
 
 
 def _speaks_of_other_pids(
-    known: Iterable[Mapping[int, int | None]], table: ProcessTable, ours: Mapping[int, str]
+    listed: Iterable[Mapping[int, int | None]], table: ProcessTable, ours: Mapping[int, str]
 ) -> bool:
     """Whether NVML's pids are the host's while we see a container's: none is ours and some are nobody's."""
     if not table.in_container:
         return False
-    pids = {pid for processes in known for pid in processes}
+    pids = {pid for processes in listed for pid in processes}
     return not any(pid in ours for pid in pids) and any(pid not in table for pid in pids)
 
 
 def _model_memory(
-    pids: frozenset[int], known: Mapping[int, Mapping[int, int | None]], memories: Mapping[int, Memory]
+    pids: frozenset[int], listed: Mapping[int, Mapping[int, int | None]], memories: Mapping[int, Memory]
 ) -> ModelMemory:
-    vram = {index: _held(pids, processes) for index, processes in known.items()}
+    vram = {index: _held(pids, processes) for index, processes in listed.items()}
     vram_by_gpu = {index: amount for index, amount in vram.items() if amount is not None}
     held = [memories[pid] for pid in pids if pid in memories]
     pinned = sum(memory.pinned_bytes for memory in held)
@@ -126,7 +126,7 @@ def _held(pids: frozenset[int], processes: Mapping[int, int | None]) -> int | No
 
 
 def _strangers(
-    known: Mapping[int, Mapping[int, int | None]],
+    listed: Mapping[int, Mapping[int, int | None]],
     ours: Mapping[int, str],
     describe: Callable[[int], tuple[str, str]],
 ) -> dict[int, tuple[Stranger, ...]]:
@@ -136,5 +136,5 @@ def _strangers(
             for pid, amount in sorted(processes.items(), key=lambda item: -(item[1] or 0))
             if pid not in ours
         )
-        for index, processes in known.items()
+        for index, processes in listed.items()
     }

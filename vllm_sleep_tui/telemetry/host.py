@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from vllm_sleep_tui.telemetry.kernel import OWN_CGROUP
+
 _UNLIMITED = 1 << 60
 """Version 1 of control groups writes "no limit" as a number near 2^63."""
 
@@ -23,23 +27,16 @@ def host_memory(simulated: Path | None) -> HostReading:
     """RAM of this machine, or of the simulated one in that folder."""
     if simulated is not None:
         return _simulated_memory(simulated)
-    machine = _machine_memory(Path("/proc/meminfo"))
-    group = cgroup_memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    machine = psutil.virtual_memory()
+    group = cgroup_memory(Path(OWN_CGROUP), Path("/sys/fs/cgroup"))
     return HostReading(
-        _least(machine.available_bytes, group.available_bytes),
-        _least(machine.total_bytes, group.total_bytes),
+        _least(machine.available, group.available_bytes),
+        _least(machine.total, group.total_bytes),
     )
 
 
-def _machine_memory(meminfo: Path) -> HostReading:
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    available, total = (int(fields[key].split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
-    return HostReading(available, total)
-
-
-def _least(machine: int | None, group: int | None) -> int | None:
-    known = [amount for amount in (machine, group) if amount is not None]
-    return min(known, default=None)
+def _least(machine: int, group: int | None) -> int:
+    return machine if group is None else min(machine, group)
 
 
 def _simulated_memory(folder: Path) -> HostReading:

@@ -91,8 +91,8 @@ class NvmlReader:
         self._complaints: dict[tuple[int, str], str] = {}
         self._forbidden: set[tuple[int, str]] = set()
         self._mismatch = getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError)
-        self._driver_faults = {getattr(nvml, name): told for name, told in _DRIVER_FAULTS.items()}
-        self._gpu_faults = {getattr(nvml, name): told for name, told in _GPU_FAULTS.items()}
+        self._driver_faults = {getattr(nvml, name): words for name, words in _DRIVER_FAULTS.items()}
+        self._gpu_faults = {getattr(nvml, name): words for name, words in _GPU_FAULTS.items()}
         self._gone = frozenset(
             {
                 nvml.NVML_ERROR_UNINITIALIZED,
@@ -163,8 +163,8 @@ class NvmlReader:
         except self._nvml.NVMLError_LibraryNotFound:
             raise
         except self._nvml.NVMLError as error:
-            told, cure = self._driver_faults.get(error.value, ("The NVIDIA driver does not answer", _LOOK))
-            self._faults[None] = GpuFault(what=f"{told} ({error}); VRAM is not known.", cure=cure)
+            what, cure = self._driver_faults.get(error.value, ("The NVIDIA driver does not answer", _LOOK))
+            self._faults[None] = GpuFault(what=f"{what} ({error}); VRAM is not known.", cure=cure)
 
     def _shutdown(self) -> None:
         """Undo our own start and no other: NVML counts them, and another reader here needs its own."""
@@ -178,11 +178,11 @@ class NvmlReader:
             return
 
     def _find_devices(self, count: int) -> None:
-        known = {device.index: device for device in self._devices}
-        found = (self._find_device(index, known.get(index)) for index in range(count))
-        self._devices = tuple(device for device in found if device)
+        earlier = {device.index: device for device in self._devices}
+        devices = (self._find_device(index, earlier.get(index)) for index in range(count))
+        self._devices = tuple(device for device in devices if device)
 
-    def _find_device(self, index: int, known: _Device | None) -> _Device | None:
+    def _find_device(self, index: int, earlier: _Device | None) -> _Device | None:
         try:
             handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
             uuid, name = (
@@ -190,7 +190,7 @@ class NvmlReader:
             )
         except self._nvml.NVMLError as error:
             self._faults[index] = self._silent(index, error)
-            return _Device(index, None, known.uuid, known.name, known.total_bytes) if known else None
+            return _Device(index, None, earlier.uuid, earlier.name, earlier.total_bytes) if earlier else None
         info = self._memory(_Device(index, handle, "", "", None))
         return _Device(index, handle, uuid, name, None if info is None else int(info.total))
 
@@ -220,10 +220,10 @@ class NvmlReader:
         return (device.index, _MEMORY) in self._forbidden
 
     def _silent(self, index: int, error: Any) -> GpuFault:
-        told, cure = self._gpu_faults.get(error.value, ("does not answer", _LOOK))
+        what, cure = self._gpu_faults.get(error.value, ("does not answer", _LOOK))
         return GpuFault(
             gpu=index,
-            what=f"GPU {index} {told} ({error}); its VRAM is not known.",
+            what=f"GPU {index} {what} ({error}); its VRAM is not known.",
             cure=cure.format(index=index),
         )
 
@@ -238,11 +238,11 @@ class NvmlReader:
 
     def _processes(self, device: _Device) -> Mapping[int, int | None] | None:
         """Bytes by pid; a process that computes and draws is in both lists with the same memory."""
-        lists = [found for name in _PROCESS_LISTS if (found := self._ask(device, name)) is not None]
+        lists = [each for name in _PROCESS_LISTS if (each := self._ask(device, name)) is not None]
         if not lists:
             return None
         used: dict[int, int | None] = {}
-        for process in (process for found in lists for process in found):
+        for process in (process for each in lists for process in each):
             amount, before = process.usedGpuMemory, used.get(process.pid)
             used[process.pid] = before if amount is None else max(int(amount), before or 0)
         return used

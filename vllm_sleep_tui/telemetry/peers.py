@@ -7,24 +7,11 @@ import ipaddress
 import os
 import socket
 import struct
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 
-LISTENING = "0A"
-TIME_WAIT = "06"
+from vllm_sleep_tui.telemetry import kernel
+
 ESTABLISHED = 1
-"""States in /proc/net/tcp and of TCP_INFO (Linux, include/net/tcp_states.h)."""
-Address = tuple[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    local: Address
-    remote: Address
-    state: str
-    user: int
-    inode: int
+"""State of TCP_INFO (Linux, include/net/tcp_states.h)."""
 
 
 def is_here(connection: socket.socket) -> bool:
@@ -54,46 +41,17 @@ def user_at_other_end(connection: socket.socket) -> int | None:
 
 def _user_in_tables(connection: socket.socket) -> int | None:
     own, other = _address(connection.getsockname()), _address(connection.getpeername())
-    rows = [row for table in ("tcp", "tcp6") for row in _rows(table, other[1])]
-    ends = [row for row in rows if (row.local, row.remote) == (other, own) and row.state != TIME_WAIT]
+    rows = list(kernel.sockets(other[1]))
+    ends = [row for row in rows if (row.local, row.remote) == (other, own) and row.state != kernel.TIME_WAIT]
     if not ends:
         return None
     if ends[0].inode:
         return ends[0].user
-    listeners = {row.local[0]: row.user for row in rows if row.state == LISTENING}
+    listeners = {row.local[0]: row.user for row in rows if row.state == kernel.LISTENING}
     # The kernel gives a connection to who names the address before those who take every address.
     return next((listeners[name] for name in (other[0], "0.0.0.0", "::") if name in listeners), None)
 
 
-def _rows(table: str, port: int) -> Iterator[_Row]:
-    """The sockets of the port; none if the kernel does not show them."""
-    try:
-        with open(f"/proc/net/{table}", "rb") as file:
-            text = file.read().decode("ascii")
-    except OSError:
-        return
-    ending = f":{port:04X}"
-    for line in text.splitlines()[1:]:
-        fields = line.split(None, 10)
-        if fields[1].endswith(ending):
-            yield _Row(_parsed(fields[1]), _parsed(fields[2]), fields[3], int(fields[7]), int(fields[9]))
-
-
-def _parsed(text: str) -> Address:
-    """An address of the table: hexadecimal words in the machine's own byte order, then the port."""
-    words, _, port = text.partition(":")
-    packed = b"".join(
-        int(words[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(words), 8)
-    )
-    return _plain(ipaddress.ip_address(packed)), int(port, 16)
-
-
-def _address(name: tuple[str, int]) -> Address:
+def _address(name: tuple[str, int]) -> kernel.Address:
     """An address as Python gives it; IPv6 ones have more fields."""
-    return _plain(ipaddress.ip_address(name[0].partition("%")[0])), name[1]
-
-
-def _plain(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
-    """IPv4 as such, even where an IPv6 socket carries it."""
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return str(mapped or address)
+    return kernel.plain_address(ipaddress.ip_address(name[0].partition("%")[0])), name[1]

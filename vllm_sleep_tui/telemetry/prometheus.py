@@ -51,7 +51,7 @@ def _unescape(text: str) -> str:
 def total(scrape: Scrape, name: str, /, **labels: str) -> float | None:
     """The sum over the samples that carry these labels; None if there is none."""
     values = [
-        value for found, value in scrape.get(name, ()) if all(found.get(k) == v for k, v in labels.items())
+        value for given, value in scrape.get(name, ()) if all(given.get(k) == v for k, v in labels.items())
     ]
     return sum(values) if values else None
 

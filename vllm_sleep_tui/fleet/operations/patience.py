@@ -44,8 +44,9 @@ def efforts(record: Record) -> dict[int, Effort]:
     return {pid: now for pid in pids if (now := effort(pid)) is not None}
 
 
-def is_working(before: dict[int, Effort], after: dict[int, Effort]) -> bool:
+def is_working(earlier: dict[int, Effort], later: dict[int, Effort]) -> bool:
     """Whether one of the processes has used its processor in between, or waits for one."""
     return any(
-        now.wants_to_run or (pid in before and now.ticks > before[pid].ticks) for pid, now in after.items()
+        now.wants_to_run or (pid in earlier and now.seconds > earlier[pid].seconds)
+        for pid, now in later.items()
     )

@@ -10,6 +10,7 @@ sleeps, it is asked. What cannot be taken back is ended, because nobody could dr
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +20,13 @@ import msgspec
 from vllm_sleep_tui.engine import sleeping
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
+from vllm_sleep_tui.engine.serve_args import port_in
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
 from vllm_sleep_tui.files import as_text
 from vllm_sleep_tui.fleet.keeper_client import KeeperStatus, is_kept, read_status
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.discovery import launch_of
-from vllm_sleep_tui.fleet.observe.orphans import is_keeper, is_mine, keeper_file, open_files
+from vllm_sleep_tui.fleet.observe.orphans import is_keeper, is_mine, keeper_file
 from vllm_sleep_tui.fleet.operations.end import (
     SERVER_GONE,
     cause_in_log,
@@ -41,7 +43,8 @@ from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.operations.start import Start
 from vllm_sleep_tui.fleet.states import Event, State
 from vllm_sleep_tui.fleet.store.records import Record
-from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, is_alive
+from vllm_sleep_tui.telemetry import kernel
+from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_words, is_alive
 
 if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
     from vllm_sleep_tui.engine.client import VllmClient
@@ -247,19 +250,15 @@ def identify(model: Model, status: KeeperStatus) -> Record:
     """The record with what the server's process tells; raises OSError or ValueError if it does not."""
     if status.server is None or status.keeper is None or not is_alive(status.server):
         raise ValueError("its process is gone")
-    folder = Path(f"/proc/{status.server.pid}")
-    environment = dict(
-        line.split("=", 1)
-        for line in (folder / "environ").read_text(errors="replace").split("\0")
-        if "=" in line
-    )
-    argv = (folder / "cmdline").read_text(errors="replace").split("\0")
+    pairs = (os.fsdecode(word).partition("=") for word in kernel.environment(status.server.pid) or ())
+    environment = {name: value for name, _, value in pairs}
+    argv = command_words(status.server.pid)
     socket, secret = environment.get(SOCKET_VARIABLE), environment.get(OLD_SECRET_VARIABLE)
-    if (socket or secret) is None or "--port" not in argv:
+    if (socket or secret) is None:
         raise ValueError("its process does not tell how to reach it")
     return msgspec.structs.replace(
         model.record,
-        port=int(argv[argv.index("--port") + 1]),
+        port=port_in(argv),
         socket=socket,
         secret=None if socket else secret,
         gpus=tuple(int(gpu) for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu),
@@ -271,7 +270,7 @@ def identify(model: Model, status: KeeperStatus) -> Record:
 
 def log_of(keeper: ProcessId) -> str | None:
     """The log that a keeper has open."""
-    return next((path for path in open_files(keeper.pid) if path.endswith(".log")), None)
+    return next((path for path in kernel.open_files(keeper.pid) if path.endswith(".log")), None)
 
 
 async def ask(model: Model, operation: Operation) -> None:

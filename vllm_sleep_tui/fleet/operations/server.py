@@ -102,7 +102,7 @@ class Server:
     def limit(self) -> float:
         """Seconds that a call which moves the weights may take."""
         footprint = self.model.footprint
-        weights = footprint.weights or footprint.backed_up or max(footprint.awake.values(), default=0)
+        weights = footprint.weights or max(footprint.awake.values(), default=0)
         return self.core.limits.call + self.core.limits.call_per_gib * weights / GIB
 
     # ── sleep ────────────────────────────────────────────────────────────────────────────────────────────

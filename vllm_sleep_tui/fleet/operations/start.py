@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from vllm_sleep_tui.config.checks import spans_machines
 from vllm_sleep_tui.engine import proof
-from vllm_sleep_tui.engine.argv import ServeSpec, serve_argv, serve_environment
+from vllm_sleep_tui.engine.argv import ServeSpec, port_words, serve_argv, serve_environment
 from vllm_sleep_tui.engine.causes import OWN_PORT, Diagnosis
 from vllm_sleep_tui.engine.endpoints import IS_SLEEPING
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
 from vllm_sleep_tui.engine.guard_files import copy_backend, copy_guard
 from vllm_sleep_tui.engine.logs import Backend, LogTail, PhaseReader
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError, UsageError
 from vllm_sleep_tui.files import as_text, path_of
@@ -307,7 +307,7 @@ class Start:
 
         A worker on another machine, or one that ray starts, would not find it.
         """
-        far = spans_machines(self.config.args)
+        far = ServeArgs(self.config.args).spans_machines
         sleeps = bool(self.config.gpus) and self.config.level != "none"
         return sleeps and self.config.sleep_backend == "auto" and not far
 
@@ -324,7 +324,7 @@ class Start:
             log=str(log),
             lock=str(self.model.keeper_file),
             tmp_dir=str(spec.tmp_dir),
-            mark=("--port", str(spec.port)),
+            mark=port_words(spec.port),
         )
 
     def limit(self) -> float:
@@ -384,6 +384,8 @@ class Start:
         # What wraps it may have ended since: the keeper tells whose process it is now.
         server = read_status(self.model.keeper_file).server
         self.model.write(server=server, engines=identities, vllm_version=version)
+        if note := capabilities(version).note:
+            self.operation.tell(self.name, "version", note)
 
     async def check_guard_came(self) -> None:
         """Raises OperationError if the server takes requests and its guard opened no socket for the panel."""
@@ -453,7 +455,7 @@ class Start:
 
         `level: 0` is taken for `auto` on vLLM's own sleep mode, which always gives up the weights' VRAM.
         """
-        if self.config.level == "none" or not capabilities(self.record.vllm_version or "", None).sleep:
+        if self.config.level == "none" or capabilities(self.record.vllm_version or "").why_not:
             return "none"
         host = host_memory(self.model.core.simulated)
         pinned = pinned_estimate(self.model.footprint, weights_of(self.model))

@@ -31,7 +31,8 @@ import msgspec
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.files import lock_within
-from vllm_sleep_tui.telemetry.processes import is_stopped, own_pids, user_name, user_of
+from vllm_sleep_tui.telemetry.kernel import file_locks, own_pids
+from vllm_sleep_tui.telemetry.processes import is_stopped, user_name, user_of
 from vllm_sleep_tui.text import one_line
 
 POLL_SECONDS = 0.02
@@ -234,24 +235,14 @@ def process_as_holder(pid: int) -> Holder:
 
 def locking(*files: os.stat_result, exclusive: bool = False) -> list[int]:
     """The pids that hold a lock of these files, whichever kind, exclusive ones first (or alone)."""
-    wanted = {file.st_ino: f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}" for file in files}
-    found: list[tuple[bool, bool, int]] = []
-    try:
-        with open("/proc/locks", encoding="ascii") as lines:
-            for line in lines:
-                fields = line.split()
-                if len(fields) < 8 or fields[1] == "->":  # who waits
-                    continue
-                device, _, inode = fields[5].rpartition(":")
-                if fields[3] != "WRITE" and exclusive:
-                    continue
-                if inode.isdigit() and int(inode) in wanted and int(fields[4]) > 0:
-                    # Some file systems (overlay, btrfs) show another device there than stat does.
-                    found.append((device != wanted[int(inode)], fields[3] != "WRITE", int(fields[4])))
-    except (OSError, ValueError):
-        return []
-    exact = [each for each in found if not each[0]] or found
-    return [pid for _, _, pid in sorted(exact)]
+    devices = {file.st_ino: f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}" for file in files}
+    held = [
+        lock
+        for lock in file_locks()
+        if lock.inode in devices and lock.pid > 0 and (lock.exclusive or not exclusive)
+    ]
+    exact = [lock for lock in held if lock.device == devices[lock.inode]] or held
+    return [lock.pid for lock in sorted(exact, key=lambda lock: (not lock.exclusive, lock.pid))]
 
 
 def describe(who: Holder | None) -> str:
