@@ -185,3 +185,18 @@ def test_vllms_flags_are_known_to_the_engine_alone(path: Path) -> None:
 def test_what_the_config_reads_of_the_engine_needs_nothing_of_ours() -> None:
     roots = {name.split(".")[0] for name in imports(PACKAGE / "engine/serve_args.py")}
     assert roots <= sys.stdlib_module_names
+
+
+def test_what_is_about_one_model_takes_its_handle() -> None:
+    """No function takes the core and a name, or the core and a record: `Model` has both."""
+    pairs = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            kinds = {ast.unparse(each.annotation) for each in arguments if each.annotation is not None}
+            named = {each.arg for each in arguments}
+            if "Core" in kinds and ("name" in named or "Record" in kinds):
+                pairs.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}")
+    assert set(pairs) == {p for p in pairs if p.startswith("fleet/model.py")}
