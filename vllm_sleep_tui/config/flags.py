@@ -100,10 +100,6 @@ class FlagTable:
         """The flag of a name with its dashes."""
         return self._by_name.get(dashed)
 
-    def spelled(self, text: str) -> Spelling:
-        """What `text` means, as vLLM's parser would read it; raises AmbiguousError."""
-        return _spelled(text, [self])
-
     def nearest(self, name: str) -> str | None:
         """The flag that looks most like `name`, without dashes; None if none does."""
         spellings = [spelling.lstrip("-") for spelling in self._by_name if spelling.startswith("--")]
@@ -156,15 +152,7 @@ def spelled(text: str) -> Spelling:
 
     A flag that none of them has keeps its name: the installed vLLM may be newer.
     """
-    return _spelled(text, list(reversed(shipped_tables())))
-
-
-def is_name(text: str) -> bool:
-    """Whether it can be the name of a flag: `max-model-len`, `-tp`, `compilation-config.mode`."""
-    return _ONE.fullmatch(text) is not None
-
-
-def _spelled(text: str, tables: list[FlagTable]) -> Spelling:
+    tables = list(reversed(shipped_tables()))
     body = text.lstrip("-")
     head, dot, tail = body.partition(".")
     if _LEVEL.fullmatch(text):
@@ -184,6 +172,11 @@ def _spelled(text: str, tables: list[FlagTable]) -> Spelling:
     for (name, off), flag in begun.items():
         return Spelling(name + dot + tail, flag, off)
     return Spelling(long.lstrip("-") + dot + tail, None)
+
+
+def is_name(text: str) -> bool:
+    """Whether it can be the name of a flag: `max-model-len`, `-tp`, `compilation-config.mode`."""
+    return _ONE.fullmatch(text) is not None
 
 
 def wrong_value(flag: Flag, value: str | tuple[str, ...]) -> str | None:

@@ -18,10 +18,9 @@ Decoded = TypeVar("Decoded")
 
 
 class ModelCard(msgspec.Struct, frozen=True):
-    """One entry of `/v1/models`: the served name, what it was loaded from, its longest context in tokens."""
+    """One entry of `/v1/models`: the served name, its longest context in tokens."""
 
     id: str
-    root: str | None = None
     max_model_len: int | None = None
 
 
