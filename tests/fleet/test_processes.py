@@ -73,8 +73,6 @@ async def test_who_holds_the_gpu_is_told_until_the_operation_ends(box: MakeBox) 
         assert fleet.waits("b") is None
         start = asyncio.create_task(fleet.start(["a"]))
         await until(lambda: fleet.waits("b") is not None)
-        who = fleet.waits("b")
-        assert who is not None
-        assert (who.operation, who.model) == ("start", "a")
+        assert "start of a" in (fleet.waits("b") or "")
         await start
         assert fleet.waits("b") is None
