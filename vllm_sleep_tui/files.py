@@ -80,15 +80,17 @@ def private_dir(folder: Path) -> Path:
         for path in reversed(missing):
             path.mkdir(mode=0o700, exist_ok=True)
         _check_owner(folder)
-        found = os.stat(folder)
-        if found.st_mode & 0o077:
+        before = os.stat(folder)
+        if not stat.S_ISDIR(before.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if before.st_mode & 0o077:
             os.chmod(folder, 0o700)
             if os.stat(folder).st_mode & 0o077:
                 raise PermissionError(errno.EPERM, "its file system keeps no permissions")
             log.warning(
                 "%s was open to other users (mode %04o); it is yours alone now (0700).",
                 one_line(str(folder)),
-                stat.S_IMODE(found.st_mode),
+                stat.S_IMODE(before.st_mode),
             )
     except OSError as error:
         raise OperationError(

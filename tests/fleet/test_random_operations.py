@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.fleet.conftest import Box
 from tests.fleet.random_operations import RandomOperations
 from tests.fleet.watch import Watch
@@ -15,6 +17,7 @@ SEED = 20261123
 MakeBox = Callable[..., Box]
 
 
+@pytest.mark.timeout(1200)  # 25 sequences of several operations
 async def test_twenty_five_random_sequences_break_nothing(tmp_path: Path) -> None:
     tally = await RandomOperations(tmp_path, SEED).run(25)
     assert tally.problems == []

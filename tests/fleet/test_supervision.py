@@ -372,7 +372,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_started(box: MakeBox) -> 
 def test_a_state_folder_that_refuses_is_one_clear_error(box: MakeBox, verb: list[str]) -> None:
     machine = box({"a": {"model": "sim/1GiB"}})
     folder = machine.folder / "home/vllm-sleep-tui"
-    folder.mkdir(parents=True)
+    folder.mkdir(mode=0o700, parents=True)
     (folder / "records").write_text("in the way")
     refused = run(machine, *verb)
     assert refused.returncode == 1

@@ -30,9 +30,9 @@ from vllm_sleep_tui.paths import file_name
 from vllm_sleep_tui.telemetry.processes import ProcessId
 
 PAGE = 4096
+"""A write within one page is not cut in two, even by SIGKILL."""
 MAX_RECORD = 2**20
 """Bytes; a record is a page, or few if its names are long."""
-"""A write within one page is not cut in two, even by SIGKILL."""
 READ_ATTEMPTS = 5
 READ_PAUSE = 0.001
 
