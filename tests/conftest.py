@@ -24,6 +24,9 @@ GRACE_SECONDS = 5.0
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 """How many tests the marker expression left out, by marker."""
 
+# Most tests run the product in processes of its own: what they import is compiled once, not each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 

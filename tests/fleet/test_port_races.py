@@ -24,6 +24,7 @@ def panel(tmp_path: Path) -> Iterator[Make]:
         binary = tmp_path / "vllm"
         binary.write_text(
             "#!/bin/sh\n"
+            'case "$*" in *--help=all* | --version) exit 1 ;; esac\n'  # asked what it knows: no start
             f"echo call >> {tmp_path}/calls\n"
             f'if [ "$(wc -l < {tmp_path}/calls)" -le {times} ]; then cat {DATA}/{recording}; exit 1; fi\n'
             f'exec {sys.executable} -m vllm_sleep_tui.simulator "$@"\n'

@@ -1,7 +1,8 @@
 """What a model's server must be able to do for the fleet, whatever kind it is.
 
-A kind of server is one class that does this, and one line in `backend_of`. `operations/supervised.py` starts
-vLLM itself and keeps it; `attached/backend.py` talks to a vLLM that somebody else started.
+A kind of server is one class that does this, how it is observed, and a line in `observe` and in `backend_of`.
+`operations/supervised.py` starts vLLM itself and keeps it; `attached/backend.py` talks to a vLLM that
+somebody else started.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from vllm_sleep_tui.fleet.attached.backend import Attached
+from vllm_sleep_tui.fleet.attached.probe import snapshot_of
 from vllm_sleep_tui.fleet.model import Model
-from vllm_sleep_tui.fleet.operations.supervised import Supervised
+from vllm_sleep_tui.fleet.observe import supervised
 
-if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
+if TYPE_CHECKING:  # `status` observes alone: what operates costs it 0.2 s
     from vllm_sleep_tui.engine.client import VllmClient
     from vllm_sleep_tui.fleet.operations.operation import Operation
     from vllm_sleep_tui.fleet.operations.room import GpuMemory
@@ -24,11 +25,6 @@ if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
 
 class Backend(Protocol):
     """The server of one model; operations raise PanelError with what is wrong and what to do."""
-
-    # ── observed, without asking anybody ─────────────────────────────────────────────────────────────────
-
-    def observe(self, memory: ModelMemory | None, serving: Serving | None) -> ModelSnapshot:
-        """How it is now, as records and the latest look tell."""
 
     def predict(self, memory: Mapping[int, GpuMemory], serving: Mapping[str, Serving]) -> Prediction:
         """What `switch` would do with the GPUs' memory as it is and what is being served."""
@@ -65,6 +61,19 @@ class Backend(Protocol):
         """Stop it; done if it is stopped."""
 
 
+def observe(model: Model, memory: ModelMemory | None, serving: Serving | None) -> ModelSnapshot:
+    """How the model's server is now, as records and the latest look tell; nobody is asked.
+
+    Raises OperationError if its record cannot be read.
+    """
+    if model.config.url is not None:
+        return snapshot_of(model.read(), model.config, model.core.probes.get(model.name))
+    return supervised.observe(model, memory, serving)
+
+
 def backend_of(model: Model) -> Backend:
     """The server of a model, by its config."""
+    from vllm_sleep_tui.fleet.attached.backend import Attached  # as above
+    from vllm_sleep_tui.fleet.operations.supervised import Supervised
+
     return Attached(model) if model.config.url is not None else Supervised(model)

@@ -29,7 +29,6 @@ from vllm_sleep_tui.fleet.attached.probe import (
     owns_server,
     probe_all,
     resolved,
-    snapshot_of,
     wants_key,
 )
 from vllm_sleep_tui.fleet.core import Core
@@ -40,11 +39,10 @@ from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.room import GpuMemory
 from vllm_sleep_tui.fleet.operations.supervised import Supervised
 from vllm_sleep_tui.fleet.poller import Poller
-from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, Serving, SwitchTimes
+from vllm_sleep_tui.fleet.snapshot import Prediction, Serving, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import holder
 from vllm_sleep_tui.fleet.store.records import Intent
-from vllm_sleep_tui.telemetry.attribution import ModelMemory
 
 if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
     from vllm_sleep_tui.engine.client import VllmClient
@@ -93,10 +91,6 @@ class Attached:
         return self.model.core.probes.get(self.name)
 
     # ── observed ─────────────────────────────────────────────────────────────────────────────────────────
-
-    def observe(self, memory: ModelMemory | None, serving: Serving | None) -> ModelSnapshot:
-        """How it was at the last probe; what it holds and serves is not seen from here."""
-        return snapshot_of(self.model.read(), self.model.config, self.last_probe)
 
     def predict(self, memory: Mapping[int, GpuMemory], serving: Mapping[str, Serving]) -> Prediction:
         """What `switch` would do: nobody else is touched."""

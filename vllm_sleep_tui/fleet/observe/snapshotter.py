@@ -11,7 +11,7 @@ from types import MappingProxyType
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.attached.probe import QUICK, probe_all
-from vllm_sleep_tui.fleet.backend import backend_of
+from vllm_sleep_tui.fleet.backend import observe
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.keeper_client import read_status
 from vllm_sleep_tui.fleet.model import Model
@@ -72,7 +72,7 @@ class Snapshotter:
 
     def _model(self, model: Model, memory: ModelMemory | None, serving: Serving | None) -> ModelSnapshot:
         try:
-            return backend_of(model).observe(memory, serving)
+            return observe(model, memory, serving)
         except OperationError as error:
             return unreadable(model, error)
 

@@ -12,7 +12,7 @@ from vllm_sleep_tui.fleet.keeper_client import ask_to_stop, read_status
 from vllm_sleep_tui.fleet.levels import check_same_level, never_level2
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.predict import predict
-from vllm_sleep_tui.fleet.observe.supervised import observe, observed_state
+from vllm_sleep_tui.fleet.observe.supervised import observed_state
 from vllm_sleep_tui.fleet.operations.acquire import acquire, others_on
 from vllm_sleep_tui.fleet.operations.arguments import check_arguments, learn_flags
 from vllm_sleep_tui.fleet.operations.end import is_whole
@@ -25,11 +25,10 @@ from vllm_sleep_tui.fleet.operations.reconcile import lives
 from vllm_sleep_tui.fleet.operations.room import GpuMemory, cold_start, own_level, refuse_without_room
 from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server, no_level_0
 from vllm_sleep_tui.fleet.operations.start import PortRaceError, Start, check_startable
-from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, Serving, SwitchTimes
+from vllm_sleep_tui.fleet.snapshot import Prediction, Serving, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Intent
 from vllm_sleep_tui.sizing.placement import Room
-from vllm_sleep_tui.telemetry.attribution import ModelMemory
 
 if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
     from vllm_sleep_tui.engine.client import VllmClient
@@ -43,10 +42,6 @@ class Supervised:
         self.name = model.name
 
     # ── observed ─────────────────────────────────────────────────────────────────────────────────────────
-
-    def observe(self, memory: ModelMemory | None, serving: Serving | None) -> ModelSnapshot:
-        """How it is now, by its record, its keeper and its processes."""
-        return observe(self.model, memory, serving)
 
     def predict(self, memory: Mapping[int, GpuMemory], serving: Mapping[str, Serving]) -> Prediction:
         """What `switch` would do, in numbers."""
