@@ -47,6 +47,8 @@ async def test_a_switch_ended_in_any_phase_leaves_the_truth(box: MakeBox, phase:
     models = {"a": {"model": "sim/1GiB", "level": 2}, "b": {"model": "sim/2GiB", "level": 2}}
     async with box(models).open() as fleet:
         await fleet.start(["a", "b"])
+        # What was measured is written off the operation's path, and read here as by another process.
+        await until(lambda: model_of(fleet, "b").footprint.awake)
         met: list[str] = []
 
         def report(progress: Progress) -> None:

@@ -74,7 +74,7 @@ def server() -> Iterator[AnyServer]:
 CALLS: dict[str, Callable[[VllmClient, float], Awaitable[object]]] = {
     "version": lambda client, limit: client.version(limit),
     "models": lambda client, limit: client.models(limit),
-    "paths": lambda client, limit: client.paths(limit),
+    "configured": lambda client, limit: client.configured(limit),
     "metrics": lambda client, limit: client.metrics(limit),
     "is_sleeping": lambda client, limit: client.is_sleeping(limit),
     "sleep": lambda client, limit: client.sleep(1, limit),
