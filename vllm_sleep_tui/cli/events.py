@@ -26,21 +26,23 @@ def events(ctx: click.Context, follow: bool, count: int, as_json: bool) -> None:
 
     With --follow and --json each event is a line of its own.
     """
-    loaded = load_config(ctx, only_looks=True)
+    loaded, begun = load_config(ctx, only_looks=True), time.time()
     with events_of(loaded, state_dir()) as history:
         past = history.latest_events(count)
         if as_json and not follow:
             put_json({"version": 1, "events": past})
             return
-        last = past[-1].id if past else history.last_event_id()
+        last = past[-1].id if past else None
         while True:
             for event in past:
                 put(json_text(event) if as_json else line(event))
             if not follow:
                 return
             time.sleep(POLL_SECONDS)
-            past = history.events_after(last)
-            last = past[-1].id if past else last
+            if last is None:
+                past, last = [], history.last_event_id(begun)
+            else:
+                past, last = history.events_after(last)
 
 
 def line(event: FleetEvent) -> str:

@@ -164,6 +164,8 @@ class Headless:
             log.info("serve: %s is being started by process %d and is left to it", name, pid)
         running = [name for name in fleet.snapshot().with_servers() if name not in theirs]
         log.info("serve: stopping %s", ", ".join(running) or "nothing")
+        if not running:
+            return
         try:
             await fleet.stop(running)
         except PanelError as error:

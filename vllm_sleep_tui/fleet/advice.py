@@ -136,7 +136,7 @@ def read_figures(core: Core, per_day: Mapping[str, float] | None = None) -> list
 
 
 def _figures(model: Model, share: float | None, version: str | None, per_day: float | None) -> Figures:
-    config, measured = model.config, model.footprint
+    config, measured = model.config, model.footprint_as_configured
     expected, unreadable = _estimate(model, share, version)
     seconds = _times(measured, expected.times or _times_of(measured, config))
     pinned = (
@@ -209,7 +209,7 @@ def _awake(model: Model, expected: Estimate, share: float | None) -> dict[int, i
     """VRAM by GPU, measured or estimated; empty if a GPU's size is not known."""
     sizes = {}
     for gpu in model.config.gpus:
-        measured, total = model.footprint.awake.get(str(gpu)), model.core.total(gpu)
+        measured, total = model.footprint_as_configured.awake.get(str(gpu)), model.core.total(gpu)
         if measured is None and total is None:
             return {}
         guess = expected.awake_per_gpu or budget.awake_estimate(share, total or 0)

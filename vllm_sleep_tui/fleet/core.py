@@ -184,8 +184,9 @@ class Core:
             happened, self._happened = self._happened, []
             for tell in happened:
                 tell(self.history)
-        if happened and self.on_written is not None:
-            self.on_written()
+        on_written = self.on_written  # it may be taken away meanwhile
+        if happened and on_written is not None:
+            on_written()
 
     def client(self, record: Record) -> VllmClient:
         """The client of the record's running server, one per launch."""

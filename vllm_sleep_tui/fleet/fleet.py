@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.attached.backend import probe, prober
+from vllm_sleep_tui.fleet.attached.probe import QUICK
 from vllm_sleep_tui.fleet.backend import Backend, backend_of
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
 from vllm_sleep_tui.fleet.events import FleetEvent
+from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.predict import memory_in, waits
 from vllm_sleep_tui.fleet.observe.processes import held_processes
 from vllm_sleep_tui.fleet.observe.serving import ServingPoller
@@ -73,6 +75,7 @@ class Fleet:
         self._serving = ServingPoller(self._core, keeps=lambda: self.is_leader)
         self._flushing: set[asyncio.Future[None]] = set()
         self._subscribers: set[asyncio.Event] = set()
+        self._is_closed = False
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -88,6 +91,9 @@ class Fleet:
 
     async def __aexit__(self, *_: object) -> None:
         await self.resign()
+        self._is_closed = True
+        for written in self._subscribers:
+            written.set()
         await self._serving.close()
         await self._watcher.close()
         await self._prober.close()
@@ -117,7 +123,7 @@ class Fleet:
 
     async def measured(self) -> FleetSnapshot:
         """Everything, with memory and attached servers looked at after this call."""
-        await probe(self._core.models())
+        await probe(self._core.models(), QUICK)
         self._sampler.set_roots(self._snapshotter.roots())
         return self._snapshotter.snapshot(await asyncio.to_thread(self._sampler.sample_once))
 
@@ -198,19 +204,19 @@ class Fleet:
 
         `skip` leaves out WARMING (its wakes are unproven then) or PRIMING, to measure without them.
         """
-        models = [self._core.model(name) for name in names]
+        models = [Model(self._core, name) for name in names]  # an unknown name is the trouble of its own
         await self._run("start", ", ".join(names), report, lambda op: groups.start_all(models, op), skip)
 
     async def stop(self, names: Sequence[str], *, force: bool = False, report: Report | None = None) -> None:
         """Stop these models and see their memory gone; `force` waits for no answer."""
-        models = [self._core.model(name) for name in names]
+        models = [Model(self._core, name) for name in names]  # an unknown name is the trouble of its own
         await self._run("stop", ", ".join(names), report, lambda op: groups.stop_all(models, op, force))
 
     async def restart(
         self, names: Sequence[str], *, force: bool = False, report: Report | None = None
     ) -> None:
         """Stop, then start; one that could not be started again is left as it is, and named in the end."""
-        models = [self._core.model(name) for name in names]
+        models = [Model(self._core, name) for name in names]  # an unknown name is the trouble of its own
         chosen, _ = await asyncio.to_thread(groups.startable, models)
         await self.stop([model.name for model in chosen], force=force, report=report)
         await self.start(names, report=report)
@@ -259,14 +265,22 @@ class Fleet:
     async def _events(self, after: int | None, since: float) -> AsyncGenerator[FleetEvent, None]:
         written = asyncio.Event()
         self._subscribers.add(written)
+        last = after
         try:
-            history = self._core.history
-            last = await asyncio.to_thread(history.last_event_id, since) if after is None else after
-            while True:
+            while not self._is_closed:
                 written.clear()
-                for event in await asyncio.to_thread(history.events_after, last):
-                    last = event.id
+                history = self._core.history
+                happened: list[FleetEvent] = []
+                if last is None:
+                    last = await asyncio.to_thread(history.last_event_id, since)
+                if last is not None and not self._is_closed:
+                    happened, last = await asyncio.to_thread(history.events_after, last)
+                for event in happened:
                     yield event
+                if not happened and last and not self._is_closed:
+                    newest = await asyncio.to_thread(history.last_event_id)
+                    if newest is not None and newest < last:
+                        last = 0  # the history was broken and begins anew
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(written.wait(), OTHERS_SECONDS)
         finally:

@@ -92,19 +92,24 @@ class Model:
         before, entered = self.record, self._put(msgspec.structs.replace(self.record.reset(event), **fields))
         self.core.note(lambda past: past.record_state(self.name, state, entered.level, at=now))
         intent = entered.intent or before.intent
+        self.publish(intent.operation if intent else None, note)
+        return entered
+
+    def publish(self, operation: str | None = None, note: str | None = None) -> None:
+        """Tell, and keep in the history, that the model is in its state now; of a failed one, why."""
+        record, is_fault = self.record, self.record.state is State.FAILED
         self.core.publish(
             FleetEvent(
-                time=now,
-                kind=Kind.FAULT if state is State.FAILED else Kind.STATE,
+                time=time.time(),
+                kind=Kind.FAULT if is_fault else Kind.STATE,
                 model=self.name,
-                operation=intent.operation if intent else None,
-                state=state,
-                level=entered.level,
-                detail=entered.reason if state is State.FAILED else note,
+                operation=operation,
+                state=record.state,
+                level=record.level,
+                detail=record.reason if is_fault else note,
                 pid=os.getpid(),
             )
         )
-        return entered
 
     def _put(self, record: Record) -> Record:
         try:
@@ -150,6 +155,11 @@ class Model:
         record = self.record
         digest = record.digest if record.state in RUNNING else None
         return self.core.footprints.get(digest or self.digest, record.vllm_version)
+
+    @property
+    def footprint_as_configured(self) -> Footprint:
+        """What was measured of it with the arguments that the config gives it now."""
+        return self.core.footprints.get(self.digest, self.record.vllm_version)
 
     def remember(self, change: Callable[[Footprint], Footprint]) -> None:
         """Keep a measurement of the record's launch; it is written after the operation."""

@@ -78,7 +78,7 @@ def effort(pid: int) -> Effort | None:
         process = psutil.Process(pid)
         with process.oneshot():
             used, status = process.cpu_times(), process.status()
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return None
     return Effort(used.user + used.system, status in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP))
 
@@ -87,7 +87,7 @@ def is_stopped(pid: int) -> bool:
     """Whether the process is stopped (SIGSTOP, Ctrl-Z, a debugger): it does nothing until it goes on."""
     try:
         return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return False
 
 
@@ -190,7 +190,7 @@ def memory(pid: int) -> Memory | None:
         return None
     try:
         resident = psutil.Process(pid).memory_info()
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return None
     # `shared` is the pages of files and pinned memory together.
     return Memory(max(0, resident.rss - resident.shared), pinned)
@@ -200,7 +200,7 @@ def user_of(pid: int) -> str | None:
     """The name (without one, the number) of the process's user; None if it cannot be seen."""
     try:
         return psutil.Process(pid).username()
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return None
 
 
@@ -230,7 +230,7 @@ def command_of(pid: int) -> str | None:
         # A kernel thread or a zombie has only its short name.
         try:
             command = f"[{psutil.Process(pid).name()}]"
-        except psutil.Error:
+        except (psutil.Error, OSError):
             return None
     return _safe(os.fsencode(command[:_READ_AT_MOST]).decode("utf-8", "replace"))
 
@@ -239,7 +239,7 @@ def command_words(pid: int) -> list[str]:
     """The command line as it was given, secrets included; empty if there is none or it cannot be seen."""
     try:
         return psutil.Process(pid).cmdline()
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return []
 
 

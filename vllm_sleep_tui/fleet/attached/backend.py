@@ -64,12 +64,12 @@ def prober(core: Core) -> Poller:
     return Poller("the probe of attached servers", INTERVAL, lambda: probe(core.models()))
 
 
-async def probe(models: Sequence[Model]) -> None:
-    """Probe those of the models that are attached, and keep what is seen."""
+async def probe(models: Sequence[Model], seconds: float = PROBE_SECONDS) -> None:
+    """Probe those of the models that are attached, `seconds` at most, and keep what is seen."""
     configs = {model.name: model.config for model in models if model.config.url is not None}
     if configs:
         results = models[0].core.probes
-        for name, result in (await asyncio.to_thread(probe_all, configs, PROBE_SECONDS)).items():
+        for name, result in (await asyncio.to_thread(probe_all, configs, seconds)).items():
             results[name] = after(results.get(name), result)
 
 

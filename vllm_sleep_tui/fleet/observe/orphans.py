@@ -97,7 +97,7 @@ def is_mine(pid: int) -> bool:
     """Whether the process runs as this user."""
     try:
         return psutil.Process(pid).uids().real == os.getuid()
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return False
 
 

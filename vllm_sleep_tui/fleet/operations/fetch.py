@@ -209,23 +209,26 @@ async def download(
     words += ["--revision", wanted.revision] if wanted.revision else []
     words += ["--cache-dir", str(wanted.cache)] if wanted.given_cache else []
     mark = secrets.token_hex(16)
-    # A file and no pipe: whoever the tool leaves behind may keep it open for ever.
-    with tempfile.TemporaryFile() as said:
-        process = await asyncio.create_subprocess_exec(
-            *words,
-            env={**environ, MARK_VARIABLE: mark},
-            cwd=base,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=said,
-            start_new_session=True,
-        )
-        try:
-            await follow(process, wanted.folder, name, operation)
-        except BaseException:
-            await end(mark)
-            raise
-        return diagnose_download(last_words(said)) if process.returncode else None
+    try:
+        # A file and no pipe: whoever the tool leaves behind may keep it open for ever.
+        with tempfile.TemporaryFile() as said:
+            process = await asyncio.create_subprocess_exec(
+                *words,
+                env={**environ, MARK_VARIABLE: mark},
+                cwd=base,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=said,
+                start_new_session=True,
+            )
+            try:
+                await follow(process, wanted.folder, name, operation)
+            except BaseException:
+                await end(mark)
+                raise
+            return diagnose_download(last_words(said)) if process.returncode else None
+    except OSError as error:
+        return f"{tool} could not be run: {error.strerror}."
 
 
 async def follow(process: asyncio.subprocess.Process, folder: Path, name: str, operation: Operation) -> None:

@@ -234,6 +234,7 @@ async def take_back(model: Model, operation: Operation) -> None:
         model.record = model.record.reset(Event.FAIL)
         # No transition: it may have been recorded as stopped or failed all along.
         model.write(state=State.FAILED, since=time.time(), reason=reason, cure="Start it again.")
+        model.publish(operation.name)
 
 
 def find_keeper(path: Path) -> KeeperStatus:

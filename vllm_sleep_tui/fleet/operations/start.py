@@ -180,7 +180,7 @@ class Start:
         check_startable(self.model)
         port = choose_port(self.model)
         self.model.read()
-        self.model.enter(Event.START, fell=died_from, intent=self.intent("loading"))
+        self.model.enter(Event.START, fell=died_from, digest=self.model.digest, intent=self.intent("loading"))
         return await self.guarded(self.launch(port))
 
     async def carry_on(self) -> Server:

@@ -94,7 +94,7 @@ class Supervised:
 
     def who_left(self, room: Room) -> str:
         """Says who made room for nothing: it may be that nobody is awake now."""
-        states = {name: self.model.core.model(name).record.state for name in room.leaving}
+        states = {name: Model(self.model.core, name).record.state for name in room.leaving}
         return " ".join(
             f"{name} is {state} now: `switch {name}` brings it back."
             for name, state in states.items()

@@ -225,28 +225,35 @@ class History:
             for model, began, asked, read, told in rows
         ]
 
-    def events_after(self, last: int, limit: int = 1000) -> list[FleetEvent]:
-        """The events that were kept after the one with this id, the oldest first; `limit` at most."""
+    def events_after(self, last: int, limit: int = 1000) -> tuple[list[FleetEvent], int]:
+        """The events that were kept after the one with this id, the oldest first, and the id to go on after.
+
+        `limit` at most; what a newer version wrote and this one does not know is left out.
+        """
         rows = self._read(
             "SELECT id, event FROM events WHERE config = ? AND id > ? ORDER BY id LIMIT ?",
             (self._config, last, limit),
         )
-        return [_event(row) for row in rows]
+        return _events(rows), rows[-1][0] if rows else last
 
     def latest_events(self, count: int) -> list[FleetEvent]:
         """The last `count` events, the oldest first."""
         rows = self._read(
             "SELECT id, event FROM events WHERE config = ? ORDER BY id DESC LIMIT ?", (self._config, count)
         )
-        return [_event(row) for row in reversed(rows)]
+        return _events(rows[::-1])
 
-    def last_event_id(self, before: float | None = None) -> int:
-        """The id of the newest event, or of the newest that is older than a moment; 0 if there is none."""
+    def last_event_id(self, since: float = math.inf) -> int | None:
+        """The id after which the events since a moment come, or those still to come; 0 before the first.
+
+        None if that cannot be known now: there is no history yet, or it is locked.
+        """
         rows = self._read(
-            "SELECT MAX(id) FROM events WHERE config = ? AND time < ?",
-            (self._config, math.inf if before is None else before),
+            "SELECT COALESCE((SELECT MIN(id) - 1 FROM events WHERE config = ?1 AND time >= ?2),"
+            " (SELECT MAX(id) FROM events), 0)",
+            (self._config, since),
         )
-        return (rows[0][0] or 0) if rows else 0
+        return rows[0][0] if rows else None
 
     # ── on the thread ────────────────────────────────────────────────────────────────────────────────────
 
@@ -387,9 +394,13 @@ def _percentiles(totals: Sequence[float]) -> Percentiles:
     return Percentiles(count=len(ranked), p50=rank(0.5), p95=rank(0.95))
 
 
-def _event(row: Sequence[Any]) -> FleetEvent:
-    number, content = row
-    return msgspec.structs.replace(msgspec.json.decode(content, type=FleetEvent), id=number)
+def _events(rows: Sequence[Sequence[Any]]) -> list[FleetEvent]:
+    events = []
+    for number, content in rows:
+        with contextlib.suppress(msgspec.DecodeError):
+            event = msgspec.json.decode(content, type=FleetEvent)
+            events.append(msgspec.structs.replace(event, id=number))
+    return events
 
 
 def _past_switch(row: Sequence[Any]) -> PastSwitch:

@@ -83,3 +83,4 @@ class Restarter:
         why = f"Restarted {len(self._pauses)} times within {WINDOW / 60:.0f} minutes, it died each time."
         log.warning("%s: %s", model.name, why)
         model.write(fell=None, reason=f"{model.record.reason} {why}")
+        model.publish("restart")
