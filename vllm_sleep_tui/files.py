@@ -207,7 +207,8 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         yield
         return
     try:
-        lock_within(descriptor, LOCK_SECONDS)
+        with contextlib.suppress(OSError):  # a file system without locks
+            lock_within(descriptor, LOCK_SECONDS)
         yield
     finally:
         os.close(descriptor)

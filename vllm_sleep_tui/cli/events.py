@@ -10,6 +10,7 @@ from vllm_sleep_tui.cli.common import config_option, json_option, json_text, loa
 from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.survey import events_of
 from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.text import one_line
 from vllm_sleep_tui.units import time_of_day
 
 POLL_SECONDS = 0.5
@@ -47,4 +48,4 @@ def events(ctx: click.Context, follow: bool, count: int, as_json: bool) -> None:
 
 def line(event: FleetEvent) -> str:
     """An event as a person reads it."""
-    return f"{time_of_day(event.time, time.time())}  {event.model}  {event.sentence()}"
+    return one_line(f"{time_of_day(event.time, time.time())}  {event.model}  {event.sentence()}")

@@ -204,19 +204,19 @@ class Fleet:
 
         `skip` leaves out WARMING (its wakes are unproven then) or PRIMING, to measure without them.
         """
-        models = [Model(self._core, name) for name in names]  # an unknown name is the trouble of its own
+        models = self._models(names)
         await self._run("start", ", ".join(names), report, lambda op: groups.start_all(models, op), skip)
 
     async def stop(self, names: Sequence[str], *, force: bool = False, report: Report | None = None) -> None:
         """Stop these models and see their memory gone; `force` waits for no answer."""
-        models = [Model(self._core, name) for name in names]  # an unknown name is the trouble of its own
+        models = self._models(names)
         await self._run("stop", ", ".join(names), report, lambda op: groups.stop_all(models, op, force))
 
     async def restart(
         self, names: Sequence[str], *, force: bool = False, report: Report | None = None
     ) -> None:
         """Stop, then start; one that could not be started again is left as it is, and named in the end."""
-        models = [Model(self._core, name) for name in names]  # an unknown name is the trouble of its own
+        models = self._models(names)
         chosen, _ = await asyncio.to_thread(groups.startable, models)
         await self.stop([model.name for model in chosen], force=force, report=report)
         await self.start(names, report=report)
@@ -251,6 +251,10 @@ class Fleet:
         """Stream an answer; a model that is not awake is switched to first. Close the iterator to stop it."""
         async for event in answer(self, self._core.model(name), messages, params or {}, report):
             yield event
+
+    def _models(self, names: Sequence[str]) -> list[Model]:
+        """A handle each; an unknown name is found when that one is operated on, and stops no other."""
+        return [Model(self._core, name) for name in names]
 
     def _backend(self, name: str) -> Backend:
         return backend_of(self._core.model(name))
