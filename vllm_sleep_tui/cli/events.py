@@ -48,4 +48,4 @@ def events(ctx: click.Context, follow: bool, count: int, as_json: bool) -> None:
 
 def line(event: FleetEvent) -> str:
     """An event as a person reads it."""
-    return one_line(f"{time_of_day(event.time, time.time())}  {event.model}  {event.sentence()}")
+    return f"{time_of_day(event.time, time.time())}  {event.model}  {one_line(event.sentence())}"
