@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import msgspec
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.advice import Advice
+from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.server_log import ServerLog
 from vllm_sleep_tui.fleet.snapshot import (
@@ -166,11 +167,23 @@ class ScriptedFleet:
         names = [one.name for one in self.now.models]
         return await asyncio.to_thread(self.history.past, names, window)
 
+    async def recent_events(self, count: int, *, only_failures: bool = False) -> list[FleetEvent]:
+        return await asyncio.to_thread(self.history.latest_events, count, only_failures=only_failures)
+
+    async def events(self, after: int | None = None) -> AsyncGenerator[FleetEvent, None]:
+        last = after or 0
+        while True:
+            happened, last = await asyncio.to_thread(self.history.events_after, last)
+            for event in happened:
+                yield event
+            await asyncio.sleep(0.05)
+
     def log(self, name: str) -> ServerLog:
         async def forget() -> None:
             self.change(name, last_failure=None)
 
-        return ServerLog(self.logs / f"{name}.log", self.now.model(name).last_failure, forget)
+        died = {one.name: one.last_failure for one in self.now.models}
+        return ServerLog(self.logs / f"{name}.log", died.get(name), forget)
 
     def change(self, name: str, **fields: Any) -> None:
         """Another snapshot, with one model changed."""

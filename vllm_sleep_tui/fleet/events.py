@@ -56,6 +56,16 @@ class FleetEvent(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None = None
     """The process that did it."""
 
+    @property
+    def models(self) -> list[str]:
+        """The names in `model`."""
+        return self.model.split(", ")
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether somebody should hear of it: a fault, or an operation that did not work."""
+        return self.kind is Kind.FAULT or self.outcome is Outcome.FAILED
+
     def sentence(self) -> str:
         """What happened, for a person, without its time and model."""
         if self.kind is Kind.OPERATION:

@@ -259,6 +259,10 @@ class Fleet:
     def _backend(self, name: str) -> Backend:
         return backend_of(self._core.model(name))
 
+    async def recent_events(self, count: int, *, only_failures: bool = False) -> list[FleetEvent]:
+        """The last `count` events, here and elsewhere, the oldest first; `events` goes on after the last."""
+        return await asyncio.to_thread(self._core.history.latest_events, count, only_failures=only_failures)
+
     def events(self, after: int | None = None) -> AsyncGenerator[FleetEvent, None]:
         """What happens from this call on, or since the event with the id `after`, here and elsewhere.
 

@@ -56,6 +56,7 @@ KEYS: tuple[Key, ...] = (
     Key(key="r", action="restart", short="restart", help="Restart it (asks)", in_footer=False),
     Key(key="c", action="chat", short="chat", help="Chat with it; asleep, it is switched to first"),
     Key(key="y", action="copy_answer", short="copy", help="Copy its last answer", in_footer=False),
+    Key(key="n", action="events", short="events", help="What happened: failures, restarts, who did what"),
     Key(key="l", action="log", short="log", help="Follow its log"),
     Key(key="g", action="gpus", short="GPUs", help="The GPUs: figures, their course, processes"),
     Key(key="b", action="bench", short="bench", help="Measure the switches between two models"),

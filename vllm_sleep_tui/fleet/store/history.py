@@ -28,7 +28,7 @@ from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.past import Past, PastSwitch, Percentiles, Saved, Served, StateSpan
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.fleet.store.history_tables import ADD, BUCKET, DAY, drop_old, prepare
+from vllm_sleep_tui.fleet.store.history_tables import ADD, BUCKET, DAY, FAILURES, drop_old, prepare
 from vllm_sleep_tui.fleet.store.locks import (
     Holder,
     LockBusyError,
@@ -236,12 +236,11 @@ class History:
         )
         return _events(rows), rows[-1][0] if rows else last
 
-    def latest_events(self, count: int) -> list[FleetEvent]:
-        """The last `count` events, the oldest first."""
-        rows = self._read(
-            "SELECT id, event FROM events WHERE config = ? ORDER BY id DESC LIMIT ?", (self._config, count)
-        )
-        return _events(rows[::-1])
+    def latest_events(self, count: int, *, only_failures: bool = False) -> list[FleetEvent]:
+        """The last `count` events, or the last that are failures, the oldest first."""
+        chosen = f" AND {FAILURES}" if only_failures else ""
+        query = f"SELECT id, event FROM events WHERE config = ?{chosen} ORDER BY id DESC LIMIT ?"
+        return _events(self._read(query, (self._config, count))[::-1])
 
     def last_event_id(self, since: float = math.inf) -> int | None:
         """The id after which the events since a moment come, or those still to come; 0 before the first.

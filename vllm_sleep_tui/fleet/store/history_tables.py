@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlite3
 import time
 
+from vllm_sleep_tui.fleet.events import Kind, Outcome
+
 DAY = 86400.0
 KEPT_DAYS = 90
 BUCKET = 10
@@ -30,6 +32,11 @@ CREATE INDEX IF NOT EXISTS states_by_model ON states (config, model, time);
 CREATE INDEX IF NOT EXISTS events_by_config ON events (config, id);
 CREATE INDEX IF NOT EXISTS cold_starts_by_model ON cold_starts (config, model, time);
 """
+FAILURES = (
+    f"json_valid(event) AND (json_extract(event, '$.kind') = '{Kind.FAULT}'"
+    f" OR json_extract(event, '$.outcome') = '{Outcome.FAILED}')"
+)
+"""What `FleetEvent.is_failure` says, for the database."""
 TABLES = ("switches", "states", "cold_starts", "events", "served")
 ADD = """
 ON CONFLICT (config, model, time) DO UPDATE SET requests = requests + excluded.requests,

@@ -22,8 +22,9 @@ from vllm_sleep_tui.tui.drawing.paint import Painted
 from vllm_sleep_tui.tui.keys import bindings
 from vllm_sleep_tui.tui.screens.advice import AdviceScreen
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Help, Question
+from vllm_sleep_tui.tui.screens.events import EventScreen
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
-from vllm_sleep_tui.tui.screens.logs import LogScreen
+from vllm_sleep_tui.tui.screens.logs import show_log
 from vllm_sleep_tui.tui.state.operations import Operations, Running, Trouble, Work
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.past import PastReader, Readings
@@ -383,13 +384,20 @@ class Dashboard(Screen[None]):
     def action_log(self) -> None:
         """The selected model's log."""
         if self.selected is not None:
-            try:
-                log = self.fleet.log(self.selected)
-            except PanelError as error:  # a record that cannot be read
-                self.notify(f"{error.what}\n{error.cure}", severity="error", timeout=12, markup=False)
-                return
-            self.app.push_screen(LogScreen(self.selected, log))
-            self.run_worker(log.seen())
+            show_log(self, self.fleet, self.selected)
+
+    @work
+    async def action_events(self) -> None:
+        """What happened; the event that was chosen there is looked at on the timeline."""
+        event = await self.app.push_screen_wait(EventScreen(self.fleet))
+        if event is None:
+            return
+        names = [model.name for model in self.fleet.snapshot().models]
+        if event.models[0] in names:
+            self._table.selected = event.models[0]
+        self.query_one(Timeline).look_at(self.view(), event.time)
+        self._look_back()
+        self.changed()
 
     def action_gpus(self) -> None:
         """The screen of the GPUs."""

@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.text import Text
 from textual.app import ComposeResult
@@ -16,8 +16,10 @@ from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import RichLog, Static
 
+from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.server_log import ServerLog
 from vllm_sleep_tui.text import clean
+from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.theme import Palette, palette_of
 
 KEPT_LINES = 1_000
@@ -135,5 +137,16 @@ class LogScreen(Screen[None]):
         self.query_one(WrappedLog).scroll_end(animate=False)
 
     def action_close(self) -> None:
-        """Back to the dashboard."""
+        """Back to where it was asked for."""
         self.dismiss()
+
+
+def show_log(screen: Screen[Any], fleet: PanelFleet, model: str) -> None:
+    """Open the log of a model over a screen; whoever reads it has seen why its server died."""
+    try:
+        log = fleet.log(model)
+    except PanelError as error:  # a record that cannot be read, or a model that the config had once
+        screen.notify(f"{error.what}\n{error.cure}", severity="error", timeout=12, markup=False)
+        return
+    screen.app.push_screen(LogScreen(model, log))
+    screen.app.run_worker(log.seen())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.server_log import ServerLog
 from vllm_sleep_tui.fleet.snapshot import (
@@ -54,6 +55,14 @@ class PanelFleet(Protocol):
 
     async def past(self, window: float) -> Past:
         """What the history says about the last `window` seconds, and about today."""
+        ...
+
+    async def recent_events(self, count: int, *, only_failures: bool = False) -> Sequence[FleetEvent]:
+        """The last events, the oldest first."""
+        ...
+
+    def events(self, after: int | None = None) -> AsyncGenerator[FleetEvent, None]:
+        """What happens after the event with this id, without an end."""
         ...
 
     def log(self, name: str) -> ServerLog:

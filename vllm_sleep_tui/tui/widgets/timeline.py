@@ -96,6 +96,13 @@ class Timeline(Painted):
         else:
             self._point(frame, min((cell for cell in changed if cell > here), default=frame.cells - 1))
 
+    def look_at(self, view: View, moment: float) -> None:
+        """Put the cursor to a moment (UTC seconds), in the shortest window that reaches back to it."""
+        age = view.snapshot.time - moment
+        self._zoom = next((at for at, window in enumerate(WINDOWS) if window.seconds > age), len(WINDOWS) - 1)
+        frame = self._frame(view)
+        self._point(frame, frame.cell(moment))
+
     def put_away(self) -> bool:
         """Take the cursor off; False if it was not out."""
         was_out, self._cursor = self.is_looking_back, None
