@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -34,7 +35,7 @@ async def test_the_first_screen_says_who_is_awake_what_it_costs_and_that_it_is_s
         assert "qwen 69.2" in line_with(lines, "GPU 0")
         assert "phi 10.1 pinned" in line_with(lines, "pinned", "private")
         row = line_with(lines, "phi", "asleep L1")
-        assert row.split("│")[1].split()[4:] == ["1.6", "12.0", "10.1", "4:12", "0.46", "s"]
+        assert row.split("│")[1].split()[5:] == ["1.6", "12.0", "0.46", "s", "–"]
 
 
 async def test_a_stopped_model_holds_nothing_and_an_unknown_figure_is_a_question_mark(tmp_path: Path) -> None:
@@ -43,8 +44,8 @@ async def test_a_stopped_model_holds_nothing_and_an_unknown_figure_is_a_question
     async with panel(fleet, tmp_path) as pilot:
         await until_seen(pilot, "vision")
         lines = lines_of(pilot.app)
-        assert line_with(lines, "vision", "stopped").split("│")[1].split()[3:] == ["–"] * 5
-        assert line_with(lines, "coder", "asleep").split("│")[1].split()[4] == "?"
+        assert line_with(lines, "vision", "stopped").split("│")[1].split()[4:] == ["–"] * 4
+        assert line_with(lines, "coder", "asleep").split("│")[1].split()[5] == "?"
 
 
 async def test_enter_says_before_what_it_would_do_and_the_cursor_chooses_the_model(tmp_path: Path) -> None:
@@ -245,9 +246,9 @@ async def test_many_models_scroll_with_the_cursor(tmp_path: Path) -> None:
     fleet.now = msgspec.structs.replace(fleet.now, models=(*fleet.now.models, *more))
     async with panel(fleet, tmp_path, size=(80, 24)) as pilot:
         await pilot.press("end")
-        await until_seen(pilot, "▶ extra-29")
+        await until_seen(pilot, "▶ ▌ extra-29")
         await pilot.press("home")
-        await until_seen(pilot, "▶ qwen")
+        await until_seen(pilot, "▶ ▌ qwen")
 
 
 async def test_the_log_follows_the_file_without_its_escapes(tmp_path: Path) -> None:
@@ -413,3 +414,67 @@ async def test_an_operation_cancelled_before_its_first_step_is_over(tmp_path: Pa
         await pilot.press("down", "w")
         await until(pilot, lambda: fleet.calls == [("wake", "phi")], "the next one")
         fleet.gate.set()
+
+
+def many(fleet: ScriptedFleet, count: int) -> None:
+    """So many sleepers more, every third on another GPU, the tenth failed."""
+    sleeper = fleet.now.models[2]
+    more = tuple(
+        msgspec.structs.replace(
+            sleeper,
+            name=f"extra-{index}",
+            gpus=(index % 3,),
+            state=State.FAILED if index == 10 else State.ASLEEP,
+        )
+        for index in range(count)
+    )
+    fleet.now = msgspec.structs.replace(fleet.now, models=(*fleet.now.models, *more))
+
+
+def rows(lines: list[str]) -> list[str]:
+    """The names in the table, from the top."""
+    return [told[1] for line in lines if (told := re.search(r"▌ (\S+) +[○◔●◒◐◓◌✗] ", line))]
+
+
+async def test_of_many_models_a_few_letters_find_the_one(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    many(fleet, 60)
+    async with panel(fleet, tmp_path) as pilot:
+        await until_seen(pilot, "▌ extra-0")
+        await pilot.press("slash", *"extra-4")
+        await until(
+            pilot,
+            lambda: rows(lines_of(pilot.app)) == ["extra-4", *(f"extra-4{n}" for n in range(10))],
+            "rows",
+        )
+        assert fleet.calls == []  # letters are text here
+        await pilot.press("down", "down", "enter")
+        await until_seen(pilot, "▶ ▌ extra-41", "enter → extra-41")
+        await pilot.press("s")
+        await until(pilot, lambda: fleet.calls == [("sleep", "extra-41", None)], "the sleep")
+        fleet.gate.set()
+        await pilot.press("escape", "escape", "home")
+        await until_seen(pilot, "▶ ▌ qwen")
+        await pilot.press("slash", *"failed")
+        await until(pilot, lambda: rows(lines_of(pilot.app)) == ["extra-10"], "the failed one")
+        await pilot.press(*" no such")
+        await until_seen(pilot, "No model matches /failed no such; esc shows all 64.")
+        await pilot.press("escape", "home")
+        await until_seen(pilot, "▶ ▌ qwen")
+
+
+async def test_the_table_sorts_by_what_is_asked(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    many(fleet, 12)
+    async with panel(fleet, tmp_path, size=(120, 60)) as pilot:
+        await until_seen(pilot, "▌ extra-0")
+        in_file = rows(lines_of(pilot.app))
+        await pilot.press("o")
+        await until_seen(pilot, "sorted by state")
+        assert rows(lines_of(pilot.app))[:2] == ["extra-10", "qwen"]
+        await pilot.press("o")
+        await until_seen(pilot, "sorted by GPU")
+        assert rows(lines_of(pilot.app))[-1] == "extra-11"
+        await pilot.press("o", "o", "o")
+        await until_seen(pilot, "sorted by the config")
+        assert rows(lines_of(pilot.app)) == in_file

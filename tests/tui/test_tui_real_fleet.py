@@ -42,7 +42,7 @@ async def real_panel(demo: LoadedConfig, state_dir: Path) -> AsyncIterator[tuple
 
 
 def row_of(pilot: Pilot[None], name: str) -> str:
-    return next(line for line in lines_of(pilot.app) if re.search(rf"│ [ ▶▸] {name} ", line))
+    return next(line for line in lines_of(pilot.app) if re.search(rf"│ [ ▶▸] ▌ {name} ", line))
 
 
 async def test_one_key_starts_a_model_and_the_next_switches_and_another_panel_agrees(

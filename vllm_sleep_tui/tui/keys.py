@@ -56,6 +56,20 @@ KEYS: tuple[Key, ...] = (
     Key(key="r", action="restart", short="restart", help="Restart it (asks)", in_footer=False),
     Key(key="c", action="chat", short="chat", help="Chat with it; asleep, it is switched to first"),
     Key(key="y", action="copy_answer", short="copy", help="Copy its last answer", in_footer=False),
+    Key(
+        key="slash",
+        action="find",
+        short="find",
+        help="Find models: only those whose name, source, state or GPU holds a text",
+        shown="/",
+    ),
+    Key(
+        key="o",
+        action="reorder",
+        short="order",
+        help="Sort the models: by the config, state, GPU, VRAM, name",
+        in_footer=False,
+    ),
     Key(key="n", action="events", short="events", help="What happened: failures, restarts, who did what"),
     Key(key="l", action="log", short="log", help="Follow its log"),
     Key(key="g", action="gpus", short="GPUs", help="The GPUs: figures, their course, processes"),
@@ -119,7 +133,7 @@ KEYS: tuple[Key, ...] = (
         in_footer=False,
         shown="esc",
         help="Leave the input; else put the timeline's cursor away; else stop the answer; else stop the "
-        "operation at its next safe point",
+        "operation at its next safe point; else show all models again",
     ),
 )
 

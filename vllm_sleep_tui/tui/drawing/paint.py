@@ -29,6 +29,17 @@ def cut(text: str, width: int) -> str:
     return set_cell_size(text, max(0, width - 1)).rstrip() + "…" if width > 0 else ""
 
 
+def middle(text: str, width: int) -> str:
+    """The text in at most `width` cells, its middle left out: names often differ at their ends."""
+    if cell_len(text) <= width or width < 4:
+        return cut(text, width)
+    end = (width - 1) // 2
+    tail = text
+    while cell_len(tail) > end:
+        tail = tail[1:]
+    return set_cell_size(text, width - 1 - cell_len(tail)).rstrip() + "…" + tail
+
+
 def left(text: str, width: int) -> str:
     """The text in exactly `width` cells, at the left."""
     return set_cell_size(cut(text, width), width)

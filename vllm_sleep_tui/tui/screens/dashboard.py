@@ -6,14 +6,14 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from textual import work
+from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.events import DescendantBlur, DescendantFocus, Resize
 from textual.screen import Screen
 from textual.timer import Timer
-from textual.widgets import Static
+from textual.widgets import Input, Static
 
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot, Prediction
@@ -33,7 +33,7 @@ from vllm_sleep_tui.tui.widgets.bands import BottomBand, TopBand
 from vllm_sleep_tui.tui.widgets.chat import ChatPane
 from vllm_sleep_tui.tui.widgets.detail import Detail
 from vllm_sleep_tui.tui.widgets.memory import MemoryPanel
-from vllm_sleep_tui.tui.widgets.models import ModelTable
+from vllm_sleep_tui.tui.widgets.models import FindInput, ModelTable
 from vllm_sleep_tui.tui.widgets.timeline import Timeline
 from vllm_sleep_tui.units import gib
 
@@ -48,6 +48,7 @@ MIN_WIDTH, MIN_HEIGHT = 60, 20
 NARROW_WIDTH, LOW_HEIGHT = 100, 30
 TIMELINE_HEIGHT, SERVED_HEIGHT = 28, 2
 """The lanes need a terminal of so many lines and two a model; requests and tokens so many more."""
+_FINDING_HINT = "⏎ to the table   ↑ ↓ move   esc all models   letters are text here"
 _TYPING_HINT = "⏎ or ctrl+j send   esc leave the input   letters are text here"
 
 
@@ -84,6 +85,7 @@ class Dashboard(Screen[None]):
         with Horizontal(id="body"):
             with Vertical(id="models") as box:
                 box.border_title = "Models"
+                yield FindInput(placeholder="name, state, gpu 1 …", id="find")
                 yield self._table
                 with VerticalScroll(id="scroll", can_focus=True):
                     yield Detail(id="detail")
@@ -130,6 +132,7 @@ class Dashboard(Screen[None]):
             prediction=self._prediction(),
             waits=None if self.selected is None else self.fleet.waits(self.selected),
             past=self._past.latest,
+            tokens=self.readings.tokens(),
             bench="" if self._bench is None else self._bench.words(),
             running=dict(self.operations.running),
             troubles=self._troubles(snapshot),
@@ -200,8 +203,9 @@ class Dashboard(Screen[None]):
         self._hint()
 
     def _hint(self) -> None:
-        typing = self.query_one(ChatPane).input.has_focus
-        self.query_one(BottomBand).show_typing(_TYPING_HINT if typing else "")
+        hint = _TYPING_HINT if self.query_one(ChatPane).input.has_focus else ""
+        hint = _FINDING_HINT if self.query_one(FindInput).has_focus else hint
+        self.query_one(BottomBand).show_typing(hint)
 
     # ── what the keys do to models ──────────────────────────────────────────────────────────────────────────
 
@@ -353,11 +357,43 @@ class Dashboard(Screen[None]):
         self.add_class("-chatting")
         self.query_one(ChatPane).input.focus()
 
+    def action_find(self) -> None:
+        """Into the line that says which models have a row."""
+        self.add_class("-finding")
+        self.query_one(FindInput).focus()
+
+    @on(Input.Changed, "#find")
+    def _find(self, event: Input.Changed) -> None:
+        self._table.find(event.value)
+        self.changed()
+
+    @on(Input.Submitted, "#find")
+    def _found(self) -> None:
+        """The rows stay as they are; letters are keys again."""
+        if not self._table.wanted:
+            self.remove_class("-finding")
+        self._table.focus()
+
+    def _find_all(self) -> None:
+        self.query_one(FindInput).value = ""
+        self.remove_class("-finding")
+        self._table.focus()
+
+    def action_move_selection(self, step: int) -> None:
+        """The table's cursor, from elsewhere."""
+        self._table.action_move(step)
+
+    def action_reorder(self) -> None:
+        """Sort the table another way."""
+        self.query_one("#models").border_subtitle = f"sorted by {self._table.reorder()}  o"
+
     def action_back(self) -> None:
-        """Leave the input; else the timeline's cursor; else stop the answer; else an operation; else close a
-        narrow screen's chat."""
+        """Leave the input; else the timeline's cursor; else stop the answer; else an operation; else show all
+        models again; else close a narrow screen's chat."""
         chat = self.query_one(ChatPane)
-        if chat.input.has_focus:
+        if self.query_one(FindInput).has_focus:
+            self._find_all()
+        elif chat.input.has_focus:
             self._table.focus()
             if self.focused is not self._table:
                 self.set_focus(None)
@@ -368,6 +404,8 @@ class Dashboard(Screen[None]):
         elif (name := self.operations.cancel(self.selected)) is not None:
             self.notify(f"{name}: stops at the next safe point.", markup=False)
             self.changed()
+        elif self.has_class("-finding") and self._shows_models():
+            self._find_all()
         else:
             self.remove_class("-chatting")
             self._table.focus()

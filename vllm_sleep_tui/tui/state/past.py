@@ -127,18 +127,37 @@ class Series:
         return (*(point for point in older if point.time < first), *fine)
 
 
+RATES, RATE_SECONDS = 5, 1.0
+"""So many rates of generation are kept of each model, no closer together."""
+
+
 class Readings:
-    """Utilisation (per cent) and memory (share of the card, per cent) of each GPU."""
+    """Utilisation (per cent) and memory (share of the card, per cent) of each GPU, tokens of each model."""
 
     def __init__(self) -> None:
         self._utilization: dict[str, Series] = {}
         self._memory: dict[str, Series] = {}
+        self._rates: dict[str, Ring] = {}
 
     def see(self, snapshot: FleetSnapshot) -> None:
         """Remember this moment."""
         for gpu in snapshot.gpus:
             self.utilization(gpu).append(snapshot.time, gpu.utilization)
             self.memory(gpu).append(snapshot.time, _share(gpu))
+        for model in snapshot.models:
+            rate = None if model.serving is None else model.serving.generation_tokens_per_s
+            if rate is None:
+                self._rates.pop(model.name, None)
+                continue
+            ring = self._rates.setdefault(model.name, Ring(RATES))
+            if ring.latest is None or snapshot.time - ring.latest.time >= 0.9 * RATE_SECONDS:
+                ring.append(snapshot.time, rate)
+
+    def tokens(self) -> dict[str, tuple[float, ...]]:
+        """The last generated tokens per second of each model that is awake."""
+        return {
+            name: tuple(point.value or 0.0 for point in ring.since(0.0)) for name, ring in self._rates.items()
+        }
 
     def utilization(self, gpu: GpuSnapshot) -> Series:
         """How busy it was."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vllm_sleep_tui.fleet.past import Past
@@ -21,6 +21,8 @@ class View:
     waits: str | None = None
     """What `enter` would wait for, in words."""
     past: Past = field(default_factory=Past)
+    tokens: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Generated tokens per second of each model that served lately, the last few seconds, the latest last."""
     bench: str = ""
     """How far the panel's benchmark is; empty while none runs."""
     running: Mapping[str, Running] = field(default_factory=dict)

@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.geometry import Size
 from textual.message import Message
+from textual.widgets import Input
 
+from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, left, right
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, left, middle, right
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.words import LOOKS, memory_words, state_words
-from vllm_sleep_tui.units import NONE, clock, took
+from vllm_sleep_tui.units import NONE, clock, time_text, took
 
 
 class Column(NamedTuple):
-    """A column of numbers."""
+    """A column of figures."""
 
     title: str
     width: int
 
 
+_GPU = Column("GPU", 5)
 _VRAM = Column("VRAM", 6)
 _RAM = Column("RAM", 7)
 _PINNED = Column("pinned", 8)
 _FOR = Column("for", 8)
-_LAST = Column("switch", 9)
-_COLUMNS = (_VRAM, _RAM, _PINNED, _FOR, _LAST)
-_DROP_ORDER = (_PINNED, _RAM, _LAST, _FOR)
-_MARK_WIDTH = 2
+_WAKES = Column("wakes in", 11)
+_TOKENS = Column("tok/s", 12)
+_KV = Column("KV", 6)
+_COLUMNS = (_GPU, _VRAM, _RAM, _PINNED, _FOR, _WAKES, _TOKENS, _KV)
+_DROP_ORDER = (_GPU, _PINNED, _KV, _FOR, _TOKENS, _RAM, _WAKES)
+_MARK_WIDTH = 4
+"""The cursor and the model's swatch."""
 _STATE_WIDTH = 18
 _MIN_STATE_WIDTH = 13
+_MIN_NAME, _MAX_NAME = 5, 24
+_SWATCH = "▌"
+_LEVELS = "▁▂▃▄▅▆▇█"
 
 
 class Layout(NamedTuple):
@@ -46,7 +56,7 @@ class Layout(NamedTuple):
 
 def layout_for(width: int, longest_name: int) -> Layout:
     """Which columns fit in `width` cells; names give way last, the VRAM never."""
-    name = min(max(longest_name, 5), 24) + 1
+    name = min(max(longest_name, _MIN_NAME), _MAX_NAME) + 1
     columns = list(_COLUMNS)
     state = _STATE_WIDTH
     for dropped in (None, *_DROP_ORDER):
@@ -68,7 +78,32 @@ def header(layout: Layout) -> Line:
     )
 
 
-def _cell(column: Column, model: ModelSnapshot, now: float) -> str:
+def wakes_in(past: Past, model: ModelSnapshot) -> str:
+    """What the next wake of a model takes, by those that were; of one without a server what a start takes."""
+    if model.state in {State.STOPPED, State.FAILED}:
+        start = past.cold_starts.get(model.name)
+        return NONE if start is None else f"start {time_text(start)}"
+    level = model.level if model.level is not None else int(model.resolved_level or -1)
+    usual = past.percentiles.get(model.name, {}).get(level)
+    if usual is not None:
+        return took(usual.p50)
+    last = model.last_switch
+    return NONE if last is None or last.phases.get("wake") is None else took(last.total)
+
+
+def _tokens(model: ModelSnapshot, course: Sequence[float]) -> str:
+    """The rate now, behind its last seconds as a small picture."""
+    serving = model.serving
+    if serving is None or serving.generation_tokens_per_s is None:
+        return NONE
+    top = max(course, default=0.0)
+    picture = "".join(_LEVELS[min(7, int(8 * value / top))] for value in course) if top > 0 else ""
+    return f"{picture} {serving.generation_tokens_per_s:.0f}".strip()
+
+
+def _cell(column: Column, view: View, model: ModelSnapshot) -> str:
+    if column is _GPU:
+        return ",".join(map(str, model.gpus)) or NONE
     if column is _VRAM:
         return memory_words(model.vram_bytes)
     if column is _RAM:
@@ -76,12 +111,18 @@ def _cell(column: Column, model: ModelSnapshot, now: float) -> str:
     if column is _PINNED:
         return memory_words(model.pinned_bytes)
     if column is _FOR:
-        return NONE if model.since is None or model.state is State.STOPPED else clock(now - model.since)
-    return NONE if model.last_switch is None else took(model.last_switch.total)
+        is_unknown = model.since is None or model.state is State.STOPPED
+        return NONE if is_unknown else clock(view.snapshot.time - (model.since or 0.0))
+    if column is _WAKES:
+        return wakes_in(view.past, model)
+    if column is _TOKENS:
+        return _tokens(model, view.tokens.get(model.name, ()))
+    kv_use = None if model.serving is None else model.serving.kv_use
+    return NONE if kv_use is None else f"{kv_use * 100:.0f} %"
 
 
 def row(view: View, model: ModelSnapshot, layout: Layout, *, is_focused: bool) -> Line:
-    """One model."""
+    """One model: its colour in a swatch, its state in the state's colour, everything else quiet."""
     is_selected = model.name == view.selected
     ground = " on-panel" if is_selected else ""
     look = LOOKS[model.state]
@@ -90,14 +131,46 @@ def row(view: View, model: ModelSnapshot, layout: Layout, *, is_focused: bool) -
         state = str(model.phase)
     spans: list[Span] = [
         ("▶ " if is_selected and is_focused else "▸ " if is_selected else "  ", f"accent{ground}"),
-        (left(model.name, layout.name), f"{view.colors[model.name]} bold{ground}"),
+        (f"{_SWATCH} ", f"{view.colors[model.name]}{ground}"),
+        (left(middle(model.name, layout.name - 1), layout.name), f"text bold{ground}"),
         (left(f"{look.glyph} {state}", layout.state - 1), f"{look.paint}{ground}"),
         ("!" if model.name in view.troubles else " ", f"bad bold{ground}"),
     ]
     for column in layout.columns:
-        text = _cell(column, model, view.snapshot.time)
+        text = _cell(column, view, model)
         spans.append((right(text, column.width), ("muted" if text == NONE else "text") + ground))
     return tuple(spans)
+
+
+class Order(NamedTuple):
+    """A way to sort the rows."""
+
+    name: str
+    key: Callable[[ModelSnapshot], Any] | None
+
+
+_URGENCY = (
+    State.FAILED,
+    State.AWAKE,
+    State.WAKING,
+    State.FALLING_ASLEEP,
+    State.STARTING,
+    State.STOPPING,
+    State.ASLEEP,
+    State.STOPPED,
+)
+ORDERS = (
+    Order("the config", None),
+    Order("state", lambda model: _URGENCY.index(model.state)),
+    Order("GPU", lambda model: model.gpus),
+    Order("VRAM", lambda model: -(model.vram_bytes or 0)),
+    Order("name", lambda model: model.name.lower()),
+)
+
+
+def _searched(model: ModelSnapshot) -> str:
+    gpus = " ".join(f"gpu {index}" for index in model.gpus)
+    return f"{model.name} {model.source} {LOOKS[model.state].word} {gpus}".lower()
 
 
 class ModelTable(Painted, can_focus=True):
@@ -123,17 +196,47 @@ class ModelTable(Painted, can_focus=True):
         self.selected: str | None = None
         """The model under the cursor; the key after the one that moved it must find it moved."""
 
+        self.wanted = ""
+        """What the name, the source, the state or a GPU (`gpu 1`) of a model must hold to have a row."""
+        self.order = ORDERS[0]
+
     def show(self, view: View) -> None:
         """Show this moment."""
         self._view = view
         self.repaint()
+
+    def find(self, wanted: str) -> None:
+        """Show only what holds this text; the cursor goes to the first of it if its model has no row now."""
+        self.wanted, self._first = wanted, 0
+        if (names := self._names()) and self.selected not in names:
+            self._select(names[0])
+        self.repaint()
+
+    def reorder(self) -> str:
+        """Sort the rows by the next of the orders; its name."""
+        self.order = ORDERS[(ORDERS.index(self.order) + 1) % len(ORDERS)]
+        self._first = 0
+        self.repaint()
+        return self.order.name
+
+    def _models(self) -> list[ModelSnapshot]:
+        """Those that have a row, in their order."""
+        if self._view is None:
+            return []
+        wanted = self.wanted.lower()
+        models = [model for model in self._view.snapshot.models if wanted in _searched(model)]
+        return models if self.order.key is None else sorted(models, key=self.order.key)
 
     def paint(self, size: Size) -> list[Line]:
         """The titles and as many rows as fit, the selected one among them."""
         view = self._view
         if view is None:
             return []
-        models = view.snapshot.models
+        models = self._models()
+        if not models and view.snapshot.models:
+            return [
+                ((f"No model matches /{self.wanted}; esc shows all {len(view.snapshot.models)}.", "warning"),)
+            ]
         layout = layout_for(size.width, max((len(model.name) for model in models), default=0))
         rows = [row(view, model, layout, is_focused=self.has_focus) for model in models]
         self._first = self._scrolled_to(len(rows), size.height - 1)
@@ -142,7 +245,7 @@ class ModelTable(Painted, can_focus=True):
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         """One line for each model and one for the titles."""
-        return 1 + (len(self._view.snapshot.models) if self._view else 0)
+        return 1 + len(self._models())
 
     def _scrolled_to(self, count: int, room: int) -> int:
         if room <= 0 or count <= room:
@@ -151,7 +254,7 @@ class ModelTable(Painted, can_focus=True):
         return min(max(self._first, index - room + 1), index, count - room)
 
     def _names(self) -> list[str]:
-        return [model.name for model in self._view.snapshot.models] if self._view else []
+        return [model.name for model in self._models()]
 
     def _index(self) -> int:
         names = self._names()
@@ -191,3 +294,12 @@ class ModelTable(Painted, can_focus=True):
     def on_blur(self) -> None:
         """The cursor looks different without the focus."""
         self.repaint()
+
+
+class FindInput(Input):
+    """The line above the table that says which models have a row; the arrows move the table's cursor."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "screen.move_selection(-1)", "up", show=False),
+        Binding("down", "screen.move_selection(1)", "down", show=False),
+    ]
