@@ -478,3 +478,20 @@ async def test_the_table_sorts_by_what_is_asked(tmp_path: Path) -> None:
         await pilot.press("o", "o", "o")
         await until_seen(pilot, "sorted by the config")
         assert rows(lines_of(pilot.app)) == in_file
+
+
+async def test_what_is_wrong_is_said_in_the_head_until_it_is_over(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    host = fleet.now.host
+    async with panel(fleet, tmp_path, size=(80, 24)) as pilot:
+        assert "✗" not in lines_of(pilot.app)[0]
+        fleet.change("coder", state=State.FAILED, reason="killed")
+        await until(pilot, lambda: "✗ coder failed" in lines_of(pilot.app)[0], "the failure in the head")
+        fleet.change("phi", state=State.FAILED)
+        full = msgspec.structs.replace(host, ram_available_bytes=gib(1))
+        fleet.now = msgspec.structs.replace(fleet.now, host=full)
+        await until(pilot, lambda: "✗ 2 failed    RAM 124/125" in lines_of(pilot.app)[0], "both and the RAM")
+        await pilot.press("c")  # wherever one is
+        await until(pilot, lambda: "✗ 2 failed" in lines_of(pilot.app)[0], "the failures beside the chat")
+        fleet.now = msgspec.structs.replace(four_models(), host=host)
+        await until(pilot, lambda: "✗" not in lines_of(pilot.app)[0], "a head without trouble")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from textual.color import Color
 
-from vllm_sleep_tui.tui.drawing.bars import HATCHED, MARK, SOLID, Part, cells_of, stacked, waterfall
+from vllm_sleep_tui.tui.drawing.bars import HATCHED, MARK, SOLID, Part, cells_of, large, phase_bar, stacked
 from vllm_sleep_tui.tui.drawing.paint import cut, line_width, spread, wrap
 from vllm_sleep_tui.tui.keys import KEYS
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, read_theme
@@ -80,22 +80,20 @@ def test_the_mark_stands_where_the_value_is() -> None:
 
 
 @pytest.mark.parametrize("width", [30, 62, 120])
-def test_the_waterfall_is_as_wide_as_its_room_and_shows_the_shortest_phase(width: int) -> None:
-    lines = waterfall([("drain", 0.001), ("wake", 3.0), ("prove", 0.02)], width, "m0")
-    assert [line_width(line) for line in lines] == [width] * 3
-    assert all(any(glyph in line[2][0] for glyph in "▏▎▍▌▋▊▉█") for line in lines)
+def test_the_phases_fill_one_bar_each_as_long_as_it_took_and_none_is_lost(width: int) -> None:
+    line = phase_bar([("drain", 0.001), ("sleep", 1.0), ("wake", 2.0), ("prove", 0.02)], width, "m0")
+    assert line_width(line) == width
+    lengths = [len(text) for text, _ in line]
+    assert lengths[0] == lengths[3] == 1
+    assert abs(lengths[2] - 2 * lengths[1]) <= 3
+    assert "sleep" in line[1][0]
+    assert "wake" in line[2][0]
 
 
-def test_the_steps_of_a_wake_lie_within_it_and_are_not_counted_twice() -> None:
-    phases = [("sleep", 1.0), ("wake", 2.0), ("weights", 0.5), ("reload", 1.5), ("prove", 1.0)]
-    lines = waterfall(phases, 58, "m0", parts=("weights", "reload"))
-    stretches = {
-        name: (len(line[1][0]), len(line[1][0]) + len(line[2][0]))
-        for (name, _), line in zip(phases, lines, strict=True)
-    }
-    assert stretches["wake"][0] == stretches["weights"][0] == stretches["sleep"][1]
-    assert stretches["reload"][0] == stretches["weights"][1]
-    assert stretches["reload"][1] == stretches["wake"][1] == stretches["prove"][0]
+def test_a_time_is_drawn_three_lines_high() -> None:
+    lines = large("0.46 s", "accent")
+    assert len(lines) == 3
+    assert len({line_width(line) for line in lines}) == 1
 
 
 def test_texts_are_cut_and_wrapped_by_cells_not_by_letters() -> None:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.cells import cell_len
+from rich.style import Style
+from textual.renderables.digits import Digits
 
-from vllm_sleep_tui.tui.drawing.paint import Line, Span, cut, left, right
-from vllm_sleep_tui.units import took
+from vllm_sleep_tui.tui.drawing.paint import Line, Span, cut, left
 
 SOLID, HATCHED, FREE = "█", "▒", "░"
 MARK, MARK_PAINT = "┃", "text on-background bold"
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 class Part(NamedTuple):
@@ -96,45 +96,23 @@ def progress(fraction: float | None, width: int) -> Line:
     return (("━" * done, "accent"), ("━" * (width - done), "faint"))
 
 
-def waterfall(
-    phases: Sequence[tuple[str, float]], width: int, color: str, parts: Sequence[str] = ()
-) -> list[Line]:
-    """One line for each phase: its name, its stretch on the common time line, its time.
-
-    The phases named in `parts` are parts of the one before them and lie within its stretch.
-    """
-    total = sum(seconds for name, seconds in phases if name not in parts)
-    names = max((len(name) for name, _ in phases), default=0)
-    room = width - names - 2 - 9
-    lines: list[Line] = []
-    end = inner = 0.0
-    for name, seconds in phases:
-        if name in parts:
-            start, inner = inner, inner + seconds
-        else:
-            start, inner, end = end, end, end + seconds
-        before, bar = _bar(start, seconds, total, max(4, room))
-        rest = max(4, room) - before - len(bar)
-        lines.append(
-            (
-                (left(name, names) + "  ", "muted"),
-                (" " * before, ""),
-                (bar, color),
-                (" " * rest, ""),
-                (right(took(seconds), 9), "text"),
-            )
-        )
-    return lines
+def phase_bar(phases: Sequence[tuple[str, float]], width: int, color: str) -> Line:
+    """The phases one after the other on one bar, each as long as it took, with its name where it fits."""
+    total = sum(seconds for _, seconds in phases)
+    spans: list[Span] = []
+    for number, (count, (name, _)) in enumerate(
+        zip(cells_of([seconds for _, seconds in phases], total, width), phases, strict=True)
+    ):
+        ground = f"ink-{color} on-{color}" if number % 2 else "text on-panel"
+        label = f" {name}" if cell_len(name) + 2 <= count else ""
+        spans.append((left(label, count), ground))
+    return tuple(span for span in spans if span[0])
 
 
-def _bar(start: float, seconds: float, total: float, room: int) -> tuple[int, str]:
-    """How many cells before the bar, and the bar in eighths of a cell, one eighth at least."""
-    if total <= 0:
-        return 0, _EIGHTHS[1]
-    before = min(room - 1, int(start / total * room))
-    eighths = max(1, round((start + seconds) / total * room * 8) - before * 8)
-    eighths = min(eighths, (room - before) * 8)
-    return before, _EIGHTHS[8] * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
+def large(text: str, paint: str) -> list[Line]:
+    """The text three lines high: digits drawn, letters as they are."""
+    rows = "".join(segment.text for segment in Digits(text).render(Style())).splitlines()
+    return [((row, paint),) for row in rows]
 
 
 def legend(parts: Sequence[Part], width: int) -> Line:

@@ -10,10 +10,11 @@ from textual import events
 from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.snapshot import GpuSnapshot
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, line_width, spread
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, cut_line, line_width, spread
 from vllm_sleep_tui.tui.keys import KEYS, Key
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.units import GIB
+from vllm_sleep_tui.units import GIB, gib_cell
 
 
 def hardware(gpus: tuple[GpuSnapshot, ...]) -> str:
@@ -29,8 +30,31 @@ def hardware(gpus: tuple[GpuSnapshot, ...]) -> str:
     return ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in kinds.items())
 
 
+ALARM = "ink-bad on-bad bold"
+"""The one paint for what is wrong, used for nothing else."""
+LOW_RAM_SHARE = 0.05
+"""Less of the RAM than this available: the next sleep, or any program, may get none."""
+
+
+def alarms(view: View) -> list[str]:
+    """What is wrong, most pressing first: visible wherever one is, each with what leads to it."""
+    failed = [model.name for model in view.snapshot.models if model.state is State.FAILED]
+    died = [model.name for model in view.snapshot.models if model.last_failure and model.name not in failed]
+    words = [f"✗ {_who(failed)} failed"] if failed else []
+    words += [f"✗ {_who(died)} died, restarted"] if died else []
+    host = view.snapshot.host
+    total, available = host.ram_total_bytes, host.ram_available_bytes
+    if total and available is not None and available < LOW_RAM_SHARE * total:
+        words.append(f"RAM {gib_cell(total - available)}/{gib_cell(total)}")
+    return words
+
+
+def _who(names: list[str]) -> str:
+    return cut(names[0], 16) if len(names) == 1 else str(len(names))
+
+
 class TopBand(Painted):
-    """Product, hardware, who is awake, the time."""
+    """Product, hardware, what is wrong, who is awake, the time."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -53,19 +77,20 @@ class TopBand(Painted):
         if view.bench:
             product += [("   ", ""), (view.bench, "warning")]
         long = [*product, ("   ", ""), (hardware(view.snapshot.gpus), "muted")]
-        awake = self._awake(view)
+        wrong = [span for words in alarms(view) for span in ((f" {words} ", ALARM), ("  ", ""))]
+        end = [*wrong, *self._awake(view)]
         clock = (time.strftime("%H:%M", time.localtime(view.snapshot.time)), "muted")
         for start in (long, product, badge):
-            if line_width(start) + line_width(awake) + 9 <= size.width:
-                return [spread(start, [*awake, ("   ", ""), clock], size.width)]
-        return [cut_line([*badge, *awake], size.width)]
+            if line_width(start) + line_width(end) + 9 <= size.width:
+                return [spread(start, [*end, ("   ", ""), clock], size.width)]
+        return [cut_line([*badge, *end], size.width)]
 
     def _awake(self, view: View) -> list[Span]:
         if not view.awake:
             return [("no model awake", "muted")]
         spans: list[Span] = []
         for model in view.awake:
-            spans += [("  ● ", "good"), (model.name, f"{view.colors[model.name]} bold")]
+            spans += [("  ● ", "good"), (model.name, "text bold")]
         return [*spans, (" awake", "good")]
 
 

@@ -7,7 +7,7 @@ from textual.geometry import Size
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import SETTLED, StartPhase, State
-from vllm_sleep_tui.tui.drawing.bars import progress, waterfall
+from vllm_sleep_tui.tui.drawing.bars import large, phase_bar, progress
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, cut_line, rule, wrap
 from vllm_sleep_tui.tui.state.operations import Running
 from vllm_sleep_tui.tui.state.view import View
@@ -18,8 +18,8 @@ _INDENT = "  "
 _START = [phase.value for phase in StartPhase]
 NOTED_SHARE = 0.05
 """Time of a switch that belongs to no phase is shown when it is more than this share of it."""
-AIRY_HEIGHT = 36
-"""Terminals of this height have room for a blank line between sections."""
+AIRY_HEIGHT, TALL_WIDTH = 36, 48
+"""So high a terminal has room for blank lines between sections, so wide a box for large digits."""
 
 
 def _wrapped(text: str, width: int, paint: str) -> list[Line]:
@@ -143,48 +143,92 @@ def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
     return lines
 
 
-def last_switch_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:
-    """The phases of the last switch to the model, as a waterfall."""
-    if model.last_switch is None:
+def last_switch_lines(view: View, model: ModelSnapshot, width: int, *, is_tall: bool = False) -> list[Line]:
+    """The last switch to the model: its time, large where there is room, against a start, and its phases."""
+    times = model.last_switch
+    if times is None:
         return []
-    color = view.colors[model.name]
-    phases = phases_of(model.last_switch)
-    was_start = _was_start(model.last_switch)
+    was_start = _was_start(times)
+    color, gain = view.colors[model.name], _gain(view.past, model)
     title: list[Span] = [
         ("last start of " if was_start else "last switch to ", "muted"),
-        (model.name, f"{color} bold"),
-        (f"  {took(model.last_switch.total)}", "text bold"),
+        (model.name, "text bold"),
     ]
-    if not phases:
-        return [rule(title, width)]
-    rest = model.last_switch.total - sum(seconds for name, seconds in phases if name not in PARTS_OF_WAKE)
-    if rest > model.last_switch.total * NOTED_SHARE:
-        phases.append(("start" if was_start else "rest", rest))
-    bars = waterfall(phases, width - len(_INDENT), color, parts=PARTS_OF_WAKE)
-    return [rule(title, width), *(((_INDENT, ""), *bar) for bar in bars)]
+    figure = took(times.total)
+    if is_tall:
+        said = [
+            [(_path(view.past, model), "text bold")],
+            [(gain, "good")] if gain else [],
+            [(saved_words(view.past, model), "muted")],
+        ]
+        lines = [rule(title, width)]
+        for row, words in zip(large(figure, "accent bold"), said, strict=True):
+            lines.append(cut_line(((_INDENT, ""), *row, ("   ", ""), *words), width))
+    else:
+        title += [(f"  {figure}", "accent bold"), (f"  {gain}" if gain else "", "good")]
+        lines = [rule(title, width)]
+    phases = [phase for phase in phases_of(times) if phase[0] not in PARTS_OF_WAKE]
+    if phases:
+        rest = times.total - sum(seconds for _, seconds in phases)
+        if rest > times.total * NOTED_SHARE:
+            phases.append(("start" if was_start else "rest", rest))
+        lines.append(((_INDENT, ""), *phase_bar(phases, width - len(_INDENT), color)))
+        lines += _wrapped(_phase_words(phases, phases_of(times)), width, "muted")
+    if not is_tall and (saved := saved_words(view.past, model)):
+        lines += _wrapped(saved, width, "muted")
+    return lines
+
+
+def _phase_words(phases: list[tuple[str, float]], all_phases: list[tuple[str, float]]) -> str:
+    """Each phase with its time, what a wake consists of in brackets."""
+    parts = " · ".join(f"{name} {took(seconds)}" for name, seconds in all_phases if name in PARTS_OF_WAKE)
+    words = [
+        f"{name} {took(seconds)}" + (f" ({parts})" if name == "wake" and parts else "")
+        for name, seconds in phases
+    ]
+    return " · ".join(word.replace(" ", "\N{NO-BREAK SPACE}") for word in words)
 
 
 def _was_start(times: SwitchTimes) -> bool:
     return times.phases.get("wake") is None
 
 
-def past_lines(past: Past, model: ModelSnapshot, width: int) -> list[Line]:
-    """What the last switch saved, what the day's did, and what switches to the model take as a rule."""
+def _gain(past: Past, model: ModelSnapshot) -> str:
+    """How the last switch compares with a start of the model, where both are known."""
     cold, last = past.cold_starts.get(model.name), model.last_switch
-    saved = []
+    if cold is None or last is None or _was_start(last) or cold < 2 * last.total:
+        return ""
+    return f"{cold / last.total:.0f} × faster than a start"
+
+
+def _path(past: Past, model: ModelSnapshot) -> str:
+    """Who made room for whom."""
+    switch = next((one for one in reversed(past.switches) if one.model == model.name), None)
+    is_last = switch is not None and switch.times == model.last_switch
+    return (
+        f"{', '.join(switch.left)} → {model.name}" if switch is not None and is_last and switch.left else ""
+    )
+
+
+def saved_words(past: Past, model: ModelSnapshot) -> str:
+    """What the last switch saved, and what the day's did."""
+    cold, last = past.cold_starts.get(model.name), model.last_switch
+    words = []
     if cold is not None and last is not None and not _was_start(last) and cold > last.total:
-        saved.append(f"{took(cold - last.total)} saved")
+        words.append(f"{took(cold - last.total)} saved")
     if past.switches_today:
-        saved.append(_today(past))
-    lines = _wrapped(" · ".join(saved), width, "muted") if saved else []
+        words.append(_today(past))
+    return " · ".join(words)
+
+
+def usual_lines(past: Past, model: ModelSnapshot, width: int) -> list[Line]:
+    """What switches to the model take as a rule."""
     level = {"0": 0, "1": 1, "2": 2}.get(model.resolved_level or "")
     usual = None if level is None else past.percentiles.get(model.name, {}).get(level)
-    if usual is not None:
-        words = (
-            f"p50 {took(usual.p50)} · p95 {took(usual.p95)} over {_switches(usual.count)} at level {level}"
-        )
-        lines += _wrapped(words, width, "muted")
-    return lines
+    if usual is None:
+        return []
+    words = f"p50 {took(usual.p50)} · p95 {took(usual.p95)} over {_switches(usual.count)} at level {level}"
+    return _wrapped(words, width, "muted")
 
 
 def _today(past: Past) -> str:
@@ -261,10 +305,12 @@ class Detail(Painted):
         # While the model is on its way, what happens now is the answer to what enter would do.
         if view.prediction is not None and model.state in SETTLED and model.name not in view.running:
             sections.append(enter_lines(view, view.prediction, width))
-        sections.append([*last_switch_lines(view, model, width), *past_lines(view.past, model, width)])
+        airy = self.app.size.height >= AIRY_HEIGHT
+        is_tall = airy and width >= TALL_WIDTH
+        last = last_switch_lines(view, model, width, is_tall=is_tall)
+        sections.append([*last, *usual_lines(view.past, model, width)])
         sections.append([*serving_lines(model, width), *facts_line(model, width)])
         lines: list[Line] = []
-        airy = self.app.size.height >= AIRY_HEIGHT
         for section in filter(None, sections):
             lines += [((" ", ""),)] if airy and lines else []
             lines += section
