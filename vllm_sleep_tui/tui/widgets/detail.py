@@ -225,7 +225,7 @@ def usual_lines(past: Past, model: ModelSnapshot, width: int) -> list[Line]:
     """What switches to the model take as a rule."""
     level = {"0": 0, "1": 1, "2": 2}.get(model.resolved_level or "")
     usual = None if level is None else past.percentiles.get(model.name, {}).get(level)
-    if usual is None:
+    if usual is None or usual.count < 2:
         return []
     words = f"p50 {took(usual.p50)} · p95 {took(usual.p95)} over {_switches(usual.count)} at level {level}"
     return _wrapped(words, width, "muted")
