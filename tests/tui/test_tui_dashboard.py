@@ -469,13 +469,13 @@ async def test_the_table_sorts_by_what_is_asked(tmp_path: Path) -> None:
     async with panel(fleet, tmp_path, size=(120, 60)) as pilot:
         await until_seen(pilot, "▌ extra-0")
         in_file = rows(lines_of(pilot.app))
-        await pilot.press("o")
+        await pilot.press("f")
         await until_seen(pilot, "sorted by state")
         assert rows(lines_of(pilot.app))[:2] == ["extra-10", "qwen"]
-        await pilot.press("o")
+        await pilot.press("f")
         await until_seen(pilot, "sorted by GPU")
         assert rows(lines_of(pilot.app))[-1] == "extra-11"
-        await pilot.press("o", "o", "o")
+        await pilot.press("f", "f", "f")
         await until_seen(pilot, "sorted by the config")
         assert rows(lines_of(pilot.app)) == in_file
 

@@ -64,7 +64,7 @@ KEYS: tuple[Key, ...] = (
         shown="/",
     ),
     Key(
-        key="o",
+        key="f",
         action="reorder",
         short="order",
         help="Sort the models: by the config, state, GPU, VRAM, name",

@@ -30,6 +30,23 @@ LOOKS: dict[State, Look] = {
 }
 
 
+GLOSSARY: tuple[tuple[str, str], ...] = (
+    (
+        "L0",
+        "Asleep, its weights in VRAM: only the KV cache is given up. The fastest wake",
+    ),
+    ("L1", "Asleep, its weights in RAM (pinned, so that the GPU copies them at full speed)"),
+    ("L2", "Asleep, its weights on disk: no RAM held, and the slowest wake"),
+    ("pinned", "RAM that cannot be swapped; vLLM keeps the copies of level 1 there"),
+    ("drain", "New questions wait, and answers under way are finished"),
+    ("settle", "The memory of the sleeper is seen gone before the other one wakes"),
+    ("prove", "The first token after a wake, compared with what it was when the model started"),
+    ("KV", "The memory of what was read and written so far; a sleep empties it"),
+    ("TTFT", "Time to the first token of an answer"),
+)
+"""The words of the screen that not everybody knows, for the help."""
+
+
 def state_words(state: State, level: int | None) -> str:
     """The state with its level: `asleep L1`."""
     word = LOOKS[state].word

@@ -385,7 +385,7 @@ class Dashboard(Screen[None]):
 
     def action_reorder(self) -> None:
         """Sort the table another way."""
-        self.query_one("#models").border_subtitle = f"sorted by {self._table.reorder()}  o"
+        self.query_one("#models").border_subtitle = f"sorted by {self._table.reorder()}  f"
 
     def action_back(self) -> None:
         """Leave the input; else the timeline's cursor; else stop the answer; else an operation; else show all

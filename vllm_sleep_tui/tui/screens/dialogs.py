@@ -16,6 +16,7 @@ from textual.widgets import Button, Label, OptionList, Static
 from textual.widgets.option_list import Option
 
 from vllm_sleep_tui.tui.keys import ELSEWHERE, KEYS
+from vllm_sleep_tui.tui.words import GLOSSARY
 
 ROOMY_WIDTH = 80
 """Terminals as wide as this have room for a question with wide margins."""
@@ -75,22 +76,25 @@ class Question(ModalScreen[str | None]):
 
 
 class Help(ModalScreen[None]):
-    """Every key and what it does."""
+    """Every key and what it does, then the words of the screen."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q,question_mark", "dismiss", "close", show=False)
     ]
 
     def compose(self) -> ComposeResult:
-        """The table of keys."""
+        """The keys, then the words."""
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold", justify="right")
         for key in KEYS:
             table.add_row(Text(key.cap), Text(key.help))
         for cap, words in ELSEWHERE:
             table.add_row(Text(cap), Text(words))
+        table.add_row(Text(""), Text(""))
+        for word, meaning in GLOSSARY:
+            table.add_row(Text(word), Text(meaning))
         with VerticalScroll(classes="dialog wide") as box:
-            box.border_title = "Keys"
+            box.border_title = "Keys and words"
             box.border_subtitle = "esc closes"
             yield Static(table)
 
