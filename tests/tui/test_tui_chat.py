@@ -124,7 +124,13 @@ async def test_reasoning_shows_apart_from_the_answer_and_is_not_sent_back(tmp_pa
     fleet.answers["qwen"] = [ChatEvent(model="qwen", reasoning="Let me think."), *answer("qwen", "Four.")]
     async with panel(fleet, tmp_path) as pilot:
         await ask(pilot, "2+2")
+        await until_seen(pilot, "thought for", "3 words", "Four.")
+        assert "Let me think." not in text_of(pilot.app)
+        await pilot.press("escape", "o")
         await until_seen(pilot, "Let me think.", "Four.")
+        await pilot.press("o")
+        await until(pilot, lambda: "Let me think." not in text_of(pilot.app), "the fold")
+        await pilot.press("c")
         await pilot.press(*"so", "enter")
         await until(pilot, lambda: len(fleet.asked) == 2, "the second question")
         assert fleet.asked[1][1][1] == {"role": "assistant", "content": "Four."}
@@ -139,7 +145,7 @@ async def test_y_copies_the_last_answer_as_it_was_written(tmp_path: Path) -> Non
         await ask(pilot, "q")
         await until_seen(pilot, "Title", "text")
         await pilot.press("escape", "y")
-        await until_seen(pilot, "Copied 15 characters.")
+        await until_seen(pilot, "Sent the answer to the terminal", "15 characters")
         assert pilot.app.clipboard == "# Title\n\n*text*"
 
 
