@@ -9,11 +9,16 @@ from __future__ import annotations
 import re
 
 _ESCAPES = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours, cursor
-    # Titles, links, the clipboard. One that is never closed ends with its line: it must not hide the rest.
-    r"|\x1b[\]PX^_][^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)?"
-    r"|\x1b[ -/]*[0-~]"
+    r"\x1b\[[0-?]{0,64}[ -/]{0,8}[@-~]"  # colours, cursor
+    # Titles, links, the clipboard. Of one that is not closed in its line only the introducer goes: it must
+    # not hide what follows.
+    r"|\x1b[\]PX^_](?:[^\x07\x1b\x9c\n]{0,4096}(?:\x07|\x1b\\|\x9c))?"
+    r"|\x1b[ -/]{0,8}[0-~]"
 )
+_UNFINISHED = re.compile(
+    r"\x1b(?:\[[0-?]{0,64}[ -/]{0,8}|[\]PX^_][^\x07\x1b\x9c\n]{0,4096}\x1b?|[ -/]{0,8})\Z"
+)
+"""The beginning of one of them at the end of a text, which more text may finish."""
 _OBEYED = (
     r"\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but tabs and line ends, DEL, C1
     r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"  # what turns the reading direction
@@ -30,6 +35,29 @@ def clean(text: str) -> str:
     A byte that is not UTF-8 (of a path, as Python keeps it) is shown as ``\\xff``.
     """
     return OBEYED.sub(_visible, _ESCAPES.sub("", text))
+
+
+class Cleaner:
+    """`clean` for a text that comes in pieces, which may cut an escape in two.
+
+    The pieces that it gives, joined, are `clean` of the pieces that it took, joined.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """What can be shown of the text so far and was not given before."""
+        text = self._held + text
+        unfinished = _UNFINISHED.search(text)
+        end = len(text) if unfinished is None else unfinished.start()
+        self._held = text[end:]
+        return clean(text[:end])
+
+    def end(self) -> str:
+        """The rest, as no more text comes."""
+        rest, self._held = self._held, ""
+        return clean(rest)
 
 
 def one_line(text: str) -> str:

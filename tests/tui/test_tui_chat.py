@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pytest
 from screen_text import panel, text_of, until, until_seen
 from scripted_fleet import ScriptedFleet
 from textual.events import Paste
@@ -124,7 +126,13 @@ async def test_reasoning_shows_apart_from_the_answer_and_is_not_sent_back(tmp_pa
     fleet.answers["qwen"] = [ChatEvent(model="qwen", reasoning="Let me think."), *answer("qwen", "Four.")]
     async with panel(fleet, tmp_path) as pilot:
         await ask(pilot, "2+2")
+        await until_seen(pilot, "thought for", "3 words", "Four.")
+        assert "Let me think." not in text_of(pilot.app)
+        await pilot.press("escape", "o")
         await until_seen(pilot, "Let me think.", "Four.")
+        await pilot.press("o")
+        await until(pilot, lambda: "Let me think." not in text_of(pilot.app), "the fold")
+        await pilot.press("c")
         await pilot.press(*"so", "enter")
         await until(pilot, lambda: len(fleet.asked) == 2, "the second question")
         assert fleet.asked[1][1][1] == {"role": "assistant", "content": "Four."}
@@ -139,7 +147,7 @@ async def test_y_copies_the_last_answer_as_it_was_written(tmp_path: Path) -> Non
         await ask(pilot, "q")
         await until_seen(pilot, "Title", "text")
         await pilot.press("escape", "y")
-        await until_seen(pilot, "Copied 15 characters.")
+        await until_seen(pilot, "Sent the answer to the terminal", "15 characters")
         assert pilot.app.clipboard == "# Title\n\n*text*"
 
 
@@ -174,3 +182,128 @@ async def test_a_very_long_answer_is_shown_to_its_end(tmp_path: Path) -> None:
     async with panel(fleet, tmp_path) as pilot:
         await ask(pilot, "long")
         await until_seen(pilot, "Paragraph 299 says a few words.")
+
+
+async def test_the_mouse_selects_text_and_it_is_copied_with_the_lines_it_was_written_in(
+    tmp_path: Path,
+) -> None:
+    fleet = ScriptedFleet()
+    words = "One line that is long enough to be broken in the pane of the chat, surely."
+    fleet.answers["qwen"] = answer("qwen", f"{words}\n\n```py\nif a<b:\n    f()\n```\n")
+    async with panel(fleet, tmp_path) as pilot:
+        await ask(pilot, "q")
+        await until_seen(pilot, "surely.", "f()")
+        await pilot.press("escape")
+        await pilot.mouse_down("#transcript", offset=(2, 4))
+        await pilot.hover("#transcript", offset=(30, 10))
+        await pilot.mouse_up("#transcript", offset=(30, 10))
+        await pilot.press("y")
+        await until_seen(pilot, "Sent the selection to the terminal")
+        assert pilot.app.clipboard == f"{words}\n\npy\nif a<b:\n    f()"
+
+
+async def test_v_copies_the_code_in_sight_and_what_is_copied_is_clean(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.answers["qwen"] = answer(
+        "qwen", "```\none\n```\nand\n```sh\n\x1b[31mrm x\x1b]0;", "t\x07\n```\nend"
+    )
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("v")
+        await until_seen(pilot, "There is no block of code in sight.")
+        await ask(pilot, "q")
+        await until_seen(pilot, "rm x", "end")
+        await pilot.press("escape", "v")
+        await until_seen(pilot, "Sent the code to the terminal: 4 characters.")
+        assert pilot.app.clipboard == "rm x"
+        await pilot.hover("#transcript", offset=(5, 4))
+        await pilot.press("v")
+        await until(pilot, lambda: pilot.app.clipboard == "one", "the other block")
+
+
+async def test_in_tmux_a_copy_is_told_to_have_arrived_once_tmux_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    tmux = programs / "tmux"
+    tmux.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\ncat > {tmp_path}/buffer\n')
+    tmux.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("TMUX", "/tmp/tmux-0/default,1,0")
+    fleet = ScriptedFleet()
+    fleet.answers["qwen"] = answer("qwen", "<b>ü")
+    async with panel(fleet, tmp_path) as pilot:
+        await ask(pilot, "q")
+        await until_seen(pilot, "<b>ü")
+        await pilot.press("escape", "y")
+        await until_seen(pilot, "Copied the answer: 4 characters, in tmux's buffer.")
+        assert (tmp_path / "buffer").read_text() == "<b>ü"
+        assert (tmp_path / "asked").read_text() == "load-buffer -w -\n"
+        tmux.write_text("#!/bin/sh\nexit 1\n")  # as one before 3.2, which does not know -w
+        await pilot.press("y")
+        await until_seen(pilot, "Sent the answer to the terminal: 4 characters.")
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("length", "cut off: the token limit"),
+        ("abort", "cut off: the model was put to sleep"),
+        ("content_filter", "cut off by a content filter"),
+        ("weird\x1b[2J", "cut off: weird"),
+    ],
+)
+async def test_an_answer_that_was_cut_is_told_as_cut(tmp_path: Path, reason: str, words: str) -> None:
+    fleet = ScriptedFleet()
+    fleet.answers["qwen"] = [
+        ChatEvent(model="qwen", text="half"),
+        ChatEvent(model="qwen", finish_reason=reason),
+    ]
+    async with panel(fleet, tmp_path) as pilot:
+        await ask(pilot, "q")
+        await until_seen(pilot, "half", words)
+
+
+async def test_an_answer_that_broke_off_is_told_as_not_whole_and_kept(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.answers["qwen"] = [
+        ChatEvent(model="qwen", text="half an ans"),
+        ChatEvent(model="qwen", error="The engine died."),
+    ]
+    async with panel(fleet, tmp_path) as pilot:
+        await ask(pilot, "q")
+        await until_seen(pilot, "half an ans", "The answer is not whole. The engine died.")
+        fleet.answers["qwen"] = answer("qwen", "more")
+        await pilot.press(*"go", "enter")
+        await until_seen(pilot, "more")
+        assert [turn["content"] for turn in fleet.asked[1][1]] == ["q", "half an ans", "go"]
+
+
+async def test_reading_back_stays_where_it_is_while_more_comes_and_the_end_is_followed_again(
+    tmp_path: Path,
+) -> None:
+    fleet = ScriptedFleet()
+    first = [f"line {number}\n\n" for number in range(100)]
+    fleet.answers["qwen"] = [
+        *(ChatEvent(model="qwen", text=text) for text in first),
+        0.0,
+        *(ChatEvent(model="qwen", text=f"later {number}\n\n") for number in range(100)),
+    ]
+    async with panel(fleet, tmp_path) as pilot:
+        await ask(pilot, "q")
+        await until_seen(pilot, "line 99")
+        await pilot.press("escape", "tab", "tab")
+        await until(
+            pilot, lambda: pilot.app.focused is not None and pilot.app.focused.id == "transcript", "focus"
+        )
+        await pilot.press("home")
+        await until_seen(pilot, "line 0")
+        fleet.gate.set()
+        await until(pilot, lambda: not pilot.app.dashboard.is_answering, "the end")  # type: ignore[attr-defined]
+        await until_seen(pilot, "line 0")
+        await pilot.resize_terminal(100, 40)
+        await until_seen(pilot, "line 0")
+        await pilot.press("end")
+        await until_seen(pilot, "later 99")
+        await pilot.resize_terminal(140, 40)
+        await until_seen(pilot, "later 99")

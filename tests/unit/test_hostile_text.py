@@ -126,7 +126,7 @@ def test_a_log() -> None:
     folder.parent.chmod(0o700)
     (folder / "qwen.log").write_text(f"one {PAYLOAD}\n\ttwo \x1b]0;never closed\nthree\n")
     done = run("--config", NAME, "logs", "qwen")
-    assert done.stdout.decode() == "one evil1mtxt. end\n\ttwo \nthree\n"
+    assert done.stdout.decode() == "one evil1mtxt. end\n\ttwo 0;never closed\nthree\n"
 
 
 def test_a_server_that_is_attached(server: HostileServer) -> None:

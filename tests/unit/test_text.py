@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.text import clean, one_line
+from vllm_sleep_tui.text import Cleaner, clean, one_line
 
 
 def test_escapes_and_control_characters_go_and_text_stays() -> None:
@@ -36,8 +36,26 @@ def test_what_turns_the_reading_direction_goes(mark: str) -> None:
     assert clean(f"a{mark}b") == "ab"
 
 
-def test_a_title_that_is_never_closed_hides_its_line_and_no_other() -> None:
-    assert clean("one \x1b]0;evil\ntwo") == "one \ntwo"
+def test_of_a_title_that_is_never_closed_only_the_introducer_goes() -> None:
+    assert clean("one \x1b]0;evil\ntwo") == "one 0;evil\ntwo"
+    assert clean("one \x1b[31\ntwo") == "one 31\ntwo"
+    assert clean(f"\x1b]0;{'x' * 5000}\x07") == f"0;{'x' * 5000}"
+
+
+PIECES = st.lists(st.text(st.sampled_from("\x1b[]\\0;1mPa \x07\n\x9c\u202e<"), max_size=12), max_size=8)
+
+
+@given(PIECES)
+def test_a_text_in_pieces_is_cleaned_as_the_whole_is(pieces: list[str]) -> None:
+    cleaner = Cleaner()
+    assert "".join([*map(cleaner.feed, pieces), cleaner.end()]) == clean("".join(pieces))
+
+
+def test_what_is_no_escape_is_held_back_by_nobody() -> None:
+    cleaner = Cleaner()
+    assert cleaner.feed("a [31m <b>") == "a [31m <b>"
+    assert cleaner.feed("c\x1b]0;ti") == "c"
+    assert cleaner.feed("tle\x07d") == "d"
 
 
 def test_an_escape_cut_in_two_leaves_nothing_to_obey() -> None:

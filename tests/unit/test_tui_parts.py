@@ -1,4 +1,4 @@
-"""Parts of the panel that need no screen: blocks of Markdown, bars, words, themes."""
+"""Parts of the panel that need no screen: bars, words, themes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from vllm_sleep_tui.tui.drawing.bars import HATCHED, MARK, SOLID, Part, cells_of
 from vllm_sleep_tui.tui.drawing.paint import cut, line_width, spread, wrap
 from vllm_sleep_tui.tui.keys import KEYS
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, read_theme
-from vllm_sleep_tui.tui.widgets.turns import Blocks
 from vllm_sleep_tui.units import clock, gib_number, took
 
 GOOD = (package_folder() / "night.yaml").read_text(encoding="utf-8")
@@ -29,35 +28,6 @@ def luminance(color: str) -> float:
 def contrast(one: str, other: str) -> float:
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
-
-
-def feed(text: str, step: int) -> tuple[list[str], str]:
-    blocks = Blocks()
-    finished = [
-        block for start in range(0, len(text), step) for block in blocks.feed(text[start : start + step])
-    ]
-    return finished, blocks.tail
-
-
-def test_a_block_is_finished_when_the_next_one_begins() -> None:
-    assert feed("one\n\ntwo\n\nthree", 1) == (["one"], "two\n\nthree")
-    assert feed("one\n\ntwo\n\nthree\n", 1) == (["one", "two"], "three\n")
-
-
-def test_a_fence_keeps_its_blank_lines_and_its_other_fences() -> None:
-    text = "```py\na\n\nb\n~~~\n\nc\n```\n\nafter\n"
-    assert feed(text, 3) == (["```py\na\n\nb\n~~~\n\nc\n```"], "after\n")
-
-
-def test_an_indented_line_stays_with_the_list_above_it() -> None:
-    assert feed("- a\n\n  more of a\n\nend\n", 2) == (["- a\n\n  more of a"], "end\n")
-
-
-@given(st.text(alphabet="ab `~\n-", max_size=80), st.integers(1, 9))
-def test_blocks_lose_nothing_but_blank_lines_however_the_text_is_cut(text: str, step: int) -> None:
-    finished, tail = feed(text, step)
-    assert "".join([*finished, tail]).replace("\n", "") == text.replace("\n", "")
-    assert (finished, tail) == feed(text, 1)
 
 
 @given(st.lists(st.floats(0, 100), max_size=6), st.floats(0.1, 200), st.integers(0, 120))

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vllm_sleep_tui.cli.common import config_option, json_option, load_config, put, put_json, say
+from vllm_sleep_tui.cli.common import config_option, draw, json_option, load_config, put, put_json, say
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.errors import OperationError, UsageError
+from vllm_sleep_tui.fleet.snapshot import cut_words
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.text import Cleaner
 from vllm_sleep_tui.units import hundredths, milliseconds
 
 if TYPE_CHECKING:
@@ -106,24 +108,33 @@ async def _read_line() -> str:
 async def _ask(fleet: Fleet, name: str, messages: list[dict[str, Any]], *, aloud: bool) -> dict[str, Any]:
     """Stream one answer; what it was and took, in seconds. Raises OperationError if it breaks off."""
     texts: list[str] = []
+    thoughts: list[str] = []
+    cleaner = Cleaner()
     answer: dict[str, Any] = dict.fromkeys(("text", *MEASURED))
     before = {model.name: model.state for model in fleet.snapshot().models}[name]
     was_started = before not in (State.AWAKE, State.ASLEEP)
     began = time.monotonic()
     async for event in fleet.chat(name, messages, report=Reporter()):
+        texts.append(event.text)
+        thoughts.append(event.reasoning)
+        if aloud:
+            draw(cleaner.feed(event.text))
         if event.error:
+            if aloud:
+                put(cleaner.end(), nl=any(texts))
             what = "broke off" if any(texts) else "does not answer"
             raise OperationError(f"{name} {what}: {event.error}", f"See: vllm-sleep-tui logs {name}")
         answer |= {field: value for field in MEASURED if (value := getattr(event, field)) is not None}
-        texts.append(event.text)
-        if aloud:
-            put(event.text, nl=False)
     answer |= {"text": "".join(texts), "seconds": time.monotonic() - began}
+    if any(thoughts):
+        answer["reasoning"] = "".join(thoughts)
     if aloud:
-        put()
+        put(cleaner.end())
         say(_timings(answer, was_started=was_started))
     if answer["finish_reason"] == "abort":
         raise OperationError(f"{name} was stopped or put to sleep in the middle of its answer.", "Ask again.")
+    if cut := cut_words(answer["finish_reason"]):
+        say(f"The answer is {cut}.")
     return answer
 
 

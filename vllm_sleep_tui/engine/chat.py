@@ -25,6 +25,7 @@ NO_CHAT = "does not support Chat Completions"
 TEMPLATE_CURE = (
     "Add `chat-template: FILE` (Jinja) to its `args:` and restart it, or take its instruct version."
 )
+OPEN, CLOSE = "<think>", "</think>"
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 """An event holds some tokens; what goes on for longer without an end is no stream of events."""
 
@@ -74,6 +75,58 @@ def chat_body(messages: Sequence[Mapping[str, Any]], model: str, params: Mapping
     return msgspec.json.encode(
         {"model": model, "messages": messages, **params, "stream": True, "stream_options": usage}
     )
+
+
+class Thinking:
+    """Takes the `<think>` block at the beginning of an answer's text for reasoning, as what it is.
+
+    A server without a reasoning parser leaves it there. Anywhere else, or never closed in an answer that came
+    to its end, those marks are words of the answer. Nothing that was fed is lost.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._thought: list[str] | None = None
+        """What stood in the block so far; None before it."""
+        self._is_over = False
+
+    def feed(self, delta: ChatDelta) -> tuple[str, str]:
+        """The text and the reasoning of one more delta, as far as they can be told apart."""
+        if delta.reasoning and self._thought is None:
+            self._is_over = True  # the server tells them apart itself
+        text, self._held = self._held + delta.text, ""
+        if self._is_over:
+            return text, delta.reasoning
+        if self._thought is None:
+            words = text.lstrip()
+            if OPEN.startswith(words[: len(OPEN)]) and len(words) < len(OPEN):
+                self._held = text
+                return "", ""
+            if not words.startswith(OPEN):
+                self._is_over = True
+                return text, ""
+            self._thought, text = [], words[len(OPEN) :]
+        return self._inside(text)
+
+    def _inside(self, text: str) -> tuple[str, str]:
+        assert self._thought is not None
+        thought, closed, answer = text.partition(CLOSE)
+        if closed:
+            self._is_over = True
+            return answer.lstrip("\n"), thought
+        keep = next((size for size in range(len(CLOSE) - 1, 0, -1) if text.endswith(CLOSE[:size])), 0)
+        self._held = text[len(text) - keep :]
+        self._thought.append(text[: len(text) - keep])
+        return "", self._thought[-1]
+
+    def end(self, finish_reason: str | None) -> tuple[str, str]:
+        """The rest, as no more comes."""
+        held, self._held = self._held, ""
+        if self._is_over or self._thought is None:
+            return held, ""
+        if finish_reason == "stop":
+            return OPEN + "".join(self._thought) + held, ""
+        return "", held
 
 
 def refusal(error: EngineError) -> EngineError:

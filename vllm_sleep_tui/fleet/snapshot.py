@@ -11,6 +11,7 @@ import msgspec
 
 from vllm_sleep_tui.fleet.states import RUNNING, StartPhase, State
 from vllm_sleep_tui.sizing.budget import ram_margin
+from vllm_sleep_tui.text import one_line
 from vllm_sleep_tui.units import time_of_day
 
 
@@ -271,3 +272,19 @@ class ChatEvent(msgspec.Struct, frozen=True, kw_only=True):
     """On the first event, if the model had to be woken or started."""
     ttft: float | None = None
     """Seconds from the request to the first text, on the event that carries it."""
+
+
+WHOLE = ("stop", "tool_calls", "function_call")
+"""Reasons for which an answer ends where the model wanted it to."""
+_CUT = {
+    "length": "cut off: the token limit was reached",
+    "abort": "cut off: the model was put to sleep or stopped meanwhile",
+    "content_filter": "cut off by a content filter",
+}
+
+
+def cut_words(finish_reason: str | None) -> str:
+    """Why an answer is not whole, in words; empty if it is, or if nothing is known."""
+    if finish_reason is None or finish_reason in WHOLE:
+        return ""
+    return _CUT.get(finish_reason, f"cut off: {one_line(finish_reason)}")

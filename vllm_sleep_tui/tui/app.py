@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-from rich.theme import Theme as RichTheme
 from textual import work
 from textual.app import App, SystemCommand
 from textual.driver import Driver
@@ -26,10 +25,12 @@ from vllm_sleep_tui.files import read_regular
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.leaving import Leaving, leave_at_once
+from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.keys import KEYS
 from vllm_sleep_tui.tui.screens.dashboard import Dashboard
 from vllm_sleep_tui.tui.screens.dialogs import ThemeChooser
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
+from vllm_sleep_tui.tui.state.clipboard import to_tmux, words
 from vllm_sleep_tui.tui.state.operations import Operations
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.terminal import CLEANED, PanelDriver
@@ -109,7 +110,6 @@ class PanelApp(App[None]):
         if theme.name not in self._files:
             return
         self.palette = Palette(self._files[theme.name])
-        self.console.push_theme(_rich_theme(self.palette))
         dashboard = getattr(self, "dashboard", None)
         if dashboard is not None and dashboard.is_attached:
             dashboard.recolor()
@@ -154,6 +154,19 @@ class PanelApp(App[None]):
 
         return switch
 
+    def copy_to_clipboard(self, text: str, what: str = "the selection") -> None:
+        """Copy a text, and say how far it is known to have come."""
+        self._copy(clean(text), what)
+
+    @work
+    async def _copy(self, text: str, what: str) -> None:
+        arrived = await to_tmux(text)
+        if arrived:
+            self._clipboard = text
+        else:
+            super().copy_to_clipboard(text)
+        self.notify(words(text, what, arrived=arrived), markup=False)
+
     def get_driver_class(self) -> type[Driver]:
         """Our own where Textual would take its own for a terminal."""
         usual = super().get_driver_class()
@@ -182,27 +195,6 @@ class PanelApp(App[None]):
         """Ctrl+c, where it has nothing to copy, asks like q too."""
         if isinstance(self.screen, Dashboard):
             self.dashboard.action_quit_panel()
-
-
-def _rich_theme(palette: Palette) -> RichTheme:
-    """The colours of Markdown in answers."""
-    style = palette.style
-    return RichTheme(
-        {
-            "markdown.code": style("accent"),
-            "markdown.code_block": style("text on-panel"),
-            "markdown.h1": style("text bold"),
-            "markdown.h1.border": style("border"),
-            "markdown.h2": style("text bold underline"),
-            "markdown.h3": style("text bold"),
-            "markdown.item.bullet": style("accent"),
-            "markdown.item.number": style("accent"),
-            "markdown.block_quote": style("muted italic"),
-            "markdown.hr": style("border"),
-            "markdown.link": style("accent"),
-            "markdown.link_url": style("accent underline"),
-        }
-    )
 
 
 async def _run(loaded: LoadedConfig, state_dir: Path) -> int:

@@ -50,7 +50,8 @@ class Palette:
     """Turns the names of paints into Rich styles.
 
     A paint is words: a colour (`text`, `muted`, `good`, `m0` for the first model …), `on-` and a colour for
-    the background, `ink-` and a colour for what can be read on it, and `bold`, `italic`, `underline`.
+    the background, `ink-` and a colour for what can be read on it, and `bold`, `italic`, `underline`,
+    `strike`.
     """
 
     def __init__(self, theme: ThemeFile) -> None:
@@ -68,7 +69,7 @@ class Palette:
     def _style(self, paint: str) -> Style:
         foreground = background = None
         for word in paint.split():
-            if word in {"bold", "italic", "underline"}:
+            if word in {"bold", "italic", "underline", "strike"}:
                 continue
             if word.startswith("on-"):
                 background = self._color(word[3:]).hex
@@ -82,6 +83,7 @@ class Palette:
             bold="bold" in paint or None,
             italic="italic" in paint or None,
             underline="underline" in paint or None,
+            strike="strike" in paint or None,
         )
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from vllm_sleep_tui.engine.chat import refusal
+from vllm_sleep_tui.engine.chat import Thinking, refusal
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.backend import backend_of
@@ -14,6 +14,7 @@ from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, Report, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 
+UNFINISHED = "The server ended the answer without saying that it is whole."
 FIRST_LIMIT = 300.0
 """Seconds to the first piece of an answer: a long prompt is computed in it."""
 
@@ -40,23 +41,34 @@ async def answer(
     began, first = time.monotonic(), True
     client, served = await backend.endpoint()
     stream = client.chat(messages, model=served, params=params, first_timeout=FIRST_LIMIT)
+    thinking, finish = Thinking(), None
+    failed: str | None = None
     try:
         async for delta in stream:
             ttft = None
             if first and (delta.text or delta.reasoning):
                 ttft, first = time.monotonic() - began, False
+            text, reasoning = thinking.feed(delta)
+            finish = delta.finish_reason or finish
             yield ChatEvent(
                 model=name,
-                text=delta.text,
-                reasoning=delta.reasoning,
+                text=text,
+                reasoning=reasoning,
                 finish_reason=delta.finish_reason,
-                error=delta.error,
                 prompt_tokens=delta.prompt_tokens,
                 completion_tokens=delta.completion_tokens,
                 ttft=ttft,
             )
+            if delta.error is not None:
+                failed = delta.error
+                break
+        else:
+            failed = None if finish is not None else UNFINISHED
     except PanelError as failure:
         error = refusal(failure) if isinstance(failure, EngineError) else failure
-        yield ChatEvent(model=name, error=f"{error.what} {error.cure}".strip())
+        failed = f"{error.what} {error.cure}".strip()
     finally:
         await stream.aclose()
+    text, reasoning = thinking.end(finish)
+    if text or reasoning or failed is not None:
+        yield ChatEvent(model=name, text=text, reasoning=reasoning, error=failed)

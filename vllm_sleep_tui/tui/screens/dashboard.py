@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
@@ -168,7 +168,7 @@ class Dashboard(Screen[None]):
         timeline = self.query_one(Timeline)
         timeline.show(view)
         self._past.look(view.snapshot, timeline.window.seconds)
-        await self.query_one(ChatPane).show(view)
+        self.query_one(ChatPane).show(view)
 
     def changed(self) -> None:
         """Look at once."""
@@ -411,13 +411,29 @@ class Dashboard(Screen[None]):
             self._table.focus()
 
     def action_copy_answer(self) -> None:
-        """The last answer, as it was written, to the clipboard."""
-        text = self.query_one(ChatPane).last_answer()
-        if text is None:
+        """What is selected, else the last answer, to the clipboard."""
+        if selected := self.get_selected_text():
+            self.app.copy_to_clipboard(selected)
+        elif text := self.query_one(ChatPane).last_answer():
+            self._copy(text, "the answer")
+        else:
             self.notify(f"{self.selected} has not answered anything yet.", markup=False)
-            return
-        self.app.copy_to_clipboard(text)
-        self.notify(f"Copied {len(text)} characters.", markup=False)
+
+    def action_copy_code(self) -> None:
+        """The block of code under the mouse, else the last one that is seen, to the clipboard."""
+        if text := self.query_one(ChatPane).code():
+            self._copy(text, "the code")
+        else:
+            self.notify("There is no block of code in sight.", markup=False)
+
+    def _copy(self, text: str, what: str) -> None:
+        app: Any = self.app
+        app.copy_to_clipboard(text, what)
+
+    def action_fold(self) -> None:
+        """Show the reasoning of the last answer, or hide it."""
+        if not self.query_one(ChatPane).fold_last():
+            self.notify(f"The last answer of {self.selected} has no reasoning.", markup=False)
 
     def action_log(self) -> None:
         """The selected model's log."""

@@ -14,18 +14,22 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.message import Message
 from textual.timer import Timer
-from textual.widgets import ContentSwitcher, TextArea
+from textual.widgets import TextArea
 
 from vllm_sleep_tui.errors import PanelError
-from vllm_sleep_tui.fleet.snapshot import ChatEvent, Progress
+from vllm_sleep_tui.fleet.snapshot import ChatEvent, Progress, cut_words
+from vllm_sleep_tui.tui.drawing.paint import Line
+from vllm_sleep_tui.tui.drawing.turns import Answer
 from vllm_sleep_tui.tui.state.operations import Operations, expected
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
+from vllm_sleep_tui.tui.state.talk import Talk
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.theme import palette_of
-from vllm_sleep_tui.tui.widgets.turns import Answer, Conversation
+from vllm_sleep_tui.tui.widgets.transcript import Transcript
 from vllm_sleep_tui.units import took
 
 FLUSH_SECONDS = 0.1
+_HINT: Line = (("Nothing said yet. c goes to the input below.", "muted"),)
 
 
 class ChatInput(TextArea):
@@ -86,8 +90,6 @@ class Pace:
             parts.append(f"TTFT {took(self.ttft)}")
         if self.tokens and self.tokens > 1 and self.first and self.last and self.last > self.first:
             parts.append(f"{(self.tokens - 1) / (self.last - self.first):.0f} tok/s")
-        if self.finish_reason == "length":
-            parts.append("cut off at the token limit")
         return " · ".join(parts)
 
 
@@ -98,15 +100,15 @@ class ChatPane(Vertical):
         super().__init__(id=id)
         self._fleet = fleet
         self._operations = operations
-        self._conversations: dict[str, Conversation] = {}
+        self._talks: dict[str, Talk] = {}
         self._answering: dict[str, asyncio.Task[PanelError | None]] = {}
         self._model: str | None = None
         self._view: View | None = None
         self._flush_timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
-        """The conversations, one visible, and the input."""
-        yield ContentSwitcher(id="conversations")
+        """What was said, and the input."""
+        yield Transcript(id="transcript")
         yield ChatInput(id="question", compact=True, highlight_cursor_line=False)
 
     def on_mount(self) -> None:
@@ -119,18 +121,25 @@ class ChatPane(Vertical):
         return self.query_one(ChatInput)
 
     @property
+    def transcript(self) -> Transcript:
+        """What was said."""
+        return self.query_one(Transcript)
+
+    @property
     def is_answering(self) -> bool:
         """True while any answer is under way."""
         return bool(self._answering)
 
-    async def show(self, view: View) -> None:
+    def show(self, view: View) -> None:
         """Turn to the selected model."""
         self._view = view
         if view.selected is None or view.selected == self._model:
             return
+        if self._model is not None:
+            self._talks[self._model].row_at_top = self.transcript.row_at_top
         self._model = name = view.selected
-        await self._conversation(name)
-        self.query_one(ContentSwitcher).current = self._conversations[name].id
+        talk = self._talks.setdefault(name, Talk())
+        self.transcript.show(talk.turns, _HINT, at=talk.row_at_top)
         self._title(view)
 
     def _title(self, view: View) -> None:
@@ -143,16 +152,11 @@ class ChatPane(Vertical):
         """Follow a change of theme."""
         if self._view is not None and self._model is not None:
             self._title(self._view)
+        self.transcript.refresh()
 
     def _paint(self, paint: str) -> str:
         color = palette_of(self).style(paint).color
         return color.name if color is not None else "default"
-
-    async def _conversation(self, name: str) -> Conversation:
-        if name not in self._conversations:
-            conversation = self._conversations[name] = Conversation(name)
-            await self.query_one(ContentSwitcher).add_content(conversation)
-        return self._conversations[name]
 
     def on_chat_input_sent(self, message: ChatInput.Sent) -> None:
         """Ask the selected model."""
@@ -164,24 +168,25 @@ class ChatPane(Vertical):
             self.notify(f"{name} is still answering; escape stops it.", markup=False)
             self.input.text = message.text
             return
-        conversation = self._conversations[name]
-        color, own = self._paint(view.colors[name]), self._paint("muted")
-        answer = conversation.ask(message.text, model=name, color=color, own_color=own)
+        talk = self._talks[name]
+        answer = talk.ask(message.text, name, view.colors[name])
+        self._shown(talk)
+        self.transcript.to_end()
         was_started = view.prediction is not None and view.prediction.action == "start"
         pace = Pace()
-        task = self._operations.spawn(self._stream(name, conversation, answer, pace))
+        task = self._operations.spawn(self._stream(name, talk, answer, pace))
         self._answering[name] = task
         # The end is a callback for the reason that `Operations` gives.
         task.add_done_callback(
-            lambda done: self._ended(name, conversation, answer, pace.words(was_started=was_started), done)
+            lambda done: self._ended(name, talk, answer, pace, pace.words(was_started=was_started), done)
         )
         if self._flush_timer is not None:
             self._flush_timer.resume()
 
-    async def _stream(self, name: str, talk: Conversation, answer: Answer, pace: Pace) -> PanelError | None:
+    async def _stream(self, name: str, talk: Talk, answer: Answer, pace: Pace) -> PanelError | None:
         """Take the pieces as they come; the error that came in the middle, if one did."""
         error = None
-        chat = self._fleet.chat(name, list(talk.messages), report=lambda step: self._step(answer, step))
+        chat = self._fleet.chat(name, talk.messages(), report=lambda step: self._step(talk, answer, step))
         async for event in chat:
             pace.see(event)
             answer.add(event.text, event.reasoning)
@@ -190,40 +195,65 @@ class ChatPane(Vertical):
         return error
 
     def _ended(
-        self, name: str, talk: Conversation, answer: Answer, words: str, task: asyncio.Task[PanelError | None]
+        self,
+        name: str,
+        talk: Talk,
+        answer: Answer,
+        pace: Pace,
+        words: str,
+        task: asyncio.Task[PanelError | None],
     ) -> None:
         del self._answering[name]
         raised = asyncio.CancelledError() if task.cancelled() else task.exception()
         error = task.result() if raised is None else expected(raised)
-        if self.is_attached:
-            self._finish(talk, answer, words, error, stopped=raised is not None and error is None)
-
-    def _step(self, answer: Answer, step: Progress) -> None:
-        words = f"{step.model}: {step.phase} {step.detail}".rstrip()
-        if step.fraction is not None:
-            words += f"  {step.fraction * 100:.0f} %"
-        answer.say(Text(words))
-
-    def _finish(
-        self, talk: Conversation, answer: Answer, words: str, error: PanelError | None, *, stopped: bool
-    ) -> None:
-        note = Text(words)
-        if stopped:
-            note.append(f"{' · ' if words else ''}stopped")
+        stopped = raised is not None and error is None
+        cut = "stopped: what was said is kept" if stopped else cut_words(pace.finish_reason)
+        notes: list[Line] = []
+        if words or cut:
+            notes.append(((words, "muted"), (" · " if words and cut else "", "muted"), (cut, "warning")))
         if error is not None:
-            note.append("\n" if words else "")
-            note.append(error.what, style=self._paint("bad"))
-            note.append(f"\n{error.cure}" if error.cure else "")
-        answer.finish(note)
-        talk.close_answer()
+            said = "The answer is not whole. " if answer.text else ""
+            notes.append(((f"{said}{error.what}", "bad"),))
+            notes += [((error.cure, "muted"),)] if error.cure else []
+        answer.end()
+        answer.say(*notes)
+        self._shown(talk, answer)
         if not self._answering and self._flush_timer is not None:
             self._flush_timer.pause()
 
+    def _step(self, talk: Talk, answer: Answer, step: Progress) -> None:
+        words = f"{step.model}: {step.phase} {step.detail}".rstrip()
+        if step.fraction is not None:
+            words += f"  {step.fraction * 100:.0f} %"
+        answer.say(((words, "muted"),))
+        self._shown(talk, answer)
+
+    def _shown(self, talk: Talk, answer: Answer | None = None) -> None:
+        """Show what changed, if it is looked at."""
+        if self.is_attached and talk is self._talks.get(self._model or ""):
+            self.transcript.grew(answer)
+
     def _flush(self) -> None:
         for name in self._answering:
-            answer = self._conversations[name].answer
-            if answer is not None:
-                answer.flush()
+            talk = self._talks[name]
+            if talk.answer is not None and talk.answer.flush():
+                self._shown(talk, talk.answer)
+
+    def on_transcript_folded(self, message: Transcript.Folded) -> None:
+        """Show an answer's reasoning, or hide it."""
+        message.stop()
+        message.answer.fold()
+        self.transcript.grew(message.answer)
+
+    def fold_last(self) -> bool:
+        """The same for the last answer; False if it has no reasoning."""
+        talk = self._talks.get(self._model or "")
+        answer = talk.answer if talk is not None else None
+        if answer is None or not answer.reasoning:
+            return False
+        answer.fold()
+        self.transcript.grew(answer)
+        return True
 
     def stop_answer(self) -> bool:
         """Stop one answer, the visible model's first, keeping what was said; False if there is none."""
@@ -235,5 +265,10 @@ class ChatPane(Vertical):
 
     def last_answer(self) -> str | None:
         """The visible model's last answer, as it was written; None if there is none."""
-        talk = self._conversations.get(self._model or "")
+        talk = self._talks.get(self._model or "")
         return talk.answer.text if talk is not None and talk.answer is not None and talk.answer.text else None
+
+    def code(self) -> str | None:
+        """The block of code under the mouse, else the last one that is seen."""
+        code = self.transcript.code_in_sight()
+        return None if code is None else code.text

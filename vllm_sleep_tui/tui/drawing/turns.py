@@ -1,0 +1,207 @@
+"""The turns of a conversation as rows; what is added costs what is added, whatever stands before it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from vllm_sleep_tui.text import Cleaner, clean
+from vllm_sleep_tui.tui.drawing.code import Code
+from vllm_sleep_tui.tui.drawing.document import Document
+from vllm_sleep_tui.tui.drawing.flow import BLANK, Flow, Growing, PlainRow, Row
+from vllm_sleep_tui.tui.drawing.paint import Line
+from vllm_sleep_tui.units import took
+
+THOUGHT_BEFORE: Line = (("┆ ", "faint"),)
+
+
+class FoldRow(PlainRow):
+    """The row that tells of the reasoning; a click shows or hides it."""
+
+
+class Turn:
+    """Who speaks, in the colour of the speaker, and what is said."""
+
+    def __init__(self, speaker: str, paint: str) -> None:
+        self.speaker = speaker
+        self.paint = paint
+        self.is_dropped = False
+        """Another answer or question took its place; it is kept and not shown."""
+        self._width = 0
+        self._rows: list[list[Row]] = []
+
+    def lay(self, width: int) -> int:
+        """Lay it out for a width; how many rows that makes."""
+        self._width = width
+        self._rows = self._sections(width)
+        return sum(map(len, self._rows))
+
+    def row(self, number: int) -> Row:
+        """One row, counted as the last `lay` did."""
+        for section in self._rows:
+            if number < len(section):
+                return section[number]
+            number -= len(section)
+        return BLANK
+
+    def code_near(self, row: int) -> Code | None:
+        """The last block of code that begins at or before a row."""
+        return None
+
+    def _sections(self, width: int) -> list[list[Row]]:
+        raise NotImplementedError
+
+    def _head(self) -> list[Row]:
+        return [PlainRow(((self.speaker, f"{self.paint} bold"),))]
+
+
+class Question(Turn):
+    """What the person asked."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("you", "muted")
+        self.text = text
+        """As it was typed."""
+        self._shown = Growing("text")
+        self._shown.feed(clean(text))
+
+    def _sections(self, width: int) -> list[list[Row]]:
+        self._shown.lay(width)
+        return [self._head(), self._shown.rows]
+
+
+class Notice(Turn):
+    """What happened to a model meanwhile."""
+
+    def __init__(self, words: str, paint: str) -> None:
+        super().__init__("", "border")
+        self._line: Line = ((clean(words), paint),)
+
+    def _sections(self, width: int) -> list[list[Row]]:
+        return [Flow(self._line).rows(width)]
+
+
+class Answer(Turn):
+    """What a model answers; `add` takes pieces as they come, `flush` has them shown."""
+
+    def __init__(self, model: str, paint: str) -> None:
+        super().__init__(model, paint)
+        self.model = model
+        self.is_folded = True
+        self.is_over = False
+        self.thought_seconds: float | None = None
+        self._began: float | None = None
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._cleaners = (Cleaner(), Cleaner())
+        self._unshown = ""
+        self._document = Document()
+        self._thought: Growing | None = None
+        self._unshown_thought = ""
+        self._words = 0
+        self._above: Sequence[Line] = ()
+        self._below: Sequence[Line] = ()
+
+    @property
+    def text(self) -> str:
+        """What was answered so far, cleaned: what is shown is what is copied and kept."""
+        return "".join(self._text)
+
+    @property
+    def reasoning(self) -> str:
+        """What was thought so far, cleaned."""
+        return "".join(self._reasoning)
+
+    def add(self, text: str, reasoning: str = "") -> None:
+        """Take a piece; it is shown with the next `flush`."""
+        self._take(self._cleaners[0].feed(text), self._cleaners[1].feed(reasoning))
+
+    def _take(self, text: str, reasoning: str) -> None:
+        if reasoning:
+            self._began = self._began or time.monotonic()
+            self._reasoning.append(reasoning)
+            self._unshown_thought += reasoning
+        if text:
+            if self._began is not None and self.thought_seconds is None:
+                self.thought_seconds = time.monotonic() - self._began
+            self._text.append(text)
+            self._unshown += text
+
+    def flush(self) -> bool:
+        """Have it shown; False if nothing came."""
+        if not self._unshown and not self._unshown_thought:
+            return False
+        text, self._unshown = self._unshown, ""
+        thought, self._unshown_thought = self._unshown_thought, ""
+        self._document.feed(text)
+        self._words += len(thought.split())
+        if self._thought is not None:
+            self._thought.feed(thought)
+        return True
+
+    def end(self) -> None:
+        """No more comes."""
+        self._take(self._cleaners[0].end(), self._cleaners[1].end())
+        if self._began is not None and self.thought_seconds is None:
+            self.thought_seconds = time.monotonic() - self._began
+        self.flush()
+        self._document.end()
+        self.is_over = True
+
+    def say(self, *lines: Line) -> None:
+        """Tell below it how it goes or went, in place of what was told."""
+        self._below = lines
+
+    def say_above(self, *lines: Line) -> None:
+        """Tell above it what came before the first word."""
+        self._above = lines
+
+    def fold(self) -> None:
+        """Hide the reasoning, or show it."""
+        self.is_folded = not self.is_folded
+        if self.is_folded:
+            self._thought = None  # what is not shown is not laid out
+        else:
+            self._thought = Growing("muted italic", before=THOUGHT_BEFORE)
+            self._thought.feed(self.reasoning)
+            self._words, self._unshown_thought = len(self.reasoning.split()), ""
+
+    def _sections(self, width: int) -> list[list[Row]]:
+        self._document.lay(width)
+        top = self._head()
+        for line in self._above:
+            top += Flow(line).rows(width)
+        thought: list[Row] = []
+        if self._reasoning:
+            top.append(FoldRow((("▸ " if self.is_folded else "▾ ", "accent"), (self._fold_words(), "muted"))))
+            if self._thought is not None:
+                self._thought.lay(width)
+                thought = self._thought.rows
+        tail = self._document.tail
+        gap: list[Row] = [BLANK] if self._reasoning and (self._document.rows or tail) else []
+        bottom: list[Row] = []
+        for line in self._below:
+            bottom += Flow(line).rows(width)
+        return [top, thought, gap, self._document.rows, tail, bottom]
+
+    def _fold_words(self) -> str:
+        if self.thought_seconds is None and self._began is not None:
+            return f"thinks… {self._words} words"
+        seconds = "" if self.thought_seconds is None else f" for {took(self.thought_seconds)}"
+        return f"thought{seconds} · {self._words} words"
+
+    def restore(self, text: str, reasoning: str, thought_seconds: float | None) -> None:
+        """Put in what was said in an earlier run."""
+        self._text, self._reasoning = [text], [reasoning] if reasoning else []
+        self._words = len(reasoning.split())
+        self.thought_seconds = thought_seconds
+        self._document.feed(text)
+        self._document.end()
+        self.is_over = True
+
+    def code_near(self, row: int) -> Code | None:
+        """The last block of code that begins at or before a row."""
+        codes = self._document.codes
+        above = sum(map(len, self._rows[:3]))
+        before = [code for start, code in codes if start + above <= row]
+        return before[-1] if before else None
