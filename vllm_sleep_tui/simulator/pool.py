@@ -29,7 +29,9 @@ MOST_BYTES = 1 << 16
 class Pool:
     """One engine's chunks on one GPU, and its connection to the GPU's holder."""
 
-    def __init__(self, devices_folder: Path, gpu: devices.SimulatedGpu, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, devices_folder: Path, gpu: devices.SimulatedGpu, environment: Mapping[str, str]
+    ) -> None:
         self._devices = devices_folder
         self._gpu = gpu
         folder = environment.get(FOLDER_VARIABLE)

@@ -99,8 +99,17 @@ class Watcher:
             with self._faults.catch(f"the look at {model.name}"):
                 if needs_care(model):
                     self._tasks.begin(f"care of {model.name}", self._look_after(model))
+                elif model.record.sleep_backend == "own":
+                    self._tasks.begin(f"pools of {model.name}", self._have_pools(model))
         await self._core.close_retired()
         await asyncio.to_thread(self._core.flush)
+
+    async def _have_pools(self, model: Model) -> None:
+        """Have holders of the KV pools again, should one have died: without, switches are slower."""
+        with self._faults.catch(f"the pools of {model.name}"):
+            for pool in self._core.pools(model.record.gpus).values():
+                if pool.holder() is None and pool.is_used():
+                    await pool.start_holder()
 
     async def _look_after(self, model: Model) -> None:
         """Settle one model, unless somebody else holds its locks: then it is in good hands."""
