@@ -38,8 +38,7 @@ def holder_of(fleet: Fleet, gpu: int = 0) -> ProcessId:
 
 def lent(fleet: Fleet) -> int:
     """Bytes that the driver lists for nobody and that an engine has mapped."""
-    state = pool_of(fleet).state()
-    return sum(user.bytes for user in state.engines) if state else 0
+    return sum(pool_of(fleet).lent().values())
 
 
 def give(fleet: Fleet, gibs: int) -> None:

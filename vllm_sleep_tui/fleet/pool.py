@@ -10,7 +10,6 @@ Who uses a pool is a shared lock on its users' file, which each server's keeper 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import json
@@ -32,7 +31,7 @@ import msgspec
 from vllm_sleep_tui.engine.argv import POOL_VARIABLE
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError
-from vllm_sleep_tui.files import NotAFileError, private_dir, read_regular
+from vllm_sleep_tui.files import private_dir, read_regular
 from vllm_sleep_tui.fleet import pool_holder
 from vllm_sleep_tui.telemetry.gpus import GpuFault, GpuReader, GpuReading
 from vllm_sleep_tui.telemetry.peers import user_at_other_end
@@ -40,24 +39,24 @@ from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive, signal_proce
 
 ANSWER_SECONDS = 0.2
 """For a figure; a holder that is stopped must not hold up a look."""
-GIVE_UP_SECONDS = 3.0
+GIVE_UP_SECONDS = 2.0
 """For memory to be given up: 60 GiB took 48 ms (H100)."""
 START_SECONDS = 5.0
-END_SECONDS = 3.0
+END_SECONDS = 2.0
 LINGER_SECONDS = 10.0
 """That a holder keeps what nobody comes for: the whole of a switch, and no more."""
 JOIN_ATTEMPTS = 50
 MAX_ANSWER = 64 * 1024
+MAX_WORD = 4096
+"""Bytes of what a holder or an engine says in its file."""
 _NAME = re.compile(r"[A-Za-z0-9-]{1,80}")
 
 
 class PoolUser(msgspec.Struct, frozen=True):
-    """An engine that has told the holder of itself."""
+    """An engine that is connected."""
 
     pid: int
     launch: str = ""
-    bytes: int = 0
-    """Of memory that it has mapped and the driver lists for nobody."""
 
 
 class PoolState(msgspec.Struct, frozen=True):
@@ -65,16 +64,21 @@ class PoolState(msgspec.Struct, frozen=True):
 
     free_bytes: int = 0
     engines: tuple[PoolUser, ...] = ()
-    limit_bytes: int | None = None
 
-    def mapped_by(self, pid: int) -> int:
-        """Bytes that the driver does not list for that engine and that are its all the same."""
-        return sum(user.bytes for user in self.engines if user.pid == pid)
+
+class _Loan(msgspec.Struct, frozen=True):
+    """What an engine says of itself: the bytes that it has mapped and the driver lists for nobody."""
+
+    pid: int
+    start: int
+    boot: str
+    bytes: int
 
 
 class _Word(msgspec.Struct, frozen=True):
+    """What a holder's file says."""
+
     holder: ProcessId | None = None
-    error: str | None = None
 
 
 def folder() -> Path:
@@ -102,9 +106,14 @@ class Pool:
         """How it is; None without a holder that answers."""
         return self._state({"op": "state"}, ANSWER_SECONDS)
 
-    def give_up(self, to_bytes: int = 0) -> PoolState | None:
-        """Give memory to the driver until no more than `to_bytes` are free in it; None without a holder."""
-        return self._state({"op": "shrink", "to_bytes": to_bytes}, GIVE_UP_SECONDS)
+    def give_up(self, to_bytes: int = 0) -> None:
+        """Give memory to the driver until no more than `to_bytes` are free in it.
+
+        A holder that does not answer is ended, and all that it holds is free: that costs speed alone.
+        """
+        holder, request = self.holder(), {"op": "shrink", "to_bytes": to_bytes}
+        if holder is not None and self._state(request, GIVE_UP_SECONDS) is None:
+            end(holder)
 
     def _state(self, request: Mapping[str, Any], seconds: float) -> PoolState | None:
         try:
@@ -130,11 +139,23 @@ class Pool:
     def holder(self) -> ProcessId | None:
         """The living holder, by its own word; None if there is none."""
         try:
-            word = read_regular(self._file("holder"), pool_holder.WORD_SIZE).strip(b"\0 \n")
+            word = read_regular(self._file("holder"), MAX_WORD).strip(b"\0 ")
             holder = msgspec.json.decode(word or b"{}", type=_Word).holder
-        except (OSError, NotAFileError, *NOT_JSON):
+        except (OSError, *NOT_JSON):
             return None
         return holder if holder is not None and is_alive(holder) else None
+
+    def lent(self) -> dict[int, int]:
+        """Bytes by pid that engines have and the driver lists for nobody; files of the dead are removed."""
+        lent = {}
+        for path in self._path.parent.glob(f"{self._path.name}.lent-*"):
+            with contextlib.suppress(OSError, *NOT_JSON):
+                loan = msgspec.json.decode(read_regular(path, MAX_WORD).strip(b"\0 "), type=_Loan)
+                if is_alive(ProcessId(loan.pid, loan.start, loan.boot)):
+                    lent[loan.pid] = loan.bytes
+                else:
+                    path.unlink()
+        return lent
 
     def is_used(self) -> bool:
         """Whether a server's keeper lives that may use it, whoever's config the server is of."""
@@ -168,8 +189,11 @@ class Pool:
                 time.sleep(0.002)
         raise AssertionError
 
-    async def start_holder(self) -> None:
-        """Have a holder; without one only speed is lost, so whatever is in the way is left there."""
+    def start_holder(self) -> None:
+        """Have a holder; without one only speed is lost, so whatever is in the way is left there.
+
+        Blocks until it listens, for as long as a Python takes to start.
+        """
         if self.holder() is not None:
             return
         order = {
@@ -178,34 +202,42 @@ class Pool:
             "limit_bytes": None,
             "linger": LINGER_SECONDS,
         }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-I",
-            "-S",
-            pool_holder.__file__,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            env={"PATH": os.defpath},
-        )
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.communicate(json.dumps(order).encode()), START_SECONDS)
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(
+                [sys.executable, "-I", "-S", pool_holder.__file__],
+                input=json.dumps(order).encode(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                env={"PATH": os.defpath},
+                timeout=START_SECONDS,
+            )
 
     def end_unless_used(self) -> None:
-        """End the holder once no server is left that may use it; blocks until it is gone, END_SECONDS at
-        most."""
+        """End the holder once no server is left that may use it, and see it gone."""
         holder = self.holder()
         if holder is None or self.is_used():
             return
         with contextlib.suppress(OSError, *NOT_JSON):
             self._ask({"op": "end"}, ANSWER_SECONDS)
-        deadline = time.monotonic() + END_SECONDS
-        while is_alive(holder):
-            if time.monotonic() > deadline:
-                signal_process(holder, signal.SIGKILL)  # it holds memory and no state
-                return
-            time.sleep(0.005)
+        if not is_gone(holder, END_SECONDS):
+            end(holder)
+
+
+def end(holder: ProcessId) -> None:
+    """Kill a holder and see it gone: it holds memory and knows nothing that would be lost."""
+    signal_process(holder, signal.SIGKILL)
+    is_gone(holder, END_SECONDS)
+
+
+def is_gone(process: ProcessId, seconds: float) -> bool:
+    """Whether it ends within so many seconds; blocks."""
+    deadline = time.monotonic() + seconds
+    while is_alive(process):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
 
 
 def pools_here() -> list[Pool]:
@@ -270,24 +302,30 @@ class PooledReader:
         """Taken bytes of one GPU without what its pool would give up, and bytes by pid."""
         used, by_pid = self._reader.memory(index)
         pool = self._pools.get(index)
-        state = pool.state() if pool is not None else None
-        if state is None:
+        if pool is None:
             return used, by_pid
-        return None if used is None else max(0, used - state.free_bytes), _counted(by_pid, state)
+        state = pool.state()
+        free = state.free_bytes if state is not None else 0
+        return None if used is None else max(0, used - free), _counted(by_pid, pool.lent())
 
     def close(self) -> None:
         """Let go of the driver."""
         self._reader.close()
 
     def _pooled(self, reading: GpuReading) -> GpuReading:
-        state = self._pools[reading.index].state()
-        if state is None:
-            return reading
-        return replace(reading, processes=_counted(reading.processes, state), pool_bytes=state.free_bytes)
+        pool = self._pools[reading.index]
+        state = pool.state()
+        return replace(
+            reading,
+            processes=_counted(reading.processes, pool.lent()),
+            pool_bytes=state.free_bytes if state is not None else None,
+        )
 
 
-def _counted(by_pid: Mapping[int, int | None] | None, state: PoolState) -> Mapping[int, int | None] | None:
-    """Bytes by pid with those that were handed over; an engine is listed in any case, for its context."""
-    if by_pid is None:
-        return None
-    return {pid: None if held is None else held + state.mapped_by(pid) for pid, held in by_pid.items()}
+def _counted(
+    by_pid: Mapping[int, int | None] | None, lent: Mapping[int, int]
+) -> Mapping[int, int | None] | None:
+    """Bytes by pid with those that were lent; an engine is listed in any case, for its context."""
+    if by_pid is None or not lent:
+        return by_pid
+    return {pid: None if held is None else held + lent.get(pid, 0) for pid, held in by_pid.items()}

@@ -5,7 +5,7 @@ made under a lock of the folder, so that two processes never both get the last G
 its process lives.
 
 Memory that processes hand to each other is a file as well, ``chunk-…``, whose open description carries a
-lock: the kernel drops that with the last descriptor, whoever held it, as a driver frees memory that nobody maps.
+lock: the kernel drops that with the last descriptor, as a driver frees memory that nobody maps any longer.
 """
 
 from __future__ import annotations

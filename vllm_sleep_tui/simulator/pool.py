@@ -23,6 +23,7 @@ CHUNK = 1 << 30
 PATIENCE = 0.2
 """Seconds for the holder's answer."""
 MOST_DESCRIPTORS = 200
+LOAN_SIZE = 256
 MOST_BYTES = 1 << 16
 
 
@@ -34,8 +35,7 @@ class Pool:
     ) -> None:
         self._devices = devices_folder
         self._gpu = gpu
-        folder = environment.get(FOLDER_VARIABLE)
-        self._path = f"{folder}/{gpu.uuid}.sock" if folder else None
+        self._folder = environment.get(FOLDER_VARIABLE)
         self._launch = environment.get(LAUNCH_VARIABLE, "")
         self._socket: socket.socket | None = None
         self._mine: dict[int, devices.Chunk] = {}
@@ -76,19 +76,12 @@ class Pool:
         devices.disown_chunks(self._devices, own)
         given = list(self._mine.items())
         self._mine.clear()
+        self._tell()
         for start in range(0, len(given), MOST_DESCRIPTORS):
             part = given[start : start + MOST_DESCRIPTORS]
             self._ask({"op": "give", "sizes": [chunk.bytes for _, chunk in part]}, [each for each, _ in part])
         for descriptor, _ in given:
             os.close(descriptor)
-        self._tell()
-
-    def drop(self) -> None:
-        """Give all chunks to the driver."""
-        for descriptor in self._mine:
-            os.close(descriptor)
-        self._mine.clear()
-        self._tell()
 
     def _take(self, count: int) -> list[int]:
         """Descriptors of up to `count` chunks."""
@@ -101,9 +94,20 @@ class Pool:
         return lent
 
     def _tell(self) -> None:
-        """Keep the holder's ledger: what the driver lists for nobody."""
-        lent = sum(chunk.bytes for chunk in self._mine.values() if chunk.pid != os.getpid())
-        self._ask({"op": "mapped", "bytes": lent})
+        """Say what we have that the driver lists for nobody, in a file that needs no holder."""
+        if self._folder is None:
+            return
+        own = {
+            "pid": os.getpid(),
+            "start": devices.start_ticks(os.getpid()),
+            "boot": Path("/proc/sys/kernel/random/boot_id").read_text()[:8],
+            "bytes": sum(chunk.bytes for chunk in self._mine.values() if chunk.pid != os.getpid()),
+        }
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with contextlib.suppress(OSError):
+            file = os.open(f"{self._folder}/{self._gpu.uuid}.lent-{os.getpid()}", flags, 0o600)
+            os.pwrite(file, json.dumps(own).encode().ljust(LOAN_SIZE), 0)
+            os.close(file)
 
     def _ask(
         self, request: Mapping[str, Any], descriptors: list[int] | None = None
@@ -117,10 +121,10 @@ class Pool:
             return {}, []
 
     def _connected(self) -> socket.socket | None:
-        if self._socket is None and self._path is not None:
+        if self._socket is None and self._folder is not None:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self._socket.settimeout(PATIENCE)
-            self._socket.connect(self._path)
+            self._socket.connect(f"{self._folder}/{self._gpu.uuid}.sock")
             _exchange(self._socket, {"op": "hello", "launch": self._launch}, [])
         return self._socket
 

@@ -200,11 +200,13 @@ class _Start:
         self._log.info(
             "default_loader.py:501", f"Loading weights took {seconds / self._settings.speed:.2f} seconds"
         )
-        self._log.info(
-            "gpu_model_runner.py:5255",
-            f"Model loading took {self._plan.weights / GIB:.2f} GiB memory and "
-            f"{seconds / self._settings.speed:.6f} seconds",
-        )
+        for place in range(len(self._memory.ranks)):
+            title = self._worker_title(place) if len(self._memory.ranks) > 1 else TITLE
+            Log(title.removeprefix("VLLM::")).info(
+                "gpu_model_runner.py:5255",
+                f"Model loading took {self._plan.weights / GIB:.2f} GiB memory and "
+                f"{seconds / self._settings.speed:.6f} seconds",
+            )
 
     def _map(self, tag: str, amount: int) -> None:
         if self._gpus and (self._faults.has(Fault.CUDA_OOM) or not self._memory.map(tag, amount)):

@@ -380,6 +380,9 @@ class Server:
             what, cure = cut_off_words(self.record)
             raise RefusedError(f"{self.name}: {what}", cure)
         memory = await self.read_memory()
+        if self.shortage(memory) is not None:
+            await asyncio.to_thread(give_up, self.core, self.record.gpus)
+            memory = await self.read_memory()
         self.check_room(memory)
         level = 1 if self.record.level is None else self.record.level
         self.operation.checkpoint()
@@ -399,11 +402,16 @@ class Server:
 
     def check_room(self, memory: Mapping[int, GpuMemory]) -> None:
         """Raises RefusedError if the VRAM is not there: a wake without room wedges the engine (vLLM 0.24)."""
+        if (figures := self.shortage(memory)) is not None:
+            raise RefusedError(*CURES[Failure.NO_ROOM].told(figures))
+
+    def shortage(self, memory: Mapping[int, GpuMemory]) -> str | None:
+        """Where VRAM is short for a wake, in a sentence; None if it is there, or not known."""
         for gpu, need in needed_to_wake(self.model, memory).items():
             free = memory[gpu].free
             if free is not None and need > free:
-                figures = f"{self.name} needs {gib(need)} more on GPU {gpu} to wake; {gib(free)} are free."
-                raise RefusedError(*CURES[Failure.NO_ROOM].told(figures))
+                return f"{self.name} needs {gib(need)} more on GPU {gpu} to wake; {gib(free)} are free."
+        return None
 
     async def leave_room(self, memory: Mapping[int, GpuMemory], level: int) -> None:
         """Have the pools give up what the wake cannot take from them: weights never come out of a pool."""

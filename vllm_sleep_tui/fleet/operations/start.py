@@ -308,7 +308,7 @@ class Start:
             status = await launch(self.keeper_spec(spec, log), users)
         self.model.write(keeper=status.keeper, server=status.server)
         if spec.own_backend:
-            await asyncio.gather(*(pool.start_holder() for pool in pools.values()))
+            await asyncio.gather(*(asyncio.to_thread(pool.start_holder) for pool in pools.values()))
 
     def wants_own_backend(self) -> bool:
         """Whether our sleep mode is to be tried: it decides itself whether it fits this vLLM.

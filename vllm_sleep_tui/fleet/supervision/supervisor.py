@@ -109,7 +109,7 @@ class Watcher:
         with self._faults.catch(f"the pools of {model.name}"):
             for pool in self._core.pools(model.record.gpus).values():
                 if pool.holder() is None and pool.is_used():
-                    await pool.start_holder()
+                    await asyncio.to_thread(pool.start_holder)
 
     async def _look_after(self, model: Model) -> None:
         """Settle one model, unless somebody else holds its locks: then it is in good hands."""
