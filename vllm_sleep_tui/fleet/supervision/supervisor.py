@@ -105,11 +105,20 @@ class Watcher:
         await asyncio.to_thread(self._core.flush)
 
     async def _have_pools(self, model: Model) -> None:
-        """Have holders of the KV pools again, should one have died: without, switches are slower."""
+        """Have holders of the KV pools again, should one have died: without, switches are slower.
+
+        What a switch left in a pool that was cut off is given up, unless the next one is under way.
+        """
         with self._faults.catch(f"the pools of {model.name}"):
-            for pool in self._core.pools(model.record.gpus).values():
+            for gpu, pool in self._core.pools(model.record.gpus).items():
                 if pool.holder() is None and pool.is_used():
                     await asyncio.to_thread(pool.start_holder)
+                state = await asyncio.to_thread(pool.state)
+                if state is not None and state.free_bytes:
+                    paths = self._core.gpu_locks({gpu})
+                    with contextlib.suppress(LockBusyError):
+                        async with hold(paths, holder("settling", model.name), limit=0.0):
+                            await asyncio.to_thread(pool.give_up)
 
     async def _look_after(self, model: Model) -> None:
         """Settle one model, unless somebody else holds its locks: then it is in good hands."""
