@@ -81,7 +81,9 @@ def test_only_the_panel_knows_textual_and_nobody_imports_vllm(path: Path) -> Non
     assert part_of(path) == "tui" or not roots & ONLY_THE_PANEL
 
 
-@pytest.mark.parametrize("module", ["engine/guard.py", "fleet/keeper.py", "simulator/devices.py"])
+@pytest.mark.parametrize(
+    "module", ["engine/guard.py", "fleet/keeper.py", "fleet/pool_holder.py", "simulator/devices.py"]
+)
 def test_what_runs_alone_needs_only_the_standard_library(module: str) -> None:
     roots = {name.split(".")[0] for name in imports(PACKAGE / module)}
     if module == "engine/guard.py":
@@ -124,6 +126,7 @@ PROC = re.compile(r"^/proc\b")
 READS_PROC = {
     "telemetry/kernel.py",  # what psutil cannot tell
     "fleet/keeper.py",  # needs nothing but the standard library, as it outlives installations
+    "fleet/pool_holder.py",  # likewise
     "telemetry/gpus.py",  # the driver's version, not a process's
     "bench/machine.py",  # what the machine is, not its processes
 }

@@ -11,7 +11,7 @@ from textual.renderables.digits import Digits
 
 from vllm_sleep_tui.tui.drawing.paint import Line, Span, cut, left
 
-SOLID, HATCHED, FREE = "█", "▒", "░"
+SOLID, HATCHED, FREE, WOVEN = "█", "▒", "░", "▞"
 MARK, MARK_PAINT = "┃", "text on-background bold"
 
 
@@ -22,7 +22,7 @@ class Part(NamedTuple):
     size: float
     color: str
     fill: str
-    """SOLID, HATCHED or FREE."""
+    """SOLID, HATCHED, FREE or WOVEN."""
 
 
 def cells_of(sizes: Sequence[float], total: float, width: int) -> list[int]:
