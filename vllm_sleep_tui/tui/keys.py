@@ -55,7 +55,6 @@ KEYS: tuple[Key, ...] = (
     Key(key="x", action="stop", short="stop", help="Stop it (asks)"),
     Key(key="r", action="restart", short="restart", help="Restart it (asks)", in_footer=False),
     Key(key="c", action="chat", short="chat", help="Chat with it; asleep, it is switched to first"),
-    Key(key="y", action="copy_answer", short="copy", help="Copy its last answer", in_footer=False),
     Key(
         key="slash",
         action="find",
