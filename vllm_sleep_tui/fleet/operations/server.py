@@ -18,10 +18,10 @@ from vllm_sleep_tui.engine import proof, sleeping
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
 from vllm_sleep_tui.engine.logs import MAX_WHY
 from vllm_sleep_tui.engine.proof import Verdict
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
 from vllm_sleep_tui.fleet.model import Model
-from vllm_sleep_tui.fleet.operations.arguments import replicas
 from vllm_sleep_tui.fleet.operations.end import cut_off_words, fail_as, is_cut_off, stop_server
 from vllm_sleep_tui.fleet.operations.failures import CURES, Failure, may_wake_again, wake_failure
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
@@ -203,11 +203,11 @@ class Server:
     async def drain(self, *, force: bool) -> None:
         """Close the gate and wait for answers under way, within the limit for it; forced: not at all."""
         gate = await self.set_gate(closed=True)
-        deadline = time.monotonic() + self.core.limits.drain
+        deadline, client = time.monotonic() + self.core.limits.drain, self.client
         while gate.in_flight and not force and time.monotonic() < deadline:
             self.operation.tell(self.name, "drain", f"{gate.in_flight} answers under way")
             await self.operation.pause(0.05)
-            gate = await self.patiently(lambda: self.client.gate(GATE_LIMIT))
+            gate = await self.patiently(lambda: client.gate(GATE_LIMIT))
 
     async def undo_sleep(self) -> None:
         """Open the gate again and be awake as before; if it does not open, the intent stays to be settled."""
@@ -474,11 +474,12 @@ class Server:
     @property
     def replicas(self) -> int:
         """How many data parallel replicas are to be proven."""
-        return replicas(self.model)
+        return ServeArgs(self.model.config.args).replicas
 
     async def set_gate(self, *, closed: bool) -> Gate:
         """Close or open the gate; raises EngineError if the server is silent or refuses."""
-        return await self.patiently(lambda: self.client.set_gate(closed, GATE_LIMIT))
+        client = self.client
+        return await self.patiently(lambda: client.set_gate(closed, GATE_LIMIT))
 
     async def patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
         """The answer of a server that may have much to do, see `patience`."""
