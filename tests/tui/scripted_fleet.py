@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import msgspec
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.advice import Advice
+from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.server_log import ServerLog
 from vllm_sleep_tui.fleet.snapshot import (
@@ -137,6 +138,7 @@ class ScriptedFleet:
     def __init__(self, snapshot: FleetSnapshot | None = None, *, logs: Path = Path("/nonexistent")) -> None:
         self.now = snapshot or four_models()
         self.calls: list[tuple[Any, ...]] = []
+        self.happened: asyncio.Queue[FleetEvent] = asyncio.Queue()
         self.gate = asyncio.Event()
         self.is_gated = True
         self.waits_for: str | None = None
@@ -155,6 +157,10 @@ class ScriptedFleet:
 
     def snapshot(self) -> FleetSnapshot:
         return self.now
+
+    async def events(self, after: int | None = None) -> AsyncGenerator[FleetEvent, None]:
+        while True:
+            yield await self.happened.get()
 
     def predict(self, name: str) -> Prediction:
         return prediction_for(self.now, name)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.server_log import ServerLog
 from vllm_sleep_tui.fleet.snapshot import (
@@ -50,6 +51,10 @@ class PanelFleet(Protocol):
 
     async def processes(self) -> tuple[HeldProcess, ...]:
         """The processes of our servers, and all others that hold VRAM."""
+        ...
+
+    def events(self, after: int | None = None) -> AsyncGenerator[FleetEvent, None]:
+        """What happens from this call on, here and in other processes; without an end."""
         ...
 
     async def past(self, window: float) -> Past:

@@ -13,6 +13,7 @@ from vllm_sleep_tui.fleet.snapshot import GpuSnapshot
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, line_width, spread
 from vllm_sleep_tui.tui.keys import KEYS, Key
 from vllm_sleep_tui.tui.state.view import View
+from vllm_sleep_tui.tui.widgets.shown import Shown
 from vllm_sleep_tui.units import GIB
 
 
@@ -29,23 +30,11 @@ def hardware(gpus: tuple[GpuSnapshot, ...]) -> str:
     return ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in kinds.items())
 
 
-class TopBand(Painted):
+class TopBand(Shown):
     """Product, hardware, who is awake, the time."""
 
-    def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(id=id)
-        self._view: View | None = None
-
-    def show(self, view: View) -> None:
-        """Show this moment."""
-        self._view = view
-        self.repaint()
-
-    def paint(self, size: Size) -> list[Line]:
+    def draw(self, view: View, size: Size) -> list[Line]:
         """The one line; the badge of a simulation is never dropped."""
-        view = self._view
-        if view is None:
-            return []
         badge: list[Span] = (
             [(" SIMULATED ", "ink-warning on-warning bold"), ("  ", "")] if view.is_simulated else []
         )

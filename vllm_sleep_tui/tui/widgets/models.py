@@ -11,8 +11,9 @@ from textual.message import Message
 
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, left, right
+from vllm_sleep_tui.tui.drawing.paint import Line, Span, left, right
 from vllm_sleep_tui.tui.state.view import View
+from vllm_sleep_tui.tui.widgets.shown import Shown
 from vllm_sleep_tui.tui.words import LOOKS, memory_words, state_words
 from vllm_sleep_tui.units import NONE, clock, took
 
@@ -100,7 +101,7 @@ def row(view: View, model: ModelSnapshot, layout: Layout, *, is_focused: bool) -
     return tuple(spans)
 
 
-class ModelTable(Painted, can_focus=True):
+class ModelTable(Shown, can_focus=True):
     """The models, one a row, with a cursor."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -118,21 +119,12 @@ class ModelTable(Painted, can_focus=True):
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self._view: View | None = None
         self._first = 0
         self.selected: str | None = None
         """The model under the cursor; the key after the one that moved it must find it moved."""
 
-    def show(self, view: View) -> None:
-        """Show this moment."""
-        self._view = view
-        self.repaint()
-
-    def paint(self, size: Size) -> list[Line]:
+    def draw(self, view: View, size: Size) -> list[Line]:
         """The titles and as many rows as fit, the selected one among them."""
-        view = self._view
-        if view is None:
-            return []
         models = view.snapshot.models
         layout = layout_for(size.width, max((len(model.name) for model in models), default=0))
         rows = [row(view, model, layout, is_focused=self.has_focus) for model in models]
