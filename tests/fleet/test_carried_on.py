@@ -16,9 +16,10 @@ from tests.fleet.test_supervision import begin
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import CancelledByUser
 from vllm_sleep_tui.fleet.core import Core
+from vllm_sleep_tui.fleet.fleet import to_safe_point
 from vllm_sleep_tui.fleet.keeper_client import is_kept
 from vllm_sleep_tui.fleet.operations import groups
-from vllm_sleep_tui.fleet.operations.operation import Operation, actor, to_safe_point
+from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished
 from vllm_sleep_tui.fleet.operations.supervised import Supervised
 from vllm_sleep_tui.fleet.states import State

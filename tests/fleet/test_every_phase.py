@@ -12,9 +12,9 @@ import pytest
 from tests.fleet.beside import client_of, model_of, record_of
 from tests.fleet.conftest import Box, seen, until
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError
-from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.fleet import Fleet, to_safe_point
 from vllm_sleep_tui.fleet.keeper_client import is_kept
-from vllm_sleep_tui.fleet.operations.operation import Operation, to_safe_point
+from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.operations.supervised import Supervised
 from vllm_sleep_tui.fleet.snapshot import Progress
 from vllm_sleep_tui.fleet.states import State

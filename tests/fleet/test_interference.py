@@ -24,10 +24,10 @@ from vllm_sleep_tui.engine.client import Gate
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
-from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.fleet import Fleet, to_safe_point
 from vllm_sleep_tui.fleet.keeper_client import KeeperSpec, is_kept, launch, members, read_status
 from vllm_sleep_tui.fleet.operations.acquire import acquire
-from vllm_sleep_tui.fleet.operations.operation import Operation, to_safe_point
+from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.operations.server import Server
 from vllm_sleep_tui.fleet.operations.supervised import Supervised
 from vllm_sleep_tui.fleet.states import State

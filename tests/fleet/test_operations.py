@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -12,7 +13,10 @@ import pytest
 
 from tests.fleet.beside import client_of, record_of
 from tests.fleet.conftest import GIB, Box, inject, seen, until, until_state
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError, UsageError
+from vllm_sleep_tui.fleet.core import OperationLimits
+from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import State
 
 MakeBox = Callable[..., Box]
@@ -268,6 +272,25 @@ async def test_a_sleep_that_frees_nothing_is_not_called_proven(box: MakeBox) -> 
         await inject(fleet, "a", "sleep_frees_nothing")
         await fleet.sleep("a")
         assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.ASLEEP, "unverified")
+
+
+@pytest.mark.parametrize(("fault", "proof"), [(None, "proven"), ("sleep_frees_nothing:1", "unverified")])
+async def test_where_the_gpus_tell_nothing_the_servers_log_is_the_proof(
+    box: MakeBox, fault: str | None, proof: str
+) -> None:
+    machine = box({"a": {"model": "sim/1GiB"}})
+    async with Fleet(load(machine.config), machine.state_dir, limits=OperationLimits(settle=0.5)) as fleet:
+        await fleet.start(["a"])
+        if fault:
+            await inject(fleet, "a", fault)
+        [described] = machine.state_dir.rglob("gpus.json")
+        content = json.loads(described.read_text())
+        described.write_text(json.dumps(content | {"gpus": []}))
+        await fleet.sleep("a")
+        described.write_text(json.dumps(content))
+        assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.ASLEEP, proof)
+        await fleet.wake("a")
+        assert seen(fleet, "a").proof == "proven"
 
 
 # ── the person changes their mind ────────────────────────────────────────────────────────────────────────

@@ -138,6 +138,7 @@ class ScriptedFleet:
     def __init__(self, snapshot: FleetSnapshot | None = None, *, logs: Path = Path("/nonexistent")) -> None:
         self.now = snapshot or four_models()
         self.calls: list[tuple[Any, ...]] = []
+        self.happened: asyncio.Queue[FleetEvent] = asyncio.Queue()
         self.gate = asyncio.Event()
         self.is_gated = True
         self.waits_for: str | None = None
@@ -171,7 +172,10 @@ class ScriptedFleet:
         return await asyncio.to_thread(self.history.latest_events, count, only_failures=only_failures)
 
     async def events(self, after: int | None = None) -> AsyncGenerator[FleetEvent, None]:
-        last = after or 0
+        """From the test's own queue, or out of the history after an event."""
+        while after is None:
+            yield await self.happened.get()
+        last = after
         while True:
             happened, last = await asyncio.to_thread(self.history.events_after, last)
             for event in happened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from screen_text import lines_of, panel, text_of, until, until_seen
 from scripted_fleet import TIMES, ScriptedFleet
 
+from vllm_sleep_tui.fleet.events import FleetEvent, Kind
 from vllm_sleep_tui.fleet.snapshot import Serving
 from vllm_sleep_tui.fleet.states import State
 
@@ -66,10 +68,34 @@ async def test_a_switch_made_while_the_panel_looks_is_counted_soon(
         await until_seen(pilot, "last switch to qwen")
         assert "today" not in text_of(pilot.app)
         fleet.history.record_switch("qwen", TIMES, level=1, from_state=State.ASLEEP)
-        fleet.change("qwen", last_switch=None)
-        await pilot.pause()
-        fleet.change("qwen", last_switch=TIMES)
+        fleet.happened.put_nowait(
+            FleetEvent(time=time.time(), kind=Kind.OPERATION, model="qwen", operation="switch")
+        )
         await until_seen(pilot, "today 1 switch")
+
+
+async def test_a_model_that_fails_of_itself_or_by_others_is_told_at_once_and_what_is_ours_only_once(
+    fleet: ScriptedFleet, tmp_path: Path
+) -> None:
+    def fault(model: str, operation: str | None, pid: int) -> FleetEvent:
+        reason = f"{model} has no memory left."
+        fleet.change(model, state=State.FAILED, reason=reason, cure="Give it less.")
+        return FleetEvent(
+            time=time.time(),
+            kind=Kind.FAULT,
+            model=model,
+            operation=operation,
+            state=State.FAILED,
+            detail=reason,
+            pid=pid,
+        )
+
+    async with panel(fleet, tmp_path) as pilot:
+        fleet.happened.put_nowait(fault("coder", "switch", os.getpid()))
+        fleet.happened.put_nowait(fault("phi", None, os.getpid()))
+        fleet.happened.put_nowait(fault("vision", "start", os.getpid() + 1))
+        await until_seen(pilot, "phi failed", "phi has no memory left.", "vision failed", "Give it less.")
+        assert "coder failed" not in text_of(pilot.app)
 
 
 async def test_the_timeline_survives_a_restart_of_the_panel_and_goes_back_a_day(
@@ -131,11 +157,12 @@ async def test_an_awake_model_shows_how_it_serves(tmp_path: Path) -> None:
         generation_tokens_per_s=212.4,
         ttft_p50=0.026,
         ttft_p95=0.5,
-        inter_token_p50=None,
-        inter_token_p95=None,
+        inter_token_p50=0.008,
+        inter_token_p95=0.021,
         prefix_hit_share=None,
         cached_tokens=12_000,
     )
     fleet.change("qwen", serving=serving)
     async with panel(fleet, tmp_path) as pilot:
         await until_seen(pilot, "3 running · 1 waiting · KV 42 % · 212 tok/s", "p95 0.50 s", "12,000 tokens")
+        assert "between tokens p50 8 ms" in text_of(pilot.app)

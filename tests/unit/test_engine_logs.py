@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sleep_tui.engine.logs import MAX_LINE, LogTail, Phase, PhaseReader
+from vllm_sleep_tui.engine.logs import MAX_LINE, LogTail, Phase, PhaseReader, sleepers_in
 from vllm_sleep_tui.units import GIB
 
 DATA = Path(__file__).parent / "data"
@@ -84,6 +84,17 @@ def test_what_no_line_told_is_unknown_and_not_zero() -> None:
     facts = read("start-cpu.txt")[1].facts
 
     assert facts.weights_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("recording", "sleepers"), [("start-gpu.txt", 1), ("start-tp2.txt", 6), ("start-cpu.txt", 0)]
+)
+def test_each_worker_whose_sleep_gave_memory_back_counts(recording: str, sleepers: int) -> None:
+    lines = (DATA / recording).read_text().splitlines()
+    nothing = [line.replace("30.91 GiB memory in total", "0.00 GiB memory in total") for line in lines]
+
+    assert sleepers_in(lines) == sleepers
+    assert recording != "start-tp2.txt" or sleepers_in(nothing) == 0
 
 
 def test_only_complete_lines_come_and_each_once(tmp_path: Path) -> None:

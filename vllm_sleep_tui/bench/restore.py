@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from vllm_sleep_tui.bench.results import Found
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
@@ -58,19 +56,6 @@ async def put_back(fleet: Fleet, states: Sequence[Found], report: Report | None)
         raise OperationError(
             f"Not all models could be put back: {' '.join(failures)}", "Look at `status`, then start them."
         )
-
-
-async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Do it all, even if the awaiting task is cancelled meanwhile; that is raised afterwards."""
-    task, cancelled = asyncio.ensure_future(work), False
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError:
-            cancelled = True
-    task.result()
-    if cancelled:
-        raise asyncio.CancelledError
 
 
 async def _put_back_one(fleet: Fleet, before: Found, report: Report | None) -> None:

@@ -22,7 +22,7 @@ from vllm_sleep_tui.bench.plan import MAX_TOKENS, Mode, PassKey, Plan
 from vllm_sleep_tui.bench.results import Load, Memory, Pass, Run, Step, write
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError, UsageError
-from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.fleet import Fleet, to_its_end
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Progress, Report
 from vllm_sleep_tui.fleet.states import RUNNING, StartPhase, State
 
@@ -68,7 +68,7 @@ async def run(
             bench = _Bench(bed, plan, keeper, report)
             await _within(limit, bench.passes(fresh=resume is None or resume.restored))
     finally:
-        await restore.to_its_end(restore.put_back(fleet, state.found, report))
+        await to_its_end(restore.put_back(fleet, state.found, report))
         keeper.change(restored=True)
     return keeper.run
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
+from itertools import chain
 
 import click
 
 from vllm_sleep_tui.cli.common import config_option, json_option, json_text, load_config, put, put_json
 from vllm_sleep_tui.fleet.events import FleetEvent
-from vllm_sleep_tui.fleet.survey import events_of
+from vllm_sleep_tui.fleet.survey import coming_events, latest_events
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.text import one_line
 from vllm_sleep_tui.units import time_of_day
-
-POLL_SECONDS = 0.5
 
 
 @click.command()
@@ -28,22 +27,13 @@ def events(ctx: click.Context, follow: bool, count: int, as_json: bool) -> None:
     With --follow and --json each event is a line of its own.
     """
     loaded, begun = load_config(ctx, only_looks=True), time.time()
-    with events_of(loaded, state_dir()) as history:
-        past = history.latest_events(count)
-        if as_json and not follow:
-            put_json({"version": 1, "events": past})
-            return
-        last = past[-1].id if past else None
-        while True:
-            for event in past:
-                put(json_text(event) if as_json else line(event))
-            if not follow:
-                return
-            time.sleep(POLL_SECONDS)
-            if last is None:
-                past, last = [], history.last_event_id(begun)
-            else:
-                past, last = history.events_after(last)
+    past = latest_events(loaded, state_dir(), count)
+    if as_json and not follow:
+        put_json({"version": 1, "events": past})
+        return
+    coming = coming_events(loaded, state_dir(), past[-1] if past else None, begun) if follow else ()
+    for event in chain(past, coming):
+        put(json_text(event) if as_json else line(event))
 
 
 def line(event: FleetEvent) -> str:

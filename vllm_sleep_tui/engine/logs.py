@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -85,6 +86,7 @@ _ORDER: tuple[PhaseName, ...] = ("loading", "compiling", "capturing", "warming")
 _WORKER = re.compile(r"^\((\w+) pid=\d+\)")
 _GIB = r"\d{1,9}(?:\.\d+)?"
 _WEIGHTS = re.compile(rf"Model loading took ({_GIB}) GiB")
+_FREED = re.compile(rf"sleep freed ({_GIB}) GiB")
 _BACKEND = re.compile(r"panel-sleep-backend (\{.*\})")
 
 
@@ -137,6 +139,11 @@ class PhaseReader:
             return
         if self._backend is None or self._backend.is_own:
             self._backend = backend
+
+
+def sleepers_in(lines: Iterable[str]) -> int:
+    """How many workers log that their sleep gave memory back; one that freed nothing does not count."""
+    return sum(any(float(freed) > 0 for freed in _FREED.findall(line)) for line in lines)
 
 
 def _phase_in(line: str) -> Phase | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from vllm_sleep_tui.config.load import LoadedConfig
-from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.errors import CancelledByUser, OperationError
 from vllm_sleep_tui.fleet.attached.backend import probe, prober
 from vllm_sleep_tui.fleet.attached.probe import QUICK
 from vllm_sleep_tui.fleet.backend import Backend, backend_of
@@ -24,7 +24,7 @@ from vllm_sleep_tui.fleet.observe.snapshotter import Snapshotter
 from vllm_sleep_tui.fleet.operations import groups
 from vllm_sleep_tui.fleet.operations.acquire import waiting_words
 from vllm_sleep_tui.fleet.operations.chat import answer
-from vllm_sleep_tui.fleet.operations.operation import Operation, actor, ended, to_safe_point
+from vllm_sleep_tui.fleet.operations.operation import Operation, actor, ended
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.server_log import ServerLog, log_of
 from vllm_sleep_tui.fleet.snapshot import (
@@ -320,3 +320,38 @@ class Fleet:
             flushing = asyncio.get_running_loop().run_in_executor(None, self._core.flush)
             self._flushing.add(flushing)
             flushing.add_done_callback(self._flushing.discard)
+
+
+async def to_safe_point(operation: Operation, work: Awaitable[T]) -> T:
+    """Run `work`; when the awaiting task is cancelled, let it reach its next safe point first.
+
+    Raises CancelledByUser if the work stopped there. Work that was past its last safe point ends normally
+    and its result is lost to the canceller, who gets CancelledByUser all the same.
+    """
+    try:
+        return await to_its_end(work, operation.cancel)
+    except asyncio.CancelledError:
+        if not operation.is_cancelled:
+            raise
+        raise CancelledByUser(
+            f"The {operation.name} of {operation.target} was too far to be cancelled; it was completed."
+        ) from None
+
+
+async def to_its_end(work: Awaitable[T], cancelled: Callable[[], None] = lambda: None) -> T:
+    """Run `work` to its end; each time the awaiting task is cancelled meanwhile, `cancelled` is called.
+
+    Raises what the work raises, and CancelledError after work that ended well.
+    """
+    task = asyncio.ensure_future(work)
+    is_cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:  # a second one must not leave the work to itself
+            is_cancelled = True
+            cancelled()
+    result = task.result()
+    if is_cancelled:
+        raise asyncio.CancelledError
+    return result

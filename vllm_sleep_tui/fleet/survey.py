@@ -7,6 +7,7 @@ Nothing is started, and only `end_orphans` ends anything.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from vllm_sleep_tui.config.flags import FlagTable
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.files import is_text
 from vllm_sleep_tui.fleet import server_log
+from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.observe.discovery import (
     CachedModel,
     ForeignServer,
@@ -36,6 +38,9 @@ from vllm_sleep_tui.telemetry.gpus import GpuFault, GpuReading, open_reader
 if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.store.history import History
 
+POLL_SECONDS = 0.5
+"""Between two looks for events of other processes: a person reads along."""
+
 __all__ = [
     "CachedModel",
     "ForeignServer",
@@ -44,11 +49,12 @@ __all__ = [
     "Orphan",
     "Surroundings",
     "VllmEnvironment",
+    "coming_events",
     "end_orphans",
-    "events_of",
     "find_orphans",
     "find_strangers",
     "flag_tables",
+    "latest_events",
     "log_of",
     "look_around",
     "looking",
@@ -108,9 +114,29 @@ def flag_tables(loaded: LoadedConfig, state_dir: Path, *, may_ask: bool) -> list
     return [flags_of(command, loaded.path.parent, state_dir, may_ask=may_ask) for command in commands]
 
 
+def latest_events(loaded: LoadedConfig, state_dir: Path, count: int) -> list[FleetEvent]:
+    """The last `count` events of the config's models, the oldest first."""
+    with _history(loaded, state_dir) as history:
+        return history.latest_events(count)
+
+
+def coming_events(
+    loaded: LoadedConfig, state_dir: Path, after: FleetEvent | None, since: float
+) -> Iterator[FleetEvent]:
+    """The events after this one, if it is None from the moment `since` on; waits for them without an end."""
+    last = None if after is None else after.id
+    with _history(loaded, state_dir) as history:
+        while True:
+            if last is None:
+                last = history.last_event_id(since)
+            else:
+                events, last = history.events_after(last)
+                yield from events
+            time.sleep(POLL_SECONDS)
+
+
 @contextmanager
-def events_of(loaded: LoadedConfig, state_dir: Path) -> Iterator[History]:
-    """What happened to the config's models: the history, to ask for its events."""
+def _history(loaded: LoadedConfig, state_dir: Path) -> Iterator[History]:
     from vllm_sleep_tui.fleet.store.history import History  # only who asks for it needs a database
 
     with closing(History(state_dir, loaded.path)) as history:

@@ -11,6 +11,7 @@ from vllm_sleep_tui.sizing.footprints import AWAKE_OVERHEAD, Footprint, asleep_g
 from vllm_sleep_tui.units import GIB
 
 HIGHEST_UTILIZATION = 0.9
+"""vLLM's own default before 0.20.2, 0.92 since; what docs/measurements.md shows was measured with it."""
 LOWEST_UTILIZATION = 0.1
 """Where others hold nearly all of a GPU there is still a share, which vLLM takes and can refuse in words."""
 MARGIN = GIB // 2

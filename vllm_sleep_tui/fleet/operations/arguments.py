@@ -11,7 +11,6 @@ from vllm_sleep_tui.config.flags import FlagTable, shipped_table
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.argv import check_args
 from vllm_sleep_tui.engine.installed_flags import Installed, ask_flags, installed, kept_flags
-from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.discovery import find_command
@@ -72,8 +71,3 @@ def check_arguments(model: Model, flags: FlagTable) -> None:
         key = f"models.{model.name}.args.{flag}"
         line = model.core.loaded.lines.get(key) or model.core.loaded.lines.get(f"models.{model.name}.args", 1)
         raise UsageError(f"{model.core.loaded.path}:{line}: {key}: {wrong}.", cure)
-
-
-def replicas(model: Model) -> int:
-    """How many data parallel replicas of the model its server holds on this machine."""
-    return ServeArgs(model.config.args).replicas

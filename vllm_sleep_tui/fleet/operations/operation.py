@@ -6,16 +6,13 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 from vllm_sleep_tui.errors import CancelledByUser, PanelError
 from vllm_sleep_tui.fleet.events import FleetEvent, Kind, Outcome
 from vllm_sleep_tui.fleet.snapshot import Progress, Report, SwitchTimes
 from vllm_sleep_tui.fleet.states import StartPhase
 from vllm_sleep_tui.telemetry.processes import ProcessId, start_ticks
-
-T = TypeVar("T")
 
 PHASES = ("drain", "sleep", "settle", "wake", "weights", "reload", "kv_cache", "reset", "prove")
 
@@ -120,25 +117,3 @@ def ended(operation: Operation, error: BaseException | None) -> FleetEvent:
         detail=detail,
         pid=os.getpid(),
     )
-
-
-async def to_safe_point(operation: Operation, work: Awaitable[T]) -> T:
-    """Run `work`; when the awaiting task is cancelled, let it reach its next safe point first.
-
-    Raises CancelledByUser if the work stopped there. Work that was past its last safe point ends normally
-    and its result is lost to the canceller, who gets CancelledByUser all the same.
-    """
-    task = asyncio.ensure_future(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError:  # a second one must not leave the work to itself
-            cancelled = True
-            operation.cancel()
-    result = task.result()  # raises what the work raised, CancelledByUser most of the time
-    if cancelled:
-        raise CancelledByUser(
-            f"The {operation.name} of {operation.target} was too far to be cancelled; it was completed."
-        )
-    return result

@@ -329,8 +329,3 @@ def check_ram(model: Model) -> None:
             if never_level2(model.config, installed_version(model), model.base) is None
             else "Free RAM, or `stop` it instead: level 2 could not bring it back.",
         )
-
-
-def cold_start(model: Model) -> float | None:
-    """Seconds a start of the model takes here, as measured; None before the first."""
-    return model.footprint.typical("start")

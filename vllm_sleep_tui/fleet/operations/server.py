@@ -10,18 +10,19 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import msgspec
 
 from vllm_sleep_tui.engine import proof, sleeping
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
-from vllm_sleep_tui.engine.logs import MAX_WHY
+from vllm_sleep_tui.engine.logs import MAX_WHY, LogTail, sleepers_in
 from vllm_sleep_tui.engine.proof import Verdict
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
 from vllm_sleep_tui.fleet.model import Model
-from vllm_sleep_tui.fleet.operations.arguments import replicas
 from vllm_sleep_tui.fleet.operations.end import cut_off_words, fail_as, is_cut_off, stop_server
 from vllm_sleep_tui.fleet.operations.failures import CURES, Failure, may_wake_again, wake_failure
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
@@ -179,10 +180,11 @@ class Server:
         `pool` is the bytes of RAM that were pinned `before`, when the GPUs' memory was read.
         """
         self.operation.tell(self.name, "sleep")
+        log = self.log_instead(before)
         with self.operation.timed("sleep"):
             seconds = await self.call_sleep(level)
         with self.operation.timed("settle"):
-            verdict, left = await self.settle(before, level)
+            verdict, left = await self.settle(before, level, log)
         what = "sleep1-first" if level == 1 and not pool else f"sleep{level}"
         asleep = left if verdict == Verdict.PROVEN else {}
         self.remember_sleep(what, seconds, before, asleep, pool or self.model.pinned_now(), level)
@@ -205,11 +207,11 @@ class Server:
     async def drain(self, *, force: bool) -> None:
         """Close the gate and wait for answers under way, within the limit for it; forced: not at all."""
         gate = await self.set_gate(closed=True)
-        deadline = time.monotonic() + self.core.limits.drain
+        deadline, client = time.monotonic() + self.core.limits.drain, self.client
         while gate.in_flight and not force and time.monotonic() < deadline:
             self.operation.tell(self.name, "drain", f"{gate.in_flight} answers under way")
             await self.operation.pause(0.05)
-            gate = await self.patiently(lambda: self.client.gate(GATE_LIMIT))
+            gate = await self.patiently(lambda: client.gate(GATE_LIMIT))
 
     async def undo_sleep(self) -> None:
         """Open the gate again and be awake as before; if it does not open, the intent stays to be settled."""
@@ -229,6 +231,7 @@ class Server:
             before = await self.read_memory()
             self.intend("sleep", level=level)
             self.model.write(level=level)
+            log = self.log_instead(before)
             with self.operation.timed("sleep"):
                 try:
                     deeper = await sleeping.sleep_deeper(self.client, level, self.limit())
@@ -237,7 +240,7 @@ class Server:
             if not deeper:
                 await self.fail(Failure.SLEEP_REFUSED, "its workers do not sleep at one level.")
             with self.operation.timed("settle"):
-                verdict, left = await self.settle(before, level)
+                verdict, left = await self.settle(before, level, log)
             self.remember_sleep(
                 "",
                 0.0,
@@ -279,17 +282,39 @@ class Server:
         except EngineError as error:
             await self.fail(Failure.SILENT, error)
 
-    async def settle(self, before: Mapping[int, GpuMemory], level: int) -> tuple[str | None, dict[int, int]]:
-        """Poll until the memory is seen gone: the verdict, and bytes left by GPU index where known."""
+    def log_instead(self, before: Mapping[int, GpuMemory]) -> LogTail | None:
+        """What the server logs from now on, where the GPUs' memory `before` a sleep does not tell."""
+        known = [now.used is not None or now.held_by(self.record) is not None for now in before.values()]
+        if all(known) or self.record.log is None:
+            return None
+        log = LogTail(Path(self.record.log))
+        try:
+            log.last(0)
+        except OSError:
+            return None
+        return log
+
+    async def settle(
+        self, before: Mapping[int, GpuMemory], level: int, log: LogTail | None
+    ) -> tuple[str | None, dict[int, int]]:
+        """Poll until the memory is seen gone: the verdict, and bytes left by GPU index where known.
+
+        By our processes, else by the device's change; where neither is known, by what each worker has written
+        into the `log`: vLLM's own account.
+        """
         if not self.frees_memory:
             return None, {}
-        deadline = time.monotonic() + self.core.limits.settle
+        deadline, sleepers = time.monotonic() + self.core.limits.settle, 0
         while True:
             now = await self.read_memory()
             gone = [has_gone(self.model, before[gpu], now[gpu], gpu, level) for gpu in self.record.gpus]
             if None in gone:
-                return Verdict.UNVERIFIED, {}
-            if all(gone) or time.monotonic() > deadline:
+                if log is None or time.monotonic() > deadline:
+                    return Verdict.UNVERIFIED, {}
+                sleepers += sleepers_in(log.read_new())
+                if sleepers >= len(self.record.gpus):
+                    return Verdict.PROVEN, {}
+            elif all(gone) or time.monotonic() > deadline:
                 left = {gpu: held for gpu, m in now.items() if (held := m.held_by(self.record)) is not None}
                 return (Verdict.PROVEN if all(gone) else Verdict.UNVERIFIED), left
             await asyncio.sleep(SETTLE_POLL)
@@ -494,11 +519,12 @@ class Server:
     @property
     def replicas(self) -> int:
         """How many data parallel replicas are to be proven."""
-        return replicas(self.model)
+        return ServeArgs(self.model.config.args).replicas
 
     async def set_gate(self, *, closed: bool) -> Gate:
         """Close or open the gate; raises EngineError if the server is silent or refuses."""
-        return await self.patiently(lambda: self.client.set_gate(closed, GATE_LIMIT))
+        client = self.client
+        return await self.patiently(lambda: client.set_gate(closed, GATE_LIMIT))
 
     async def patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
         """The answer of a server that may have much to do, see `patience`."""

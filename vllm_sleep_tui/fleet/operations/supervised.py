@@ -22,7 +22,7 @@ from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.ports import choose_port
 from vllm_sleep_tui.fleet.operations.reconcile import lives
-from vllm_sleep_tui.fleet.operations.room import GpuMemory, cold_start, own_level, refuse_without_room
+from vllm_sleep_tui.fleet.operations.room import GpuMemory, own_level, refuse_without_room
 from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server, no_level_0
 from vllm_sleep_tui.fleet.operations.start import PortRaceError, Start, check_startable
 from vllm_sleep_tui.fleet.snapshot import Prediction, Serving, SwitchTimes
@@ -69,7 +69,8 @@ class Supervised:
             check_startable(model)
             check_arguments(model, await learn_flags(model, operation))
             await fetch(model, operation)
-        async with acquire(model, operation, make_room=True, seconds=cold_start(model)) as room:
+        seconds = model.footprint.typical("start")
+        async with acquire(model, operation, make_room=True, seconds=seconds) as room:
             origin = model.record
             if origin.state is State.AWAKE:
                 return operation.ledger()

@@ -13,16 +13,14 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.events import Resize
-from textual.screen import Screen
-from textual.timer import Timer
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from vllm_sleep_tui.bench.plan import Plan, order
 from vllm_sleep_tui.bench.results import Run
 from vllm_sleep_tui.errors import PanelError
-from vllm_sleep_tui.tui.drawing.paint import Painted
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
+from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.bench_runner import BenchRunner, past_runs
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.view import View
@@ -34,7 +32,7 @@ _KEYS = "esc back, stop   r run   + âˆ’ repeats   space choose   tab results   â
 NARROW_WIDTH = 80
 
 
-class BenchScreen(Screen[None]):
+class BenchScreen(LookingScreen):
     """Everything about the benchmark; a run goes on when the screen is left."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -51,7 +49,6 @@ class BenchScreen(Screen[None]):
         self._runner = runner
         self._past: list[tuple[Path, Run]] = []
         self._looked_at: tuple[Path, Run] | None = None
-        self._step_timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
         """What to run at the left, what came of it at the right."""
@@ -73,19 +70,9 @@ class BenchScreen(Screen[None]):
     def on_mount(self) -> None:
         """Show the first moment, then look twice a second."""
         self.query_one(BenchForm).focus()
-        self._step_timer = self.set_interval(STEP_SECONDS, self._step)
+        self.look_every(STEP_SECONDS, self._step)
         self.call_after_refresh(self._step)
         self._list_results()
-
-    def on_screen_suspend(self) -> None:
-        """Rest while nobody looks, unless a question lets this screen be seen."""
-        if self._step_timer is not None and not self.app.screen.is_modal:
-            self._step_timer.pause()
-
-    def on_screen_resume(self) -> None:
-        """Go on."""
-        if self._step_timer is not None:
-            self._step_timer.resume()
 
     def _step(self) -> None:
         self.query_one(TopBand).show(View(snapshot=self._fleet.snapshot(), bench=self._runner.words()))
@@ -188,11 +175,6 @@ class BenchScreen(Screen[None]):
     def on_resize(self, event: Resize) -> None:
         """Where both do not fit beside each other, the run takes the place of the form."""
         self.set_class(event.size.width < NARROW_WIDTH, "-narrow")
-
-    def recolor(self) -> None:
-        """Paint everything in the theme's new colours."""
-        for widget in self.query(Painted):
-            widget.refresh()
 
 
 def _title(run: Run) -> str:

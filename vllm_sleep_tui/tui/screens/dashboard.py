@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on, work
@@ -11,20 +13,19 @@ from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.events import DescendantBlur, DescendantFocus, Resize
-from textual.screen import Screen
-from textual.timer import Timer
 from textual.widgets import Input, Static
 
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.events import FleetEvent, Kind
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot, Prediction
 from vllm_sleep_tui.fleet.states import SETTLED, State
-from vllm_sleep_tui.tui.drawing.paint import Painted
 from vllm_sleep_tui.tui.keys import bindings
 from vllm_sleep_tui.tui.screens.advice import AdviceScreen
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Help, Question
 from vllm_sleep_tui.tui.screens.events import EventScreen
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
 from vllm_sleep_tui.tui.screens.logs import show_log
+from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.operations import Operations, Running, Trouble, Work
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.past import PastReader, Readings
@@ -52,7 +53,7 @@ _FINDING_HINT = "⏎ to the table   ↑ ↓ move   esc all models   letters are 
 _TYPING_HINT = "⏎ or ctrl+j send   esc leave the input   letters are text here"
 
 
-class Dashboard(Screen[None]):
+class Dashboard(LookingScreen):
     """The one screen of every day."""
 
     BINDINGS: ClassVar[list[BindingType]] = bindings()
@@ -63,7 +64,6 @@ class Dashboard(Screen[None]):
         self.operations = operations
         self._ticks = 0
         self._is_busy = False
-        self._look_timer: Timer | None = None
         self.readings = Readings()
         self._bench: BenchRunner | None = None
         self._past = PastReader(fleet, operations, self.changed)
@@ -97,17 +97,8 @@ class Dashboard(Screen[None]):
         """Show the first moment, then look again four times a second."""
         self._table.focus()
         await self.look()
-        self._look_timer = self.set_interval(TICK_SECONDS, self._tick)
-
-    def on_screen_suspend(self) -> None:
-        """Rest while another screen is in front, unless it lets this one be seen."""
-        if self._look_timer is not None and not self.app.screen.is_modal:
-            self._look_timer.pause()
-
-    def on_screen_resume(self) -> None:
-        """Go on."""
-        if self._look_timer is not None:
-            self._look_timer.resume()
+        self.look_every(TICK_SECONDS, self._tick)
+        self.run_worker(self._hear(), group="events")
 
     def on_resize(self, event: Resize) -> None:
         """Fit the layout to the terminal."""
@@ -155,6 +146,23 @@ class Dashboard(Screen[None]):
         if self._is_busy or self._ticks % IDLE_TICKS == 0:
             await self.look()
 
+    async def _hear(self) -> None:
+        """Show what happens when it happens, whoever does it; say so if a model failed."""
+        async with aclosing(self.fleet.events()) as events:
+            async for event in events:
+                self._past.heard()
+                is_ours = event.operation is not None and event.pid == os.getpid()
+                if event.kind is Kind.FAULT and not is_ours:  # else `_ended` says it
+                    self._say_failed(event)
+                if self.is_current or self.app.screen.is_modal:
+                    self.changed()
+
+    def _say_failed(self, event: FleetEvent) -> None:
+        models = [model for model in self.fleet.snapshot().models if model.name == event.model]
+        cure = next((model.cure for model in models if model.state is State.FAILED), None)
+        text = "\n".join(filter(None, [event.detail or "No reason is known; its log (l) may tell.", cure]))
+        self.notify(text, title=f"{event.model} failed", severity="error", timeout=12, markup=False)
+
     async def look(self) -> None:
         """Look at the fleet and show what changed."""
         view = self.view()
@@ -182,8 +190,7 @@ class Dashboard(Screen[None]):
 
     def recolor(self) -> None:
         """Paint everything in the theme's new colours."""
-        for widget in self.query(Painted):
-            widget.refresh()
+        super().recolor()
         self.query_one(ChatPane).recolor()
 
     def on_model_table_selected(self) -> None:

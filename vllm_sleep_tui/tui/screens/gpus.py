@@ -8,8 +8,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.geometry import Size
-from textual.screen import Screen
-from textual.timer import Timer
 from textual.widgets import Static
 
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot
@@ -17,6 +15,7 @@ from vllm_sleep_tui.tui.drawing.bars import stacked
 from vllm_sleep_tui.tui.drawing.graphs import MIN_HEIGHT, MIN_WIDTH, buckets, graph
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left
 from vllm_sleep_tui.tui.drawing.timeline import WINDOWS, Window
+from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.past import Readings, Series
 from vllm_sleep_tui.tui.state.view import View
@@ -120,7 +119,7 @@ class GpuCard(Painted):
         return self._drawn[title][1]
 
 
-class GpuScreen(Screen[None]):
+class GpuScreen(LookingScreen):
     """Everything about the GPUs; it looks only while it is in front."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -137,7 +136,6 @@ class GpuScreen(Screen[None]):
         self._zoom_step = 0
         self._steps = 0
         self._cards: dict[str, GpuCard] = {}
-        self._step_timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
         """The cards above, the processes below."""
@@ -150,22 +148,12 @@ class GpuScreen(Screen[None]):
     async def on_mount(self) -> None:
         """Show the first moment, then once a second."""
         self.query_one("#process-scroll").focus()
-        self._step_timer = self.set_interval(STEP_SECONDS, self._step)
+        self.look_every(STEP_SECONDS, self._step)
         await self._step()
-
-    def on_screen_suspend(self) -> None:
-        """Rest while nobody looks."""
-        if self._step_timer is not None:
-            self._step_timer.pause()
-
-    async def on_screen_resume(self) -> None:
-        """Go on."""
-        if self._step_timer is not None:
-            self._step_timer.resume()
 
     async def on_resize(self) -> None:
         """Fit the graphs."""
-        if self._step_timer is not None:
+        if self.look_timer is not None:
             self._show_cards(self._fleet.snapshot())
 
     async def _step(self) -> None:
@@ -208,8 +196,3 @@ class GpuScreen(Screen[None]):
         """Sort the processes by the next column."""
         self.query_one(ProcessTable).turn()
         self._title()
-
-    def recolor(self) -> None:
-        """Paint everything in the theme's new colours."""
-        for widget in self.query(Painted):
-            widget.refresh()

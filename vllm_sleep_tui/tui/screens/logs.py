@@ -13,12 +13,12 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.events import Resize
 from textual.screen import Screen
-from textual.timer import Timer
 from textual.widgets import RichLog, Static
 
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.server_log import ServerLog
 from vllm_sleep_tui.text import clean
+from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.theme import Palette, palette_of
 
@@ -64,7 +64,7 @@ class WrappedLog(RichLog):
         self._laid_out_for = width
 
 
-class LogScreen(Screen[None]):
+class LogScreen(LookingScreen):
     """The whole screen for one log."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -77,7 +77,6 @@ class LogScreen(Screen[None]):
         super().__init__()
         self._model = model
         self._log = log
-        self._timer: Timer | None = None
         self._is_empty = True
         self._is_reading = False
         self._read = self._first
@@ -94,18 +93,8 @@ class LogScreen(Screen[None]):
         log = self.query_one(WrappedLog)
         log.border_subtitle = "nothing is written yet"
         log.focus()
-        self._timer = self.set_interval(STEP_SECONDS, self._step)
+        self.look_every(STEP_SECONDS, self._step)
         self.call_after_refresh(self._step)
-
-    def on_screen_suspend(self) -> None:
-        """Rest while nobody looks."""
-        if self._timer is not None:
-            self._timer.pause()
-
-    def on_screen_resume(self) -> None:
-        """Go on."""
-        if self._timer is not None:
-            self._timer.resume()
 
     async def _step(self) -> None:
         if self._is_reading:

@@ -53,16 +53,16 @@ class PanelFleet(Protocol):
         """The processes of our servers, and all others that hold VRAM."""
         ...
 
+    def events(self, after: int | None = None) -> AsyncGenerator[FleetEvent, None]:
+        """What happens from this call on, here and in other processes; without an end."""
+        ...
+
     async def past(self, window: float) -> Past:
         """What the history says about the last `window` seconds, and about today."""
         ...
 
     async def recent_events(self, count: int, *, only_failures: bool = False) -> Sequence[FleetEvent]:
         """The last events, the oldest first."""
-        ...
-
-    def events(self, after: int | None = None) -> AsyncGenerator[FleetEvent, None]:
-        """What happens after the event with this id, without an end."""
         ...
 
     def log(self, name: str) -> ServerLog:

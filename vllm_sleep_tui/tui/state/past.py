@@ -12,17 +12,14 @@ from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnaps
 from vllm_sleep_tui.tui.state.operations import Operations
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 
-SETTLING_SECONDS = 4.0
-"""What happened is written a moment after it shows on the screen; so long it is asked for again."""
-SPACING_SECONDS = 1.0
 STALE_SECONDS = 60.0
-"""Without anything new the answer is kept so long."""
+"""What is no event, requests and tokens, is asked for so often."""
 BUSY_SECONDS = 5.0
 """The same while a model answers."""
 
 
 class PastReader:
-    """Keeps the history's latest answer and asks anew when the fleet has changed."""
+    """Keeps the history's latest answer and asks anew when something has been added to it."""
 
     def __init__(self, fleet: PanelFleet, operations: Operations, answered: Callable[[], None]) -> None:
         self.latest = Past()
@@ -30,22 +27,23 @@ class PastReader:
         self._operations = operations
         self._answered = answered
         self._question: object = None
-        self._changed_at = self._asked_at = 0.0
+        self._asked_at = 0.0
+        self._is_new = True
         self._is_asking = False
+
+    def heard(self) -> None:
+        """An event has been kept: the next look asks."""
+        self._is_new = True
 
     def look(self, snapshot: FleetSnapshot, window: float) -> None:
         """Ask, if something is new, and return at once; `answered` is called when the answer differs."""
         now = time.monotonic()
         answering = [model.name for model in snapshot.models if _answers(model)]
-        states = [(model.name, model.state, model.last_switch) for model in snapshot.models]
-        question = (window, states, answering)
-        if question != self._question:
-            self._question, self._changed_at = question, now
-        settling = now - self._changed_at < SETTLING_SECONDS and now - self._asked_at > SPACING_SECONDS
-        is_new = self._asked_at <= self._changed_at
+        is_other = self._question != (window, answering)
         is_stale = now - self._asked_at > (BUSY_SECONDS if answering else STALE_SECONDS)
-        if self._is_asking or not (is_new or settling or is_stale):
+        if self._is_asking or not (self._is_new or is_other or is_stale):
             return
+        self._question, self._is_new = (window, answering), False
         self._is_asking, self._asked_at = True, now
         self._operations.spawn(self._ask(window))
 

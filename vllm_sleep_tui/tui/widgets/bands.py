@@ -14,6 +14,7 @@ from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, cut_line, line_width, spread
 from vllm_sleep_tui.tui.keys import KEYS, Key
 from vllm_sleep_tui.tui.state.view import View
+from vllm_sleep_tui.tui.widgets.shown import Shown
 from vllm_sleep_tui.units import GIB, gib_cell
 
 
@@ -53,23 +54,11 @@ def _who(names: list[str]) -> str:
     return cut(names[0], 16) if len(names) == 1 else str(len(names))
 
 
-class TopBand(Painted):
+class TopBand(Shown):
     """Product, hardware, what is wrong, who is awake, the time."""
 
-    def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(id=id)
-        self._view: View | None = None
-
-    def show(self, view: View) -> None:
-        """Show this moment."""
-        self._view = view
-        self.repaint()
-
-    def paint(self, size: Size) -> list[Line]:
+    def draw(self, view: View, size: Size) -> list[Line]:
         """The one line; the badge of a simulation is never dropped."""
-        view = self._view
-        if view is None:
-            return []
         badge: list[Span] = (
             [(" SIMULATED ", "ink-warning on-warning bold"), ("  ", "")] if view.is_simulated else []
         )

@@ -8,9 +8,10 @@ from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import SETTLED, StartPhase, State
 from vllm_sleep_tui.tui.drawing.bars import large, phase_bar, progress
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, cut_line, rule, wrap
+from vllm_sleep_tui.tui.drawing.paint import Line, Span, cut, cut_line, rule, wrap
 from vllm_sleep_tui.tui.state.operations import Running
 from vllm_sleep_tui.tui.state.view import View
+from vllm_sleep_tui.tui.widgets.shown import Shown
 from vllm_sleep_tui.tui.words import PARTS_OF_WAKE, phases_of
 from vllm_sleep_tui.units import clock, time_sum, took
 
@@ -254,6 +255,9 @@ def serving_lines(model: ModelSnapshot, width: int) -> list[Line]:
         words.append(f"{serving.generation_tokens_per_s:.0f} tok/s")
     if serving.ttft_p50 is not None and serving.ttft_p95 is not None:
         words.append(f"TTFT p50 {took(serving.ttft_p50)}, p95 {took(serving.ttft_p95)}")
+    if serving.inter_token_p50 is not None and serving.inter_token_p95 is not None:
+        p50, p95 = took(serving.inter_token_p50), took(serving.inter_token_p95)
+        words.append(f"between tokens p50 {p50}, p95 {p95}")
     if serving.prefix_hit_share is not None:
         words.append(f"prefix hits {serving.prefix_hit_share * 100:.0f} %")
     if serving.cached_tokens:
@@ -282,22 +286,12 @@ def facts_line(model: ModelSnapshot, width: int) -> list[Line]:
     return _wrapped(" · ".join(word for word in words if word), width, "muted")
 
 
-class Detail(Painted):
+class Detail(Shown):
     """All that is to be said about the selected model."""
 
-    def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(id=id)
-        self._view: View | None = None
-
-    def show(self, view: View) -> None:
-        """Show this moment."""
-        self._view = view
-        self.repaint()
-
-    def paint(self, size: Size) -> list[Line]:
+    def draw(self, view: View, size: Size) -> list[Line]:
         """The sections that have something to say, the most pressing first."""
-        view = self._view
-        if view is None or view.model is None:
+        if view.model is None:
             return []
         model, width = view.model, size.width
         sections = [failure_lines(model, width), trouble_lines(view, model, width)]

@@ -20,8 +20,9 @@ from vllm_sleep_tui.tui.drawing.bars import (
     legend,
     stacked,
 )
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, left, line_width, right, spread
+from vllm_sleep_tui.tui.drawing.paint import Line, Span, cut, left, line_width, right, spread
 from vllm_sleep_tui.tui.state.view import View
+from vllm_sleep_tui.tui.widgets.shown import Shown
 from vllm_sleep_tui.tui.words import short_command
 from vllm_sleep_tui.units import GIB, UNKNOWN, gib_cell, gib_number
 
@@ -172,24 +173,15 @@ def _may_pin(snapshot: FleetSnapshot) -> bool:
     )
 
 
-class MemoryPanel(Painted):
+class MemoryPanel(Shown):
     """All bars; compact (one line each) when the screen is low."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.border_title = "Memory"
-        self._view: View | None = None
 
-    def show(self, view: View) -> None:
-        """Show this moment."""
-        self._view = view
-        self.repaint()
-
-    def paint(self, size: Size) -> list[Line]:
+    def draw(self, view: View, size: Size) -> list[Line]:
         """The bars and the notes on what cannot be known."""
-        view = self._view
-        if view is None:
-            return []
         height = self.app.size.height
         compact = height < 30 or 2 * len(view.snapshot.gpus) + 2 > height // 3
         lines: list[Line] = []

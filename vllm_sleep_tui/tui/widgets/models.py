@@ -14,8 +14,9 @@ from textual.widgets import Input
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, left, middle, right
+from vllm_sleep_tui.tui.drawing.paint import Line, Span, left, middle, right
 from vllm_sleep_tui.tui.state.view import View
+from vllm_sleep_tui.tui.widgets.shown import Shown
 from vllm_sleep_tui.tui.words import LOOKS, memory_words, state_words
 from vllm_sleep_tui.units import NONE, clock, time_text, took
 
@@ -173,7 +174,7 @@ def _searched(model: ModelSnapshot) -> str:
     return f"{model.name} {model.source} {LOOKS[model.state].word} {gpus}".lower()
 
 
-class ModelTable(Painted, can_focus=True):
+class ModelTable(Shown, can_focus=True):
     """The models, one a row, with a cursor."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -191,7 +192,6 @@ class ModelTable(Painted, can_focus=True):
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self._view: View | None = None
         self._first = 0
         self.selected: str | None = None
         """The model under the cursor; the key after the one that moved it must find it moved."""
@@ -199,11 +199,6 @@ class ModelTable(Painted, can_focus=True):
         self.wanted = ""
         """What the name, the source, the state or a GPU (`gpu 1`) of a model must hold to have a row."""
         self.order = ORDERS[0]
-
-    def show(self, view: View) -> None:
-        """Show this moment."""
-        self._view = view
-        self.repaint()
 
     def find(self, wanted: str) -> None:
         """Show only what holds this text; the cursor goes to the first of it if its model has no row now."""
@@ -227,11 +222,8 @@ class ModelTable(Painted, can_focus=True):
         models = [model for model in self._view.snapshot.models if wanted in _searched(model)]
         return models if self.order.key is None else sorted(models, key=self.order.key)
 
-    def paint(self, size: Size) -> list[Line]:
+    def draw(self, view: View, size: Size) -> list[Line]:
         """The titles and as many rows as fit, the selected one among them."""
-        view = self._view
-        if view is None:
-            return []
         models = self._models()
         if not models and view.snapshot.models:
             return [

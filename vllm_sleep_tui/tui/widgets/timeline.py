@@ -8,7 +8,7 @@ from textual import events
 from textual.geometry import Size
 from textual.message import Message
 
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, left, rule
+from vllm_sleep_tui.tui.drawing.paint import Line, Span, left, rule
 from vllm_sleep_tui.tui.drawing.timeline import (
     WINDOWS,
     Change,
@@ -31,6 +31,7 @@ from vllm_sleep_tui.tui.drawing.timeline import (
     tokens_of,
 )
 from vllm_sleep_tui.tui.state.view import View
+from vllm_sleep_tui.tui.widgets.shown import Shown
 from vllm_sleep_tui.units import time_of_day
 
 _NAME_WIDTH = 12
@@ -40,7 +41,7 @@ _RULE_WIDTH = 4
 _MEASURES = {"requests": requests_of, "tokens": tokens_of}
 
 
-class Timeline(Painted):
+class Timeline(Shown):
     """A lane a model, requests and tokens under them, and a cursor that walks along."""
 
     class Pointed(Message):
@@ -48,7 +49,6 @@ class Timeline(Painted):
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self._view: View | None = None
         self._lanes = Lanes()
         self._zoom = 0
         self._cursor: float | None = None
@@ -73,10 +73,9 @@ class Timeline(Painted):
 
     def show(self, view: View) -> None:
         """Take and show this moment."""
-        self._view = view
         self._lanes.take_history(view.past.spans)
         self._lanes.see(view.snapshot)
-        self.repaint()
+        super().show(view)
 
     # ── the cursor ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -131,11 +130,8 @@ class Timeline(Painted):
 
     # ── the picture ──────────────────────────────────────────────────────────────────────────────────────
 
-    def paint(self, size: Size) -> list[Line]:
+    def draw(self, view: View, size: Size) -> list[Line]:
         """The rule, a line for each model, what was served, what is at the cursor; the last two give way."""
-        view = self._view
-        if view is None:
-            return []
         frame = self._frame(view, size.width)
         cell = None if self._cursor is None else frame.cell(self._cursor)
         head, below = (
