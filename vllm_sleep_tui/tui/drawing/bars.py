@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.cells import cell_len
+from rich.segment import Segment
 from rich.style import Style
 from textual.renderables.digits import Digits
 
@@ -111,8 +112,8 @@ def phase_bar(phases: Sequence[tuple[str, float]], width: int, color: str) -> Li
 
 def large(text: str, paint: str) -> list[Line]:
     """The text three lines high: digits drawn, letters as they are."""
-    rows = "".join(segment.text for segment in Digits(text).render(Style())).splitlines()
-    return [((row, paint),) for row in rows]
+    drawn = [part.text for part in Digits(text).render(Style()) if isinstance(part, Segment)]
+    return [((row, paint),) for row in "".join(drawn).splitlines()]
 
 
 def legend(parts: Sequence[Part], width: int) -> Line:
