@@ -29,7 +29,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 MOST_DESCRIPTORS = 200
 """In one packet; the kernel takes 253."""
@@ -309,12 +309,12 @@ def request_of(data: bytes) -> dict[str, Any]:
     return found
 
 
-def is_amount(value: Any) -> bool:
+def is_amount(value: Any) -> TypeGuard[int]:
     """Whether it can be a number of bytes."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def is_size(value: Any) -> bool:
+def is_size(value: Any) -> TypeGuard[int]:
     """Whether it can be the size of a chunk."""
     return is_amount(value) and 0 < value <= LARGEST
 
