@@ -91,6 +91,7 @@ def own_surroundings(session_marker: str, tmp_path: Path, monkeypatch: pytest.Mo
     short = tempfile.mkdtemp(prefix="vst-", dir=tempfile.gettempdir())
     monkeypatch.setenv(MARKER, marker)
     monkeypatch.setenv("TMPDIR", short)
+    monkeypatch.setenv("VLLM_SLEEP_TUI_POOL", f"{short}/pools")
     monkeypatch.setattr(tempfile, "tempdir", short)
     for kind in ("CONFIG", "STATE"):
         monkeypatch.setenv(f"XDG_{kind}_HOME", str(tmp_path / f"xdg-{kind.lower()}"))

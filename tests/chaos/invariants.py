@@ -28,7 +28,7 @@ async def violations(core: Core, launches: set[str]) -> list[str]:
             found += ended(core, record)
         else:
             found += [*running(core, record), *await ownership(core, record)]
-    return [*found, *overlaps(core)]
+    return [*found, *overlaps(core), *pools(core, records)]
 
 
 def lost_records(core: Core) -> Iterator[str]:
@@ -58,6 +58,29 @@ def holders(core: Core, records: list[Record]) -> Iterator[str]:
     for held in devices.allocations(core.simulated):
         if held.pid not in named and any(held.vram.values()):
             yield f"pid {held.pid} holds VRAM and is in no record"
+
+
+def pools(core: Core, records: list[Record]) -> Iterator[str]:
+    """Memory that lies about, holders that nobody needs, and loans that the dead or sleepers have."""
+    assert core.simulated is not None
+    asleep = {e.pid for record in records if record.state is State.ASLEEP for e in record.engines}
+    for gpu, pool in core.pools({0, 1}).items():
+        lent, state = pool.lent(), pool.state()
+        free = state.free_bytes if state is not None else 0
+        chunks = [chunk for chunk in devices.chunks(core.simulated) if chunk.gpu == gpu]
+        unlisted = sum(chunk.bytes for chunk in chunks if chunk.pid == devices.NOBODY)
+        if unlisted != sum(lent.values()) + free:
+            yield f"GPU {gpu}: {unlisted} bytes are listed for nobody, {lent} are lent and {free} free"
+        if free:
+            yield f"GPU {gpu}: its pool holds {free} bytes"
+        if any(size for pid, size in lent.items() if pid in asleep):
+            yield f"GPU {gpu}: a sleeper has something of the pool: {lent}"
+        if pool.holder() is not None and not pool.is_used():
+            yield f"GPU {gpu}: its holder outlives the servers"
+    taken = {gpu: core.reader.memory(gpu) for gpu in core.pools({0, 1})}
+    for gpu, (used, by_pid) in taken.items():
+        if used != sum(size or 0 for size in (by_pid or {}).values()):
+            yield f"GPU {gpu}: {used} bytes are used and {by_pid} tell of others"
 
 
 def ended(core: Core, record: Record) -> Iterator[str]:

@@ -33,7 +33,7 @@ DEATH_SECONDS = 2.0
 """Within which a death must have been noticed."""
 VERBS = {"switch": 6, "start": 3, "sleep": 4, "wake": 3, "stop": 2}
 """How often each verb is begun."""
-VICTIMS = {"verb": 5, "leader": 2, "standby": 1, "keeper": 2, "server": 2, "engine": 2}
+VICTIMS = {"verb": 5, "leader": 2, "standby": 1, "keeper": 2, "server": 2, "engine": 2, "holder": 3}
 """How often each kind of process is killed."""
 
 
@@ -81,12 +81,12 @@ class Storm:
         self.actors = Actors(os.environ | {"XDG_STATE_HOME": str(folder)})
 
     def write_config(self) -> None:
-        env = {"VLLM_SIM_SPEED": SPEED}
+        env = {"VLLM_SIM_SPEED": SPEED, "VLLM_SIM_VERSION": "0.26.0"}  # with which our own sleep mode fits
         content = {
             "vllm_command": [sys.executable, "-m", "vllm_sleep_tui.simulator"],
             "simulated_gpus": [{"name": "Storm", "memory": "24GiB"}] * 2,
             "models": {
-                "a": {"model": "sim/1GiB", "gpus": [0], "level": 1, "env": env},
+                "a": {"model": "sim/1GiB", "gpus": [0], "level": 0, "env": env},
                 "b": {"model": "sim/2GiB", "gpus": [0], "level": 2, "env": env},
                 "wide": {
                     "model": "sim/4GiB",
@@ -159,6 +159,7 @@ class Storm:
             "keeper": [record.keeper],
             "server": [record.server],
             "engine": list(record.engines),
+            "holder": [pool.holder() for pool in self.core.pools({0, 1}).values()],
         }
         victims = [victim for victim in candidates[kind] if victim is not None]
         if not victims or not signal_process(self.random.choice(victims), signal.SIGKILL):

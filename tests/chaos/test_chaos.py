@@ -17,4 +17,4 @@ async def test_sixty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> No
         await storm.close()
     assert tally.problems == []
     assert tally.total == 60
-    assert set(tally.kills) == {"verb", "leader", "standby", "keeper", "server", "engine"}
+    assert set(tally.kills) == {"verb", "leader", "standby", "keeper", "server", "engine", "holder"}

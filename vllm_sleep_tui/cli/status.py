@@ -105,7 +105,7 @@ def status_json(snapshot: FleetSnapshot) -> dict[str, Any]:
     return {
         "version": snapshot.version,
         "models": [model_json(model) for model in snapshot.models],
-        "gpus": [{name: getattr(gpu, name) for name in GPU_FIELDS} for gpu in snapshot.gpus],
+        "gpus": [gpu_json(gpu) for gpu in snapshot.gpus],
         "host": msgspec.to_builtins(snapshot.host),
     }
 
@@ -119,6 +119,12 @@ def model_json(model: ModelSnapshot) -> dict[str, Any]:
         phases = {phase: model.last_switch.phases.get(phase) for phase in SWITCH_PHASES}
         shown["last_switch"] = {"phases": phases, "total": model.last_switch.total}
     return shown
+
+
+def gpu_json(gpu: GpuSnapshot) -> dict[str, Any]:
+    """One GPU as the contract has it; beyond it, its KV pool where there is one."""
+    shown = {name: getattr(gpu, name) for name in GPU_FIELDS}
+    return shown if gpu.pool_bytes is None else {**shown, "pool_bytes": gpu.pool_bytes}
 
 
 def status_lines(snapshot: FleetSnapshot) -> list[str]:
@@ -177,5 +183,6 @@ def _gpu_line(gpu: GpuSnapshot) -> str:
     simulated = "  SIMULATED" if gpu.simulated else ""
     busy = "" if gpu.utilization is None else f"  {gpu.utilization:.0f} %"
     memory = f"{gib(gpu.used_bytes)} of {gib(gpu.total_bytes)}"
+    pool = f"\n       {gib(gpu.pool_bytes)}  KV pool" if gpu.pool_bytes else ""
     others = "".join(f"\n       {gib(p.bytes)}  pid {p.pid}  {p.user}  {p.command}" for p in gpu.others)
-    return f"GPU {gpu.index}  {memory}{busy}  {gpu.name}{simulated}{others}"
+    return f"GPU {gpu.index}  {memory}{busy}  {gpu.name}{simulated}{pool}{others}"

@@ -31,6 +31,8 @@ READY_SECONDS = 600
 QUIET_PATHS = ",".join((HEALTH, METRICS, IS_SLEEPING, GATE))
 LAUNCH_VARIABLE = "SLEEP_TUI_LAUNCH"
 """vLLM copies what starts with VLLM_, HF_ and the like to Ray's workers (0.32); what names a launch stays."""
+POOL_VARIABLE = "VLLM_SLEEP_TUI_POOL"
+"""The folder of the KV pools, for our sleep mode; in the panel's own environment, another than usual."""
 LAUNCH_VARIABLES = (LAUNCH_VARIABLE, "VLLM_SLEEP_TUI_LAUNCH")
 """The second is that of servers which the version before started."""
 
@@ -40,6 +42,7 @@ NEVER_INHERITED = (
     "VLLM_USE_RUST_FRONTEND",  # it would not load the guard
     "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH",  # a server whose engine is dead must end, so that it can be restarted
     "PYTHONHOME",  # it would mix two Pythons
+    POOL_VARIABLE,  # a server that has no part in the pools must not find them
 )
 """Variables of the person's shell that no server gets."""
 
@@ -70,6 +73,8 @@ class ServeSpec:
     """What the vLLM that will read the command line knows."""
     own_backend: bool = False
     """Whether our sleep mode lies in `guard_dir` too."""
+    pool: Path | None = None
+    """The folder of the KV pools that it may use."""
 
 
 def serve_argv(spec: ServeSpec) -> list[str]:
@@ -187,18 +192,23 @@ def _fixed(spec: ServeSpec) -> dict[str, str]:
     python_path = [str(spec.guard_dir), *filter(None, [spec.env.get("PYTHONPATH")])]
     # Other machines must reach a model that spans them, so its address is the person's to choose.
     own_address = {} if ServeArgs(spec.args).spans_machines else {"VLLM_HOST_IP": "127.0.0.1"}
-    return own_address | {
-        "VLLM_SERVER_DEV_MODE": "1",
-        # NVML counts by PCI bus; CUDA by default puts the fastest first, which differs on mixed cards.
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.gpus)),
-        "PYTHONPATH": os.pathsep.join(python_path),
-        "TMPDIR": str(spec.tmp_dir),
-        # Or vLLM's engine and workers wipe their environment in /proc as they rename themselves.
-        "SPT_NOENV": "1",
-        LAUNCH_VARIABLE: spec.launch_id,
-        SOCKET_VARIABLE: str(spec.socket),
-    }
+    pool = {} if spec.pool is None else {POOL_VARIABLE: str(spec.pool)}
+    return (
+        own_address
+        | pool
+        | {
+            "VLLM_SERVER_DEV_MODE": "1",
+            # NVML counts by PCI bus; CUDA by default puts the fastest first, which differs on mixed cards.
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.gpus)),
+            "PYTHONPATH": os.pathsep.join(python_path),
+            "TMPDIR": str(spec.tmp_dir),
+            # Or vLLM's engine and workers wipe their environment in /proc as they rename themselves.
+            "SPT_NOENV": "1",
+            LAUNCH_VARIABLE: spec.launch_id,
+            SOCKET_VARIABLE: str(spec.socket),
+        }
+    )
 
 
 def _path(program: str, path: str) -> str:

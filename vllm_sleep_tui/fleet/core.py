@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.keeper_client import is_kept
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.peer_checks import check_for_key, check_own
+from vllm_sleep_tui.fleet.pool import Pool, PooledReader
 from vllm_sleep_tui.fleet.server_keys import key_of
 from vllm_sleep_tui.fleet.store.locks import check_folder, gpu_lock_path
 from vllm_sleep_tui.fleet.store.records import Record, RecordStore
@@ -84,7 +85,7 @@ class Core:
         self.simulated = simulated_folder(loaded, state_dir)
         self.records = RecordStore(state_dir, loaded.path)
         self.footprints = FootprintStore(state_dir)
-        self.reader: GpuReader = open_reader(self.simulated)
+        self.reader: GpuReader = PooledReader(open_reader(self.simulated))
         self.on_written: Callable[[], None] | None = None
         """Called, from any thread, when something has been added to the history."""
         self._happened: list[Callable[[History], None]] = []
@@ -134,7 +135,7 @@ class Core:
         reading = self.gpus({gpu}).get(gpu)
         return reading.total_bytes if reading else None
 
-    def gpus(self, wanted: Iterable[int]) -> dict[int, GpuReading]:
+    def gpus(self, wanted: Collection[int]) -> dict[int, GpuReading]:
         """The GPUs by index; read again while one that is wanted is missing: the driver may load later."""
         if not self._gpus.keys() >= set(wanted):
             self._gpus |= {reading.index: reading for reading in self.reader.read()}
@@ -145,6 +146,11 @@ class Core:
         readings = self.gpus(gpus)
         uuids = [(gpu, readings[gpu].uuid if gpu in readings else f"index-{gpu}") for gpu in gpus]
         return [gpu_lock_path(uuid) for _, uuid in sorted(uuids)]
+
+    def pools(self, gpus: Collection[int]) -> dict[int, Pool]:
+        """The KV pools of these GPUs by index, as far as the GPUs are known."""
+        readings = self.gpus(gpus)
+        return {gpu: Pool(readings[gpu].uuid) for gpu in sorted(set(gpus)) if gpu in readings}
 
     def ram_lock(self) -> Path:
         """The machine's lock for pinning RAM; simulated machines have their own."""

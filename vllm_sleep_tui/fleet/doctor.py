@@ -17,6 +17,7 @@ import msgspec
 from vllm_sleep_tui.config.flags import FlagTable
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.config.types import CONFIG_NAME, ModelConfig
+from vllm_sleep_tui.engine.argv import POOL_VARIABLE
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.core import simulated_folder
 from vllm_sleep_tui.fleet.keeper_client import is_kept
@@ -24,6 +25,7 @@ from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
 from vllm_sleep_tui.fleet.observe.discovery import VllmEnvironment, find_command, find_foreign_servers
 from vllm_sleep_tui.fleet.observe.orphans import find_orphans
 from vllm_sleep_tui.fleet.operations.arguments import complaints, flags_of, simulated_flags
+from vllm_sleep_tui.fleet.pool import pools_here, why_no_pool
 from vllm_sleep_tui.fleet.store.records import RecordStore
 from vllm_sleep_tui.fleet.survey import Surroundings, look_around
 from vllm_sleep_tui.paths import state_dir
@@ -262,6 +264,7 @@ def _machine(machine: Surroundings, loaded: LoadedConfig | None) -> Iterator[Che
             "Hugging Face token: " + ("yes" if machine.token else "no, gated models need one"),
         )
         yield from _foreign_checks(machine)
+    yield from _pool_checks()
     yield from _logout_checks()
     for orphan in find_orphans(state_dir()):
         cure = "End it with: vllm-sleep-tui orphans --end"
@@ -318,6 +321,22 @@ def _foreign_checks(machine: Surroundings) -> Iterator[Check]:
         what = f"pid {server.process.pid}, user {server.user}, {vram}: {server.command}"
         cure = "It is left alone; to see it in the panel, add a model with `url:`."
         yield Check("another vLLM", Verdict.WARN, what, cure)
+
+
+def _pool_checks() -> Iterator[Check]:
+    """The KV pools of this user: who holds them, and whether they can be had."""
+    if why := why_no_pool():
+        cure = f"Without it switches are slower: remove it, or set {POOL_VARIABLE} to a folder of your own."
+        yield Check("kv pool", Verdict.WARN, why, cure)
+    for pool in pools_here():
+        holder, state = pool.holder(), pool.state()
+        who = f"pid {holder.pid}" if holder else "nobody"
+        if state is None:
+            cure = f"Switches are slower until it does; end it and it is started anew: kill -9 {who[4:]}"
+            yield Check("kv pool", Verdict.WARN, f"{pool.uuid}: {who} does not answer", cure)
+        else:
+            what = f"{pool.uuid}: {who} holds {gib(state.free_bytes)} for {len(state.engines)} engines"
+            yield Check("kv pool", Verdict.OK, what)
 
 
 def _logout_checks() -> Iterator[Check]:

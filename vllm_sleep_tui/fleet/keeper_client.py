@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -114,8 +115,11 @@ def unreadable(path: Path, error: OSError) -> OperationError:
     return OperationError(f"The keeper's file {path} cannot be read: {error.strerror}.", cure)
 
 
-async def launch(spec: KeeperSpec) -> KeeperStatus:
-    """Start a keeper with its server; raises OperationError if either cannot be started."""
+async def launch(spec: KeeperSpec, holds: Sequence[int] = ()) -> KeeperStatus:
+    """Start a keeper with its server; raises OperationError if either cannot be started.
+
+    `holds` are descriptors that the keeper keeps for life, and its server does not get.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-I",
@@ -125,6 +129,7 @@ async def launch(spec: KeeperSpec) -> KeeperStatus:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        pass_fds=holds,
         env={"PATH": os.defpath, LAUNCH_VARIABLE: spec.launch},
     )
     try:

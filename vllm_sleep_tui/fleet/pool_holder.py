@@ -10,6 +10,9 @@ what is here dies with us: to kill either costs speed and nothing else. There is
 It holds a flock on FOLDER/GPU.holder for as long as it lives; that is the proof that it lives. It listens at
 FOLDER/GPU.sock: SOCK_SEQPACKET, one JSON object a packet, one answer for each, see `Holder.answers`. Whoever
 keeps a server that may use it holds a shared flock on FOLDER/GPU.users: without any, the holder ends.
+
+What is lent out the driver lists for nobody, and is no business of the holder's: engines tell of it in files
+of their own beside these, FOLDER/GPU.lent-PID.
 """
 
 from __future__ import annotations
@@ -54,7 +57,6 @@ class Client:
         self.connection, self.pid = connection, pid
         self.launch: str | None = None
         """Of an engine; anybody else does not say hello."""
-        self.mapped = 0
 
     def receive(self) -> tuple[bytes, list[int]]:
         """The next packet and its descriptors, which are the caller's; nothing once it has hung up.
@@ -95,7 +97,6 @@ class Holder:
         self.answers: dict[str, Callable[[Client, dict[str, Any], list[int]], dict[str, Any]]] = {
             "hello": self.hello,
             "give": self.give,
-            "mapped": self.note_mapped,
             "state": lambda *_: self.state(),
             "shrink": self.shrink,
             "end": self.end,
@@ -246,21 +247,13 @@ class Holder:
         self.forget_empty()
         return {"sizes": sizes, "more": more}, lent
 
-    def note_mapped(self, client: Client, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
-        """How much shareable memory an engine has mapped, for as long as it is connected."""
-        mapped = request.get("bytes")
-        if not is_amount(mapped):
-            raise Rubbish("bytes is a number")
-        client.mapped = mapped
-        return {}
-
     def state(self) -> dict[str, Any]:
-        """What is free, and what the engines have."""
+        """What is free, and which engines are connected."""
         return {
             "free_bytes": self.free_bytes,
             "free": {str(size): len(held) for size, held in self.free.items()},
             "engines": [
-                {"pid": client.pid, "launch": client.launch, "bytes": client.mapped}
+                {"pid": client.pid, "launch": client.launch}
                 for client in self.clients.values()
                 if client.launch is not None
             ],

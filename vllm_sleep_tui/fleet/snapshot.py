@@ -175,6 +175,9 @@ class GpuSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     throttle: tuple[str, ...] | None = None
     """Why the clocks are held back; empty: they are not."""
     others: tuple[GpuProcess, ...] = ()
+    pool_bytes: int | None = None
+    """Of what is used, what the KV pool holds for the next engine and gives up for anybody else; None without
+    a pool."""
 
 
 class HostSnapshot(msgspec.Struct, frozen=True, kw_only=True):

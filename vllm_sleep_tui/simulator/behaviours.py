@@ -39,6 +39,7 @@ class Fault(StrEnum):
     API_SERVER_BUSY = "api_server_busy"
     COUNTS_LATE = "counts_late"
     BACKEND_REFUSES = "backend_refuses"
+    STALE_CHUNK = "stale_chunk"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +173,13 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "0.26, with --worker-extension-cls panel_sleep.…",
     ),
     _fault(Fault.BACKEND_REFUSES, "the panel's sleep mode finds that it does not fit", "made up for tests"),
+    _rule(
+        "kv_pool",
+        "the panel's sleep mode hands chunks of the KV cache to the GPU's pool and takes others' from it",
+        "fast-switch on an H100, docs/measurements",
+        "0.26, as panel_sleep, with VLLM_SLEEP_TUI_POOL",
+    ),
+    _fault(Fault.STALE_CHUNK, "memory that the pool lends cannot be mapped", "made up for tests"),
 )
 
 

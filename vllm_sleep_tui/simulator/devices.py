@@ -3,6 +3,9 @@
 ``gpus.json`` names the GPUs and the RAM; each process that holds memory writes ``<pid>.json``. Claims are
 made under a lock of the folder, so that two processes never both get the last GiB. A file counts only while
 its process lives.
+
+Memory that processes hand to each other is a file as well, ``chunk-…``, whose open description carries a
+lock: the kernel drops that with the last descriptor, as a driver frees memory that nobody maps any longer.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
+import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +27,10 @@ from typing import Any
 FOLDER_VARIABLE = "VLLM_SLEEP_TUI_SIMULATED_GPUS"
 """The environment variable that names the folder; without it there are no simulated GPUs."""
 GIB = 1 << 30
+NOBODY = 0
+"""In place of the pid that a chunk is counted for."""
+_FILE_LOCK = struct.Struct("hhqqi0q")
+"""`struct flock` of 64 bit Linux: type, whence, start, length, pid."""
 LOCK_SECONDS = 10.0
 """How long another process's claim is waited for; it takes a millisecond, unless the process was stopped."""
 
@@ -108,11 +117,6 @@ def allocations(folder: Path) -> tuple[Allocation, ...]:
     return tuple(sorted(held, key=lambda allocation: allocation.pid))
 
 
-def used_by_others(folder: Path, index: int) -> int:
-    """Bytes of one GPU that processes other than this one hold."""
-    return sum(held.vram.get(index, 0) for held in allocations(folder) if held.pid != os.getpid())
-
-
 def claim(
     folder: Path,
     *,
@@ -125,8 +129,10 @@ def claim(
     """Set what this process holds; raises OutOfMemory, with nothing changed, if a GPU or the RAM is full."""
     with _locked(folder):
         others = [held for held in allocations(folder) if held.pid != os.getpid()]
+        shared = chunks(folder)
         for gpu in gpus(folder):
             free = gpu.total_bytes - sum(held.vram.get(gpu.index, 0) for held in others)
+            free -= sum(chunk.bytes for chunk in shared if chunk.gpu == gpu.index)
             if vram.get(gpu.index, 0) > free:
                 raise OutOfMemory(f"GPU {gpu.index}", asked_bytes=vram[gpu.index], free_bytes=free)
         ram_free = ram_total(folder) - sum(held.pinned_bytes + held.private_bytes for held in others)
@@ -142,6 +148,77 @@ def claim(
             "utilization": utilization,
         }
         _write(folder / f"{os.getpid()}.json", content)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Memory of a GPU that is held by descriptors; `pid` is whom the driver names for it, or NOBODY."""
+
+    path: Path
+    gpu: int
+    bytes: int
+    pid: int
+
+
+def create_chunk(folder: Path, gpu: int, size: int) -> tuple[int, Chunk]:
+    """New memory of a GPU, counted for this process, and its first descriptor; raises OutOfMemory."""
+    with _locked(folder):
+        total = next((each.total_bytes for each in gpus(folder) if each.index == gpu), 0)
+        free = total - sum(held.vram.get(gpu, 0) for held in allocations(folder))
+        free -= sum(chunk.bytes for chunk in chunks(folder) if chunk.gpu == gpu)
+        if size > free:
+            raise OutOfMemory(f"GPU {gpu}", asked_bytes=size, free_bytes=free)
+        unnamed = folder / f".chunk-{os.getpid()}"
+        descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FILE_LOCK.pack(fcntl.F_RDLCK, 0, 0, 0, 0))
+        path = folder / f"chunk-{gpu}-{size}-{os.getpid()}-{os.fstat(descriptor).st_ino}"
+        unnamed.rename(path)
+    return descriptor, Chunk(path=path, gpu=gpu, bytes=size, pid=os.getpid())
+
+
+def disown_chunks(folder: Path, given: Sequence[Chunk]) -> None:
+    """Name nobody for them any longer: their creator unmaps them and gives their descriptors away."""
+    with _locked(folder):
+        for chunk in given:
+            serial = chunk.path.name.rpartition("-")[2]
+            chunk.path.rename(folder / f"chunk-{chunk.gpu}-{chunk.bytes}-{NOBODY}-{serial}")
+
+
+def chunks(folder: Path) -> tuple[Chunk, ...]:
+    """The chunks that somebody holds a descriptor of; the files of the others are removed."""
+    held = []
+    for path in folder.glob("chunk-*"):
+        chunk = _chunk(path)
+        with contextlib.suppress(FileNotFoundError):
+            if _is_held(path):
+                held.append(chunk)
+            else:
+                path.unlink()
+    return tuple(held)
+
+
+def chunk_of(folder: Path, descriptor: int) -> Chunk | None:
+    """What a descriptor from somebody else stands for; None if it is no memory of these GPUs."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    path = next(folder.glob(f"chunk-*-{found.st_ino}"), None)
+    return _chunk(path) if path is not None and path.stat().st_dev == found.st_dev else None
+
+
+def _chunk(path: Path) -> Chunk:
+    _, gpu, size, pid, _ = path.name.split("-")
+    return Chunk(path=path, gpu=int(gpu), bytes=int(size), pid=int(pid))
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a description of the file is locked; to ask takes no lock, so that askers do not meet."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FILE_LOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0))
+    finally:
+        os.close(descriptor)
+    return bool(_FILE_LOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def start_ticks(pid: int) -> int | None:

@@ -160,13 +160,25 @@ class SleepState:
         self._log.info("abstract.py:408", f"It took {seconds:.6f} seconds to wake up tags {shown}.")
 
     def _map(self, tag: str) -> None:
-        if self.frees:
+        if self.frees and self.is_own and tag == "kv_cache":
+            made = self._memory.map_shared(
+                tag, share(self._plan, tag), stale=self._faults.use(Fault.STALE_CHUNK)
+            )
+            if made is None:
+                raise OperationFailed(OUT_OF_MEMORY)
+            self._settings.wait(self._durations.own_kv_cache(made_gib=made / GIB))
+        elif self.frees:
             if not self._memory.map(tag, share(self._plan, tag)):
                 self._wedged = self._settings.minor <= 24
                 raise OperationFailed(OUT_OF_MEMORY)
             stayed = tag == "weights" and self._level == 0
-            self._settings.wait(0 if stayed else self._durations.wake(tag, level=self._level or 1))
+            self._settings.wait(0 if stayed else self._weights_seconds(tag))
         self.asleep.remove(tag)
+
+    def _weights_seconds(self, tag: str) -> float:
+        if self.is_own and self._level == 1:
+            return self._durations.own_weights()
+        return self._durations.wake(tag, level=self._level or 1)
 
     def deepen(self, level: int) -> None:
         """The panel's sleep mode, asked by a worker's own method: from level 0 to 1 or 2, if it is there."""

@@ -147,13 +147,13 @@ class _Start:
 
     def _make_ranks(self) -> list[Rank | WorkerRank]:
         if len(self._gpus) == 1:
-            return [Rank(self._settings.folder, self._gpus[0].index, TITLE)]
+            return [Rank(self._settings.folder, self._gpus[0], TITLE)]
         ranks: list[Rank | WorkerRank] = []
         places: Sequence[SimulatedGpu | None] = self._gpus or (None,)
         ends: list[socket.socket] = [self._channel.socket]
         for place, gpu in enumerate(places):
             title = self._worker_title(place)
-            rank = Rank(self._settings.folder, gpu.index if gpu else None, title)
+            rank = Rank(self._settings.folder, gpu, title)
             pid, channel = spawn(title, functools.partial(work, rank), close=tuple(ends))
             ends.append(channel.socket)
             ranks.append(WorkerRank(pid, channel))
@@ -200,11 +200,13 @@ class _Start:
         self._log.info(
             "default_loader.py:501", f"Loading weights took {seconds / self._settings.speed:.2f} seconds"
         )
-        self._log.info(
-            "gpu_model_runner.py:5255",
-            f"Model loading took {self._plan.weights / GIB:.2f} GiB memory and "
-            f"{seconds / self._settings.speed:.6f} seconds",
-        )
+        for place in range(len(self._memory.ranks)):
+            title = self._worker_title(place) if len(self._memory.ranks) > 1 else TITLE
+            Log(title.removeprefix("VLLM::")).info(
+                "gpu_model_runner.py:5255",
+                f"Model loading took {self._plan.weights / GIB:.2f} GiB memory and "
+                f"{seconds / self._settings.speed:.6f} seconds",
+            )
 
     def _map(self, tag: str, amount: int) -> None:
         if self._gpus and (self._faults.has(Fault.CUDA_OOM) or not self._memory.map(tag, amount)):
@@ -224,14 +226,11 @@ class _Start:
         self._log.info("monitor.py:53", f"torch.compile took {seconds:.2f} s in total")
 
     def _profile(self) -> None:
-        before = self._memory.used_by_others()
+        before = [self._free(gpu) for gpu in self._gpus]
         self._settings.wait(START_SECONDS["profile"])
-        now = self._memory.used_by_others()
-        if now < before:
-            held = self._memory.held
-            raise failures.profiling_disturbed(
-                before=self._total - held - before, now=self._total - held - now
-            )
+        now = [self._free(gpu) for gpu in self._gpus]
+        if sum(now) > sum(before):
+            raise failures.profiling_disturbed(before=sum(before), now=sum(now))
         too_small = self._faults.has(Fault.KV_CACHE_TOO_SMALL)
         available = TINY_KV_CACHE_BYTES if too_small else self._plan.kv_cache
         if available <= 0:

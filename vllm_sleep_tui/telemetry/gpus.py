@@ -33,13 +33,18 @@ class GpuReading:
     processes: Mapping[int, int | None] | None = None
     """VRAM bytes by pid, None where only the pid is known; None as a whole: not known who uses it."""
     simulated: bool = False
+    pool_bytes: int | None = None
+    """Of what is used, what our KV pool would give up; None without a pool."""
 
     @property
     def taken_bytes(self) -> int | None:
-        """What nobody can take any more: used or reserved by the driver; None if the memory is not known."""
+        """What nobody can take any more: used or reserved by the driver; None if the memory is not known.
+
+        What a pool holds free can be taken: it is given up for that.
+        """
         if self.total_bytes is None or self.free_bytes is None:
             return self.used_bytes
-        return self.total_bytes - self.free_bytes
+        return max(0, self.total_bytes - self.free_bytes - (self.pool_bytes or 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

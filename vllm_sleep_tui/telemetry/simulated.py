@@ -28,27 +28,46 @@ class SimulatedReader:
 
     def read(self) -> tuple[GpuReading, ...]:
         """All simulated GPUs now."""
-        held = devices.allocations(self._folder)
-        return tuple(_reading(gpu, held) for gpu in devices.gpus(self._folder))
+        held, shared = devices.allocations(self._folder), devices.chunks(self._folder)
+        return tuple(_reading(gpu, held, shared) for gpu in devices.gpus(self._folder))
 
     def memory(self, index: int) -> tuple[int | None, Mapping[int, int | None] | None]:
         """Used bytes of one simulated GPU and its bytes by pid."""
         if all(gpu.index != index for gpu in devices.gpus(self._folder)):
             return None, None
-        processes = _processes(index, devices.allocations(self._folder))
-        return sum(amount or 0 for amount in processes.values()), processes
+        shared = devices.chunks(self._folder)
+        processes = _processes(index, devices.allocations(self._folder), shared)
+        return sum(amount or 0 for amount in processes.values()) + _of_nobody(index, shared), processes
 
     def close(self) -> None:
         """Nothing to let go of."""
 
 
-def _processes(index: int, held: Sequence[devices.Allocation]) -> dict[int, int | None]:
-    return {allocation.pid: allocation.vram[index] for allocation in held if allocation.vram.get(index)}
+def _processes(
+    index: int, held: Sequence[devices.Allocation], shared: Sequence[devices.Chunk]
+) -> dict[int, int | None]:
+    """As NVML lists them: who created memory and has it still, not who was handed some."""
+    created: dict[int, int] = {}
+    for chunk in shared:
+        if chunk.gpu == index:
+            created[chunk.pid] = created.get(chunk.pid, 0) + chunk.bytes
+    return {
+        allocation.pid: allocation.vram[index] + created.get(allocation.pid, 0)
+        for allocation in held
+        if allocation.vram.get(index)
+    }
 
 
-def _reading(gpu: devices.SimulatedGpu, held: Sequence[devices.Allocation]) -> GpuReading:
-    processes = _processes(gpu.index, held)
-    used = sum(amount or 0 for amount in processes.values())
+def _of_nobody(index: int, shared: Sequence[devices.Chunk]) -> int:
+    """Bytes of a GPU that are taken and listed for no process."""
+    return sum(chunk.bytes for chunk in shared if chunk.gpu == index and chunk.pid == devices.NOBODY)
+
+
+def _reading(
+    gpu: devices.SimulatedGpu, held: Sequence[devices.Allocation], shared: Sequence[devices.Chunk]
+) -> GpuReading:
+    processes = _processes(gpu.index, held, shared)
+    used = sum(amount or 0 for amount in processes.values()) + _of_nobody(gpu.index, shared)
     busy = sum(allocation.utilization for allocation in held if allocation.pid in processes)
     return GpuReading(
         index=gpu.index,

@@ -21,6 +21,7 @@ from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.files import path_of
 from vllm_sleep_tui.fleet.keeper_client import KeeperStatus, read_status
 from vllm_sleep_tui.fleet.observe.discovery import launch_of
+from vllm_sleep_tui.fleet.pool import Pool
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record, read_record
 from vllm_sleep_tui.telemetry.kernel import open_files
@@ -67,6 +68,9 @@ def find_orphans(state_dir: Path) -> tuple[Orphan, ...]:
         if why is not None:
             for member in (pid, *table.descendants(pid)):
                 note(orphans, table, member, launch, why, member == pid)
+    for pid in mine:
+        if (file := holder_file(pid)) is not None and not Pool(file.stem, file.parent).is_used():
+            note(orphans, table, pid, f"pool of {file.stem}", "no server is left that uses its pool", False)
     folders = {state_dir / "records", *(file.parent for pid in keepers if (file := keeper_file(pid)))}
     left = {**dict(recorded(folders, table, mine)), **launches}
     for pid, launch in left.items():
@@ -110,6 +114,14 @@ def keeper_file(pid: int) -> Path | None:
     """The file that a keeper holds locked; None if it holds none yet. A removed one ends in " (deleted)"."""
     files = [path for path in open_files(pid) if path.removesuffix(" (deleted)").endswith(".keeper")]
     return Path(files[0]) if files else None
+
+
+def holder_file(pid: int) -> Path | None:
+    """The file that a holder of a KV pool holds locked; None if the process is none, or has only begun."""
+    if not any("vllm_sleep_tui/fleet/pool_holder.py" in word for word in command_words(pid)):
+        return None
+    files = [path.removesuffix(" (deleted)") for path in open_files(pid)]
+    return next((Path(path) for path in files if path.endswith(".holder")), None)
 
 
 def fault_of(pid: int, launch: str) -> str | None:

@@ -92,6 +92,7 @@ class Snapshotter:
             power_limit_watts=reading.power_limit_watts,
             sm_clock_mhz=reading.sm_clock_mhz,
             throttle=reading.throttle,
+            pool_bytes=reading.pool_bytes,
             others=tuple(
                 GpuProcess(pid=other.pid, user=other.user, command=other.command, bytes=other.bytes)
                 for other in others

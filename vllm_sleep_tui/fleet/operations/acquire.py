@@ -16,7 +16,7 @@ from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished, reconcile
-from vllm_sleep_tui.fleet.operations.room import plan_for
+from vllm_sleep_tui.fleet.operations.room import give_up, plan_for
 from vllm_sleep_tui.fleet.snapshot import WAITING
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import Holder, LockBusyError, cure_for, describe, hold, holder
@@ -104,7 +104,11 @@ async def acquire(
             room = plan_for(model, idle=await idle_of(model)) if make_room else NO_ROOM_NEEDED
             needed = {*room.leaving, *(awake_on(model) if make_room else ())}
             if needed <= names:
-                yield room
+                try:
+                    yield room
+                finally:
+                    # What was handed over is taken by now; what is left is nobody's before the next switch.
+                    await asyncio.to_thread(give_up, core, gpus)
                 return
             names |= needed
 

@@ -54,6 +54,7 @@ async def end_server(model: Model, *, at_once: bool) -> None:
             "The driver may hang: look at `dmesg`, restart the machine.",
         )
     await memory_gone(model)
+    await asyncio.to_thread(end_pools, model)
     await asyncio.to_thread(remove_tmp_dir, record)  # a cache of compiled code may be in it
 
 
@@ -61,6 +62,12 @@ async def stop_server(model: Model, *, at_once: bool) -> None:
     """The end of a stop, whoever brings it there: the server ended, and nothing told of it any longer."""
     await end_server(model, at_once=at_once)
     model.enter(Event.EXITED)
+
+
+def end_pools(model: Model) -> None:
+    """End the holders of its GPUs' KV pools that no server uses any longer."""
+    for pool in model.core.pools(model.record.gpus).values():
+        pool.end_unless_used()
 
 
 def remove_tmp_dir(record: Record) -> None:

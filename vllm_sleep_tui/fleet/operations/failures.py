@@ -164,9 +164,12 @@ def wake_failure(record: Record, refusal: EngineRefused) -> Failure:
 
 
 def may_wake_again(record: Record, refusal: EngineRefused) -> bool:
-    """Whether a wake that was refused like this may be asked for again: out of memory, one GPU, vLLM 0.26."""
+    """Whether a wake that was refused like this may be asked for again: out of memory, one GPU, vLLM 0.26.
+
+    Our sleep mode gives back what it had taken, so that each worker may be asked again.
+    """
     return (
         OUT_OF_MEMORY in refusal.message.lower()
-        and len(record.gpus) == 1
+        and (len(record.gpus) == 1 or record.sleep_backend == "own")
         and capabilities(record.vllm_version or "").retry_wake
     )

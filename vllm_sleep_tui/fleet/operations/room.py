@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_sleep_tui.errors import RefusedError
@@ -74,6 +74,28 @@ def needed_to_wake(model: Model, memory: Mapping[int, GpuMemory]) -> dict[int, i
             held = asleep_bytes(model, gpu, record.level)
         need[gpu] = max(0, awake_bytes(model, gpu) - held)
     return need
+
+
+def give_up(core: Core, gpus: Collection[int]) -> None:
+    """Have the pools of these GPUs give up all they hold; the caller holds the GPUs' locks."""
+    for pool in core.pools(gpus).values():
+        pool.give_up()
+
+
+def give_up_for_weights(model: Model, memory: Mapping[int, GpuMemory], level: int) -> None:
+    """Have the pools keep no more than leaves room for the weights that a wake from `level` brings back.
+
+    Those are new memory always; the KV cache takes what a pool has and makes the rest.
+    """
+    record = model.record
+    weights = 0 if level == 0 else (weights_of(model) or 0) // max(1, len(record.gpus))
+    for gpu, pool in model.core.pools(record.gpus).items():
+        state, free = pool.state(), memory[gpu].free if gpu in memory else None
+        if state is None or not state.free_bytes:
+            continue
+        kept = 0 if free is None else max(0, free - weights - budget.MARGIN)
+        if kept < state.free_bytes:
+            pool.give_up(kept)
 
 
 def needed_to_start(model: Model, memory: Mapping[int, GpuMemory]) -> dict[int, int]:

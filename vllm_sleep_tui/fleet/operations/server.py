@@ -29,6 +29,8 @@ from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.room import (
     GpuMemory,
     check_ram,
+    give_up,
+    give_up_for_weights,
     has_gone,
     needed_to_wake,
     own_level,
@@ -377,11 +379,16 @@ class Server:
         if is_cut_off(self.record):
             what, cure = cut_off_words(self.record)
             raise RefusedError(f"{self.name}: {what}", cure)
-        self.check_room(await self.read_memory())
+        memory = await self.read_memory()
+        if self.shortage(memory) is not None:
+            await asyncio.to_thread(give_up, self.core, self.record.gpus)
+            memory = await self.read_memory()
+        self.check_room(memory)
         level = 1 if self.record.level is None else self.record.level
         self.operation.checkpoint()
         self.intend("wake", level=level, event=Event.WAKE)
         began = time.perf_counter()
+        await self.leave_room(memory, level)
         await self.bring_back(level, more_room)
         seconds = time.perf_counter() - began
         verdict = await self.prove()
@@ -395,11 +402,23 @@ class Server:
 
     def check_room(self, memory: Mapping[int, GpuMemory]) -> None:
         """Raises RefusedError if the VRAM is not there: a wake without room wedges the engine (vLLM 0.24)."""
+        if (figures := self.shortage(memory)) is not None:
+            raise RefusedError(*CURES[Failure.NO_ROOM].told(figures))
+
+    def shortage(self, memory: Mapping[int, GpuMemory]) -> str | None:
+        """Where VRAM is short for a wake, in a sentence; None if it is there, or not known."""
         for gpu, need in needed_to_wake(self.model, memory).items():
             free = memory[gpu].free
             if free is not None and need > free:
-                figures = f"{self.name} needs {gib(need)} more on GPU {gpu} to wake; {gib(free)} are free."
-                raise RefusedError(*CURES[Failure.NO_ROOM].told(figures))
+                return f"{self.name} needs {gib(need)} more on GPU {gpu} to wake; {gib(free)} are free."
+        return None
+
+    async def leave_room(self, memory: Mapping[int, GpuMemory], level: int) -> None:
+        """Have the pools give up what the wake cannot take from them: weights never come out of a pool."""
+        if self.record.sleep_backend != "own":
+            await asyncio.to_thread(give_up, self.core, self.record.gpus)
+            return
+        await asyncio.to_thread(give_up_for_weights, self.model, memory, level)
 
     async def bring_back(self, level: int, more_room: MoreRoom | None = None) -> None:
         """The wake itself, once more after it ran out of memory; raises OperationError if it failed."""
@@ -417,6 +436,7 @@ class Server:
             except EngineError as error:
                 await self.fail(Failure.SILENT, error)
             self.operation.tell(self.name, "wake", "out of memory: others make room, then once more")
+            await asyncio.to_thread(give_up, self.core, self.record.gpus)
             if more_room is not None:
                 # Whatever hinders the others: half awake is no place to stop at.
                 with contextlib.suppress(PanelError):

@@ -39,8 +39,10 @@ from vllm_sleep_tui.fleet.operations.end import TMP_PREFIX, cause_in_log, fail, 
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.ports import CURE, choose_port, taken
-from vllm_sleep_tui.fleet.operations.room import read_memory, share_of, weights_of
+from vllm_sleep_tui.fleet.operations.room import give_up, read_memory, share_of, weights_of
 from vllm_sleep_tui.fleet.operations.server import Server
+from vllm_sleep_tui.fleet.pool import folder as pool_folder
+from vllm_sleep_tui.fleet.pool import joined
 from vllm_sleep_tui.fleet.states import Event, StartPhase, State
 from vllm_sleep_tui.fleet.store.records import Intent, Record
 from vllm_sleep_tui.sizing.budget import level_for, pinned_estimate
@@ -259,6 +261,8 @@ class Start:
     async def launch(self, port: int) -> None:
         """Hand the server to a keeper."""
         config = self.config
+        pools = self.model.core.pools(config.gpus)
+        await asyncio.to_thread(give_up, self.model.core, config.gpus)  # vLLM counts it as taken
         memory = await asyncio.to_thread(read_memory, self.model.core, set(config.gpus))
         tmp_dir = Path(tempfile.mkdtemp(prefix=Path(TMP_PREFIX).name, dir=Path(TMP_PREFIX).parent))
         spec = ServeSpec(
@@ -279,6 +283,7 @@ class Start:
             api_key=config.api_key,
             flags=known_flags(self.model),
             own_backend=self.wants_own_backend(),
+            pool=pool_folder() if self.wants_own_backend() else None,
         )
         log = self.model.log_path
         self.model.write(
@@ -299,8 +304,11 @@ class Start:
         if spec.own_backend:
             copy_backend(spec.guard_dir)
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = await launch(self.keeper_spec(spec, log))
+        with joined(pool.uuid for pool in pools.values() if spec.own_backend) as users:
+            status = await launch(self.keeper_spec(spec, log), users)
         self.model.write(keeper=status.keeper, server=status.server)
+        if spec.own_backend:
+            await asyncio.gather(*(asyncio.to_thread(pool.start_holder) for pool in pools.values()))
 
     def wants_own_backend(self) -> bool:
         """Whether our sleep mode is to be tried: it decides itself whether it fits this vLLM.

@@ -99,8 +99,26 @@ class Watcher:
             with self._faults.catch(f"the look at {model.name}"):
                 if needs_care(model):
                     self._tasks.begin(f"care of {model.name}", self._look_after(model))
+                elif model.record.sleep_backend == "own":
+                    self._tasks.begin(f"pools of {model.name}", self._have_pools(model))
         await self._core.close_retired()
         await asyncio.to_thread(self._core.flush)
+
+    async def _have_pools(self, model: Model) -> None:
+        """Have holders of the KV pools again, should one have died: without, switches are slower.
+
+        What a switch left in a pool that was cut off is given up, unless the next one is under way.
+        """
+        with self._faults.catch(f"the pools of {model.name}"):
+            for gpu, pool in self._core.pools(model.record.gpus).items():
+                if pool.holder() is None and pool.is_used():
+                    await asyncio.to_thread(pool.start_holder)
+                state = await asyncio.to_thread(pool.state)
+                if state is not None and state.free_bytes:
+                    paths = self._core.gpu_locks({gpu})
+                    with contextlib.suppress(LockBusyError):
+                        async with hold(paths, holder("settling", model.name), limit=0.0):
+                            await asyncio.to_thread(pool.give_up)
 
     async def _look_after(self, model: Model) -> None:
         """Settle one model, unless somebody else holds its locks: then it is in good hands."""

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from vllm_sleep_tui.tui.drawing.paint import Line, Span, cut, left, right
 from vllm_sleep_tui.units import took
 
-SOLID, HATCHED, FREE = "█", "▒", "░"
+SOLID, HATCHED, FREE, WOVEN = "█", "▒", "░", "▞"
 MARK, MARK_PAINT = "┃", "text on-background bold"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -22,7 +22,7 @@ class Part(NamedTuple):
     size: float
     color: str
     fill: str
-    """SOLID, HATCHED or FREE."""
+    """SOLID, HATCHED, FREE or WOVEN."""
 
 
 def cells_of(sizes: Sequence[float], total: float, width: int) -> list[int]:

@@ -13,6 +13,7 @@ from vllm_sleep_tui.tui.drawing.bars import (
     MARK,
     MARK_PAINT,
     SOLID,
+    WOVEN,
     Part,
     cells_of,
     is_labelled,
@@ -33,7 +34,7 @@ SHOWN = GIB // 20
 
 
 def gpu_parts(gpu: GpuSnapshot, models: tuple[ModelSnapshot, ...], colors: dict[str, str]) -> list[Part]:
-    """Who holds the GPU's memory: the models in the order of the file, then everybody else."""
+    """Who holds the GPU's memory: the models in the order of the file, the KV pool, then everybody else."""
     parts: list[Part] = []
     ours = 0
     for model in models:
@@ -43,7 +44,10 @@ def gpu_parts(gpu: GpuSnapshot, models: tuple[ModelSnapshot, ...], colors: dict[
         ours += size
         fill = HATCHED if model.state is State.ASLEEP else SOLID
         parts.append(Part(f"{model.name} {gib_number(size)}", size, colors[model.name], fill))
-    others = (gpu.used_bytes or 0) - ours
+    pool = gpu.pool_bytes or 0
+    if pool > SHOWN:
+        parts.append(Part(f"KV pool {gib_number(pool)}", pool, "accent", WOVEN))
+    others = (gpu.used_bytes or 0) - ours - pool
     for process in sorted(gpu.others, key=lambda other: -(other.bytes or 0))[:_NAMED]:
         size = min(process.bytes or 0, others)
         if size > SHOWN:

@@ -1,0 +1,292 @@
+"""The KV pool as the panel uses it: simulated engines, real holder processes, memory as descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.fleet.beside import core_of, record_of
+from tests.fleet.conftest import GIB, Box, inject, seen, until
+from tests.fleet.test_fast_sleep import fast, verb
+from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.pool import Pool
+from vllm_sleep_tui.fleet.snapshot import Progress
+from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.simulator import devices
+from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive, signal_process
+
+MakeBox = Callable[..., Box]
+PAIR = {"a": fast("sim/1GiB"), "b": fast("sim/4GiB")}
+
+
+def pool_of(fleet: Fleet, gpu: int = 0) -> Pool:
+    return core_of(fleet).pools([gpu])[gpu]
+
+
+def holder_of(fleet: Fleet, gpu: int = 0) -> ProcessId:
+    holder = pool_of(fleet, gpu).holder()
+    assert holder is not None
+    return holder
+
+
+def lent(fleet: Fleet) -> int:
+    """Bytes that the driver lists for nobody and that an engine has mapped."""
+    return sum(pool_of(fleet).lent().values())
+
+
+def give(fleet: Fleet, gibs: int) -> None:
+    """Put memory into the pool, as an engine does."""
+    folder = core_of(fleet).simulated
+    assert folder is not None
+    made = [devices.create_chunk(folder, 0, GIB) for _ in range(gibs)]
+    devices.disown_chunks(folder, [chunk for _, chunk in made])
+    path = f"{os.environ['VLLM_SLEEP_TUI_POOL']}/{pool_of(fleet).uuid}.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(path)
+        request = json.dumps({"op": "give", "sizes": [GIB] * gibs}).encode()
+        socket.send_fds(connection, [request], [descriptor for descriptor, _ in made])
+        assert json.loads(connection.recv(4096)) == {"kept": gibs}
+    for descriptor, _ in made:
+        os.close(descriptor)
+
+
+async def well(fleet: Fleet, awake: str, asleep: str) -> None:
+    """What must hold after a switch, whatever happened to the pool."""
+    now = await fleet.measured()
+    up, down = now.model(awake), now.model(asleep)
+    assert (up.state, up.proof, down.state) == (State.AWAKE, "proven", State.ASLEEP)
+    assert (up.vram_bytes or 0) > 18 * GIB
+    assert (down.vram_bytes or 0) < 2 * GIB
+    assert now.gpus[0].used_bytes == (up.vram_bytes or 0) + (down.vram_bytes or 0)
+    assert not now.gpus[0].pool_bytes
+
+
+async def test_the_cache_of_a_sleeper_goes_to_whoever_wakes_and_the_rows_stay_true(box: MakeBox) -> None:
+    machine = box(PAIR)
+    async with machine.open() as fleet:
+        await fleet.start(["a", "b"])
+        for awake, asleep in (("b", "a"), ("a", "b"), ("b", "a")):
+            await fleet.switch(awake)
+            await well(fleet, awake, asleep)
+        assert lent(fleet) > 10 * GIB
+        footprint = core_of(fleet).model("b").footprint
+        assert footprint.awake["0"] > 18 * GIB
+        assert footprint.asleep["0"] < 2 * GIB
+        assert json.loads(verb(machine, "status", "--json").stdout)["gpus"][0]["pool_bytes"] == 0
+        checks = json.loads(verb(machine, "doctor", "--json").stdout)["checks"]
+        held = [check["what"] for check in checks if check["name"] == "kv pool"]
+        assert f"pid {holder_of(fleet).pid} holds" in held[0]
+        assert held[0].endswith("2 engines")
+
+
+async def test_after_a_plain_sleep_the_memory_is_everybodys(box: MakeBox) -> None:
+    async with box(PAIR).open() as fleet:
+        await fleet.start(["a", "b"])
+        await fleet.switch("b")
+        await fleet.sleep("b")
+        now = await fleet.measured()
+        assert (now.gpus[0].used_bytes or 0) < 3 * GIB
+        assert now.gpus[0].pool_bytes == 0
+        await fleet.wake("b")
+        await well(fleet, "b", "a")
+
+
+async def test_what_lies_in_the_pool_is_shown_counts_as_free_and_makes_room_for_a_start(box: MakeBox) -> None:
+    machine = box(PAIR)
+    async with machine.open() as fleet:
+        await fleet.start(["a"])
+        await fleet.sleep("a")
+        give(fleet, 21)
+        now = await fleet.measured()
+        assert (now.gpus[0].pool_bytes, now.gpus[0].others) == (21 * GIB, ())
+        assert "21.0 GiB  KV pool" in verb(machine, "status").stdout
+        assert fleet.predict("b").action == "start"
+        await fleet.start(["b"])
+        assert seen(fleet, "b").state is State.AWAKE
+
+
+async def test_what_lies_in_the_pool_makes_room_for_weights(box: MakeBox) -> None:
+    async with box({"a": fast("sim/12GiB")}).open() as fleet:
+        await fleet.start(["a"])
+        await fleet.sleep("a")
+        give(fleet, 21)
+        await fleet.wake("a")
+        assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.AWAKE, "proven")
+        assert lent(fleet) > 0
+
+
+async def test_a_holder_that_dies_costs_speed_and_nothing_else(box: MakeBox) -> None:
+    machine = box(PAIR)
+    async with machine.open() as fleet:
+        await fleet.start(["a", "b"])
+        await fleet.switch("b")
+        first = holder_of(fleet)
+        signal_process(first, signal.SIGKILL)
+        await until(lambda: not is_alive(first))
+        await well(fleet, "b", "a")
+        await until(lambda: pool_of(fleet).state() is not None)
+        assert holder_of(fleet) != first
+        await well(fleet, "b", "a")
+        await fleet.switch("a")
+        await fleet.switch("b")
+        await well(fleet, "b", "a")
+        assert lent(fleet) > 10 * GIB
+
+
+@pytest.mark.parametrize("phase", ["drain", "sleep", "settle", "wake", "prove"])
+async def test_a_holder_that_dies_in_the_middle_of_a_switch(box: MakeBox, phase: str) -> None:
+    async with box(PAIR).open() as fleet:
+        await fleet.start(["a", "b"])
+        await fleet.switch("b")
+
+        def kill(progress: Progress) -> None:
+            holder = pool_of(fleet).holder()
+            if progress.phase == phase and holder is not None:
+                signal_process(holder, signal.SIGKILL)
+
+        await fleet.switch("a", report=kill)
+        await well(fleet, "a", "b")
+        await fleet.switch("b")
+        await well(fleet, "b", "a")
+
+
+async def test_a_holder_that_is_stopped_holds_nobody_up(box: MakeBox) -> None:
+    async with box(PAIR).open() as fleet:
+        await fleet.start(["a", "b"])
+        await fleet.switch("b")
+        holder = holder_of(fleet)
+        signal_process(holder, signal.SIGSTOP)
+        try:
+            await fleet.switch("a")
+            now = await fleet.measured()
+            assert (now.model("a").state, now.model("a").proof) == (State.AWAKE, "proven")
+        finally:
+            signal_process(holder, signal.SIGCONT)
+        await fleet.switch("b")
+        await well(fleet, "b", "a")
+
+
+async def test_memory_that_cannot_be_mapped_is_made_anew(box: MakeBox) -> None:
+    async with box(PAIR).open() as fleet:
+        await fleet.start(["a", "b"])
+        await fleet.switch("b")
+        await inject(fleet, "a", "stale_chunk:1")
+        await fleet.switch("a")
+        await well(fleet, "a", "b")
+
+
+async def test_a_switch_that_is_killed_between_sleep_and_wake_leaves_no_memory_in_the_pool(
+    box: MakeBox,
+) -> None:
+    machine = box(PAIR, speed="2")
+    async with machine.open() as fleet:
+        await fleet.start(["a", "b"])
+        await fleet.switch("b")
+        switching = asyncio.ensure_future(fleet.switch("a"))
+        await until(lambda: (state := pool_of(fleet).state()) is not None and state.free_bytes > 0)
+        switching.cancel()
+        await asyncio.gather(switching, return_exceptions=True)
+        await until(lambda: (state := pool_of(fleet).state()) is not None and state.free_bytes == 0)
+        await fleet.switch("a")
+        await well(fleet, "a", "b")
+
+
+async def test_an_engine_that_dies_takes_what_it_was_lent_along(box: MakeBox) -> None:
+    async with box(PAIR).open() as fleet:
+        await fleet.start(["a", "b"])
+        await fleet.switch("b")
+        os.kill(record_of(fleet, "b").engines[0].pid, signal.SIGKILL)
+        await until(lambda: seen(fleet, "b").state is State.FAILED)
+        await until(lambda: lent(fleet) == 0)
+        now = await fleet.measured()
+        assert (now.gpus[0].used_bytes or 0) < 2 * GIB
+        await fleet.switch("a")
+        assert seen(fleet, "a").proof == "proven"
+
+
+async def test_with_two_gpus_each_has_its_pool(box: MakeBox) -> None:
+    wide = {"args": {"tensor-parallel-size": 2}, "gpus": [0, 1]}
+    models = {"a": fast("sim/2GiB", **wide), "b": fast("sim/4GiB", **wide)}
+    async with box(models, gpus=["24GiB", "24GiB"]).open() as fleet:
+        await fleet.start(["a", "b"])
+        assert holder_of(fleet, 0) != holder_of(fleet, 1)
+        for name in ("b", "a", "b"):
+            await fleet.switch(name)
+        now = await fleet.measured()
+        assert now.model("b").proof == "proven"
+        held = now.model("b").vram_by_gpu or {}
+        assert all(held[gpu] > 18 * GIB for gpu in ("0", "1"))
+
+
+async def test_the_last_server_of_a_gpu_ends_the_holder_and_the_first_to_stop_does_not(box: MakeBox) -> None:
+    async with box(PAIR).open() as fleet:
+        await fleet.start(["a", "b"])
+        holder = holder_of(fleet)
+        await fleet.stop(["a"])
+        assert is_alive(holder)
+        await fleet.stop(["b"])
+        assert not is_alive(holder)
+
+
+async def test_a_server_of_another_config_keeps_the_holder(box: MakeBox) -> None:
+    machine = box(PAIR)
+    async with machine.open() as fleet:
+        await fleet.start(["a"])
+        holder = holder_of(fleet)
+        descriptor = pool_of(fleet).join()  # as the keeper of a server of another config has it
+        await fleet.stop(["a"])
+        assert is_alive(holder)
+        os.close(descriptor)
+        await until(lambda: not is_alive(holder))
+
+
+async def test_a_holder_that_nobody_uses_any_more_is_an_orphan_and_ended_on_request(box: MakeBox) -> None:
+    machine = box(PAIR)
+    async with machine.open() as fleet:
+        await fleet.start(["a"])
+        holder, record = holder_of(fleet), record_of(fleet, "a")
+        signal_process(holder, signal.SIGSTOP)
+        assert record.keeper is not None
+        signal_process(record.keeper, signal.SIGKILL)
+        await until(lambda: not pool_of(fleet).is_used())
+        found = json.loads(verb(machine, "orphans", "--json").stdout)["orphans"]
+        assert holder.pid in [orphan["pid"] for orphan in found]
+        assert verb(machine, "orphans", "--end", "--yes").returncode == 0
+        assert not is_alive(holder)
+
+
+async def test_without_a_folder_of_its_own_a_model_switches_without_a_pool(
+    box: MakeBox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("not a folder")
+    monkeypatch.setenv("VLLM_SLEEP_TUI_POOL", str(taken))
+    machine = box(PAIR)
+    async with machine.open() as fleet:
+        await fleet.start(["a", "b"])
+        await fleet.switch("b")
+        assert pool_of(fleet).state() is None
+        now = await fleet.measured()
+        assert (now.model("b").proof, now.gpus[0].pool_bytes) == ("proven", None)
+        checks = json.loads(verb(machine, "doctor", "--json").stdout)["checks"]
+        check = next(check for check in checks if check["name"] == "kv pool")
+        assert (check["verdict"], "is not a folder" in check["what"]) == ("warn", True)
+
+
+async def test_whoever_comes_next_finds_the_holder(box: MakeBox) -> None:
+    machine = box(PAIR)
+    assert verb(machine, "start", "--all").returncode == 0
+    async with machine.open() as fleet:
+        holder = holder_of(fleet)
+        await fleet.switch("b")
+        await well(fleet, "b", "a")
+        assert holder_of(fleet) == holder
+    assert verb(machine, "stop", "--all").returncode == 0
+    assert not is_alive(holder)
