@@ -150,8 +150,15 @@ class Run:
         """VRAM of the device, RAM of the host and of the engines, once the sampler has looked again."""
         await asyncio.sleep(LOOK_SECONDS)
         gpu = self.fleet.snapshot().gpus[0]
-        engines = {name: self.fleet.snapshot().model(name).pinned_bytes for name in MODELS}
-        self.note(memory=when, gpu_used=gpu.used_bytes, ram=psutil.virtual_memory().available, pinned=engines)
+        models = [self.fleet.snapshot().model(name) for name in MODELS]
+        self.note(
+            memory=when,
+            gpu_used=gpu.used_bytes,
+            pool=gpu.pool_bytes,
+            vram={model.name: model.vram_bytes for model in models},
+            pinned={model.name: model.pinned_bytes for model in models},
+            ram=psutil.virtual_memory().available,
+        )
 
     async def kills(self) -> None:
         """The holder, an engine, a keeper: what the screen says, and what of the GPU stays taken."""
