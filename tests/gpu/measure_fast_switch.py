@@ -48,13 +48,16 @@ SWITCHES = 3
 LOOK_SECONDS = 1.5
 
 
-def write_fleet(folder: Path, share: float, simulated: str | None, level: int = 1) -> Path:
+def write_fleet(options: argparse.Namespace, level: int) -> Path:
     """The config of the four, the fast ones at this level; all of them asleep beside one awake must fit."""
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    args = {"max-model-len": 4096, "gpu-memory-utilization": share}
+    args = {"max-model-len": 4096, "gpu-memory-utilization": options.share}
+    if options.gpus > 1:
+        args["tensor-parallel-size"] = options.gpus
     models = {
         name: {
             "model": os.environ[variable],
+            "gpus": list(range(options.gpus)),
             "level": level if backend == "auto" else 1,
             "sleep_backend": backend,
             "args": args,
@@ -62,9 +65,10 @@ def write_fleet(folder: Path, share: float, simulated: str | None, level: int = 
         }
         for name, (variable, backend) in MODELS.items()
     }
-    more = {"simulated_gpus": [{"name": "Simulated", "memory": simulated}]} if simulated else {}
+    simulated = [{"name": "Simulated", "memory": options.simulated}] * options.gpus
+    more = {"simulated_gpus": simulated} if options.simulated else {}
     command = shlex.split(os.environ["VLLM_GPU_COMMAND"])
-    return write_config(folder / "fast-switch.yaml", command, models, **more)
+    return write_config(options.out / "fast-switch.yaml", command, models, **more)
 
 
 class Run:
@@ -149,12 +153,12 @@ class Run:
     async def memory(self, when: str) -> None:
         """VRAM of the device, RAM of the host and of the engines, once the sampler has looked again."""
         await asyncio.sleep(LOOK_SECONDS)
-        gpu = self.fleet.snapshot().gpus[0]
+        gpus = self.fleet.snapshot().gpus
         models = [self.fleet.snapshot().model(name) for name in MODELS]
         self.note(
             memory=when,
-            gpu_used=gpu.used_bytes,
-            pool=gpu.pool_bytes,
+            gpu_used=[gpu.used_bytes for gpu in gpus],
+            pool=[gpu.pool_bytes for gpu in gpus],
             vram={model.name: model.vram_bytes for model in models},
             pinned={model.name: model.pinned_bytes for model in models},
             ram=psutil.virtual_memory().available,
@@ -203,6 +207,7 @@ async def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wakes", type=int, default=0)
     parser.add_argument("--kills", action="store_true")
+    parser.add_argument("--gpus", type=int, default=1, help="that each model spans, by tensor parallelism")
     parser.add_argument("--share", type=float, default=0.75, help="gpu-memory-utilization of each.")
     parser.add_argument("--simulated", help="Try it without a GPU: the memory of one, such as 80GiB.")
     options = parser.parse_args()
@@ -212,7 +217,7 @@ async def main() -> None:
     state.mkdir(parents=True, exist_ok=True)
     configs = {}
     for level in (0, 1):  # the file itself is the last one's
-        configs[level] = load(write_fleet(options.out, options.share, options.simulated, level))
+        configs[level] = load(write_fleet(options, level))
     async with Fleet(configs[1], state) as fleet:
         run = Run(fleet, configs, state, options.out / "fast-switch.jsonl")
         for name in MODELS:
