@@ -6,6 +6,7 @@ import array
 import contextlib
 import ctypes
 import fcntl
+import gc
 import itertools
 import json
 import os
@@ -348,6 +349,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
     fcntl.flock(users, fcntl.LOCK_SH)
     made = Place(folder, users)
     yield made
+    gc.collect()  # the engines' connections, while their warnings are expected
     made.unuse()
     if made.pid and made.lives():
         until(lambda: not made.lives())

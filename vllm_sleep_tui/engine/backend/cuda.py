@@ -88,12 +88,13 @@ class CudaDriver:
 
     def pin(self, size: int) -> PinnedPool:
         """Pinned by CUDA's runtime."""
-        cudart = torch.cuda.cudart()
-        return PinnedPool(
-            size,
-            lambda address, length: int(cudart.cudaHostRegister(address, length, 0)),
-            cudart.cudaHostUnregister,
-        )
+        cudart, device = torch.cuda.cudart(), torch.cuda.current_device()
+
+        def register(address: int, length: int) -> int:
+            with torch.cuda.device(device):  # a thread begins with another one
+                return int(cudart.cudaHostRegister(address, length, 0))
+
+        return PinnedPool(size, register, cudart.cudaHostUnregister)
 
     def move(self, source: Any, offset: int, target: Any, to: int, length: int) -> None:
         """Within RAM."""
@@ -102,12 +103,16 @@ class CudaDriver:
     def save(self, address: int, pool: Any, offset: int, length: int) -> None:
         """On the side stream."""
         with torch.cuda.stream(self._copying):
-            _host(pool, offset, length).copy_(_view((address, length), "|u1", 1), non_blocking=True)
+            for at, part in pool.parts(offset, length):
+                source = _view((address + at - offset, part), "|u1", 1)
+                _host(pool, at, part).copy_(source, non_blocking=True)
 
     def restore(self, pool: Any, offset: int, address: int, length: int) -> None:
         """On the side stream, so that the next region can be mapped meanwhile."""
         with torch.cuda.stream(self._copying):
-            _view((address, length), "|u1", 1).copy_(_host(pool, offset, length), non_blocking=True)
+            for at, part in pool.parts(offset, length):
+                target = _view((address + at - offset, part), "|u1", 1)
+                target.copy_(_host(pool, at, part), non_blocking=True)
 
     def finish(self) -> None:
         """Wait for both side streams."""
