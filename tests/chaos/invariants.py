@@ -57,7 +57,9 @@ def holders(core: Core, records: list[Record]) -> Iterator[str]:
     assert core.simulated is not None
     for held in devices.allocations(core.simulated):
         if held.pid not in named and any(held.vram.values()):
-            yield f"pid {held.pid} holds VRAM and is in no record"
+            states = {record.name: (record.state.value, record.launch) for record in records}
+            above = ProcessTable.read().parents.get(held.pid)
+            yield f"pid {held.pid} ({held.title}, below {above}) holds VRAM and is in no record: {states}"
 
 
 def pools(core: Core, records: list[Record]) -> Iterator[str]:

@@ -1,25 +1,31 @@
 """Measures the fast sleep mode beside vLLM's own: four servers on one GPU, in turn, in one run.
 
-    python tests/gpu/measure_fast_switch.py --out DIR [--rounds 3] [--wakes 0]
+    python tests/gpu/measure_fast_switch.py --out DIR [--rounds 3] [--wakes 0] [--kills]
 
 The environment names vLLM and the two models (`gpu_config.py`). `sa` and `sb` run on vLLM's own sleep mode,
 `oa` and `ob` on the fast one. A round is three switches each way: by hand and by the panel on vLLM's own, by
-the panel at level 1 and at level 0 on the fast one. `--wakes` is the number of proven wakes from each level
-after that. The result is DIR/fast-switch.jsonl, a line as each thing is known; times in seconds.
+the panel at level 1 and at level 0 on the fast one. After that `--wakes` is the number of proven switches at
+each level, and `--kills` ends the pool's holder, an engine and a keeper, each once. The result is
+DIR/fast-switch.jsonl, a line as each thing is known; times in seconds, memory in bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import shlex
+import signal
 import statistics
 import sys
 import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -27,8 +33,9 @@ from command_line import write_config
 from gpu_config import PASSED_ON, missing
 from raw_server import RawServer
 
-from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.pool import pools_here
 from vllm_sleep_tui.fleet.store.records import RecordStore
 
 MODELS = {
@@ -38,33 +45,47 @@ MODELS = {
     "oa": ("VLLM_GPU_MODEL_A", "auto"),
 }
 SWITCHES = 3
+LOOK_SECONDS = 1.5
 
 
-def write_fleet(folder: Path, share: float, simulated: str | None) -> Path:
-    """The config of the four; all of them asleep beside one awake must fit."""
+def write_fleet(options: argparse.Namespace, level: int) -> Path:
+    """The config of the four, the fast ones at this level; all of them asleep beside one awake must fit."""
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    args = {"max-model-len": 4096, "gpu-memory-utilization": share}
+    args = {"max-model-len": 4096, "gpu-memory-utilization": options.share}
+    if options.gpus > 1:
+        args["tensor-parallel-size"] = options.gpus
     models = {
         name: {
             "model": os.environ[variable],
-            "level": 1,
+            "gpus": list(range(options.gpus)),
+            "level": level if backend == "auto" else 1,
             "sleep_backend": backend,
             "args": args,
             "env": passed,
         }
         for name, (variable, backend) in MODELS.items()
     }
-    more = {"simulated_gpus": [{"name": "Simulated", "memory": simulated}]} if simulated else {}
+    simulated = [{"name": "Simulated", "memory": options.simulated}] * options.gpus
+    more = {"simulated_gpus": simulated} if options.simulated else {}
     command = shlex.split(os.environ["VLLM_GPU_COMMAND"])
-    return write_config(folder / "fast-switch.yaml", command, models, **more)
+    return write_config(options.out / "fast-switch.yaml", command, models, **more)
 
 
 class Run:
     """One measurement; what is known is written at once."""
 
-    def __init__(self, fleet: Fleet, store: RecordStore, out: Path) -> None:
-        self.fleet, self.store, self.out = fleet, store, out
+    def __init__(self, fleet: Fleet, configs: Mapping[int, LoadedConfig], state: Path, out: Path) -> None:
+        self.fleet, self.configs, self.state, self.out = fleet, configs, state, out
+        self.store = RecordStore(state, configs[1].path)
         self.rows: list[dict[str, Any]] = []
+
+    @contextlib.asynccontextmanager
+    async def at_level(self, level: int) -> AsyncIterator[None]:
+        """The same servers with the fast ones' level changed, as an edit of the config does."""
+        before = self.fleet
+        async with Fleet(self.configs[level], self.state) as self.fleet:
+            yield
+        self.fleet = before
 
     def note(self, **line: Any) -> None:
         """Write one line."""
@@ -95,14 +116,6 @@ class Run:
         known = {name: seconds for name, seconds in ledger.phases.items() if seconds is not None}
         self.took(how, target, began, **known)
 
-    async def at_level(self, level: int, leaving: str, target: str) -> None:
-        """One sleep at a level and one wake, proven."""
-        began = time.perf_counter()
-        await self.fleet.sleep(leaving, level=level)
-        await self.fleet.wake(target)
-        assert self.store.read(target).proof == "proven", f"{target} is not proven at level {level}"
-        self.took(f"fast, level {level}", target, began)
-
     async def round(self) -> None:
         """Three switches each way of every kind."""
         await self.fleet.switch("sa")
@@ -114,28 +127,68 @@ class Run:
         await self.fleet.switch("oa")
         for target in ("ob", "oa") * SWITCHES:
             await self.by_panel("fast, level 1", target)
-        await self.resident()
-        for leaving, target in (("oa", "ob"), ("ob", "oa")) * SWITCHES:
-            await self.at_level(0, leaving, target)
+        async with self.at_level(0):
+            for target in ("ob", "oa") * (SWITCHES + 1):
+                await self.by_panel("fast, level 0", target)
         await self.fleet.sleep("ob", level=1)
 
-    async def resident(self) -> None:
-        """`ob` at level 0, `oa` awake."""
-        await self.fleet.switch("ob")
-        await self.fleet.sleep("ob", level=0)
-        await self.fleet.wake("oa")
-
     async def prove(self, wakes: int) -> None:
-        """So many wakes from each level."""
+        """So many switches at each level; memory before and after."""
         for level in (1, 0):
-            if level == 0:
-                await self.resident()
-            for turn in range(wakes):
-                pair = ("oa", "ob") if turn % 2 == 0 else ("ob", "oa")
-                await self.at_level(level, *pair)
-            if self.store.read("oa").state != "awake":
-                await self.fleet.switch("oa")
+            await self.fleet.switch("oa")
+            async with self.at_level(level):
+                for target in ("ob", "oa") * 2:
+                    await self.fleet.switch(target)
+                await self.memory(f"before {wakes} wakes at level {level}")
+                for turn in range(wakes):
+                    target = ("ob", "oa")[turn % 2]
+                    await self.by_panel(f"proof, level {level}", target)
+                    proof = self.store.read(target).proof
+                    assert proof == "proven", f"{target} is {proof} at level {level}"
+                await self.memory(f"after {wakes} wakes at level {level}")
+        await self.fleet.switch("oa")
+        await self.fleet.sleep("ob", level=1)
         self.note(proven=wakes)
+
+    async def memory(self, when: str) -> None:
+        """VRAM of the device, RAM of the host and of the engines, once the sampler has looked again."""
+        await asyncio.sleep(LOOK_SECONDS)
+        gpus = self.fleet.snapshot().gpus
+        models = [self.fleet.snapshot().model(name) for name in MODELS]
+        self.note(
+            memory=when,
+            gpu_used=[gpu.used_bytes for gpu in gpus],
+            pool=[gpu.pool_bytes for gpu in gpus],
+            vram={model.name: model.vram_bytes for model in models},
+            pinned={model.name: model.pinned_bytes for model in models},
+            ram=psutil.virtual_memory().available,
+        )
+
+    async def kills(self) -> None:
+        """The holder, an engine, a keeper: what the screen says, and what of the GPU stays taken."""
+        await self.fleet.switch("oa")
+        await self.memory("before the kills")
+        for pool in pools_here():
+            holder = pool.holder()
+            assert holder is not None
+            os.kill(holder.pid, signal.SIGKILL)
+        for turn in range(4):
+            await self.by_panel("after the holder was killed", ("ob", "oa")[turn % 2])
+        await self.memory("after the holder was killed")
+        await self.kill("an engine", "oa", lambda record: engine_of(record.server.pid))
+        await self.kill("a keeper", "ob", lambda record: record.keeper.pid)
+
+    async def kill(self, what: str, name: str, whom: Callable[[Any], int]) -> None:
+        """Kill one process of an awake model, see it failed, and another one awake."""
+        began = time.perf_counter()
+        os.kill(whom(self.store.read(name)), signal.SIGKILL)
+        while (model := self.fleet.snapshot().model(name)).state not in ("failed", "stopped"):
+            await asyncio.sleep(0.02)
+        self.note(killed=what, of=name, state=model.state, why=model.reason, seen=time.perf_counter() - began)
+        await self.memory(f"{what} of {name} killed")
+        other = "ob" if name == "oa" else "sa"
+        await self.by_panel(f"after {what} was killed", other)
+        await self.memory(f"after {what} was killed")
 
     def summary(self) -> None:
         """Medians against the calls by hand; the first of each kind is left out."""
@@ -153,6 +206,8 @@ async def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wakes", type=int, default=0)
+    parser.add_argument("--kills", action="store_true")
+    parser.add_argument("--gpus", type=int, default=1, help="that each model spans, by tensor parallelism")
     parser.add_argument("--share", type=float, default=0.75, help="gpu-memory-utilization of each.")
     parser.add_argument("--simulated", help="Try it without a GPU: the memory of one, such as 80GiB.")
     options = parser.parse_args()
@@ -160,18 +215,33 @@ async def main() -> None:
         sys.exit(f"Not set: {'; '.join(lacks)}")
     state = options.out / "state"
     state.mkdir(parents=True, exist_ok=True)
-    loaded = load(write_fleet(options.out, options.share, options.simulated))
-    async with Fleet(loaded, state) as fleet:
-        run = Run(fleet, RecordStore(state, loaded.path), options.out / "fast-switch.jsonl")
+    configs = {}
+    for level in (0, 1):  # the file itself is the last one's
+        configs[level] = load(write_fleet(options, level))
+    async with Fleet(configs[1], state) as fleet:
+        run = Run(fleet, configs, state, options.out / "fast-switch.jsonl")
         for name in MODELS:
             await fleet.start([name])
             model = fleet.snapshot().model(name)
             run.note(started=name, sleep_backend=model.sleep_backend, why=model.sleep_backend_why)
         for _ in range(options.rounds):
             await run.round()
-        await run.prove(options.wakes)
+        run.summary()
+        await run.memory("after the rounds")
+        if options.wakes:
+            await run.prove(options.wakes)
+        if options.kills:
+            await run.kills()
         run.summary()
         await fleet.stop(list(MODELS), force=True)
+        await run.memory("stopped")
+
+
+def engine_of(server: int) -> int:
+    """The engine below an API server: what renames itself so, and the server itself in the simulator."""
+    below = psutil.Process(server).children(recursive=True)
+    found = [child.pid for child in below if "EngineCore" in " ".join(child.cmdline())]
+    return found[0] if found else server
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sleep_tui.engine.backend import fit
-from vllm_sleep_tui.engine.backend.mover import Handle, Mover, NoPool
+from vllm_sleep_tui.engine.backend.chunks import Handle
+from vllm_sleep_tui.engine.backend.mover import Mover, NoPool
 from vllm_sleep_tui.engine.backend.plan import BLOCK, Layout, Region, Span, changed
 
 WORD = 8
@@ -48,10 +49,13 @@ class StandIn:
     memory: dict[int, bytearray] = field(default_factory=dict)
     pools: list[Pool] = field(default_factory=list)
 
-    def synchronize(self) -> None:
+    def begin(self) -> None:
         pass
 
-    def map(self, handle: Handle) -> None:
+    def fetch(self, handles: Sequence[Handle]) -> None:
+        pass
+
+    def map(self, handle: Handle, *, clear: bool) -> None:
         assert handle[2] not in self.memory
         if self.room < handle[1]:
             raise RuntimeError("CUDA Error: out of memory")
@@ -61,6 +65,9 @@ class StandIn:
     def unmap(self, handle: Handle) -> None:
         del self.memory[handle[2]]
         self.room += handle[1]
+
+    def hand_over(self, known: Collection[Region]) -> dict[str, float]:
+        return {}
 
     def digests(self, regions: Sequence[Region]) -> list[Sequence[int]]:
         return [
@@ -124,7 +131,7 @@ class Worker:
 
     def allocate(self, address: int, blocks: int, tag: str) -> None:
         self.allocations[address] = Allocation((0, blocks * BLOCK, address, 0), tag)
-        self.gpu.map(self.allocations[address].handle)
+        self.gpu.map(self.allocations[address].handle, clear=True)
 
     def write(self, address: int, content: bytes) -> None:
         assert len(content) == len(self.gpu.memory[address])
@@ -190,14 +197,16 @@ def test_level_0_gives_up_the_kv_cache_alone_and_goes_deeper_without_a_wake() ->
     assert worker.mover.level == 1, "only the next sleep was to keep the weights"
 
 
-def test_a_wake_without_room_says_so_and_can_be_asked_again() -> None:
+def test_a_wake_without_room_takes_nothing_and_can_be_asked_again() -> None:
     worker = Worker()
     before = worker.weights
     worker.mover.sleep(1)
     worker.gpu.room = 5 * BLOCK
     with pytest.raises(RuntimeError, match="out of memory"):
         worker.mover.wake(None)
-    worker.gpu.room = 9 * BLOCK
+    assert worker.gpu.room == 5 * BLOCK
+    assert worker.mover.level == 1
+    worker.gpu.room = 13 * BLOCK
     worker.mover.wake(None)
     assert worker.weights == before
     assert worker.mover.level is None

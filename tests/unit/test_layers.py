@@ -127,6 +127,7 @@ READS_PROC = {
     "telemetry/kernel.py",  # what psutil cannot tell
     "fleet/keeper.py",  # needs nothing but the standard library, as it outlives installations
     "fleet/pool_holder.py",  # likewise
+    "engine/backend/holder.py",  # inside vLLM, and of itself alone
     "telemetry/gpus.py",  # the driver's version, not a process's
     "bench/machine.py",  # what the machine is, not its processes
 }

@@ -87,6 +87,14 @@ def folder() -> Path:
     return Path(os.environ.get(POOL_VARIABLE) or f"/tmp/vst-pool-{os.getuid()}")
 
 
+def entries(place: Path, pattern: str) -> list[Path]:
+    """What is in a folder of pools; nothing where there is none, or it is closed to us."""
+    try:
+        return list(place.glob(pattern))
+    except OSError:
+        return []
+
+
 class Pool:
     """The pool of one GPU, from our side."""
 
@@ -148,7 +156,7 @@ class Pool:
     def lent(self) -> dict[int, int]:
         """Bytes by pid that engines have and the driver lists for nobody; files of the dead are removed."""
         lent = {}
-        for path in self._path.parent.glob(f"{self._path.name}.lent-*"):
+        for path in entries(self._path.parent, f"{self._path.name}.lent-*"):
             with contextlib.suppress(OSError, *NOT_JSON):
                 loan = msgspec.json.decode(read_regular(path, MAX_WORD).strip(b"\0 "), type=_Loan)
                 if is_alive(ProcessId(loan.pid, loan.start, loan.boot)):
@@ -242,7 +250,7 @@ def is_gone(process: ProcessId, seconds: float) -> bool:
 
 def pools_here() -> list[Pool]:
     """The pools of this user that have a holder, whatever config they are of."""
-    found = (Pool(path.stem) for path in sorted(folder().glob("*.holder")))
+    found = (Pool(path.stem) for path in sorted(entries(folder(), "*.holder")))
     return [pool for pool in found if pool.holder() is not None]
 
 

@@ -307,7 +307,7 @@ def is_amount(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def is_size(value: Any) -> bool:
+def is_size(value: Any) -> TypeGuard[int]:
     """Whether it can be the size of a chunk."""
     return is_amount(value) and 0 < value <= LARGEST
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
-from .mover import Handle
+from .chunks import Chunks, Handle, Holder
 from .pinned import PinnedPool
 from .plan import BLOCK, Digests, Region
-from .vmm import Properties, Vmm
+from .vmm import Vmm
 
 WORDS = BLOCK // 4
 ROWS = 8
@@ -22,33 +22,55 @@ class CudaDriver:
     """One device; every call is made by the worker's own thread, with the device current."""
 
     def __init__(
-        self, map_: Callable[[Handle], object], unmap: Callable[[Handle], object], *, needs_rdma: bool
+        self,
+        map_: Callable[[Handle], object],
+        unmap: Callable[[Handle], object],
+        holder: Holder,
+        *,
+        needs_rdma: bool,
     ) -> None:
         self._map = map_
         self._unmap = unmap
-        self._vmm = None if needs_rdma else Vmm()
-        self._properties: dict[int, Properties] = {}
-        """Of what was unmapped, by address; vLLM's own function maps what is not in it."""
-        self._stream: Any = None
+        self._vmm = Vmm(torch.cuda.current_device(), lambda: int(self._clearing.cuda_stream))
+        self._chunks = None if needs_rdma else Chunks(self._vmm, holder)
+        self._plain: set[int] = set()
+        """Addresses of what was unmapped and is of the usual kind; vLLM's own function maps the others."""
+        self._copying, self._clearing = torch.cuda.Stream(), torch.cuda.Stream()
         self._seed = secrets.randbits(31)
 
-    def synchronize(self) -> None:
+    def begin(self) -> None:
         """Wait for every stream."""
+        if self._chunks is not None:
+            self._chunks.begin()
         torch.cuda.synchronize()
 
-    def map(self, handle: Handle) -> None:
-        """As it was, without RDMA; raises RuntimeError with CUDA's words."""
-        like = self._properties.get(handle[2])
-        if self._vmm is None or like is None:
+    def fetch(self, handles: Sequence[Handle]) -> None:
+        """From the pool holder."""
+        if self._chunks is not None:
+            self._chunks.fetch([handle for handle in handles if handle[2] in self._plain])
+
+    def map(self, handle: Handle, *, clear: bool) -> None:
+        """Without RDMA, unless somebody needs it; raises RuntimeError with CUDA's words."""
+        if self._chunks is None or handle[2] not in self._plain:
             self._map(handle)
         else:
-            self._vmm.map(handle, like)
+            self._chunks.map(handle, clear=clear)
 
     def unmap(self, handle: Handle) -> None:
         """By vLLM's own function; the caller has synchronized."""
-        if self._vmm is not None and (found := self._vmm.properties(handle)) is not None:
-            self._properties[handle[2]] = found
-        self._unmap(handle)
+        if self._chunks is None:
+            self._unmap(handle)
+        else:
+            if self._vmm.is_plain(handle[3]):
+                self._plain.add(handle[2])
+            self._chunks.unmap(handle, self._unmap)
+
+    def hand_over(self, known: Collection[Region]) -> dict[str, float]:
+        """To the pool holder."""
+        if self._chunks is None:
+            return {}
+        self._chunks.hand_over(known)
+        return self._chunks.figures
 
     def digests(self, regions: Sequence[Region]) -> list[Digests]:
         """See `block_digests`; all regions are looked at before the first number is waited for."""
@@ -66,12 +88,13 @@ class CudaDriver:
 
     def pin(self, size: int) -> PinnedPool:
         """Pinned by CUDA's runtime."""
-        cudart = torch.cuda.cudart()
-        return PinnedPool(
-            size,
-            lambda address, length: int(cudart.cudaHostRegister(address, length, 0)),
-            cudart.cudaHostUnregister,
-        )
+        cudart, device = torch.cuda.cudart(), torch.cuda.current_device()
+
+        def register(address: int, length: int) -> int:
+            with torch.cuda.device(device):  # a thread begins with another one
+                return int(cudart.cudaHostRegister(address, length, 0))
+
+        return PinnedPool(size, register, cudart.cudaHostUnregister)
 
     def move(self, source: Any, offset: int, target: Any, to: int, length: int) -> None:
         """Within RAM."""
@@ -79,27 +102,26 @@ class CudaDriver:
 
     def save(self, address: int, pool: Any, offset: int, length: int) -> None:
         """On the side stream."""
-        with torch.cuda.stream(self._side()):
-            _host(pool, offset, length).copy_(_view((address, length), "|u1", 1), non_blocking=True)
+        with torch.cuda.stream(self._copying):
+            for at, part in pool.parts(offset, length):
+                source = _view((address + at - offset, part), "|u1", 1)
+                _host(pool, at, part).copy_(source, non_blocking=True)
 
     def restore(self, pool: Any, offset: int, address: int, length: int) -> None:
         """On the side stream, so that the next region can be mapped meanwhile."""
-        with torch.cuda.stream(self._side()):
-            _view((address, length), "|u1", 1).copy_(_host(pool, offset, length), non_blocking=True)
+        with torch.cuda.stream(self._copying):
+            for at, part in pool.parts(offset, length):
+                target = _view((address + at - offset, part), "|u1", 1)
+                target.copy_(_host(pool, at, part), non_blocking=True)
 
     def finish(self) -> None:
-        """Wait for the side stream."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        """Wait for both side streams."""
+        self._copying.synchronize()
+        self._clearing.synchronize()
 
     def tidy(self) -> None:
         """Of the caching allocator; the sleep pool is not its."""
         torch.cuda.empty_cache()
-
-    def _side(self) -> Any:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        return self._stream
 
 
 def random_factors(seed: int, device: Any) -> Any:

@@ -8,14 +8,11 @@ the driver cleans it while the rest is looked at; at a wake the copies run while
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
+from .chunks import Handle
 from .plan import Digests, Layout, Region, changed, is_kept, leaves, wakes
-
-Handle = tuple[int, int, int, Any]
-"""Device, size, address, and what vLLM's own functions need to map it."""
-
 
 KEEP_SECONDS = 10.0
 """How long a wish for level 0 holds: whoever told of it may have died before the sleep."""
@@ -51,14 +48,26 @@ class Pool(Protocol):
 class Driver(Protocol):
     """What needs a GPU."""
 
-    def synchronize(self) -> None:
-        """Wait until the GPU has nothing to do."""
+    def begin(self) -> None:
+        """A sleep or a wake begins: wait until the GPU has nothing to do."""
 
-    def map(self, handle: Handle) -> None:
-        """Give a region its memory; raises RuntimeError if there is none."""
+    def fetch(self, handles: Sequence[Handle]) -> None:
+        """These regions will be mapped: have ready what other engines left for them."""
+
+    def map(self, handle: Handle, *, clear: bool) -> None:
+        """Give a region its memory, and begin to clear what was another's; RuntimeError if there is none.
+
+        Without `clear` all of it is overwritten by a copy that begins now.
+        """
 
     def unmap(self, handle: Handle) -> None:
-        """Give a region's memory back; its address stays reserved."""
+        """Take a region's memory away; its address stays reserved."""
+
+    def hand_over(self, known: Collection[Region]) -> dict[str, float]:
+        """The sleep or wake ends: leave to other engines what they can use. What was done, in bytes by name.
+
+        `known` are all regions that vLLM has.
+        """
 
     def digests(self, regions: Sequence[Region]) -> list[Digests]:
         """A number for each block of each region: other content gives another number."""
@@ -76,7 +85,7 @@ class Driver(Protocol):
         """Begin a copy to the GPU, beside whatever else is done."""
 
     def finish(self) -> None:
-        """Wait for all copies that were begun."""
+        """Wait for all that was begun."""
 
     def tidy(self) -> None:
         """Give what torch holds for later back to the driver."""
@@ -121,7 +130,7 @@ class Mover:
             level = 0
         self._keeps_weights_until = 0.0
         steps = _Steps()
-        self._driver.synchronize()
+        self._driver.begin()
         leaving = [r for r in self._awake() if leaves(self._tag(r), level)]
         kept = [r for r in leaving if is_kept(self._tag(r), level, self._deferrable)]
         self._make_pool(kept)
@@ -132,45 +141,70 @@ class Mover:
         copied = self._save(kept, steps)
         self._give_up(kept, saved=True)
         steps.take("unmap")
+        handed = self._driver.hand_over(self._regions())
+        steps.take("hand over")
         if level == 2 and not self._saved():
             self._drop_pool()
         self._driver.tidy()
         steps.take("tidy")
         self.level = level if leaving else self.level
         freed, backed = sum(size for _, size in leaving), sum(size for _, size in kept)
-        self.last = {"freed_bytes": freed, "kept_bytes": backed, "copied_bytes": copied, **steps.seconds}
+        moved = {"freed_bytes": freed, "kept_bytes": backed, "copied_bytes": copied}
+        self.last = {**moved, **handed, **steps.seconds}
         return freed, backed
 
     def wake(self, tags: Sequence[str] | None) -> None:
-        """Bring back what `tags` name; raises RuntimeError without VRAM, and may be asked again then."""
+        """Bring back what `tags` name, all of it or nothing.
+
+        Raises RuntimeError without VRAM, with everything as it was, and may be asked again.
+        """
         steps = _Steps()
+        self._driver.begin()
         self._awake()
         chosen = [region for region in self._asleep if wakes(self._tag(region), tags, self._deferrable)]
         chosen.sort(key=lambda region: not self._asleep[region].saved)  # the copies first: they take longest
+        self._driver.fetch([self._handle(region) for region in chosen if not self._asleep[region].saved])
+        steps.take("fetch")
+        mapped: dict[Region, Sleeping] = {}
         try:
             for region in chosen:
-                self._driver.map(self._allocations[region[0]].handle)
-                if self._asleep.pop(region).saved:
+                saved = self._asleep[region].saved
+                self._driver.map(self._handle(region), clear=not saved)
+                mapped[region] = self._asleep.pop(region)
+                if saved:
                     assert self._pool is not None
                     self._driver.restore(self._pool, self._layout.offsets[region], *region)
             steps.take("map")
-        finally:
             self._driver.finish()
-        steps.take("copy")
+            steps.take("copy")
+        except RuntimeError:
+            self._undo(mapped)
+            raise
+        handed = self._driver.hand_over(self._regions())
+        steps.take("hand over")
         self.level = None if not self._asleep else self.level
-        self.last = {"mapped_bytes": sum(size for _, size in chosen), **steps.seconds}
+        self.last = {"mapped_bytes": sum(size for _, size in chosen), **handed, **steps.seconds}
+
+    def _undo(self, mapped: Mapping[Region, Sleeping]) -> None:
+        """Part of a wake: the copies in the pool are still what was copied."""
+        self._driver.finish()
+        for region, sleeping in mapped.items():
+            self._driver.unmap(self._handle(region))
+            self._asleep[region] = sleeping
+        self._driver.hand_over(self._regions())
 
     def give_up(self, tags: Sequence[str]) -> int:
         """Give up what `tags` name without a copy, while the rest stays; bytes given up."""
-        self._driver.synchronize()
+        self._driver.begin()
         lost = [region for region in self._awake() if self._tag(region) in tags]
         self._give_up(lost, saved=False)
+        self._driver.hand_over(self._regions())
         self.level = 0 if lost else self.level
         return sum(size for _, size in lost)
 
     def _awake(self) -> list[Region]:
         """The regions that hold memory; what vLLM freed meanwhile is forgotten."""
-        known = {(address, found.handle[1]): found for address, found in self._allocations.items()}
+        known = self._regions()
         self._asleep = {
             region: sleeping
             for region, sleeping in self._asleep.items()
@@ -178,17 +212,22 @@ class Mover:
         }
         return [region for region in known if region not in self._asleep]
 
+    def _regions(self) -> dict[Region, Allocation]:
+        return {(address, found.handle[1]): found for address, found in self._allocations.items()}
+
     def _saved(self) -> list[Region]:
         return [region for region, sleeping in self._asleep.items() if sleeping.saved]
+
+    def _handle(self, region: Region) -> Handle:
+        return self._allocations[region[0]].handle
 
     def _tag(self, region: Region) -> str:
         return self._allocations[region[0]].tag
 
     def _give_up(self, regions: Iterable[Region], *, saved: bool) -> None:
         for region in regions:
-            allocation = self._allocations[region[0]]
-            self._driver.unmap(allocation.handle)
-            self._asleep[region] = Sleeping(allocation, saved)
+            self._driver.unmap(self._handle(region))
+            self._asleep[region] = Sleeping(self._allocations[region[0]], saved)
 
     def _make_pool(self, kept: Sequence[Region]) -> None:
         """Have a pool of just the size of what is kept, with the copies of what sleeps in it already."""

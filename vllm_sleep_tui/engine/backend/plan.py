@@ -12,6 +12,14 @@ from dataclasses import dataclass
 BLOCK = 2 * 2**20
 """What one digest covers, and the granularity of CUDA's virtual memory: every allocation is a multiple."""
 
+CHUNK = 512 * 2**20
+"""What goes from engine to engine: to import and map 56 GiB took 8 ms on an H100, in chunks of 128 MiB 25 ms;
+to create what 30 tensors leave over took 3."""
+
+SLACK = 256 * 2**20
+"""What a sleep gives to the driver at the least: to vLLM it is an error if the device has less free memory
+after a sleep than before, whoever took it."""
+
 WEIGHTS = "weights"
 KV_CACHE = "kv_cache"
 
@@ -82,3 +90,17 @@ def leaves(tag: str, level: int) -> bool:
 def wakes(tag: str, tags: Sequence[str] | None, deferrable: Sequence[str]) -> bool:
     """Whether a wake of `tags` (None: of all) brings back what carries `tag`."""
     return tags is None or tag in tags or tag not in deferrable
+
+
+def whole_chunks(sizes: Sequence[int]) -> list[int]:
+    """How many whole chunks each region of these sizes gets; the rest of it is memory of its own.
+
+    Of every region some rest is left, of all of them together no less than `SLACK`.
+    """
+    counts = [(size - 1) // CHUNK for size in sizes]
+    slack = sum(sizes) - sum(counts) * CHUNK
+    for number, count in enumerate(counts):
+        fewer = min(count, max(0, -((slack - SLACK) // CHUNK)))
+        counts[number] -= fewer
+        slack += fewer * CHUNK
+    return counts

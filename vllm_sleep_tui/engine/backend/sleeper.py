@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from . import fit, plugin
+from .holder import Holder
 from .mover import Mover, NoPool
 from .plan import KV_CACHE, WEIGHTS
 
 GIB = 2**30
+POOL_VARIABLE = "VLLM_SLEEP_TUI_POOL"
+"""The folder of the pool holders."""
+LAUNCH_VARIABLE = "SLEEP_TUI_LAUNCH"
 
 
 class Sleeper:
@@ -45,7 +50,7 @@ class Sleeper:
         deferrable = getattr(device_allocator, "DEFERRABLE_TAGS", None)
         self.mover = Mover(
             self._allocations,
-            CudaDriver(cumem.create_and_map, cumem.unmap_and_release, needs_rdma=_hands_kv_on()),
+            CudaDriver(cumem.create_and_map, cumem.unmap_and_release, _holder(), needs_rdma=_hands_kv_on()),
             # Up to 0.26 a sleep keeps the weights at the most, and a wake leaves out whatever is not named.
             tuple(deferrable) if deferrable is not None else Everything(),
         )
@@ -110,6 +115,14 @@ class Everything(tuple[str, ...]):
 
     def __contains__(self, tag: object) -> bool:
         return True
+
+
+def _holder() -> Holder:
+    """That of the device of this worker."""
+    import torch
+
+    gpu = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    return Holder(os.environ.get(POOL_VARIABLE), gpu, os.environ.get(LAUNCH_VARIABLE, ""))
 
 
 def _hands_kv_on() -> bool:

@@ -24,6 +24,8 @@ from vllm_sleep_tui.sizing.placement import Room
 
 GATE_LIMIT = 1.0
 """Seconds for a neighbour's guard: the answer only ranks who was idle longest."""
+CONNECT_SECONDS = 0.2
+"""That an operation waits for a connection once it has its locks; a server that hangs is found out later."""
 NO_ROOM_NEEDED = Room(sleeps=(), stops=(), free={}, missing={})
 
 
@@ -32,6 +34,24 @@ def others_on(model: Model) -> list[Model]:
     mine = set(model.config.gpus)
     near = {other.name for other in model.core.models() if mine & set(other.config.gpus)} - {model.name}
     return [other for other in model.core.readable() if other.name in near] if near else []
+
+
+@contextlib.asynccontextmanager
+async def connecting(models: Iterable[Model]) -> AsyncIterator[set[asyncio.Future[object]]]:
+    """Connections to the servers that run, being opened meanwhile; what is not open at the end is let go.
+
+    The first call of a process takes 60 ms: it would be paid between the closed gate and the sleep.
+    """
+    running = [model for model in models if model.record.state in (State.AWAKE, State.ASLEEP)]
+    opening: set[asyncio.Future[object]] = {
+        asyncio.ensure_future(model.client().gate(GATE_LIMIT)) for model in running if model.record.launch
+    }
+    try:
+        yield opening
+    finally:
+        for each in opening:
+            each.cancel()
+        await asyncio.gather(*opening, return_exceptions=True)
 
 
 async def idle_of(model: Model) -> dict[str, tuple[float, bool]]:
@@ -95,7 +115,7 @@ async def acquire(
         touched = [core.model(name) for name in sorted(names)]
         gpus = gpus_of(touched)
         paths = [*core.gpu_locks(gpus), *(each.lock for each in touched)]
-        async with locked(paths, this, operation, model.name):
+        async with connecting(touched) as opening, locked(paths, this, operation, model.name):
             if not gpus_of(touched) <= gpus:
                 continue  # somebody whose config differs has moved one to another GPU meanwhile
             for each in touched:
@@ -104,6 +124,8 @@ async def acquire(
             room = plan_for(model, idle=await idle_of(model)) if make_room else NO_ROOM_NEEDED
             needed = {*room.leaving, *(awake_on(model) if make_room else ())}
             if needed <= names:
+                if opening:
+                    await asyncio.wait(opening, timeout=CONNECT_SECONDS)
                 try:
                     yield room
                 finally:
