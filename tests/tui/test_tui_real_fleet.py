@@ -70,6 +70,8 @@ async def test_a_chat_with_a_stopped_model_starts_it_and_streams_its_answer(
 ) -> None:
     async with real_panel(demo, tmp_path / "state") as (pilot, _):
         await pilot.press("c", *"hello", "enter")
+        await until_seen(pilot, "Start qwen?")
+        await pilot.press("y")
         await until_seen(pilot, "started in", "TTFT", "tok/s", "hello")
         await until(pilot, lambda: "● awake" in row_of(pilot, "qwen"), "qwen awake")
 

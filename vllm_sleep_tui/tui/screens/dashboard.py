@@ -16,6 +16,7 @@ from textual.timer import Timer
 from textual.widgets import Static
 
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.conversations import Conversations
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot, Prediction
 from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.drawing.paint import Painted
@@ -47,7 +48,7 @@ MIN_WIDTH, MIN_HEIGHT = 60, 20
 NARROW_WIDTH, LOW_HEIGHT = 100, 30
 TIMELINE_HEIGHT, SERVED_HEIGHT = 28, 2
 """The lanes need a terminal of so many lines and two a model; requests and tokens so many more."""
-_TYPING_HINT = "⏎ or ctrl+j send   esc leave the input   letters are text here"
+_TYPING_HINT = "⏎ send  alt+⏎ or ^j line  ↑ earlier  PgUp  esc leave the input  letters are text here"
 
 
 class Dashboard(Screen[None]):
@@ -55,8 +56,9 @@ class Dashboard(Screen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = bindings()
 
-    def __init__(self, fleet: PanelFleet, operations: Operations) -> None:
+    def __init__(self, fleet: PanelFleet, operations: Operations, conversations: Conversations) -> None:
         super().__init__()
+        self._conversations = conversations
         self.fleet = fleet
         self.operations = operations
         self._ticks = 0
@@ -87,7 +89,7 @@ class Dashboard(Screen[None]):
                 with VerticalScroll(id="scroll", can_focus=True):
                     yield Detail(id="detail")
                 yield Timeline(id="timeline")
-            yield ChatPane(self.fleet, self.operations, id="chat")
+            yield ChatPane(self.fleet, self.operations, self._conversations, id="chat")
         yield Static(id="too-small", markup=False)
 
     async def on_mount(self) -> None:
@@ -348,9 +350,31 @@ class Dashboard(Screen[None]):
     # ── what the keys show ──────────────────────────────────────────────────────────────────────────────────
 
     def action_chat(self) -> None:
-        """Into the chat's input."""
+        """Into the chat's input, at once: what is typed next is a question already."""
         self.add_class("-chatting")
-        self.query_one(ChatPane).input.focus()
+        self.set_focus(self.query_one(ChatPane).input)
+
+    def action_chat_zoom(self) -> None:
+        """The chat over the whole screen, or beside the models again."""
+        self.toggle_class("-zoomed")
+        self.set_class(self.has_class("-zoomed"), "-chatting")
+
+    def action_chat_new(self) -> None:
+        """Begin a conversation."""
+        self.query_one(ChatPane).new()
+
+    def action_chat_again(self) -> None:
+        """Ask the last question again."""
+        self.query_one(ChatPane).regenerate()
+
+    def action_chat_edit(self) -> None:
+        """Ask the last question otherwise."""
+        self.add_class("-chatting")
+        self.query_one(ChatPane).edit()
+
+    def action_chat_go_on(self) -> None:
+        """Have a cut answer gone on with."""
+        self.query_one(ChatPane).go_on()
 
     def action_back(self) -> None:
         """Leave the input; else the timeline's cursor; else stop the answer; else an operation; else close a
@@ -368,7 +392,7 @@ class Dashboard(Screen[None]):
             self.notify(f"{name}: stops at the next safe point.", markup=False)
             self.changed()
         else:
-            self.remove_class("-chatting")
+            self.remove_class("-chatting", "-zoomed")
             self._table.focus()
 
     def action_copy_answer(self) -> None:
