@@ -6,9 +6,11 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from pty_terminal import Terminal
 from screen_text import lines_of, panel, text_of, until, until_seen
 from scripted_fleet import ScriptedFleet
+from talker import talker
 from test_tui_chat import answer, ask
 from textual.events import Paste
 
@@ -202,3 +204,68 @@ def test_keys_typed_right_after_c_are_a_question_and_put_nobody_to_sleep(tmp_pat
         assert line.status()["qwen"]["state"] == "awake"
     line("stop", "qwen")
     line.close()
+
+
+async def test_conversations_are_found_gone_on_with_renamed_exported_and_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fleet = ScriptedFleet()
+    fleet.answers = {"qwen": answer("qwen", "The sea is <blue>."), "phi": answer("phi", "I am phi.")}
+    async with panel(fleet, tmp_path) as pilot:
+        await ask(pilot, "sea?")
+        await until_seen(pilot, "The sea is <blue>.")
+        fleet.answers["qwen"] = answer("qwen", "Something else.")
+        await pilot.press("ctrl+n", *"other", "enter")
+        await until(pilot, lambda: len(fleet.asked) == 2, "the other question")
+        await pilot.press("escape", "h")
+        await until_seen(pilot, "Conversations", "sea?", "other")
+        await pilot.press("slash", *"blue")
+        await until(pilot, lambda: not any("other  2" in line for line in lines_of(pilot.app)), "the search")
+        await pilot.press("enter", "e")
+        await until_seen(pilot, "Exported as")
+        assert "## qwen\n\nThe sea is <blue>." in (tmp_path / "sea.md").read_text()
+        assert (tmp_path / "sea.md").stat().st_mode & 0o777 == 0o600
+        await pilot.press("J")
+        await until(pilot, lambda: (tmp_path / "sea.json").exists(), "the export as JSON")
+        await pilot.press("r", "end", "x", "enter")
+        await until_seen(pilot, "sea?x")
+        await pilot.press("enter")
+        await until_seen(pilot, "Chat with qwen", "The sea is <blue>.")
+        await pilot.press("h")
+        await until_seen(pilot, "sea?x", "other")
+        await pilot.press("home", "x")
+        await until_seen(pilot, "Delete this conversation?")
+        await pilot.press("y")
+        await until(pilot, lambda: len(pilot.app.conversations.listed().result()) == 1, "it is gone")  # type: ignore[attr-defined]
+
+
+def test_a_question_is_written_in_the_persons_editor_and_the_panel_comes_back(tmp_path: Path) -> None:
+    with talker() as url:
+        config = tmp_path / "c.yaml"
+        config.write_text(f"models: {{far: {{url: '{url}'}}}}\n")
+        editor = tmp_path / "editor"
+        editor.write_text('#!/bin/sh\necho "from the editor" >> "$1"\n')
+        editor.chmod(0o755)
+        environment = {
+            **os.environ,
+            "XDG_STATE_HOME": str(tmp_path / "state"),
+            "EDITOR": str(editor),
+            "TERM": "xterm-256color",
+        }
+        environment.pop("VISUAL", None)
+        terminal = Terminal([*COMMAND, "--config", str(config)], environment, 100, 30)
+        try:
+            terminal.wait_for("far", "awake")
+            terminal.press("c")
+            terminal.wait_for("leave the input")
+            terminal.press("typed ")
+            terminal.wait_for("typed")
+            terminal.press("\x07")
+            terminal.wait_for("from the editor", "Chat with")
+            terminal.press("\r")
+            terminal.wait_for("word1")
+            terminal.process.terminate()
+            assert terminal.end() == 0
+        finally:
+            terminal.close()

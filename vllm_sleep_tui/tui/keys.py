@@ -79,6 +79,22 @@ KEYS: tuple[Key, ...] = (
         in_footer=False,
     ),
     Key(
+        key="h,ctrl+o",
+        action="chat_list",
+        short="talks",
+        help="The conversations that were kept: find, go on, rename, export, delete",
+        shown="h ^o",
+        in_footer=False,
+    ),
+    Key(
+        key="ctrl+g",
+        action="chat_editor",
+        short="editor",
+        help="Write the question in $EDITOR",
+        shown="^g",
+        in_footer=False,
+    ),
+    Key(
         key="ctrl+r",
         action="chat_again",
         short="again",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import work
-from textual.app import ComposeResult
+from textual.app import ComposeResult, SuspendNotSupported
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.events import DescendantBlur, DescendantFocus, Resize
@@ -22,9 +22,11 @@ from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.drawing.paint import Painted
 from vllm_sleep_tui.tui.keys import bindings
 from vllm_sleep_tui.tui.screens.advice import AdviceScreen
+from vllm_sleep_tui.tui.screens.conversations import ConversationList
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Help, Question
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
 from vllm_sleep_tui.tui.screens.logs import LogScreen
+from vllm_sleep_tui.tui.state.editor import edited
 from vllm_sleep_tui.tui.state.operations import Operations, Running, Trouble, Work
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.past import PastReader, Readings
@@ -362,6 +364,31 @@ class Dashboard(Screen[None]):
     def action_chat_new(self) -> None:
         """Begin a conversation."""
         self.query_one(ChatPane).new()
+
+    @work
+    async def action_chat_list(self) -> None:
+        """The conversations that were kept."""
+        chat = self.query_one(ChatPane)
+        chosen = await self.app.push_screen_wait(ConversationList(self._conversations, chat.forgotten))
+        if chosen is not None:
+            self.add_class("-chatting")
+            await chat.open_conversation(chosen)
+
+    def action_chat_editor(self) -> None:
+        """Write the question in the person's own editor."""
+        chat = self.query_one(ChatPane)
+        try:
+            with self.app.suspend():
+                text = edited(chat.input.text)
+        except SuspendNotSupported:
+            self.notify("An editor needs a terminal of its own.", severity="warning", markup=False)
+            return
+        except PanelError as error:
+            self.notify(f"{error.what}\n{error.cure}", severity="error", markup=False)
+            return
+        chat.input.text = text
+        chat.input.move_cursor(chat.input.document.end)
+        self.action_chat()
 
     def action_chat_again(self) -> None:
         """Ask the last question again."""
