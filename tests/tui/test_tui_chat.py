@@ -31,7 +31,7 @@ async def test_an_answer_says_who_answers_how_it_woke_and_how_fast_it_was(tmp_pa
         await pilot.press("down")
         await until_seen(pilot, "Chat with phi")
         await ask(pilot, "why?")
-        await until_seen(pilot, "Switch to phi?", "puts qwen to sleep")
+        await until_seen(pilot, "Switch to phi?", "leeps qwen")
         assert fleet.asked == []
         await pilot.press("y")
         await until_seen(pilot, "you", "why?", "Because air scatters.", "woke in 0.36 s · TTFT 26 ms")

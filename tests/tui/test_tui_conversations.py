@@ -269,3 +269,29 @@ def test_a_question_is_written_in_the_persons_editor_and_the_panel_comes_back(tm
             assert terminal.end() == 0
         finally:
             terminal.close()
+
+
+async def test_d_asks_another_model_the_same_and_compares_and_the_first_answer_is_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    fleet = ScriptedFleet()
+    fleet.answers = {
+        "qwen": answer("qwen", "one two three four", ttft=0.026),
+        "phi": answer("phi", "one two three five", switch_seconds=0.36, ttft=0.03),
+    }
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("d")
+        await until_seen(pilot, "Ask qwen something first")
+        await ask(pilot, "count")
+        await until_seen(pilot, "one two three four")
+        await pilot.press("escape", "d")
+        await until_seen(pilot, "Ask another model the same", "about 0.53 s, puts qwen to sleep")
+        await pilot.press("enter")
+        await until_seen(pilot, "Switch to phi?")
+        await pilot.press("y")
+        await until_seen(pilot, "one two three five", "75 % of the words are the same")
+        await until_seen(pilot, "qwen TTFT 26 ms", "phi woke in 0.36 s · TTFT 30 ms")
+        assert fleet.asked[1] == ("phi", [{"role": "user", "content": "count"}])
+        await pilot.press("c", *"on", "enter")
+        await until(pilot, lambda: len(fleet.asked) == 3, "the next question")
+        assert [turn["content"] for turn in fleet.asked[2][1]] == ["count", "one two three four", "on"]

@@ -127,7 +127,7 @@ async def test_what_an_answer_costs_is_said_and_asked_and_a_sleep_meanwhile_drai
         await pilot.press("down")
         await until_seen(pilot, "phi ◐ asleep", "puts qwen to sleep")
         await pilot.press("c", *"hello", "enter")
-        await until_seen(pilot, "Switch to phi?", "puts qwen to sleep")
+        await until_seen(pilot, "Switch to phi?", "leeps qwen")
         assert fleet.snapshot().model("qwen").state is State.AWAKE
         await pilot.press("y")
         await until_seen(pilot, "prove", "phi, simulated")

@@ -71,6 +71,13 @@ KEYS: tuple[Key, ...] = (
         in_footer=False,
     ),
     Key(
+        key="d",
+        action="duel",
+        short="duel",
+        help="Ask another model the last question, too: figures and words are compared",
+        in_footer=False,
+    ),
+    Key(
         key="ctrl+n",
         action="chat_new",
         short="new",

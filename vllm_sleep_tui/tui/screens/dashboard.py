@@ -23,7 +23,7 @@ from vllm_sleep_tui.tui.drawing.paint import Painted
 from vllm_sleep_tui.tui.keys import bindings
 from vllm_sleep_tui.tui.screens.advice import AdviceScreen
 from vllm_sleep_tui.tui.screens.conversations import ConversationList
-from vllm_sleep_tui.tui.screens.dialogs import Choice, Help, Question
+from vllm_sleep_tui.tui.screens.dialogs import Choice, Help, ModelChooser, Question
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
 from vllm_sleep_tui.tui.screens.logs import LogScreen
 from vllm_sleep_tui.tui.state.editor import edited
@@ -33,6 +33,7 @@ from vllm_sleep_tui.tui.state.past import PastReader, Readings
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.widgets.bands import BottomBand, TopBand
 from vllm_sleep_tui.tui.widgets.chat import ChatPane
+from vllm_sleep_tui.tui.widgets.chat_status import cost_words
 from vllm_sleep_tui.tui.widgets.detail import Detail
 from vllm_sleep_tui.tui.widgets.memory import MemoryPanel
 from vllm_sleep_tui.tui.widgets.models import ModelTable
@@ -50,7 +51,7 @@ MIN_WIDTH, MIN_HEIGHT = 60, 20
 NARROW_WIDTH, LOW_HEIGHT = 100, 30
 TIMELINE_HEIGHT, SERVED_HEIGHT = 28, 2
 """The lanes need a terminal of so many lines and two a model; requests and tokens so many more."""
-_TYPING_HINT = "⏎ send  alt+⏎ or ^j line  ↑ earlier  PgUp  esc leave the input  letters are text here"
+_TYPING_HINT = "⏎ send  alt+⏎ line  ↑ earlier  esc leave the input   letters are text here"
 
 
 class Dashboard(Screen[None]):
@@ -373,6 +374,23 @@ class Dashboard(Screen[None]):
         if chosen is not None:
             self.add_class("-chatting")
             await chat.open_conversation(chosen)
+
+    @work
+    async def action_duel(self) -> None:
+        """Ask another model the same."""
+        chat = self.query_one(ChatPane)
+        others = [model.name for model in self.fleet.snapshot().models if model.name != self.selected]
+        if not chat.can_ask_another or not others:
+            self.notify(
+                f"Ask {self.selected} something first: another model is asked the same.", markup=False
+            )
+            return
+        models = [(name, cost_words(self.fleet.predict(name)) or "is awake") for name in others]
+        if (
+            other := await self.app.push_screen_wait(ModelChooser("Ask another model the same", models))
+        ) is not None:
+            self.add_class("-chatting")
+            chat.ask_another(other)
 
     def action_chat_editor(self) -> None:
         """Write the question in the person's own editor."""

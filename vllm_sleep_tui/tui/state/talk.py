@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from typing import Any
 
 from vllm_sleep_tui.fleet.conversations import Conversations, Handle, KeptTurn
@@ -12,6 +13,8 @@ from vllm_sleep_tui.tui.drawing.paint import Line
 from vllm_sleep_tui.tui.drawing.turns import Answer, Notice, Question, Turn
 from vllm_sleep_tui.units import took
 
+MOST_WORDS = 600
+"""Of answers that are compared: it takes the square of that."""
 CHARACTERS_A_TOKEN = 3.0
 """Of what was not counted yet: on the safe side for English."""
 
@@ -172,6 +175,37 @@ class Talk:
         entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started))
         self._add(entry)
         return entry
+
+    def ask_another(self, model: str, paint: str, *, was_started: bool) -> Entry:
+        """Add an empty answer of another model to the last question.
+
+        What was answered first is what is gone on with.
+        """
+        entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started))
+        self._add(entry)
+        return entry
+
+    def last_question(self) -> list[dict[str, Any]]:
+        """What the model was told when it was asked last; empty if nothing was answered."""
+        told = self.messages()
+        return told[:-1] if told and told[-1]["role"] == "assistant" else []
+
+    def compare(self) -> str:
+        """How the last two answers to one question differ, in words; empty if there are no two."""
+        shown = self._shown()
+        pair = [entry for entry in shown[-2:] if isinstance(entry.turn, Answer)]
+        if len(pair) < 2:
+            return ""
+        texts = [entry.turn.text.split() for entry in pair if isinstance(entry.turn, Answer)]
+        same = (
+            SequenceMatcher(None, texts[0], texts[1], autojunk=False).ratio()
+            if max(map(len, texts)) < MOST_WORDS
+            else None
+        )
+        parts = [f"{entry.turn.speaker} {entry.pace.words()}".rstrip() for entry in pair]
+        return "\n".join(
+            [*parts, *([] if same is None else [f"{same * 100:.0f} % of the words are the same"])]
+        )
 
     def _add(self, entry: Entry) -> None:
         self._entries.append(entry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 from rich.text import Text
 from textual import work
@@ -24,7 +25,7 @@ from vllm_sleep_tui.tui.state.talk import Entry, Talk
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.theme import palette_of
 from vllm_sleep_tui.tui.widgets.chat_input import ChatInput
-from vllm_sleep_tui.tui.widgets.chat_status import ChatStatus, cost_words
+from vllm_sleep_tui.tui.widgets.chat_status import ChatStatus
 from vllm_sleep_tui.tui.widgets.transcript import Transcript
 from vllm_sleep_tui.tui.words import phases_of, state_words
 from vllm_sleep_tui.units import time_of_day, took
@@ -158,6 +159,8 @@ class ChatPane(Vertical):
             talk = self._talks.get(model.name)
             if before in (None, model.state) or model.state not in _TOLD or talk is None or not talk.turns:
                 continue
+            if model.state is State.AWAKE and before is not State.FAILED:
+                continue  # an answer or the line above the input says it
             is_failed = model.state is State.FAILED
             words = f"{time_of_day(time.time())} {model.name}: {state_words(model.state, model.level)}"
             if is_failed and model.reason:
@@ -218,7 +221,7 @@ class ChatPane(Vertical):
             title, choice = f"Switch to {name}?", Choice("y", "Switch and ask", "yes")
         else:
             return True
-        if not await self.app.push_screen_wait(Question(title, _what_it_costs(prediction), [choice])):
+        if not await self.app.push_screen_wait(Question(title, _sentence(prediction), [choice])):
             return False
         self._agreed.add((name, *victims))
         return True
@@ -258,18 +261,42 @@ class ChatPane(Vertical):
         self._shown(talk)
         if talk is self._talk:
             self.transcript.to_end()
-        task = self._operations.spawn(self._stream(name, talk, entry))
+        task = self._operations.spawn(self._stream(name, talk, entry, talk.messages()))
+        self._follow(name, talk, entry, task, text)
+
+    def _follow(
+        self, name: str, talk: Talk, entry: Entry, task: asyncio.Task[PanelError | None], text: str
+    ) -> None:
         self._answering[name] = (talk, entry, task)
         # The end is a callback for the reason that `Operations` gives.
         task.add_done_callback(lambda done: self._ended(name, talk, entry, text, done))
         if self._flush_timer is not None:
             self._flush_timer.resume()
 
-    async def _stream(self, name: str, talk: Talk, entry: Entry) -> PanelError | None:
+    @work
+    async def ask_another(self, other: str) -> None:
+        """Ask another model the last question, in the same conversation."""
+        talk, view = self._talk, self._view
+        if talk is None or view is None or other in self._answering or self._model in self._answering:
+            self.notify("An answer is still under way; escape stops it.", markup=False)
+            return
+        messages = talk.last_question()
+        if not messages or not await self._agrees(other):
+            return
+        was_started = view.snapshot.model(other).state not in (State.AWAKE, State.ASLEEP)
+        entry = talk.ask_another(other, view.colors[other], was_started=was_started)
+        self._shown(talk)
+        self.transcript.to_end()
+        task = self._operations.spawn(self._stream(other, talk, entry, messages))
+        self._follow(other, talk, entry, task, "")
+
+    async def _stream(
+        self, name: str, talk: Talk, entry: Entry, messages: list[dict[str, Any]]
+    ) -> PanelError | None:
         """Take the pieces as they come; the error that came in the middle, if one did."""
         error, pace, answer = None, entry.pace, entry.turn
         assert isinstance(answer, Answer)
-        chat = self._fleet.chat(name, talk.messages(), report=lambda step: self._step(talk, answer, step))
+        chat = self._fleet.chat(name, messages, report=lambda step: self._step(talk, answer, step))
         async for event in chat:
             if pace.is_new:  # what was told of the way there is over
                 answer.say_above(*_phases(event.switch_times))
@@ -297,7 +324,11 @@ class ChatPane(Vertical):
             self._contexts[name] = entry.pace.context_tokens
         answer.say(*entry.note())
         talk.keep(entry)
+        if name != talk.handle.model and answer.text:
+            for words in talk.compare().splitlines():
+                talk.tell(words, "muted")
         self._shown(talk, answer)
+        self._shown(talk)
         if not answer.text and error is not None and self.is_attached and talk is self._talk:
             self.input.give_back(text)
         if not self._answering and self._flush_timer is not None:
@@ -403,6 +434,11 @@ class ChatPane(Vertical):
         answer = self._talk.answer if self._talk is not None else None
         return answer.text if answer is not None and answer.text else None
 
+    @property
+    def can_ask_another(self) -> bool:
+        """Whether there is a question that another model can be asked, too."""
+        return self._talk is not None and bool(self._talk.last_question())
+
     def code(self) -> str | None:
         """The block of code under the mouse, else the last one that is seen."""
         code = self.transcript.code_in_sight()
@@ -416,6 +452,6 @@ def _phases(times: SwitchTimes | None) -> list[Line]:
     return [((words, "muted"),)] if words else []
 
 
-def _what_it_costs(prediction: Prediction) -> str:
-    words = cost_words(prediction)
-    return f"{prediction.sentence}\n{words[:1].upper()}{words[1:]}."
+def _sentence(prediction: Prediction) -> str:
+    """What would be done, for a question; all that `cost_words` names is in it."""
+    return prediction.sentence[:1].upper() + prediction.sentence[1:]

@@ -27,7 +27,8 @@ def cost_words(prediction: Prediction) -> str:
         return ""
     if prediction.action == "refused":
         return prediction.sentence
-    parts = [f"about {time_text(prediction.seconds)}" if prediction.seconds is not None else "takes a while"]
+    known = prediction.seconds is not None
+    parts = [f"about {time_text(prediction.seconds or 0)}" if known else "was not timed yet"]
     if prediction.sleeps:
         parts.append(f"puts {listing(prediction.sleeps)} to sleep")
     if prediction.stops:
