@@ -63,6 +63,8 @@ async def _story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str], Awaitab
     await _until(pilot, lambda: is_in("qwen", State.AWAKE))
     await take("panel-before")
     await pilot.press("c", *"And at sunset?", "enter")
+    await pilot.pause(0.5)
+    await pilot.press("y")  # to the question whether qwen may sleep for it
     await _until(pilot, lambda: is_in("phi", State.AWAKE) and not _is_answering(pilot))
     await pilot.press("escape")
     await take("panel")

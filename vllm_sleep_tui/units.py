@@ -109,6 +109,11 @@ def time_of_day(moment: float, now: float | None = None) -> str:
     return time.strftime("%H:%M:%S" if is_today else "%a %H:%M:%S", local)
 
 
+def date_and_time(moment: float) -> str:
+    """The local date and time of a moment in UTC seconds, to the minute: 2026-01-31 21:30."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+
+
 def file_stamp() -> str:
     """Now, as part of a file's name, so that names sort by time: 20260131-213005."""
     return time.strftime("%Y%m%d-%H%M%S")

@@ -31,6 +31,9 @@ async def test_an_answer_says_who_answers_how_it_woke_and_how_fast_it_was(tmp_pa
         await pilot.press("down")
         await until_seen(pilot, "Chat with phi")
         await ask(pilot, "why?")
+        await until_seen(pilot, "Switch to phi?", "leeps qwen")
+        assert fleet.asked == []
+        await pilot.press("y")
         await until_seen(pilot, "you", "why?", "Because air scatters.", "woke in 0.36 s · TTFT 26 ms")
         assert fleet.asked == [("phi", [{"role": "user", "content": "why?"}])]
 
@@ -43,6 +46,8 @@ async def test_the_steps_of_a_switch_show_in_the_answer_while_it_waits(tmp_path:
         await pilot.press("down")
         await until_seen(pilot, "Chat with phi")
         await ask(pilot, "a")
+        await until_seen(pilot, "Switch to phi?")
+        await pilot.press("y")
         await until_seen(pilot, "qwen: sleep level 1  50 %")
         fleet.gate.set()
         await until(pilot, lambda: "qwen: sleep" not in text_of(pilot.app), "the end of the switch")
@@ -54,13 +59,15 @@ async def test_each_model_has_its_own_conversation_of_many_turns(tmp_path: Path)
     async with panel(fleet, tmp_path) as pilot:
         await ask(pilot, "one")
         await until_seen(pilot, "I am qwen.")
-        await pilot.press(*"two", "ctrl+j")
+        await pilot.press(*"two", "enter")
         await until(pilot, lambda: text_of(pilot.app).count("I am qwen.") == 2, "the second answer")
         assert [turn["content"] for turn in fleet.asked[1][1]] == ["one", "I am qwen.", "two"]
         await pilot.press("escape", "down")
         await until_seen(pilot, "Chat with phi")
         assert "I am qwen." not in text_of(pilot.app)
         await ask(pilot, "x")
+        await until_seen(pilot, "Switch to phi?")
+        await pilot.press("y")
         await until_seen(pilot, "I am phi.")
         assert [turn["content"] for turn in fleet.asked[2][1]] == ["x"]
 

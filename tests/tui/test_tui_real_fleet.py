@@ -70,6 +70,8 @@ async def test_a_chat_with_a_stopped_model_starts_it_and_streams_its_answer(
 ) -> None:
     async with real_panel(demo, tmp_path / "state") as (pilot, _):
         await pilot.press("c", *"hello", "enter")
+        await until_seen(pilot, "Start qwen?")
+        await pilot.press("y")
         await until_seen(pilot, "started in", "TTFT", "tok/s", "hello")
         await until(pilot, lambda: "● awake" in row_of(pilot, "qwen"), "qwen awake")
 
@@ -112,3 +114,26 @@ async def test_a_refusal_is_over_when_somebody_has_done_what_it_asked_for(
         await until(pilot, lambda: "● awake" in row_of(pilot, "qwen"), "qwen awake")
         await until(pilot, lambda: "waking qwen did not work" not in text_of(pilot.app), "its end")
         assert "!" not in row_of(pilot, "qwen")
+
+
+async def test_what_an_answer_costs_is_said_and_asked_and_a_sleep_meanwhile_drains(
+    demo: LoadedConfig, tmp_path: Path
+) -> None:
+    async with real_panel(demo, tmp_path / "state") as (pilot, fleet):
+        await fleet.start(["qwen"])
+        await fleet.start(["phi"])
+        await fleet.switch("qwen")
+        await until(pilot, lambda: "● awake" in row_of(pilot, "qwen"), "qwen awake")
+        await pilot.press("down")
+        await until_seen(pilot, "phi ◐ asleep", "puts qwen to sleep")
+        await pilot.press("c", *"hello", "enter")
+        await until_seen(pilot, "Switch to phi?", "leeps qwen")
+        assert fleet.snapshot().model("qwen").state is State.AWAKE
+        await pilot.press("y")
+        await until_seen(pilot, "prove", "phi, simulated")
+        await pilot.press("escape", "s")
+        await until(pilot, lambda: "◐ asleep" in row_of(pilot, "phi"), "phi asleep")
+        await until(pilot, lambda: not pilot.app.dashboard.is_answering, "the answer")  # type: ignore[attr-defined]
+        await until_seen(pilot, "woke in", "tok/s")
+        assert "cut off" not in text_of(pilot.app)  # it was heard to its end
+        await until_seen(pilot, "phi: asleep L1")  # which the chat tells, too

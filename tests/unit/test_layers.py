@@ -17,7 +17,18 @@ from vllm_sleep_tui.config.flags import shipped_tables
 PACKAGE = Path(vllm_sleep_tui.__file__).parent
 BASE = {"text", "errors", "files", "units"}
 DOWN_TO_ENGINE = BASE | {"config", "engine", "telemetry"}
-DOOR = {"fleet", "snapshot", "states", "events", "past", "server_log", "survey", "advice", "doctor"}
+DOOR = {
+    "fleet",
+    "snapshot",
+    "states",
+    "events",
+    "past",
+    "server_log",
+    "survey",
+    "advice",
+    "doctor",
+    "conversations",
+}
 """What faces may use of `fleet`: itself, the questions that need no open fleet, the types of both."""
 FACE = BASE | {"paths", "config"} | {f"fleet.{module}" for module in DOOR}
 ALLOWED: dict[str, set[str]] = {

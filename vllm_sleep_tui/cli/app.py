@@ -39,6 +39,7 @@ VERBS: dict[str, str] = {
     "wake": "operations",
     "switch": "operations",
     "chat": "chat",
+    "conversations": "conversations",
     "logs": "logs",
     "events": "events",
     "bench": "bench",

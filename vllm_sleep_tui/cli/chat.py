@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vllm_sleep_tui.cli.common import config_option, draw, json_option, load_config, put, put_json, say
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
-from vllm_sleep_tui.errors import OperationError, UsageError
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, UsageError
 from vllm_sleep_tui.fleet.snapshot import cut_words
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.text import Cleaner
+from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.text import Cleaner, clean, one_line
 from vllm_sleep_tui.units import hundredths, milliseconds
 
 if TYPE_CHECKING:
+    from vllm_sleep_tui.fleet.conversations import Conversations
     from vllm_sleep_tui.fleet.fleet import Fleet
 
 MEASURED = ("finish_reason", "prompt_tokens", "completion_tokens", "switch_seconds", "ttft")
@@ -29,27 +33,116 @@ _READ_BYTES = 65536
 @click.command()
 @click.argument("name")
 @click.argument("prompt", required=False)
+@click.option("-c", "--continue", "goes_on", is_flag=True, help="Go on with the model's last conversation.")
+@click.option("--system", metavar="TEXT", help="What the model is told before everything else.")
+@click.option("--no-switch", "stays", is_flag=True, help="Fail if the model is not awake.")
+@click.option("--temperature", type=click.FloatRange(0), help="0 is the likeliest word each time.")
+@click.option("--max-tokens", type=click.IntRange(1), help="The longest answer.")
+@click.option("--seed", type=int, help="The same seed, the same answer, as far as the server can.")
 @json_option
 @config_option
 @click.pass_context
-def chat(ctx: click.Context, name: str, prompt: str | None, as_json: bool) -> None:
+def chat(
+    ctx: click.Context,
+    name: str,
+    prompt: str | None,
+    goes_on: bool,
+    system: str | None,
+    stays: bool,
+    temperature: float | None,
+    max_tokens: int | None,
+    seed: int | None,
+    as_json: bool,
+) -> None:
     """Ask a model.
 
-    Without PROMPT it is read from stdin, on a terminal line by line until Ctrl-D.
+    What stands on stdin follows PROMPT, as in: cat FILE | vllm-sleep-tui chat NAME "Summarise:".
+    On a terminal without PROMPT it is a conversation, until Ctrl-D; Ctrl-C stops an answer. A conversation is
+    kept, and a single question with -c.
     """
     loaded = load_config(ctx)
     loaded.model(name)
-    if prompt is None and not sys.stdin.isatty():
-        prompt = _read_all()
-    if prompt is not None:
-        _check(prompt, name)
-    if prompt is None:
-        with_fleet(loaded, lambda fleet: _converse(fleet, name))
-        return
-    question = [{"role": "user", "content": prompt}]
-    answer = with_fleet(loaded, lambda fleet: _ask(fleet, name, question, aloud=not as_json))
+    given = _joined(prompt, "" if sys.stdin.isatty() else _read_all())
+    if given is not None:
+        _check(given, name)
+    params = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    asking = Asking(
+        name=name,
+        system=system,
+        params={key: value for key, value in params.items() if value is not None},
+        stays=stays,
+    )
+    keeps = loaded.config.keep_conversations and (goes_on or given is None)
+    from vllm_sleep_tui.fleet.conversations import Conversations  # with SQLite
+
+    store = Conversations(state_dir(), loaded.path, keeps=keeps)
+    try:
+        talk = Talk(store, name, goes_on=goes_on)
+        if given is None:
+            with_fleet(loaded, lambda fleet: _converse(fleet, asking, talk))
+            return
+        answer = with_fleet(loaded, lambda fleet: _ask(fleet, asking, talk, given, aloud=not as_json))
+    finally:
+        store.close()
+        if store.note:
+            say(store.note)
     if as_json:
         put_json({"version": 1, "model": name, **answer})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asking:
+    """Whom to ask, and how."""
+
+    name: str
+    system: str | None
+    params: dict[str, Any]
+    stays: bool
+    """Whether a model that is not awake is left so."""
+
+
+class Talk:
+    """What was said so far; with `goes_on` what was kept of the model's last conversation comes first."""
+
+    def __init__(self, store: Conversations, name: str, *, goes_on: bool) -> None:
+        from vllm_sleep_tui.fleet.conversations import Handle
+
+        self._store = store
+        kept = store.latest(name).result() if goes_on else None
+        self._handle = Handle(name, None if kept is None else kept.id)
+        turns = () if kept is None else store.turns(kept.id).result()
+        self._number = len(turns)
+        self._said = [
+            {"role": turn.role, "content": turn.text} for turn in turns if turn.text and not turn.is_dropped
+        ]
+
+    def messages(self, question: str, system: str | None) -> list[dict[str, Any]]:
+        """What the model is told."""
+        first = [] if system is None else [{"role": "system", "content": system}]
+        return [*first, *self._said, {"role": "user", "content": question}]
+
+    def add(self, question: str, answer: dict[str, Any], name: str) -> None:
+        """Keep a question with what was answered."""
+        from vllm_sleep_tui.fleet.conversations import KeptTurn
+
+        text = clean(answer["text"])
+        self._said += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        now = time.time()
+        figures = {field: answer[field] for field in MEASURED}
+        reasoning = clean(answer.get("reasoning", ""))
+        for turn in (
+            KeptTurn(role="user", text=question, at=now),
+            KeptTurn(role="assistant", text=text, at=now, model=name, reasoning=reasoning, **figures),
+        ):
+            self._store.keep(self._handle, self._number, turn)
+            self._number += 1
+
+
+def _joined(prompt: str | None, given: str) -> str | None:
+    """The prompt and what stands on stdin, one after the other; None for a conversation on a terminal."""
+    if prompt is None:
+        return None if sys.stdin.isatty() else given
+    return f"{prompt}\n\n{given}" if given.strip() else prompt
 
 
 def _read_all() -> str:
@@ -74,20 +167,36 @@ def _check(prompt: str, name: str) -> None:
         ) from None
 
 
-async def _converse(fleet: Fleet, name: str) -> None:
-    """Questions from the terminal, each with all that was said before, until Ctrl-D."""
-    messages: list[dict[str, Any]] = []
+async def _converse(fleet: Fleet, asking: Asking, talk: Talk) -> None:
+    """Questions from the terminal, each with what was said before, until Ctrl-D; Ctrl-C stops an answer."""
+    loop = asyncio.get_running_loop()
+    outer = asyncio.current_task()
+    answering: asyncio.Task[dict[str, Any]] | None = None
+
+    def interrupt() -> None:
+        if answering is not None and not answering.done():
+            answering.cancel()
+        elif outer is not None:
+            outer.cancel()
+
+    loop.add_signal_handler(signal.SIGINT, interrupt)
     while True:
-        say(f"{name}> ", nl=False)
+        say(f"{asking.name}> ", nl=False)
         line = await _read_line()
         if not line:
             say("")
             return
         if not line.strip():
             continue
-        messages.append({"role": "user", "content": line.strip()})
-        answer = await _ask(fleet, name, messages, aloud=True)
-        messages.append({"role": "assistant", "content": answer["text"]})
+        answering = asyncio.create_task(_ask(fleet, asking, talk, line.strip(), aloud=True))
+        await asyncio.wait({answering})
+        if answering.cancelled() or isinstance(error := answering.exception(), CancelledByUser):
+            say("\nStopped.")
+        elif isinstance(error, PanelError):
+            say(one_line(error.what))
+            say(one_line(error.cure))
+        elif error is not None:
+            raise error
 
 
 async def _read_line() -> str:
@@ -105,29 +214,43 @@ async def _read_line() -> str:
         loop.remove_reader(descriptor)
 
 
-async def _ask(fleet: Fleet, name: str, messages: list[dict[str, Any]], *, aloud: bool) -> dict[str, Any]:
-    """Stream one answer; what it was and took, in seconds. Raises OperationError if it breaks off."""
+async def _ask(fleet: Fleet, asking: Asking, talk: Talk, question: str, *, aloud: bool) -> dict[str, Any]:
+    """Stream one answer; what it was and took, in seconds. Raises OperationError if it breaks off.
+
+    What was said until then, by whatever end, is kept.
+    """
+    name = asking.name
     texts: list[str] = []
     thoughts: list[str] = []
     cleaner = Cleaner()
     answer: dict[str, Any] = dict.fromkeys(("text", *MEASURED))
     before = {model.name: model.state for model in fleet.snapshot().models}[name]
+    if asking.stays and before is not State.AWAKE:
+        raise OperationError(
+            f"{name} is {before.value}, and --no-switch leaves it so.",
+            f"Switch: vllm-sleep-tui switch {name}",
+        )
     was_started = before not in (State.AWAKE, State.ASLEEP)
     began = time.monotonic()
-    async for event in fleet.chat(name, messages, report=Reporter()):
-        texts.append(event.text)
-        thoughts.append(event.reasoning)
-        if aloud:
-            draw(cleaner.feed(event.text))
-        if event.error:
+    messages = talk.messages(question, asking.system)
+    try:
+        async for event in fleet.chat(name, messages, params=asking.params, report=Reporter()):
+            texts.append(event.text)
+            thoughts.append(event.reasoning)
             if aloud:
-                put(cleaner.end(), nl=any(texts))
-            what = "broke off" if any(texts) else "does not answer"
-            raise OperationError(f"{name} {what}: {event.error}", f"See: vllm-sleep-tui logs {name}")
-        answer |= {field: value for field in MEASURED if (value := getattr(event, field)) is not None}
-    answer |= {"text": "".join(texts), "seconds": time.monotonic() - began}
-    if any(thoughts):
-        answer["reasoning"] = "".join(thoughts)
+                draw(cleaner.feed(event.text))
+            if event.error:
+                if aloud:
+                    put(cleaner.end(), nl=any(texts))
+                what = "broke off" if any(texts) else "does not answer"
+                raise OperationError(f"{name} {what}: {event.error}", f"See: vllm-sleep-tui logs {name}")
+            answer |= {field: value for field in MEASURED if (value := getattr(event, field)) is not None}
+    finally:
+        answer |= {"text": "".join(texts), "seconds": time.monotonic() - began}
+        if any(thoughts):
+            answer["reasoning"] = "".join(thoughts)
+        if any(texts):
+            talk.add(question, answer, name)
     if aloud:
         put(cleaner.end())
         say(_timings(answer, was_started=was_started))

@@ -51,6 +51,7 @@ _EXPECTED = {
     "stop_after": "a time such as 30s, 10m or 2h",
     "restart": "on-failure or never",
     "gateway": "a mapping, such as {port: 8800}",
+    "keep_conversations": "true or false",
     "simulated_gpus": "a list of mappings, such as [{name: Demo, memory: 24GiB}]",
     "name": "text",
     "memory": "an amount of memory, such as 24GiB",

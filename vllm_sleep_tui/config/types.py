@@ -96,6 +96,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     models: dict[Annotated[str, Meta(pattern=MODEL_NAME)], ModelConfig]
     vllm_command: Annotated[tuple[str, ...], Meta(min_length=1)] = ("vllm",)
     gateway: GatewayConfig | None = None
+    keep_conversations: Annotated[bool, Meta(description="Whether chats outlive the panel.")] = True
+    """In `conversations.db` of the state folder."""
     simulated_gpus: tuple[SimulatedGpuConfig, ...] = ()
 
 

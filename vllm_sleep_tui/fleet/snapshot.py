@@ -273,8 +273,12 @@ class ChatEvent(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int | None = None
     switch_seconds: float | None = None
     """On the first event, if the model had to be woken or started."""
+    switch_times: SwitchTimes | None = None
+    """The ledger of that, beside it."""
     ttft: float | None = None
     """Seconds from the request to the first text, on the event that carries it."""
+    context_tokens: int | None = None
+    """How many tokens prompt and answer may have together, on the last event where the server says so."""
 
 
 WHOLE = ("stop", "tool_calls", "function_call")
@@ -283,6 +287,7 @@ _CUT = {
     "length": "cut off: the token limit was reached",
     "abort": "cut off: the model was put to sleep or stopped meanwhile",
     "content_filter": "cut off by a content filter",
+    "stopped": "stopped: what was said is kept",
 }
 
 

@@ -22,6 +22,7 @@ from textual.theme import Theme
 from vllm_sleep_tui import files, paths
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.files import read_regular
+from vllm_sleep_tui.fleet.conversations import Conversations
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.leaving import Leaving, leave_at_once
@@ -65,11 +66,13 @@ class PanelApp(App[None]):
         state_dir: Path,
         theme_folders: Sequence[Path],
         autostart: Sequence[str] = (),
+        conversations: Conversations | None = None,
     ) -> None:
         self._files, self._complaints = load_themes(theme_folders)
         super().__init__()
         self.fleet = fleet
         self.operations = Operations()
+        self.conversations = conversations or Conversations(state_dir)
         self.is_told_to_leave = False
         """By a signal or the terminal's end, and not by the person."""
         self._memory = state_dir / "panel.json"
@@ -93,7 +96,7 @@ class PanelApp(App[None]):
         """Open the dashboard."""
         self.theme_changed_signal.subscribe(self, self._recolor)
         self._recolor(self.current_theme)
-        self.dashboard = Dashboard(self.fleet, self.operations)
+        self.dashboard = Dashboard(self.fleet, self.operations, self.conversations)
         self.push_screen(self.dashboard)
         self.set_interval(READING_SECONDS, self._keep_reading)
         for complaint in self._complaints:
@@ -201,7 +204,14 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
     marked = [name for name, model in loaded.config.models.items() if model.autostart]
     folders = (package_folder(), paths.config_dir() / "themes")
     async with Fleet(loaded, state_dir, leads=True) as fleet:
-        app = PanelApp(fleet, state_dir=state_dir, theme_folders=folders, autostart=marked)
+        keeps = loaded.config.keep_conversations
+        app = PanelApp(
+            fleet,
+            state_dir=state_dir,
+            theme_folders=folders,
+            autostart=marked,
+            conversations=Conversations(state_dir, loaded.path, keeps=keeps),
+        )
         loop = asyncio.get_running_loop()
         Leaving(
             lambda: loop.call_soon_threadsafe(app.leave),
@@ -219,6 +229,7 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
                 _say(f"Left while starting {', '.join(starts)}: whoever comes next carries it on.")
                 leave_at_once()
             await app.operations.close()
+            app.conversations.close()
         running = [model.name for model in fleet.snapshot().models if model.state in RUNNING]
         if running:
             _say(f"{', '.join(running)} run on; the panel takes them back when it is opened again.")

@@ -19,6 +19,8 @@ class Key:
     shown: str = ""
     """The key as people know it, if Textual calls it otherwise."""
     in_footer: bool = True
+    is_first: bool = False
+    """Heeded before the widget in focus hears it; a letter is text all the same where text is typed."""
 
     @property
     def cap(self) -> str:
@@ -54,7 +56,75 @@ KEYS: tuple[Key, ...] = (
     Key(key="u", action="start", short="start", help="Start it"),
     Key(key="x", action="stop", short="stop", help="Stop it (asks)"),
     Key(key="r", action="restart", short="restart", help="Restart it (asks)", in_footer=False),
-    Key(key="c", action="chat", short="chat", help="Chat with it; asleep, it is switched to first"),
+    Key(
+        key="c",
+        action="chat",
+        short="chat",
+        help="Chat with it; asleep, it is switched to first",
+        is_first=True,
+    ),
+    Key(
+        key="z",
+        action="chat_zoom",
+        short="zoom",
+        help="The chat over the whole screen, or beside the models again",
+        in_footer=False,
+    ),
+    Key(
+        key="d",
+        action="duel",
+        short="duel",
+        help="Ask another model the last question, too: figures and words are compared",
+        in_footer=False,
+    ),
+    Key(
+        key="ctrl+n",
+        action="chat_new",
+        short="new",
+        help="Begin a conversation; the one before is kept",
+        shown="^n",
+        in_footer=False,
+    ),
+    Key(
+        key="h,ctrl+o",
+        action="chat_list",
+        short="talks",
+        help="The conversations that were kept: find, go on, rename, export, delete",
+        shown="h ^o",
+        in_footer=False,
+    ),
+    Key(
+        key="ctrl+g",
+        action="chat_editor",
+        short="editor",
+        help="Write the question in $EDITOR",
+        shown="^g",
+        in_footer=False,
+    ),
+    Key(
+        key="ctrl+r",
+        action="chat_again",
+        short="again",
+        help="Ask the last question again, in place of its answer",
+        shown="^r",
+        in_footer=False,
+    ),
+    Key(
+        key="ctrl+l",
+        action="chat_edit",
+        short="edit",
+        help="Edit the last question and ask it in place of what was asked",
+        shown="^l",
+        in_footer=False,
+    ),
+    Key(
+        key="ctrl+t",
+        action="chat_go_on",
+        short="go on",
+        help="Have an answer that was cut gone on with",
+        shown="^t",
+        in_footer=False,
+    ),
     Key(
         key="slash",
         action="find",
@@ -159,7 +229,9 @@ KEYS: tuple[Key, ...] = (
 
 ELSEWHERE: tuple[tuple[str, str], ...] = (
     ("↑ ↓ j k", "Select a model"),
-    ("ctrl+j ⏎", "In the chat: send (paste keeps its lines)"),
+    ("⏎", "In the chat's input: send (a pasted text keeps its lines)"),
+    ("alt+⏎ ^j", "In the chat's input: begin a line"),
+    ("PgUp PgDn", "In the chat's input: scroll what was said; ctrl+↑ ctrl+↓ by less"),
     ("ctrl+p", "Palette: every action by name"),
     ("tab", "Next part of the screen"),
 )
@@ -168,4 +240,4 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
 
 def bindings() -> list[BindingType]:
     """The table as bindings of the dashboard."""
-    return [Binding(key.key, key.action, key.short, show=False) for key in KEYS]
+    return [Binding(key.key, key.action, key.short, show=False, priority=key.is_first) for key in KEYS]

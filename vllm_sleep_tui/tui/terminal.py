@@ -10,18 +10,23 @@ import termios
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.segment import Segment
+from textual._ansi_sequences import ANSI_SEQUENCES_KEYS
 from textual.color import Color
 from textual.drivers.linux_driver import LinuxDriver
 from textual.filter import LineFilter
+from textual.keys import Keys
 
 from vllm_sleep_tui.text import OBEYED, clean
 
 if TYPE_CHECKING:
     from textual.app import App
 
+# Terminals without the Kitty protocol send alt+enter as escape and return, which Textual takes for return
+# alone: the question would be sent. ctrl+j begins a line, as it does.
+cast(dict[str, Any], ANSI_SEQUENCES_KEYS)["\x1b\r"] = (Keys.ControlJ,)
 MAX_BEHIND = 2**20
 """Bytes that wait for a terminal; what comes on top is left out, and painted anew when it reads again."""
 MOST_AT_ONCE = 4096

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from vllm_sleep_tui.engine.chat import Thinking, refusal
+from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.backend import backend_of
@@ -37,7 +38,7 @@ async def answer(
     name, backend = model.name, backend_of(model)
     if await backend.state() is not State.AWAKE:
         ledger = await switcher.switch(name, report=report)
-        yield ChatEvent(model=name, switch_seconds=ledger.total)
+        yield ChatEvent(model=name, switch_seconds=ledger.total, switch_times=ledger)
     began, first = time.monotonic(), True
     client, served = await backend.endpoint()
     stream = client.chat(messages, model=served, params=params, first_timeout=FIRST_LIMIT)
@@ -70,5 +71,15 @@ async def answer(
     finally:
         await stream.aclose()
     text, reasoning = thinking.end(finish)
-    if text or reasoning or failed is not None:
-        yield ChatEvent(model=name, text=text, reasoning=reasoning, error=failed)
+    context = None if failed is not None else await _context(client, served)
+    if text or reasoning or context or failed is not None:
+        yield ChatEvent(model=name, text=text, reasoning=reasoning, error=failed, context_tokens=context)
+
+
+async def _context(client: VllmClient, served: str) -> int | None:
+    """The tokens that prompt and answer may have together; None where the server does not say."""
+    try:
+        cards = {card.id: card for card in await client.models()}
+    except EngineError:
+        return None
+    return cards[served].max_model_len if served in cards else None

@@ -9,29 +9,33 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on, work
-from textual.app import ComposeResult
+from textual.app import ComposeResult, SuspendNotSupported
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.events import DescendantBlur, DescendantFocus, Resize
 from textual.widgets import Input, Static
 
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.conversations import Conversations
 from vllm_sleep_tui.fleet.events import FleetEvent, Kind
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot, Prediction
 from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.keys import bindings
 from vllm_sleep_tui.tui.screens.advice import AdviceScreen
-from vllm_sleep_tui.tui.screens.dialogs import Choice, Help, Question
+from vllm_sleep_tui.tui.screens.conversations import ConversationList
+from vllm_sleep_tui.tui.screens.dialogs import Choice, Help, ModelChooser, Question
 from vllm_sleep_tui.tui.screens.events import EventScreen
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
 from vllm_sleep_tui.tui.screens.logs import show_log
 from vllm_sleep_tui.tui.screens.looking import LookingScreen
+from vllm_sleep_tui.tui.state.editor import edited
 from vllm_sleep_tui.tui.state.operations import Operations, Running, Trouble, Work
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.past import PastReader, Readings
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.widgets.bands import BottomBand, TopBand
 from vllm_sleep_tui.tui.widgets.chat import ChatPane
+from vllm_sleep_tui.tui.widgets.chat_status import cost_words
 from vllm_sleep_tui.tui.widgets.detail import Detail
 from vllm_sleep_tui.tui.widgets.memory import MemoryPanel
 from vllm_sleep_tui.tui.widgets.models import FindInput, ModelTable
@@ -50,7 +54,7 @@ NARROW_WIDTH, LOW_HEIGHT = 100, 30
 TIMELINE_HEIGHT, SERVED_HEIGHT = 28, 2
 """The lanes need a terminal of so many lines and two a model; requests and tokens so many more."""
 _FINDING_HINT = "⏎ to the table   ↑ ↓ move   esc all models   letters are text here"
-_TYPING_HINT = "⏎ or ctrl+j send   esc leave the input   letters are text here"
+_TYPING_HINT = "⏎ send  alt+⏎ line  ↑ earlier  esc leave the input   letters are text here"
 
 
 class Dashboard(LookingScreen):
@@ -58,8 +62,9 @@ class Dashboard(LookingScreen):
 
     BINDINGS: ClassVar[list[BindingType]] = bindings()
 
-    def __init__(self, fleet: PanelFleet, operations: Operations) -> None:
+    def __init__(self, fleet: PanelFleet, operations: Operations, conversations: Conversations) -> None:
         super().__init__()
+        self._conversations = conversations
         self.fleet = fleet
         self.operations = operations
         self._ticks = 0
@@ -90,7 +95,7 @@ class Dashboard(LookingScreen):
                 with VerticalScroll(id="scroll", can_focus=True):
                     yield Detail(id="detail")
                 yield Timeline(id="timeline")
-            yield ChatPane(self.fleet, self.operations, id="chat")
+            yield ChatPane(self.fleet, self.operations, self._conversations, id="chat")
         yield Static(id="too-small", markup=False)
 
     async def on_mount(self) -> None:
@@ -360,9 +365,73 @@ class Dashboard(LookingScreen):
     # ── what the keys show ──────────────────────────────────────────────────────────────────────────────────
 
     def action_chat(self) -> None:
-        """Into the chat's input."""
+        """Into the chat's input, at once: what is typed next is a question already."""
         self.add_class("-chatting")
-        self.query_one(ChatPane).input.focus()
+        self.set_focus(self.query_one(ChatPane).input)
+
+    def action_chat_zoom(self) -> None:
+        """The chat over the whole screen, or beside the models again."""
+        self.toggle_class("-zoomed")
+        self.set_class(self.has_class("-zoomed"), "-chatting")
+
+    def action_chat_new(self) -> None:
+        """Begin a conversation."""
+        self.query_one(ChatPane).new()
+
+    @work
+    async def action_chat_list(self) -> None:
+        """The conversations that were kept."""
+        chat = self.query_one(ChatPane)
+        chosen = await self.app.push_screen_wait(ConversationList(self._conversations, chat.forgotten))
+        if chosen is not None:
+            self.add_class("-chatting")
+            await chat.open_conversation(chosen)
+
+    @work
+    async def action_duel(self) -> None:
+        """Ask another model the same."""
+        chat = self.query_one(ChatPane)
+        others = [model.name for model in self.fleet.snapshot().models if model.name != self.selected]
+        if not chat.can_ask_another or not others:
+            self.notify(
+                f"Ask {self.selected} something first: another model is asked the same.", markup=False
+            )
+            return
+        models = [(name, cost_words(self.fleet.predict(name)) or "is awake") for name in others]
+        if (
+            other := await self.app.push_screen_wait(ModelChooser("Ask another model the same", models))
+        ) is not None:
+            self.add_class("-chatting")
+            chat.ask_another(other)
+
+    def action_chat_editor(self) -> None:
+        """Write the question in the person's own editor."""
+        chat = self.query_one(ChatPane)
+        try:
+            with self.app.suspend():
+                text = edited(chat.input.text)
+        except SuspendNotSupported:
+            self.notify("An editor needs a terminal of its own.", severity="warning", markup=False)
+            return
+        except PanelError as error:
+            self.notify(f"{error.what}\n{error.cure}", severity="error", markup=False)
+            return
+        chat.input.text = text
+        chat.input.move_cursor(chat.input.document.end)
+        self.action_chat()
+
+    def action_chat_again(self) -> None:
+        """Ask the last question again."""
+        self.query_one(ChatPane).regenerate()
+
+    def action_chat_edit(self) -> None:
+        """Ask the last question otherwise."""
+        self.add_class("-chatting")
+        self.query_one(ChatPane).edit()
+
+    def action_chat_go_on(self) -> None:
+        """Have a cut answer gone on with."""
+        self.query_one(ChatPane).go_on()
 
     def action_find(self) -> None:
         """Into the line that says which models have a row."""
@@ -414,7 +483,7 @@ class Dashboard(LookingScreen):
         elif self.has_class("-finding") and self._shows_models():
             self._find_all()
         else:
-            self.remove_class("-chatting")
+            self.remove_class("-chatting", "-zoomed")
             self._table.focus()
 
     def action_copy_answer(self) -> None:

@@ -99,6 +99,45 @@ class Help(ModalScreen[None]):
             yield Static(table)
 
 
+class ModelChooser(ModalScreen[str | None]):
+    """One of these models, each with a word on what choosing it does."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "dismiss", "cancel", show=False),
+        Binding("j", "step(1)", "next", show=False),
+        Binding("k", "step(-1)", "previous", show=False),
+    ]
+
+    def __init__(self, title: str, models: Sequence[tuple[str, str]]) -> None:
+        super().__init__()
+        self._title_text = title
+        self._models = models
+
+    def compose(self) -> ComposeResult:
+        """One line a model."""
+        with Vertical(classes="dialog") as box:
+            box.border_title = Text(self._title_text).markup
+            box.border_subtitle = "⏎ asks, esc does not"
+            options = [
+                Option(Text.assemble((name, "bold"), f"  {words}"), id=str(number))
+                for number, (name, words) in enumerate(self._models)
+            ]
+            yield OptionList(*options)
+
+    def on_mount(self) -> None:
+        """Begin at the first."""
+        self.query_one(OptionList).focus()
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """That one."""
+        self.dismiss(self._models[event.option_index][0])
+
+    def action_step(self, step: int) -> None:
+        """The next model, round and round."""
+        options = self.query_one(OptionList)
+        options.highlighted = ((options.highlighted or 0) + step) % len(self._models)
+
+
 class ThemeChooser(ModalScreen[str | None]):
     """The themes; the one under the cursor is tried on at once, escape puts the old one back."""
 

@@ -1,30 +1,155 @@
-"""One conversation as the panel has it: its turns, and what the model is told of them."""
+"""One conversation as the panel has it: its turns, what the model is told of them, and what is kept."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from typing import Any
 
-from vllm_sleep_tui.tui.drawing.turns import Answer, Question, Turn
+from vllm_sleep_tui.fleet.conversations import Conversations, Handle, KeptTurn
+from vllm_sleep_tui.fleet.snapshot import ChatEvent, cut_words
+from vllm_sleep_tui.tui.drawing.paint import Line
+from vllm_sleep_tui.tui.drawing.turns import Answer, Notice, Question, Turn
+from vllm_sleep_tui.units import took
+
+MOST_WORDS = 600
+"""Of answers that are compared: it takes the square of that."""
+CHARACTERS_A_TOKEN = 3.0
+"""Of what was not counted yet: on the safe side for English."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """The figures of one answer."""
+
+    switch_seconds: float | None = None
+    was_started: bool = False
+    ttft: float | None = None
+    first: float | None = None
+    last: float | None = None
+    prompt_tokens: int | None = None
+    tokens: int | None = None
+    rate: float | None = None
+    finish_reason: str | None = None
+    context_tokens: int | None = None
+    is_new: bool = True
+    """Nothing of the answer has come yet."""
+
+    def see(self, event: ChatEvent) -> None:
+        """Take the figures of one event."""
+        now = time.monotonic()
+        self.is_new = False
+        if event.text or event.reasoning:
+            self.first = self.first or now
+            self.last = now
+        self.switch_seconds = self.switch_seconds if event.switch_seconds is None else event.switch_seconds
+        self.ttft = self.ttft if event.ttft is None else event.ttft
+        self.tokens = self.tokens if event.completion_tokens is None else event.completion_tokens
+        self.prompt_tokens = self.prompt_tokens if event.prompt_tokens is None else event.prompt_tokens
+        self.context_tokens = event.context_tokens or self.context_tokens
+        self.finish_reason = event.finish_reason or self.finish_reason
+        if self.tokens and self.tokens > 1 and self.first and self.last and self.last > self.first:
+            self.rate = (self.tokens - 1) / (self.last - self.first)
+
+    def words(self) -> str:
+        """`woke in 0.36 s · TTFT 26 ms · 212 tok/s`, as far as it is known."""
+        parts = []
+        if self.switch_seconds is not None:
+            parts.append(f"{'started' if self.was_started else 'woke'} in {took(self.switch_seconds)}")
+        if self.ttft is not None:
+            parts.append(f"TTFT {took(self.ttft)}")
+        if self.rate is not None:
+            parts.append(f"{self.rate:.0f} tok/s")
+        return " · ".join(parts)
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A turn, and what is kept of it beside its words."""
+
+    turn: Turn
+    at: float = field(default_factory=time.time)
+    pace: Pace = field(default_factory=Pace)
+    error: str | None = None
+    cure: str = ""
+    is_dropped: bool = False
+
+    def note(self) -> list[Line]:
+        """How an answer went, in lines below it."""
+        words, cut = self.pace.words(), cut_words(self.pace.finish_reason)
+        lines: list[Line] = []
+        if words or cut:
+            lines.append(((words, "muted"), (" · " if words and cut else "", "muted"), (cut, "warning")))
+        if self.error is not None:
+            assert isinstance(self.turn, Answer)
+            said = "The answer is not whole. " if self.turn.text else ""
+            lines.append(((f"{said}{self.error}", "bad"),))
+            lines += [((self.cure, "muted"),)] if self.cure else []
+        return lines
+
+    def kept(self) -> KeptTurn:
+        """As it is written down."""
+        turn, pace = self.turn, self.pace
+        if isinstance(turn, Answer):
+            return KeptTurn(
+                role="assistant",
+                text=turn.text,
+                at=self.at,
+                model=turn.model,
+                reasoning=turn.reasoning,
+                thought_seconds=turn.thought_seconds,
+                finish_reason=pace.finish_reason,
+                error=self.error,
+                switch_seconds=pace.switch_seconds,
+                ttft=pace.ttft,
+                prompt_tokens=pace.prompt_tokens,
+                completion_tokens=pace.tokens,
+                tokens_per_s=pace.rate,
+                is_dropped=self.is_dropped,
+            )
+        assert isinstance(turn, Question)
+        return KeptTurn(role="user", text=turn.text, at=self.at, is_dropped=self.is_dropped)
 
 
 class Talk:
-    """A conversation."""
+    """A conversation with `model`, kept by `store`; `turns` is what is shown."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Conversations, model: str, id: int | None = None) -> None:
+        self.handle = Handle(model, id)
         self.turns: list[Turn] = []
         self.row_at_top: int | None = None
         """Where the person was; None: at the end."""
+        self._store = store
+        self._entries: list[Entry] = []
+
+    # ── what is there ────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def last(self) -> Entry | None:
+        """The last answer that was not replaced."""
+        return next((entry for entry in reversed(self._shown()) if isinstance(entry.turn, Answer)), None)
 
     @property
     def answer(self) -> Answer | None:
         """The last answer."""
-        return next((turn for turn in reversed(self.turns) if isinstance(turn, Answer)), None)
+        entry = self.last
+        return entry.turn if entry is not None and isinstance(entry.turn, Answer) else None
+
+    @property
+    def questions(self) -> list[str]:
+        """What was asked, the first one first."""
+        return [entry.turn.text for entry in self._entries if isinstance(entry.turn, Question)]
+
+    def _shown(self) -> list[Entry]:
+        return [entry for entry in self._entries if not entry.is_dropped]
 
     def messages(self) -> list[dict[str, Any]]:
         """What the model is told: questions with what was answered; one that got no word is left out."""
         told: list[dict[str, Any]] = []
         asked: str | None = None
-        for turn in self.turns:
+        for entry in self._shown():
+            turn = entry.turn
             if isinstance(turn, Question):
                 asked = turn.text
             elif isinstance(turn, Answer) and asked is not None and turn.text:
@@ -34,8 +159,119 @@ class Talk:
             told.append({"role": "user", "content": asked})
         return told
 
-    def ask(self, text: str, model: str, paint: str) -> Answer:
+    def tokens_used(self, more: str = "") -> int | None:
+        """About how many tokens the next prompt has, with `more` asked; None before anything was counted."""
+        entry = self.last
+        if entry is None or entry.pace.prompt_tokens is None:
+            return None
+        counted = entry.pace.prompt_tokens + (entry.pace.tokens or 0)
+        return counted + round(len(more) / CHARACTERS_A_TOKEN)
+
+    # ── what is added ────────────────────────────────────────────────────────────────────────────────────
+
+    def ask(self, text: str, model: str, paint: str, *, was_started: bool) -> Entry:
         """Add a question and an empty answer to it."""
-        answer = Answer(model, paint)
-        self.turns += [Question(text), answer]
-        return answer
+        self._add(Entry(Question(text)))
+        entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started))
+        self._add(entry)
+        return entry
+
+    def ask_another(self, model: str, paint: str, *, was_started: bool) -> Entry:
+        """Add an empty answer of another model to the last question.
+
+        What was answered first is what is gone on with.
+        """
+        entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started))
+        self._add(entry)
+        return entry
+
+    def last_question(self) -> list[dict[str, Any]]:
+        """What the model was told when it was asked last; empty if nothing was answered."""
+        told = self.messages()
+        return told[:-1] if told and told[-1]["role"] == "assistant" else []
+
+    def compare(self) -> str:
+        """How the last two answers to one question differ, in words; empty if there are no two."""
+        shown = self._shown()
+        pair = [entry for entry in shown[-2:] if isinstance(entry.turn, Answer)]
+        if len(pair) < 2:
+            return ""
+        texts = [entry.turn.text.split() for entry in pair if isinstance(entry.turn, Answer)]
+        same = (
+            SequenceMatcher(None, texts[0], texts[1], autojunk=False).ratio()
+            if max(map(len, texts)) < MOST_WORDS
+            else None
+        )
+        parts = [f"{entry.turn.speaker} {entry.pace.words()}".rstrip() for entry in pair]
+        return "\n".join(
+            [*parts, *([] if same is None else [f"{same * 100:.0f} % of the words are the same"])]
+        )
+
+    def _add(self, entry: Entry) -> None:
+        self._entries.append(entry)
+        self.turns.append(entry.turn)
+        self.keep(entry)
+
+    def tell(self, words: str, paint: str) -> None:
+        """Add a word on what happened to the model; it is shown and not kept."""
+        self.turns.append(Notice(words, paint))
+
+    def keep(self, entry: Entry) -> None:
+        """Keep what became of a turn."""
+        self._store.keep(self.handle, self._entries.index(entry), entry.kept())
+
+    def drop_last(self) -> str | None:
+        """Take the last question and its answer out of the conversation; the question, None without one.
+
+        Both are kept, as replaced.
+        """
+        shown = self._shown()
+        at = next((at for at in reversed(range(len(shown))) if isinstance(shown[at].turn, Question)), None)
+        if at is None:
+            return None
+        self._drop(shown[at:])
+        question = shown[at].turn
+        assert isinstance(question, Question)
+        return question.text
+
+    def drop_first(self) -> bool:
+        """Take the oldest question and its answer out of what the model is told; False if it is the last."""
+        shown = self._shown()
+        starts = [at for at, entry in enumerate(shown) if isinstance(entry.turn, Question)]
+        if len(starts) < 2:
+            return False
+        self._drop(shown[: starts[1]])
+        return True
+
+    def _drop(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            entry.is_dropped = True
+            self.turns.remove(entry.turn)
+            self.keep(entry)
+
+    def restore(self, turns: tuple[KeptTurn, ...], colors: dict[str, str]) -> None:
+        """Take over what was said in an earlier run."""
+        for kept in turns:
+            entry = Entry(_turn(kept, colors), kept.at, is_dropped=kept.is_dropped, error=kept.error)
+            entry.pace = Pace(
+                switch_seconds=kept.switch_seconds,
+                ttft=kept.ttft,
+                prompt_tokens=kept.prompt_tokens,
+                tokens=kept.completion_tokens,
+                rate=kept.tokens_per_s,
+                finish_reason=kept.finish_reason,
+            )
+            self._entries.append(entry)
+            if isinstance(entry.turn, Answer):
+                entry.turn.say(*entry.note())
+            if not entry.is_dropped:
+                self.turns.append(entry.turn)
+
+
+def _turn(kept: KeptTurn, colors: dict[str, str]) -> Turn:
+    if kept.role == "user":
+        return Question(kept.text)
+    model = kept.model or "?"
+    answer = Answer(model, colors.get(model, "muted"))
+    answer.restore(kept.text, kept.reasoning, kept.thought_seconds)
+    return answer

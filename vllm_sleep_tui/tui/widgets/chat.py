@@ -4,112 +4,74 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 from rich.text import Text
-from textual import events
+from textual import work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.message import Message
 from textual.timer import Timer
-from textual.widgets import TextArea
 
 from vllm_sleep_tui.errors import PanelError
-from vllm_sleep_tui.fleet.snapshot import ChatEvent, Progress, cut_words
+from vllm_sleep_tui.fleet.conversations import Conversations
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Prediction, Progress, SwitchTimes
+from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line
 from vllm_sleep_tui.tui.drawing.turns import Answer
+from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
 from vllm_sleep_tui.tui.state.operations import Operations, expected
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
-from vllm_sleep_tui.tui.state.talk import Talk
+from vllm_sleep_tui.tui.state.talk import Entry, Talk
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.theme import palette_of
+from vllm_sleep_tui.tui.widgets.chat_input import ChatInput
+from vllm_sleep_tui.tui.widgets.chat_status import ChatStatus
 from vllm_sleep_tui.tui.widgets.transcript import Transcript
-from vllm_sleep_tui.units import took
+from vllm_sleep_tui.tui.words import phases_of, state_words
+from vllm_sleep_tui.units import time_of_day, took
 
 FLUSH_SECONDS = 0.1
+KEEP_SECONDS = 2.0
+"""How often an answer under way is kept: so much is lost if the panel is killed."""
+ROOM_TOKENS = 256
+"""What an answer needs at least; a prompt that leaves less is asked about."""
+GO_ON = "Go on exactly where you stopped."
 _HINT: Line = (("Nothing said yet. c goes to the input below.", "muted"),)
-
-
-class ChatInput(TextArea):
-    """Where the question is typed; enter and ctrl+j send it, a pasted text keeps its lines."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+j", "send", "send", show=False)]
-
-    class Sent(Message):
-        """The person sent a question."""
-
-        def __init__(self, text: str) -> None:
-            super().__init__()
-            self.text = text
-
-    async def _on_key(self, event: events.Key) -> None:
-        if event.key == "enter":
-            event.prevent_default()
-            event.stop()
-            self.action_send()
-        else:
-            await super()._on_key(event)
-
-    def action_send(self) -> None:
-        """Send what is typed, if anything is."""
-        if self.text.strip():
-            self.post_message(self.Sent(self.text.strip()))
-            self.clear()
-
-
-@dataclass(slots=True)
-class Pace:
-    """When an answer's pieces came."""
-
-    switch_seconds: float | None = None
-    ttft: float | None = None
-    first: float | None = None
-    last: float | None = None
-    tokens: int | None = None
-    finish_reason: str | None = None
-
-    def see(self, event: ChatEvent) -> None:
-        """Take the figures of one event."""
-        now = time.monotonic()
-        if event.text or event.reasoning:
-            self.first = self.first or now
-            self.last = now
-        self.switch_seconds = self.switch_seconds if event.switch_seconds is None else event.switch_seconds
-        self.ttft = self.ttft if event.ttft is None else event.ttft
-        self.tokens = self.tokens if event.completion_tokens is None else event.completion_tokens
-        self.finish_reason = event.finish_reason or self.finish_reason
-
-    def words(self, *, was_started: bool) -> str:
-        """`woke in 0.36 s · TTFT 26 ms · 212 tok/s`, as far as it is known."""
-        parts = []
-        if self.switch_seconds is not None:
-            parts.append(f"{'started' if was_started else 'woke'} in {took(self.switch_seconds)}")
-        if self.ttft is not None:
-            parts.append(f"TTFT {took(self.ttft)}")
-        if self.tokens and self.tokens > 1 and self.first and self.last and self.last > self.first:
-            parts.append(f"{(self.tokens - 1) / (self.last - self.first):.0f} tok/s")
-        return " · ".join(parts)
+_TOLD = (State.AWAKE, State.ASLEEP, State.STOPPED, State.FAILED)
 
 
 class ChatPane(Vertical):
     """A conversation for each model, and one input for the selected one."""
 
-    def __init__(self, fleet: PanelFleet, operations: Operations, *, id: str | None = None) -> None:
+    def __init__(
+        self,
+        fleet: PanelFleet,
+        operations: Operations,
+        conversations: Conversations,
+        *,
+        id: str | None = None,
+    ) -> None:
         super().__init__(id=id)
         self._fleet = fleet
         self._operations = operations
+        self._store = conversations
         self._talks: dict[str, Talk] = {}
-        self._answering: dict[str, asyncio.Task[PanelError | None]] = {}
+        self._answering: dict[str, tuple[Talk, Entry, asyncio.Task[PanelError | None]]] = {}
+        self._contexts: dict[str, int] = {}
+        """The longest context of each model, in tokens, as far as its server has told."""
+        self._agreed: set[tuple[str, ...]] = set()
+        """What the person agreed to while this panel runs: a model, and who sleeps for it."""
+        self._states: dict[str, State] = {}
         self._model: str | None = None
         self._view: View | None = None
         self._flush_timer: Timer | None = None
+        self._kept_at = 0.0
 
     def compose(self) -> ComposeResult:
-        """What was said, and the input."""
+        """What was said, who would answer, and the input."""
         yield Transcript(id="transcript")
-        yield ChatInput(id="question", compact=True, highlight_cursor_line=False)
+        yield ChatStatus(id="chat-status")
+        yield ChatInput(id="question")
 
     def on_mount(self) -> None:
         """The timer that shows what streamed in; it runs only while something streams."""
@@ -130,23 +92,88 @@ class ChatPane(Vertical):
         """True while any answer is under way."""
         return bool(self._answering)
 
+    @property
+    def _talk(self) -> Talk | None:
+        return self._talks.get(self._model or "")
+
+    # ── what is shown ────────────────────────────────────────────────────────────────────────────────────
+
     def show(self, view: View) -> None:
         """Turn to the selected model."""
         self._view = view
-        if view.selected is None or view.selected == self._model:
+        self._tell_changes(view.snapshot)
+        if view.selected is not None and view.selected != self._model:
+            self._leave()
+            self._model = view.selected
+            self._turn_to(self._talks.get(view.selected) or self._begun(view.selected))
+            self._title(view)
+        self._show_status()
+
+    def _leave(self) -> None:
+        if (talk := self._talk) is not None:
+            talk.row_at_top = self.transcript.row_at_top
+
+    def _begun(self, model: str) -> Talk:
+        """A talk with a model, which goes on with what was said in an earlier run once that is read."""
+        talk = self._talks[model] = Talk(self._store, model)
+        self._operations.spawn(self._resume(talk))
+        return talk
+
+    async def _resume(self, talk: Talk) -> None:
+        kept = await asyncio.wrap_future(self._store.latest(talk.handle.model))
+        if kept is not None:
+            await self._open(talk.handle.model, kept.id, instead_of=talk)
+
+    async def open_conversation(self, id: int) -> None:
+        """Go on with a conversation, with the selected model."""
+        if self._model is not None and self._model not in self._answering:
+            await self._open(self._model, id, instead_of=self._talks.get(self._model))
+
+    async def _open(self, model: str, id: int, *, instead_of: Talk | None) -> None:
+        turns = await asyncio.wrap_future(self._store.turns(id))
+        is_current = self._talks.get(model) is instead_of and model not in self._answering
+        if not is_current or self._view is None or not self.is_attached:
             return
-        if self._model is not None:
-            self._talks[self._model].row_at_top = self.transcript.row_at_top
-        self._model = name = view.selected
-        talk = self._talks.setdefault(name, Talk())
+        talk = Talk(self._store, model, id)
+        talk.restore(turns, self._view.colors)
+        self._talks[model] = talk
+        if model == self._model:
+            self._turn_to(talk)
+
+    def _turn_to(self, talk: Talk) -> None:
+        self.input.earlier = talk.questions
         self.transcript.show(talk.turns, _HINT, at=talk.row_at_top)
-        self._title(view)
+        self._show_status()
+
+    def _show_status(self) -> None:
+        if self._view is not None:
+            used = None if self._talk is None else self._talk.tokens_used(self.input.text)
+            self.query_one(ChatStatus).show(self._view, used, self._contexts.get(self._model or ""))
+
+    def _tell_changes(self, snapshot: FleetSnapshot) -> None:
+        """A model that was talked with and that others put to sleep, or that died, is told of in its talk."""
+        for model in snapshot.models:
+            before = self._states.get(model.name)
+            if model.state in _TOLD:
+                self._states[model.name] = model.state
+            talk = self._talks.get(model.name)
+            if before in (None, model.state) or model.state not in _TOLD or talk is None or not talk.turns:
+                continue
+            if model.state is State.AWAKE and before is not State.FAILED:
+                continue  # an answer or the line above the input says it
+            is_failed = model.state is State.FAILED
+            words = f"{time_of_day(time.time())} {model.name}: {state_words(model.state, model.level)}"
+            if is_failed and model.reason:
+                words += f". {model.reason} {model.cure or ''}".rstrip()
+            talk.tell(words, "bad" if is_failed else "muted")
+            self._shown(talk)
 
     def _title(self, view: View) -> None:
         name = self._model or ""
         color = self._paint(view.colors[name])
         self.border_title = Text.assemble("Chat with ", (name, f"bold {color}")).markup
-        self.input.placeholder = f"Ask {name} …"
+        self.border_subtitle = "new ^n · all h · zoom z"
+        self.input.placeholder = f"Ask {name} …  alt+⏎ new line"
 
     def recolor(self) -> None:
         """Follow a change of theme."""
@@ -158,36 +185,121 @@ class ChatPane(Vertical):
         color = palette_of(self).style(paint).color
         return color.name if color is not None else "default"
 
+    def on_chat_input_paged(self, message: ChatInput.Paged) -> None:
+        """Scroll what was said without leaving the input."""
+        message.stop()
+        self.transcript.scroll_pages(message.pages)
+
+    # ── asking ───────────────────────────────────────────────────────────────────────────────────────────
+
     def on_chat_input_sent(self, message: ChatInput.Sent) -> None:
         """Ask the selected model."""
         message.stop()
-        name, view = self._model, self._view
-        if name is None or view is None:
-            return
+        if self._model is not None:
+            self._send(self._model, message.text)
+
+    @work
+    async def _send(self, name: str, text: str) -> None:
+        """Ask, once the person knows what it costs; a question that is not asked goes back into the input."""
+        talk = self._talks[name]
         if name in self._answering:
             self.notify(f"{name} is still answering; escape stops it.", markup=False)
-            self.input.text = message.text
+        elif await self._agrees(name) and await self._fits(name, talk, text):
+            self._ask(name, self._talks[name], text)
             return
-        talk = self._talks[name]
-        answer = talk.ask(message.text, name, view.colors[name])
-        self._shown(talk)
-        self.transcript.to_end()
-        was_started = view.prediction is not None and view.prediction.action == "start"
-        pace = Pace()
-        task = self._operations.spawn(self._stream(name, talk, answer, pace))
-        self._answering[name] = task
-        # The end is a callback for the reason that `Operations` gives.
-        task.add_done_callback(
-            lambda done: self._ended(name, talk, answer, pace, pace.words(was_started=was_started), done)
+        self.input.give_back(text)
+
+    async def _agrees(self, name: str) -> bool:
+        """Whether what comes before the answer was asked for: a start always is, an eviction once."""
+        if self._fleet.snapshot().model(name).state is State.AWAKE:
+            return True
+        prediction = self._fleet.predict(name)
+        victims = (*prediction.sleeps, *prediction.stops)
+        if prediction.action == "start":
+            title, choice = f"Start {name}?", Choice("y", "Start and ask", "yes")
+        elif victims and (name, *victims) not in self._agreed:
+            title, choice = f"Switch to {name}?", Choice("y", "Switch and ask", "yes")
+        else:
+            return True
+        if not await self.app.push_screen_wait(Question(title, _sentence(prediction), [choice])):
+            return False
+        self._agreed.add((name, *victims))
+        return True
+
+    async def _fits(self, name: str, talk: Talk, text: str) -> bool:
+        """Whether the context has room for the question, if need be after the person chose how."""
+        used, limit = talk.tokens_used(text), self._contexts.get(name)
+        if used is None or limit is None or used + ROOM_TOKENS <= limit:
+            return True
+        words = (
+            f"The conversation has about {used} tokens of the {limit} that {name} can hold, "
+            "which leaves little or nothing for an answer."
         )
+        choices = [
+            Choice("d", "Drop the oldest", "drop"),
+            Choice("n", "New conversation", "new"),
+            Choice("s", "Send", "send"),
+        ]
+        answer = await self.app.push_screen_wait(Question("The context is full", words, choices))
+        if answer == "new":
+            self.new()
+        elif answer == "drop":
+            share = max(0.0, 1 - (limit - ROOM_TOKENS) / used)
+            size = sum(len(turn["content"]) for turn in talk.messages())
+            goal = size * (1 - share - 0.1)
+            while sum(len(turn["content"]) for turn in talk.messages()) > goal and talk.drop_first():
+                pass
+            self.transcript.show(talk.turns, _HINT)
+        return answer is not None
+
+    def _ask(self, name: str, talk: Talk, text: str) -> None:
+        view = self._view
+        assert view is not None
+        was_started = view.snapshot.model(name).state not in (State.AWAKE, State.ASLEEP)
+        entry = talk.ask(text, name, view.colors[name], was_started=was_started)
+        self.input.earlier = talk.questions
+        self._shown(talk)
+        if talk is self._talk:
+            self.transcript.to_end()
+        task = self._operations.spawn(self._stream(name, talk, entry, talk.messages()))
+        self._follow(name, talk, entry, task, text)
+
+    def _follow(
+        self, name: str, talk: Talk, entry: Entry, task: asyncio.Task[PanelError | None], text: str
+    ) -> None:
+        self._answering[name] = (talk, entry, task)
+        # The end is a callback for the reason that `Operations` gives.
+        task.add_done_callback(lambda done: self._ended(name, talk, entry, text, done))
         if self._flush_timer is not None:
             self._flush_timer.resume()
 
-    async def _stream(self, name: str, talk: Talk, answer: Answer, pace: Pace) -> PanelError | None:
+    @work
+    async def ask_another(self, other: str) -> None:
+        """Ask another model the last question, in the same conversation."""
+        talk, view = self._talk, self._view
+        if talk is None or view is None or other in self._answering or self._model in self._answering:
+            self.notify("An answer is still under way; escape stops it.", markup=False)
+            return
+        messages = talk.last_question()
+        if not messages or not await self._agrees(other):
+            return
+        was_started = view.snapshot.model(other).state not in (State.AWAKE, State.ASLEEP)
+        entry = talk.ask_another(other, view.colors[other], was_started=was_started)
+        self._shown(talk)
+        self.transcript.to_end()
+        task = self._operations.spawn(self._stream(other, talk, entry, messages))
+        self._follow(other, talk, entry, task, "")
+
+    async def _stream(
+        self, name: str, talk: Talk, entry: Entry, messages: list[dict[str, Any]]
+    ) -> PanelError | None:
         """Take the pieces as they come; the error that came in the middle, if one did."""
-        error = None
-        chat = self._fleet.chat(name, talk.messages(), report=lambda step: self._step(talk, answer, step))
+        error, pace, answer = None, entry.pace, entry.turn
+        assert isinstance(answer, Answer)
+        chat = self._fleet.chat(name, messages, report=lambda step: self._step(talk, answer, step))
         async for event in chat:
+            if pace.is_new:  # what was told of the way there is over
+                answer.say_above(*_phases(event.switch_times))
             pace.see(event)
             answer.add(event.text, event.reasoning)
             if event.error is not None:
@@ -195,29 +307,30 @@ class ChatPane(Vertical):
         return error
 
     def _ended(
-        self,
-        name: str,
-        talk: Talk,
-        answer: Answer,
-        pace: Pace,
-        words: str,
-        task: asyncio.Task[PanelError | None],
+        self, name: str, talk: Talk, entry: Entry, text: str, task: asyncio.Task[PanelError | None]
     ) -> None:
         del self._answering[name]
+        answer = entry.turn
+        assert isinstance(answer, Answer)
         raised = asyncio.CancelledError() if task.cancelled() else task.exception()
         error = task.result() if raised is None else expected(raised)
-        stopped = raised is not None and error is None
-        cut = "stopped: what was said is kept" if stopped else cut_words(pace.finish_reason)
-        notes: list[Line] = []
-        if words or cut:
-            notes.append(((words, "muted"), (" · " if words and cut else "", "muted"), (cut, "warning")))
-        if error is not None:
-            said = "The answer is not whole. " if answer.text else ""
-            notes.append(((f"{said}{error.what}", "bad"),))
-            notes += [((error.cure, "muted"),)] if error.cure else []
         answer.end()
-        answer.say(*notes)
+        if error is not None:
+            entry.error, entry.cure = error.what, error.cure
+            answer.say_above()
+        elif raised is not None:
+            entry.pace.finish_reason = "stopped"
+        if entry.pace.context_tokens is not None:
+            self._contexts[name] = entry.pace.context_tokens
+        answer.say(*entry.note())
+        talk.keep(entry)
+        if name != talk.handle.model and answer.text:
+            for words in talk.compare().splitlines():
+                talk.tell(words, "muted")
         self._shown(talk, answer)
+        self._shown(talk)
+        if not answer.text and error is not None and self.is_attached and talk is self._talk:
+            self.input.give_back(text)
         if not self._answering and self._flush_timer is not None:
             self._flush_timer.pause()
 
@@ -225,19 +338,81 @@ class ChatPane(Vertical):
         words = f"{step.model}: {step.phase} {step.detail}".rstrip()
         if step.fraction is not None:
             words += f"  {step.fraction * 100:.0f} %"
-        answer.say(((words, "muted"),))
+        answer.say_above(((words, "muted"),))
         self._shown(talk, answer)
 
     def _shown(self, talk: Talk, answer: Answer | None = None) -> None:
         """Show what changed, if it is looked at."""
-        if self.is_attached and talk is self._talks.get(self._model or ""):
+        if self.is_attached and talk is self._talk and (answer is None or answer in talk.turns):
             self.transcript.grew(answer)
 
     def _flush(self) -> None:
-        for name in self._answering:
-            talk = self._talks[name]
-            if talk.answer is not None and talk.answer.flush():
-                self._shown(talk, talk.answer)
+        now = time.monotonic()
+        keeps = now >= self._kept_at + KEEP_SECONDS
+        self._kept_at = now if keeps else self._kept_at
+        for talk, entry, _ in self._answering.values():
+            answer = entry.turn
+            if isinstance(answer, Answer) and answer.flush():
+                self._shown(talk, answer)
+                if keeps:
+                    talk.keep(entry)
+
+    def stop_answer(self) -> bool:
+        """Stop one answer, the visible model's first, keeping what was said; False if there is none."""
+        if not self._answering:
+            return False
+        name = self._model if self._model in self._answering else next(iter(self._answering))
+        self._answering[name or ""][2].cancel()
+        return True
+
+    # ── what the keys do ─────────────────────────────────────────────────────────────────────────────────
+
+    def new(self) -> None:
+        """Begin a conversation; the one before is kept."""
+        if self._model is None or self._model in self._answering:
+            self.notify(f"{self._model} is still answering; escape stops it.", markup=False)
+            return
+        talk = self._talks[self._model] = Talk(self._store, self._model)
+        self._turn_to(talk)
+
+    def forgotten(self, id: int) -> None:
+        """The conversation was deleted: whoever shows it begins anew."""
+        for name, talk in list(self._talks.items()):
+            if talk.handle.id == id and name not in self._answering:
+                self._talks[name] = Talk(self._store, name)
+                if name == self._model:
+                    self._turn_to(self._talks[name])
+
+    def regenerate(self) -> None:
+        """Ask the last question again; the answer that it replaces is kept, and not shown."""
+        if (text := self._taken_back()) is not None and self._model is not None:
+            self._send(self._model, text)
+
+    def edit(self) -> None:
+        """Put the last question into the input; what is sent takes its place, and its answer's."""
+        if (text := self._taken_back()) is not None:
+            self.input.text = text
+            self.input.move_cursor(self.input.document.end)
+            self.screen.set_focus(self.input)
+
+    def _taken_back(self) -> str | None:
+        talk = self._talk
+        if talk is None or self._model in self._answering:
+            self.notify(f"{self._model} is still answering; escape stops it.", markup=False)
+            return None
+        text = talk.drop_last()
+        if text is None:
+            self.notify("Nothing was asked yet.", markup=False)
+            return None
+        self.transcript.show(talk.turns, _HINT)
+        return text
+
+    def go_on(self) -> None:
+        """Have an answer that was cut gone on with."""
+        if self._model is None or self._talk is None or self._talk.answer is None:
+            self.notify("There is no answer to go on with.", markup=False)
+            return
+        self._send(self._model, GO_ON)
 
     def on_transcript_folded(self, message: Transcript.Folded) -> None:
         """Show an answer's reasoning, or hide it."""
@@ -247,28 +422,36 @@ class ChatPane(Vertical):
 
     def fold_last(self) -> bool:
         """The same for the last answer; False if it has no reasoning."""
-        talk = self._talks.get(self._model or "")
-        answer = talk.answer if talk is not None else None
+        answer = self._talk.answer if self._talk is not None else None
         if answer is None or not answer.reasoning:
             return False
         answer.fold()
         self.transcript.grew(answer)
         return True
 
-    def stop_answer(self) -> bool:
-        """Stop one answer, the visible model's first, keeping what was said; False if there is none."""
-        if not self._answering:
-            return False
-        name = self._model if self._model in self._answering else next(iter(self._answering))
-        self._answering[name or ""].cancel()
-        return True
-
     def last_answer(self) -> str | None:
         """The visible model's last answer, as it was written; None if there is none."""
-        talk = self._talks.get(self._model or "")
-        return talk.answer.text if talk is not None and talk.answer is not None and talk.answer.text else None
+        answer = self._talk.answer if self._talk is not None else None
+        return answer.text if answer is not None and answer.text else None
+
+    @property
+    def can_ask_another(self) -> bool:
+        """Whether there is a question that another model can be asked, too."""
+        return self._talk is not None and bool(self._talk.last_question())
 
     def code(self) -> str | None:
         """The block of code under the mouse, else the last one that is seen."""
         code = self.transcript.code_in_sight()
         return None if code is None else code.text
+
+
+def _phases(times: SwitchTimes | None) -> list[Line]:
+    """What a switch took, phase by phase, in a line above the answer; none without one."""
+    phases = [] if times is None else phases_of(times)
+    words = " · ".join(f"{phase} {took(seconds)}" for phase, seconds in phases)
+    return [((words, "muted"),)] if words else []
+
+
+def _sentence(prediction: Prediction) -> str:
+    """What would be done, for a question; all that `cost_words` names is in it."""
+    return prediction.sentence[:1].upper() + prediction.sentence[1:]

@@ -1,0 +1,109 @@
+"""The chat verb from a shell: stdin and prompt, conversations that go on, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import CommandLine
+from tests.tui.pty_terminal import Terminal
+from tests.tui.talker import talker
+from vllm_sleep_tui.cli.demo import write_demo
+
+COMMAND = [sys.executable, "-m", "vllm_sleep_tui"]
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    """The demo with one model awake."""
+    folder = tmp_path_factory.mktemp("chat")
+    made = CommandLine(write_demo(folder, 1000), folder / "state")
+    made("start", "qwen")
+    yield made
+    made.close()
+
+
+def shell(line: CommandLine, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, "--config", str(line.config), *arguments],
+        env=line.environment | {"XDG_STATE_HOME": str(line.state_home)},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_what_stands_on_stdin_follows_the_prompt(line: CommandLine) -> None:
+    done = shell(line, "chat", "qwen", "Summarise:", stdin="the <b>file</b>\n")
+    assert done.returncode == 0, done.stderr
+    assert "You asked: “Summarise: the <b>file</b>”" in done.stdout
+
+
+def test_a_model_that_is_not_awake_is_left_so_if_told(line: CommandLine) -> None:
+    done = shell(line, "chat", "phi", "hi", "--no-switch")
+    assert done.returncode == 1
+    assert done.stderr.startswith("phi is stopped, and --no-switch leaves it so.\n")
+    assert line.status()["phi"]["state"] == "stopped"
+
+
+def test_a_conversation_goes_on_and_is_listed_shown_exported_and_deleted(
+    line: CommandLine, tmp_path: Path
+) -> None:
+    alone = shell(line, "chat", "qwen", "not kept")
+    assert alone.returncode == 0
+    assert line("conversations", "list") == ""
+    shell(line, "chat", "qwen", "-c", "first question")
+    second = json.loads(shell(line, "chat", "qwen", "-c", "second question", "--json").stdout)
+    first = json.loads(shell(line, "chat", "qwen", "second question", "--json").stdout)
+    assert second["prompt_tokens"] > first["prompt_tokens"]  # the model was told of the first one
+    found = json.loads(line("conversations", "list", "--json"))["conversations"]
+    assert [(kept["title"], kept["turns"]) for kept in found] == [("first question", 4)]
+    number = str(found[0]["id"])
+    assert "## You\n\nsecond question" in line("conversations", "show", number)
+    file = tmp_path / "one.json"
+    file.write_text(line("conversations", "show", number, "--json"))
+    assert line("conversations", "import", str(file)).endswith(": first question\n")
+    line("conversations", "rename", number, "Another")
+    assert line("conversations", "list", "another").count("\n") == 1
+    line("conversations", "delete", number)
+    assert line.run("conversations", "show", number).stderr.startswith(
+        f"There is no conversation {number}.\n"
+    )
+
+
+def test_parameters_reach_the_server(line: CommandLine) -> None:
+    answer = json.loads(shell(line, "chat", "qwen", "hi", "--max-tokens", "3", "--json").stdout)
+    assert (answer["finish_reason"], answer["completion_tokens"]) == ("length", 3)
+    done = shell(line, "chat", "qwen", "hi", "--max-tokens", "3")
+    assert done.returncode == 0
+    assert "cut off: the token limit was reached" in done.stderr
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(line: CommandLine, tmp_path: Path) -> None:
+    with talker() as url:
+        config = tmp_path / "far.yaml"
+        config.write_text(f"models: {{far: {{url: '{url}'}}}}\n")
+        environment = line.environment | {"XDG_STATE_HOME": str(tmp_path / "state")}
+        terminal = Terminal(
+            [*COMMAND, "--config", str(config), "chat", "far"], environment, 80, 24, controlling=True
+        )
+        try:
+            terminal.wait_for("far> ")
+            for _ in range(2):
+                terminal.press("hello\n")
+                terminal.wait_for("word1")
+                terminal.press("\x03")
+                terminal.wait_for("Stopped.", "far> ")
+            terminal.press("\x04")
+            assert terminal.end() == 0
+        finally:
+            terminal.close()
+        kept = CommandLine(config, tmp_path / "state")("conversations", "list", "word1")
+        assert kept.endswith("far  hello\n")

@@ -1,0 +1,331 @@
+"""Conversations with models, kept in ``conversations.db`` of the state folder, unless the config says not to.
+
+All of it runs on one thread of its own, in order: to keep something returns at once. A database that is
+locked, full or broken costs what would have been kept and one note, never an answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.files import as_text, read_regular
+from vllm_sleep_tui.text import clean, one_line
+from vllm_sleep_tui.units import date_and_time
+
+T = TypeVar("T")
+Role = Literal["user", "assistant"]
+LOCK_SECONDS = 0.5
+"""How long another process's write is waited for."""
+TITLE_LENGTH = 60
+"""Characters of the first question that become a conversation's title."""
+MAX_IMPORT = 256 * 1024 * 1024
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS conversations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, config TEXT NOT NULL, model TEXT NOT NULL, title TEXT NOT NULL,
+    begun REAL NOT NULL, changed REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS turns (
+    conversation INTEGER NOT NULL REFERENCES conversations (id) ON DELETE CASCADE, number INTEGER NOT NULL,
+    turn TEXT NOT NULL, PRIMARY KEY (conversation, number)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS conversations_by_model ON conversations (config, model, changed);
+"""
+_LISTED = (
+    "SELECT id, model, title, begun, changed, "
+    "(SELECT COUNT(*) FROM turns WHERE conversation = id) FROM conversations"
+)
+
+
+class KeptTurn(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One question or answer; times are UTC seconds, durations seconds, and what is not known is None."""
+
+    role: Role
+    text: str
+    at: float
+    model: str | None = None
+    """Who answered."""
+    reasoning: str = ""
+    thought_seconds: float | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    """What ended it before its end."""
+    switch_seconds: float | None = None
+    ttft: float | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    tokens_per_s: float | None = None
+    is_dropped: bool = False
+    """Another question or answer took its place: the model is not told of it any more."""
+
+
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """One conversation of the list."""
+
+    id: int
+    model: str
+    """Whom it was begun with, or went on with."""
+    title: str
+    begun: float
+    """UTC seconds."""
+    changed: float
+    turns: int
+
+
+class Whole(msgspec.Struct, frozen=True, kw_only=True):
+    """A conversation with all that was said, as it is exported and imported."""
+
+    model: str
+    title: str
+    begun: float
+    changed: float
+    turns: tuple[KeptTurn, ...]
+    version: int = 1
+
+
+class Handle:
+    """A conversation that is being kept; it has an id once its first turn was written."""
+
+    def __init__(self, model: str, id: int | None = None) -> None:
+        self.model = model
+        self.id = id
+
+
+class Conversations:
+    """The conversations of one config; `close` writes what is left.
+
+    Questions are answered by a Future, whose result is empty where nothing can be read; `note` says why.
+    """
+
+    def __init__(self, state_dir: Path, config: Path | str = "", *, keeps: bool = True) -> None:
+        self._path = state_dir / "conversations.db"
+        self._config = as_text(config)
+        self.keeps = keeps
+        """False: what is said goes with the process, and what was kept before is left as it is."""
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="conversations")
+        self._connection: sqlite3.Connection | None = None
+        self._note: str | None = None
+
+    @property
+    def note(self) -> str | None:
+        """One line on what could not be kept; None if all was."""
+        return self._note
+
+    def close(self) -> None:
+        """Write what was given and let go of the file."""
+        self._worker.submit(self._disconnect)
+        self._worker.shutdown()
+
+    # ── keeping ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def keep(self, handle: Handle, number: int, turn: KeptTurn) -> None:
+        """Keep a turn in its place of a conversation, or what became of it meanwhile."""
+        if self.keeps:
+            self._worker.submit(self._guarded, lambda found: self._keep(found, handle, number, turn), None)
+
+    def _keep(self, connection: sqlite3.Connection, handle: Handle, number: int, turn: KeptTurn) -> None:
+        if handle.id is None:
+            title = one_line(turn.text)[:TITLE_LENGTH]
+            made = connection.execute(
+                "INSERT INTO conversations (config, model, title, begun, changed) VALUES (?, ?, ?, ?, ?)",
+                (self._config, handle.model, title, turn.at, turn.at),
+            )
+            handle.id = made.lastrowid
+        connection.execute(
+            "INSERT OR REPLACE INTO turns VALUES (?, ?, ?)",
+            (handle.id, number, msgspec.json.encode(turn).decode()),
+        )
+        connection.execute(
+            "UPDATE conversations SET changed = ?, model = ? WHERE id = ?",
+            (time.time(), handle.model, handle.id),
+        )
+
+    def rename(self, id: int, title: str) -> Future[bool]:
+        """Give it another title; False if there is none of that id."""
+        return self._change("UPDATE conversations SET title = ? WHERE id = ?", one_line(title), id)
+
+    def delete(self, id: int) -> Future[bool]:
+        """Forget it: its words are overwritten in the file; False if there is none of that id."""
+        return self._change("DELETE FROM conversations WHERE id = ?", id)
+
+    def _change(self, statement: str, *values: str | int) -> Future[bool]:
+        def act(connection: sqlite3.Connection) -> bool:
+            return connection.execute(statement, values).rowcount > 0
+
+        return self._worker.submit(self._asked, act, False)
+
+    def add(self, whole: Whole) -> Future[int | None]:
+        """Keep a conversation that was exported; its id, or None if it cannot be kept."""
+
+        def act(connection: sqlite3.Connection) -> int | None:
+            made = connection.execute(
+                "INSERT INTO conversations (config, model, title, begun, changed) VALUES (?, ?, ?, ?, ?)",
+                (self._config, whole.model, one_line(whole.title), whole.begun, whole.changed),
+            )
+            rows = [
+                (made.lastrowid, number, msgspec.json.encode(turn).decode())
+                for number, turn in enumerate(whole.turns)
+            ]
+            connection.executemany("INSERT INTO turns VALUES (?, ?, ?)", rows)
+            return made.lastrowid
+
+        return self._worker.submit(self._guarded, act, None)
+
+    # ── questions ────────────────────────────────────────────────────────────────────────────────────────
+
+    def listed(self, words: str = "") -> Future[list[Kept]]:
+        """The conversations, the latest first; with `words` those whose title or turns hold them all."""
+
+        def act(connection: sqlite3.Connection) -> list[Kept]:
+            query, values = f"{_LISTED} WHERE config = ?", [self._config]
+            for word in words.split():
+                query += (
+                    " AND (title LIKE ? ESCAPE '\\' OR model LIKE ? ESCAPE '\\'"
+                    " OR EXISTS (SELECT 1 FROM turns WHERE conversation = id"
+                    " AND json_extract(turn, '$.text') LIKE ? ESCAPE '\\'))"
+                )
+                values += [f"%{_escaped(word)}%"] * 3
+            return [
+                _kept(row) for row in connection.execute(f"{query} ORDER BY changed DESC, id DESC", values)
+            ]
+
+        return self._worker.submit(self._asked, act, [])
+
+    def latest(self, model: str | None = None) -> Future[Kept | None]:
+        """The conversation that was last gone on with, of one model or of any; None if there is none."""
+
+        def act(connection: sqlite3.Connection) -> Kept | None:
+            query, values = f"{_LISTED} WHERE config = ?", [self._config]
+            if model is not None:
+                query, values = f"{query} AND model = ?", [*values, model]
+            row = connection.execute(f"{query} ORDER BY changed DESC, id DESC LIMIT 1", values).fetchone()
+            return None if row is None else _kept(row)
+
+        return self._worker.submit(self._asked, act, None)
+
+    def turns(self, id: int) -> Future[tuple[KeptTurn, ...]]:
+        """All that was said in one, in order."""
+        return self._worker.submit(self._asked, lambda connection: _turns(connection, id), ())
+
+    def whole(self, id: int) -> Future[Whole | None]:
+        """One with all that was said; None if there is none of that id."""
+
+        def act(connection: sqlite3.Connection) -> Whole | None:
+            row = connection.execute(f"{_LISTED} WHERE config = ? AND id = ?", (self._config, id)).fetchone()
+            if row is None:
+                return None
+            kept = _kept(row)
+            return Whole(
+                model=kept.model,
+                title=kept.title,
+                begun=kept.begun,
+                changed=kept.changed,
+                turns=_turns(connection, id),
+            )
+
+        return self._worker.submit(self._asked, act, None)
+
+    # ── on the thread ────────────────────────────────────────────────────────────────────────────────────
+
+    def _asked(self, act: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
+        """The same where there is a file; to ask makes none."""
+        if self._connection is None and not os.path.exists(self._path):
+            return otherwise
+        return self._guarded(act, otherwise)
+
+    def _guarded(self, act: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
+        """Act on the database; nothing that it does gets out of here."""
+        try:
+            with self._connected() as connection:
+                return act(connection)
+        except (sqlite3.Error, OSError, msgspec.MsgspecError) as error:
+            if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                self._set_aside()
+            else:
+                self._note = self._note or f"Conversations cannot be kept: {error}."
+            return otherwise
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._connection is None:
+            with contextlib.suppress(FileExistsError):
+                # Never a file that is there: closing it would drop the locks of SQLite in this process.
+                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            connection = sqlite3.connect(self._path, timeout=LOCK_SECONDS, check_same_thread=False)
+            try:
+                connection.execute("PRAGMA secure_delete = ON")
+                connection.execute("PRAGMA foreign_keys = ON")
+                connection.executescript(_SCHEMA)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _set_aside(self) -> None:
+        self._disconnect()
+        aside = self._path.with_name(f"{self._path.name}.broken-{int(time.time())}")
+        with contextlib.suppress(OSError):
+            self._path.rename(aside)
+        self._note = self._note or f"The conversations were broken; they were kept as {aside.name}."
+
+
+def as_markdown(whole: Whole) -> str:
+    """A conversation for a person to read."""
+    parts = [f"# {whole.title}", f"{whole.model}, {date_and_time(whole.begun)}"]
+    for turn in whole.turns:
+        if turn.is_dropped:
+            continue
+        who = "You" if turn.role == "user" else turn.model or whole.model
+        parts.append(f"## {who}")
+        if turn.reasoning:
+            parts.append("\n".join(f"> {line}".rstrip() for line in turn.reasoning.splitlines()))
+        parts.append(turn.text)
+        if turn.error:
+            parts.append(f"*{turn.error}*")
+    return clean("\n\n".join(parts) + "\n")
+
+
+def as_json(whole: Whole) -> bytes:
+    """A conversation as `imported` reads it."""
+    return msgspec.json.format(msgspec.json.encode(whole), indent=2) + b"\n"
+
+
+def imported(path: Path) -> Whole:
+    """A conversation from a file that `as_json` made; raises OperationError."""
+    try:
+        whole = msgspec.json.decode(read_regular(path, MAX_IMPORT), type=Whole)
+    except OSError as error:
+        raise OperationError(
+            f"{path} cannot be read: {error.strerror}.", "Name a file of an export."
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise OperationError(
+            f"{path} is no exported conversation: {error}.", "Export one as JSON: it has the form."
+        ) from None
+    return whole
+
+
+def _escaped(word: str) -> str:
+    return word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+
+
+def _kept(row: Sequence[Any]) -> Kept:
+    id, model, title, begun, changed, turns = row
+    return Kept(id=id, model=model, title=title, begun=begun, changed=changed, turns=turns)
+
+
+def _turns(connection: sqlite3.Connection, id: int) -> tuple[KeptTurn, ...]:
+    rows = connection.execute("SELECT turn FROM turns WHERE conversation = ? ORDER BY number", (id,))
+    return tuple(msgspec.json.decode(row[0], type=KeptTurn) for row in rows)

@@ -1,0 +1,99 @@
+"""Where questions are typed."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.widgets import TextArea
+
+
+class ChatInput(TextArea):
+    """Enter sends; alt+enter and ctrl+j begin a line; a pasted text keeps its lines.
+
+    In the first line ↑ goes to earlier questions, in the last one ↓ comes back from them.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+j,alt+enter,shift+enter", "newline", "new line", show=False),
+        Binding("pageup", "page(-0.9)", "scroll", show=False),
+        Binding("pagedown", "page(0.9)", "scroll", show=False),
+        Binding("ctrl+up", "page(-0.1)", "scroll", show=False),
+        Binding("ctrl+down", "page(0.1)", "scroll", show=False),
+    ]
+
+    class Sent(Message):
+        """The person sent a question."""
+
+        def __init__(self, text: str) -> None:
+            super().__init__()
+            self.text = text
+
+    class Paged(Message):
+        """The person wants to see what was said before, or after, by so many screens."""
+
+        def __init__(self, pages: float) -> None:
+            super().__init__()
+            self.pages = pages
+
+    def __init__(self, *, id: str) -> None:
+        super().__init__(id=id, compact=True, highlight_cursor_line=False)
+        self.earlier: list[str] = []
+        """What was asked before, the first one first."""
+        self._recalled: int | None = None
+        self._draft = ""
+
+    async def _on_key(self, event: events.Key) -> None:
+        if event.key == "enter":
+            self._send()
+        elif not self._recalls(event.key):
+            await super()._on_key(event)
+            return
+        event.prevent_default()
+        event.stop()
+
+    def _recalls(self, key: str) -> bool:
+        """Go through what was asked; False if the key does not do that where the cursor is."""
+        if key == "up" and self.cursor_at_first_line:
+            return self._recall(-1)
+        return key == "down" and self.cursor_at_last_line and self._recall(1)
+
+    def _send(self) -> None:
+        if self.text.strip():
+            self.post_message(self.Sent(self.text.strip()))
+            self.clear()
+        self._recalled = None
+
+    def give_back(self, text: str) -> None:
+        """Put a question back that was not asked, unless another one is begun; typing replaces it."""
+        if not self.text:
+            self.text = text
+            self.select_all()
+
+    def action_newline(self) -> None:
+        """Begin a line."""
+        self.replace("\n", *self.selection, maintain_selection_offset=False)
+
+    def action_page(self, pages: float) -> None:
+        """Scroll what was said."""
+        self.post_message(self.Paged(pages))
+
+    def _recall(self, step: int) -> bool:
+        """An earlier question or a later one; False if there is none."""
+        if not self.earlier or (self._recalled is None and step > 0):
+            return False
+        if self._recalled is None:
+            self._draft = self.text
+            at = len(self.earlier) - 1
+        else:
+            at = self._recalled + step
+        if at < 0:
+            return True
+        if at >= len(self.earlier):
+            self._recalled, self.text = None, self._draft
+        else:
+            self._recalled, self.text = at, self.earlier[at]
+        self.move_cursor(self.document.end)
+        return True
