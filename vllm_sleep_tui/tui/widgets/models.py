@@ -11,9 +11,8 @@ from textual.message import Message
 
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.drawing.paint import Line, Span, left, right
+from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, left, right
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.widgets.shown import Shown
 from vllm_sleep_tui.tui.words import LOOKS, memory_words, state_words
 from vllm_sleep_tui.units import NONE, clock, took
 
