@@ -1,6 +1,7 @@
 """What a model's server must be able to do for the fleet, whatever kind it is.
 
-A kind of server is one class that does this, how it is observed, and a line in `observe` and in `backend_of`.
+A kind of server is one class that does this, with a line in `backend_of`, and how it is observed without
+importing what operates it, with a line in `observe` (`observe/snapshotter.py`).
 `operations/supervised.py` starts vLLM itself and keeps it; `attached/backend.py` talks to a vLLM that
 somebody else started.
 """
@@ -10,17 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from vllm_sleep_tui.fleet.attached.probe import snapshot_of
+from vllm_sleep_tui.fleet.attached.backend import Attached
 from vllm_sleep_tui.fleet.model import Model
-from vllm_sleep_tui.fleet.observe import supervised
+from vllm_sleep_tui.fleet.operations.operation import Operation
+from vllm_sleep_tui.fleet.operations.room import GpuMemory
+from vllm_sleep_tui.fleet.operations.supervised import Supervised
+from vllm_sleep_tui.fleet.snapshot import Prediction, Serving, SwitchTimes
+from vllm_sleep_tui.fleet.states import State
 
-if TYPE_CHECKING:  # `status` observes alone: what operates costs it 0.2 s
+if TYPE_CHECKING:  # httpx costs 0.2 s that verbs which ask no server do not have
     from vllm_sleep_tui.engine.client import VllmClient
-    from vllm_sleep_tui.fleet.operations.operation import Operation
-    from vllm_sleep_tui.fleet.operations.room import GpuMemory
-    from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, Serving, SwitchTimes
-    from vllm_sleep_tui.fleet.states import State
-    from vllm_sleep_tui.telemetry.attribution import ModelMemory
 
 
 class Backend(Protocol):
@@ -61,19 +61,6 @@ class Backend(Protocol):
         """Stop it; done if it is stopped."""
 
 
-def observe(model: Model, memory: ModelMemory | None, serving: Serving | None) -> ModelSnapshot:
-    """How the model's server is now, as records and the latest look tell; nobody is asked.
-
-    Raises OperationError if its record cannot be read.
-    """
-    if model.config.url is not None:
-        return snapshot_of(model.read(), model.config, model.core.probes.get(model.name))
-    return supervised.observe(model, memory, serving)
-
-
 def backend_of(model: Model) -> Backend:
     """The server of a model, by its config."""
-    from vllm_sleep_tui.fleet.attached.backend import Attached  # as above
-    from vllm_sleep_tui.fleet.operations.supervised import Supervised
-
     return Attached(model) if model.config.url is not None else Supervised(model)

@@ -10,11 +10,11 @@ from types import MappingProxyType
 
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import OperationError
-from vllm_sleep_tui.fleet.attached.probe import QUICK, probe_all
-from vllm_sleep_tui.fleet.backend import observe
+from vllm_sleep_tui.fleet.attached.probe import QUICK, probe_all, snapshot_of
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.keeper_client import read_status
 from vllm_sleep_tui.fleet.model import Model
+from vllm_sleep_tui.fleet.observe import supervised
 from vllm_sleep_tui.fleet.snapshot import (
     FleetSnapshot,
     GpuProcess,
@@ -98,6 +98,16 @@ class Snapshotter:
                 for other in others
             ),
         )
+
+
+def observe(model: Model, memory: ModelMemory | None, serving: Serving | None) -> ModelSnapshot:
+    """How the model's server is now, as records and the latest look tell; nobody is asked.
+
+    Raises OperationError if its record cannot be read.
+    """
+    if model.config.url is not None:
+        return snapshot_of(model.read(), model.config, model.core.probes.get(model.name))
+    return supervised.observe(model, memory, serving)
 
 
 def unreadable(model: Model, error: OperationError) -> ModelSnapshot:

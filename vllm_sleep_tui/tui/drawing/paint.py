@@ -10,6 +10,7 @@ from textual.geometry import Region, Size
 from textual.strip import Strip
 from textual.widget import Widget
 
+from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.theme import palette_of
 
 Span = tuple[str, str]
@@ -142,3 +143,24 @@ class Painted(Widget):
         style = palette_of(self).style
         segments = [Segment(text, base + style(paint)) for text, paint in self._lines[y]]
         return Strip(segments).adjust_cell_length(width, base)
+
+
+class Shown(Painted):
+    """Paints the moment that it was last shown, and nothing before the first."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._view: View | None = None
+
+    def show(self, view: View) -> None:
+        """Show this moment."""
+        self._view = view
+        self.repaint()
+
+    def paint(self, size: Size) -> list[Line]:
+        """The moment's lines."""
+        return [] if self._view is None else self.draw(self._view, size)
+
+    def draw(self, view: View, size: Size) -> list[Line]:
+        """The lines of this moment for a content area of this size."""
+        raise NotImplementedError

@@ -11,10 +11,9 @@ from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.snapshot import GpuSnapshot
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut, cut_line, line_width, spread
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Shown, Span, cut, cut_line, line_width, spread
 from vllm_sleep_tui.tui.keys import KEYS, Key
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.widgets.shown import Shown
 from vllm_sleep_tui.units import GIB, gib_cell
 
 

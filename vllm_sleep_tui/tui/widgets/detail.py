@@ -8,10 +8,9 @@ from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import SETTLED, StartPhase, State
 from vllm_sleep_tui.tui.drawing.bars import large, phase_bar, progress
-from vllm_sleep_tui.tui.drawing.paint import Line, Span, cut, cut_line, rule, wrap
+from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, cut, cut_line, rule, wrap
 from vllm_sleep_tui.tui.state.operations import Running
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.widgets.shown import Shown
 from vllm_sleep_tui.tui.words import PARTS_OF_WAKE, phases_of
 from vllm_sleep_tui.units import clock, time_sum, took
 

@@ -20,9 +20,8 @@ from vllm_sleep_tui.tui.drawing.bars import (
     legend,
     stacked,
 )
-from vllm_sleep_tui.tui.drawing.paint import Line, Span, cut, left, line_width, right, spread
+from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, cut, left, line_width, right, spread
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.widgets.shown import Shown
 from vllm_sleep_tui.tui.words import short_command
 from vllm_sleep_tui.units import GIB, UNKNOWN, gib_cell, gib_number
 

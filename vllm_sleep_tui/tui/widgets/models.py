@@ -14,9 +14,8 @@ from textual.widgets import Input
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.drawing.paint import Line, Span, left, middle, right
+from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, left, middle, right
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.widgets.shown import Shown
 from vllm_sleep_tui.tui.words import LOOKS, memory_words, state_words
 from vllm_sleep_tui.units import NONE, clock, time_text, took
 

@@ -8,7 +8,7 @@ from textual import events
 from textual.geometry import Size
 from textual.message import Message
 
-from vllm_sleep_tui.tui.drawing.paint import Line, Span, left, rule
+from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, left, rule
 from vllm_sleep_tui.tui.drawing.timeline import (
     WINDOWS,
     Change,
@@ -31,7 +31,6 @@ from vllm_sleep_tui.tui.drawing.timeline import (
     tokens_of,
 )
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.widgets.shown import Shown
 from vllm_sleep_tui.units import time_of_day
 
 _NAME_WIDTH = 12
