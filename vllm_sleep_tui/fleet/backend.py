@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # `status` observes alone: what operates costs it 0.2 s
     from vllm_sleep_tui.engine.client import VllmClient
     from vllm_sleep_tui.fleet.operations.operation import Operation
     from vllm_sleep_tui.fleet.operations.room import GpuMemory
-    from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, Serving, SwitchTimes
+    from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, Serving, SwitchTimes, Way
     from vllm_sleep_tui.fleet.states import State
     from vllm_sleep_tui.telemetry.attribution import ModelMemory
 
@@ -36,6 +36,9 @@ class Backend(Protocol):
 
     async def endpoint(self) -> tuple[VllmClient, str]:
         """Whom to ask, and by which name; raises OperationError if it does not tell."""
+
+    async def way(self) -> Way:
+        """How clients' requests get there; raises PanelError while it does not run."""
 
     # ── operated ─────────────────────────────────────────────────────────────────────────────────────────
 
