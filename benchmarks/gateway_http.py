@@ -1,4 +1,4 @@
-"""Which HTTP library passes a request on at the least cost: each candidate between one client and one backend.
+"""Which HTTP library passes a request on at the least cost: each between one client and one backend.
 
     python benchmarks/gateway_http.py [--requests 2000] [--streams 500] [--only uvicorn+httptools]
 
@@ -27,7 +27,9 @@ from typing import Any
 import psutil
 
 BODY = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 400}]}).encode()
-STREAM_BODY = json.dumps({"model": "m", "stream": True, "messages": [{"role": "user", "content": "x"}]}).encode()
+STREAM_BODY = json.dumps(
+    {"model": "m", "stream": True, "messages": [{"role": "user", "content": "x"}]}
+).encode()
 REPLY = json.dumps({"choices": [{"message": {"content": "y" * 500}}]}).encode()
 EVENT = b'data: {"choices":[{"delta":{"content":"' + b"z" * 40 + b'"}}]}\n\n'
 EVENTS = 50
@@ -54,7 +56,7 @@ class Backend(asyncio.Protocol):
             body = self.seen[end + 4 : end + 4 + length]
             self.seen = self.seen[end + 4 + length :]
             if b'"stream": true' in body:
-                asyncio.ensure_future(self.stream())
+                self.streaming = asyncio.ensure_future(self.stream())
             else:
                 top = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
                 self.transport.write(top % len(REPLY) + REPLY)
@@ -80,7 +82,7 @@ def run_backend(path: str) -> None:
     asyncio.run(serve())
 
 
-# ── candidates: each serves `port` and passes on to the unix socket `path` ────────────────────────────────────
+# ── candidates: each serves `port` and passes on to the unix socket `path` ───────────────────────────────
 
 
 def own_client_app(path: str) -> Callable[..., Any]:
@@ -95,7 +97,8 @@ def own_client_app(path: str) -> Callable[..., Any]:
             message = await receive()
             body.append(message.get("body", b""))
             more = message.get("more_body", False)
-        head = b"POST %b HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        head = b"POST %b HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        head += b"content-length: %d\r\n\r\n"
         answer = await upstream.send(head % (scope["raw_path"], sum(map(len, body))), body)
         keep = [(k, v) for k, v in answer.headers if k.lower() not in (b"transfer-encoding", b"connection")]
         await send({"type": "http.response.start", "status": answer.status, "headers": keep})
@@ -133,7 +136,9 @@ def httpcore_app(path: str) -> Callable[..., Any]:
     return app
 
 
-def uvicorn_with(http: str, loop: str, make: Callable[[str], Callable[..., Any]]) -> Callable[[int, str], None]:
+def uvicorn_with(
+    http: str, loop: str, make: Callable[[str], Callable[..., Any]]
+) -> Callable[[int, str], None]:
     """A candidate under uvicorn."""
 
     def run(port: int, path: str) -> None:
@@ -211,11 +216,13 @@ CANDIDATES: dict[str, tuple[tuple[str, ...], Callable[[int, str], None]]] = {
 }
 
 
-# ── the client ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the client ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes) -> tuple[float, float, bytes]:
-    """One request on a kept connection: seconds to the first byte of the body and to its end, and the body."""
+async def ask(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes
+) -> tuple[float, float, bytes]:
+    """One request on a kept connection: seconds to the body's first byte and to its end, and the body."""
     head = f"POST {PATH} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
     began = time.perf_counter()
     writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
@@ -235,7 +242,9 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: 
 Connect = Callable[[], Any]
 
 
-async def one_after_another(connect: Connect, count: int, body: bytes, whole: bytes) -> tuple[list[float], list[float]]:
+async def one_after_another(
+    connect: Connect, count: int, body: bytes, whole: bytes
+) -> tuple[list[float], list[float]]:
     """Milliseconds to the first byte and to the end, of `count` requests on one connection."""
     reader, writer = await connect()
     firsts, totals = [], []
@@ -336,7 +345,9 @@ def main() -> None:
         path = str(Path(folder) / "backend")
         backend = multiprocessing.Process(target=run_backend, args=[path], daemon=True)
         backend.start()
-        figures = measure(lambda: asyncio.open_unix_connection(path), None, arguments.requests, arguments.streams)
+        figures = measure(
+            lambda: asyncio.open_unix_connection(path), None, arguments.requests, arguments.streams
+        )
         results["direct"] = asyncio.run(figures)
         for name, (needs, run) in CANDIDATES.items():
             if arguments.only and arguments.only not in name:
@@ -365,7 +376,8 @@ def main() -> None:
         return
     direct = results.pop("direct")
     print(f"direct: p50 {direct['p50']:.2f} ms, p99 {direct['p99']:.2f} ms")
-    print(f"{'milliseconds added by':32} {'p50':>6} {'p99':>6} {'CPU':>6} {'first':>6} {'p99':>6} {'lost':>5} {'500 in':>7} {'RSS':>5}")
+    columns = "   p50    p99    CPU  first    p99  lost  all in   RSS"
+    print(f"{'milliseconds added by':32} {columns}")
     for name, f in results.items():
         print(
             f"{name:32} {f['p50'] - direct['p50']:6.2f} {f['p99'] - direct['p99']:6.2f} {f['cpu']:6.2f} "

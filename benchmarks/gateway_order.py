@@ -6,12 +6,12 @@ Clients with think times ask models of which one at a time fits on the GPU: agen
 people who talk to one, and batches that send many requests at once. The rules:
 
 first-come  strictly in the order of arrival; those in a row for one model run together.
-llama-swap  the first request for another model takes the lock: nobody new is let in, the answers under way end,
-            the model is changed; who waited goes on in the order in which they came for the lock.
+llama-swap  the first request for another model takes the lock: nobody new is let in, the answers under
+            way end, the model is changed; all that wait for it go on together, then the next lock's.
 ours        `vllm_sleep_tui/gateway/scheduler.py`.
 
-For each cost of a switch: minutes until the whole trace is answered, and seconds from arrival to the first
-token's turn, the median and the worst. Every client waits for its answer before it thinks of the next question.
+For each cost of a switch: minutes until the whole trace is answered, and seconds until the turn of a request
+comes, the median and the worst. Every client waits for its answer before it thinks of the next question.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Order(Protocol):
 
 
 class InOrder:
-    """First-come: a queue, whose head runs as soon as its model is awake and nobody of another is answered."""
+    """First-come: a queue; its head runs once its model is awake and nobody of another is answered."""
 
     overtakes = False
 

@@ -370,7 +370,13 @@ async def _refuse(scope: Scope, send: Send, message: str) -> None:
 
 async def _reply_closed(send: Send) -> None:
     message = "The model is asleep or about to sleep. Try again, or wake it in vllm-sleep-tui."
-    await _reply(send, 503, _error(503, "ServiceUnavailable", message), (b"retry-after", b"1"), (GATE_CLOSED, b"closed"))
+    await _reply(
+        send,
+        503,
+        _error(503, "ServiceUnavailable", message),
+        (b"retry-after", b"1"),
+        (GATE_CLOSED, b"closed"),
+    )
 
 
 async def _reply(

@@ -152,7 +152,9 @@ class Model:
     def want(self) -> None:
         """Say that requests wait for it, for the next WANTED_SECONDS; a full disk is no reason to fail."""
         with contextlib.suppress(OSError):
-            os.close(os.open(self.wanted_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            os.close(
+                os.open(self.wanted_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            )
             os.utime(self.wanted_file)
 
     @property

@@ -131,22 +131,22 @@ class App:
             if not client.may_ask(name) or name not in states:
                 continue
             known, aliases = states[name], self.names.others(name)
-            for shown in (name, *aliases):
-                data.append(
-                    {
-                        "id": shown,
-                        "object": "model",
-                        "type": "model",
-                        "display_name": shown,
-                        "created": int(known.since or 0),
-                        "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(known.since or 0)),
-                        "owned_by": "vllm-sleep-tui",
-                        "root": name,
-                        "aliases": aliases if shown == name else [],
-                        "state": known.state.value,
-                        "level": known.level,
-                    }
-                )
+            data += [
+                {
+                    "id": shown,
+                    "object": "model",
+                    "type": "model",
+                    "display_name": shown,
+                    "created": int(known.since or 0),
+                    "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(known.since or 0)),
+                    "owned_by": "vllm-sleep-tui",
+                    "root": name,
+                    "aliases": aliases if shown == name else [],
+                    "state": known.state.value,
+                    "level": known.level,
+                }
+                for shown in (name, *aliases)
+            ]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
         return {"object": "list", "data": data, "has_more": False, **ends}
 
@@ -250,9 +250,7 @@ class App:
         """Its turn was none: wait for another, or, of what needs no turn as a rule, for the first one."""
         return self._desk.bounce(ask) if ask.began is not None else self._desk.enter(ask)
 
-    async def _waited(
-        self, turn: asyncio.Future[None], deadline: float, ask: Ask, out: Outgoing
-    ) -> None:
+    async def _waited(self, turn: asyncio.Future[None], deadline: float, ask: Ask, out: Outgoing) -> None:
         """Wait for the turn; a client that streams hears meanwhile that it is waited."""
         loop = asyncio.get_running_loop()
         pause = FIRST_COMMENT
@@ -400,4 +398,3 @@ async def _as_event(answer: Answer, path: str) -> bytes:
         name = b"event: error\n" if path.startswith("/v1/messages") else b""
         return name + b"data: " + bytes(content).replace(b"\n", b" ") + b"\n\n"
     return error_event(Refusal(HTTPStatus.BAD_GATEWAY, f"The server answered {answer.status}."), path)
-

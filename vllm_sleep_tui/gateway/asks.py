@@ -69,7 +69,7 @@ def view(ask: Ask) -> AskView:
         client=ask.client.name,
         model=ask.target.model,
         path=ask.path,
-        state=state if ask.status is None else str(ask.status),
+        state=state if ask.ended is None else str(ask.status),
         since=ask.arrived,
         waited=(ask.began or ask.ended or now) - ask.arrived,
         first=None if ask.first is None else ask.first - ask.arrived,

@@ -121,7 +121,9 @@ class Desk:
         now = asyncio.get_running_loop().time()
         if not lane.is_awake:
             if self._scheduler.waiting >= self._config.queue:
-                message = f"{self._scheduler.waiting} requests wait, as many as may (`gateway: {{queue: …}}`)."
+                message = (
+                    f"{self._scheduler.waiting} requests wait, as many as may (`gateway: {{queue: …}}`)."
+                )
                 raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after=max(1.0, lane.cost))
             if lane.not_before > now and lane.name in self._reasons:
                 why = self._reasons[lane.name]
@@ -273,7 +275,9 @@ class Desk:
         """What a switch to it would take and who would leave; refuses who waits if it cannot be."""
         state = self._states.get(lane.name)
         if state in AT_REST and not self._config.starts:
-            message = f"{lane.name} is {state}, and requests start no model here (`gateway: {{starts: false}}`)."
+            message = (
+                f"{lane.name} is {state}, and requests start no model here (`gateway: {{starts: false}}`)."
+            )
             self._refuse(lane, Refusal(HTTPStatus.SERVICE_UNAVAILABLE, message))
             return
         now = asyncio.get_running_loop().time()

@@ -1,4 +1,4 @@
-"""The gateway as a whole: opened and closed by `serve` or the panel, one at a time for each config and user."""
+"""The gateway as a whole: opened by `serve` or the panel, one at a time for each config and user."""
 
 from __future__ import annotations
 
@@ -140,7 +140,9 @@ class Post:
         """How it is now."""
         if self._gateway is not None:
             return self._gateway.view()
-        return GatewayView(url=f"http://{_in_url(self._config.host)}:{self._config.port}/v1", is_open=False, note=self._note)
+        return GatewayView(
+            url=f"http://{_in_url(self._config.host)}:{self._config.port}/v1", is_open=False, note=self._note
+        )
 
     async def reload(self, config: GatewayConfig) -> None:
         """Go on with a changed config; another address, or other keys, are a new gateway."""

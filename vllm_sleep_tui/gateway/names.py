@@ -49,7 +49,9 @@ class Names:
             near = difflib.get_close_matches(name, self._targets, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(self._served)}."
             raise Refusal(
-                HTTPStatus.NOT_FOUND, f"The model {name[:200]!r} does not exist. {hint}", code="model_not_found"
+                HTTPStatus.NOT_FOUND,
+                f"The model {name[:200]!r} does not exist. {hint}",
+                code="model_not_found",
             )
         return target
 

@@ -1,4 +1,4 @@
-"""What the gateway itself answers: refusals in the shape that the client's library reads, and pages of JSON."""
+"""What the gateway itself answers: refusals in the shape that the client's library reads, and JSON."""
 
 from __future__ import annotations
 

@@ -66,10 +66,9 @@ class Upstream:
         while (connection := self._kept()) is not None:
             try:
                 return await self._exchange(connection, head, body)
-            except UpstreamError as error:
+            except UpstreamError:
                 if connection.has_heard:
                     raise
-                failure = error
         connection = await self._connect()
         return await self._exchange(connection, head, body)
 
