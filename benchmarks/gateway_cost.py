@@ -3,8 +3,8 @@
     python benchmarks/gateway_cost.py [--requests 3000] [--streams 500] [--waiting 100] [--swap BINARY]
 
 In one run: direct, through the gateway, and with --swap through a llama-swap or llmsnap binary, which no
-Python package brings. Milliseconds added, CPU for each request, the first streamed byte, streams at once without a
-lost byte, and the memory of requests that wait, each with a body of 100 kB.
+Python package brings. Milliseconds added, CPU for each request, the first streamed byte, streams at once
+without a lost byte, and the memory of requests that wait, each with a body of 100 kB.
 """
 
 from __future__ import annotations

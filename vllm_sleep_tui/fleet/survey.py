@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from vllm_sleep_tui.config.flags import FlagTable
 from vllm_sleep_tui.config.load import LoadedConfig
+from vllm_sleep_tui.engine.serve_line import ServeLine, arguments_in, read_arguments
 from vllm_sleep_tui.files import is_text
 from vllm_sleep_tui.fleet import server_log
 from vllm_sleep_tui.fleet.observe.discovery import (
@@ -42,8 +43,10 @@ __all__ = [
     "GpuFault",
     "GpuReading",
     "Orphan",
+    "ServeLine",
     "Surroundings",
     "VllmEnvironment",
+    "arguments_in",
     "end_orphans",
     "events_of",
     "find_orphans",
@@ -52,6 +55,7 @@ __all__ = [
     "log_of",
     "look_around",
     "looking",
+    "read_arguments",
     "read_once",
 ]
 

@@ -38,7 +38,13 @@ def as_message(chat: Mapping[str, Any]) -> dict[str, Any]:
 async def as_events(chunks: AsyncIterator[bytes], model: str) -> AsyncIterator[bytes]:
     """The events of a streamed chat; an error among them is passed on as one."""
     usage = {"input_tokens": 0, "output_tokens": 0}
-    message = {"id": "msg", "type": "message", "role": "assistant", "content": [], "model": model}
+    message: dict[str, Any] = {
+        "id": "msg",
+        "type": "message",
+        "role": "assistant",
+        "content": [],
+        "model": model,
+    }
     message |= {"stop_reason": None, "stop_sequence": None, "usage": usage}
     yield _event("message_start", message=message)
     yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
