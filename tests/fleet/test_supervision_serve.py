@@ -250,13 +250,3 @@ def test_a_reload_leaves_what_runs_alone_and_says_what_it_means(served: Callable
     here.machine.config.write_text(json.dumps(written))
     assert here.look("a").pid == pid
     assert here.look("a").state is State.AWAKE
-
-
-def test_a_gateway_in_the_config_is_said_to_be_missing(served: Callable[..., Served]) -> None:
-    here = served({"a": {"model": "sim/1GiB"}})
-    written = json.loads(here.machine.config.read_text()) | {"gateway": {"port": 8800}}
-    here.machine.config.write_text(json.dumps(written))
-    number = here.serve()
-    here.until_said(number, "gateway: it is not part of this version")
-    here.until_said(number, "a: stopped")
-    assert here.end(number) == 0

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from vllm_sleep_tui.cli.common import config_option, given_config, load_config, put_done, say
+from vllm_sleep_tui.cli.moving import Found, config_lines, read, read_running
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.config.schema import write_schema
 from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
-from vllm_sleep_tui.errors import RefusedError
-from vllm_sleep_tui.files import is_taken, trust, write_private
-from vllm_sleep_tui.fleet.survey import CachedModel, GpuReading, Surroundings, flag_tables, look_around
+from vllm_sleep_tui.errors import RefusedError, UsageError
+from vllm_sleep_tui.files import is_taken, read_regular, trust, write_private
+from vllm_sleep_tui.fleet.survey import (
+    CachedModel,
+    GpuReading,
+    Surroundings,
+    find_strangers,
+    flag_tables,
+    look_around,
+)
 from vllm_sleep_tui.paths import here, state_dir
 from vllm_sleep_tui.units import gib
 
 MAX_MODELS = 8
+MAX_SOURCE = 2**20
+"""Bytes of what `--from` reads."""
 WEIGHTS_SHARE = 0.8
 """Of a GPU's memory: more weights than that leave no room for a KV cache."""
 EXAMPLE = "Qwen/Qwen3-0.6B"
@@ -30,10 +41,19 @@ SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_NAME}"
 @click.option(
     "--schema", is_flag=True, help="Ask its vLLM for its flags, for editors; leaves the config as it is."
 )
+@click.option(
+    "--from",
+    "source",
+    metavar="FILE|-|running",
+    help="Make it of a llama-swap YAML, a compose file, a script, a line, vLLM's YAML, or what runs now.",
+)
 @config_option
 @click.pass_context
-def init(ctx: click.Context, force: bool, schema: bool) -> None:
+def init(ctx: click.Context, force: bool, schema: bool, source: str | None) -> None:
     """Write a commented config of what is found on this machine.
+
+    With --from it holds what a file, standard input (-) or the servers that run now start vLLM with; what
+    could not be carried over is listed with the reason.
 
     Beside it lies a JSON schema, by which an editor completes and checks what is written. It knows the flags
     of the vLLM nearest to the one that is found; with --schema that one is asked itself.
@@ -45,16 +65,54 @@ def init(ctx: click.Context, force: bool, schema: bool) -> None:
     if is_taken(path) and not force:
         what = f"{path} is there already{', a link' if path.is_symlink() else ''}."
         raise RefusedError(what, "Replace it with --force, or write another with --config.")
+    found = None if source is None else found_in(source)
     machine = look_around(here())
     for line in describe(machine):
         say(line)
-    write_private(path, config_text(machine).encode())
+    write_private(path, (config_text(machine) if found is None else moved_text(machine, found)).encode())
+    for note in found.notes if found is not None else ():
+        say(f"not carried over: {note}")
     loaded = load(path)
+    if found is not None:
+        check_flags(loaded)
     write_schema(path.with_name(SCHEMA_NAME), flag_tables(loaded, state_dir(), may_ask=False))
     trust(loaded.found, loaded.agreement(), state_dir())
     put_done(str(path))
     named = "" if path == Path(CONFIG_NAME) else f" --config {path}"
     say(f"Next: look at {path}, then: vllm-sleep-tui{named} doctor")
+
+
+def found_in(source: str) -> Found:
+    """What `--from` names; raises PanelError."""
+    if source == "running":
+        return read_running([server.command for server in find_strangers()])
+    if source == "-":
+        return read(sys.stdin.read(MAX_SOURCE), "standard input")
+    try:
+        content = read_regular(Path(source), MAX_SOURCE, follow=True)
+    except OSError as error:
+        raise UsageError(f"{source} cannot be read: {error.strerror}.", "Name another file.") from None
+    return read(content.decode(errors="replace"), source)
+
+
+def moved_text(machine: Surroundings, found: Found) -> str:
+    """The config of what was found elsewhere."""
+    best = machine.best_environment
+    command = str(best.command) if best else "vllm"
+    lines = [SCHEMA_LINE, f"vllm_command: [{_quoted(command)}]", "", "# One endpoint for all of them."]
+    return "\n".join([*lines, "gateway: {port: 8800}", "", *config_lines(found)]) + "\n"
+
+
+def check_flags(loaded: LoadedConfig) -> None:
+    """Say which flags the vLLM of this config does not know."""
+    for table in flag_tables(loaded, state_dir(), may_ask=True):
+        whose = f"vLLM {table.version}" + ("" if table.is_asked else ", the nearest that is known here")
+        for name, model in loaded.config.models.items():
+            for flag in model.args:
+                if table.find(flag) is None:
+                    near = table.nearest(flag)
+                    hint = f"; the nearest is --{near}" if near else ""
+                    say(f"{name}: --{flag} is not known to {whose}{hint}")
 
 
 def renew_schema(loaded: LoadedConfig) -> None:

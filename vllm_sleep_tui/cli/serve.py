@@ -24,6 +24,7 @@ from vllm_sleep_tui.text import clean
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.fleet import Fleet
+    from vllm_sleep_tui.gateway.gateway import Post
 
 LOOK_SECONDS = 0.5
 log = logging.getLogger(__name__)
@@ -41,8 +42,6 @@ def serve(ctx: click.Context, stop_on_exit: bool) -> None:
     """
     loaded = load_config(ctx)
     begin_log()
-    if loaded.config.gateway is not None:
-        log.info("gateway: it is not part of this version; the models answer on their own ports")
     named = given_config(ctx) is not None
     asyncio.run(Headless(loaded, is_named=named, stop_on_exit=stop_on_exit).run())
 
@@ -78,6 +77,7 @@ class Headless:
         self._ends = asyncio.Event()
         self._reloads = asyncio.Event()
         self._logged: dict[str, str] = {}
+        self._post: Post | None = None
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT."""
@@ -94,18 +94,21 @@ class Headless:
         async with Fleet(self._loaded, state_dir(), leads=True) as fleet:
             log.info("serve: pid %d, config %s", os.getpid(), self._loaded.path)
             starting = asyncio.create_task(self._autostart(fleet))
+            await self._take_post(fleet)
             try:
                 await self._watch(fleet)
                 if self._stop_on_exit:
                     await fleet.resign()  # a restart would start what is being stopped
                     await self._drop(starting)
                     await self._stop_all(fleet)
-                elif not starting.done():
+                elif not starting.done() or (self._post is not None and self._post.is_switching):
                     # Unwinding would break the start off; left as it is, whoever comes next carries it on.
-                    log.info("serve: ends; a start is under way and is carried on by the next serve or panel")
+                    log.info("serve: ends; what is under way is carried on by the next serve or panel")
                     leave_at_once()
             finally:
                 await self._drop(starting)
+                if self._post is not None:
+                    await self._post.close()
         log.info("serve: ended%s", "" if self._stop_on_exit else ", the servers run on")
 
     async def _watch(self, fleet: Fleet) -> None:
@@ -115,12 +118,27 @@ class Headless:
             if self._reloads.is_set():
                 self._reloads.clear()
                 self._reload(fleet)
+                await self._take_post(fleet)
             if fleet.is_leader != led:
                 led = fleet.is_leader
                 log.info("serve: leads" if led else "serve: another panel or serve leads, waiting")
             self._tell(fleet)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ends.wait(), LOOK_SECONDS)
+
+    async def _take_post(self, fleet: Fleet) -> None:
+        """Open the gateway that the config asks for, change it, or close it."""
+        wanted = self._loaded.config.gateway
+        if self._post is not None and wanted is not None:
+            await self._post.reload(wanted)
+        elif self._post is not None:
+            await self._post.close()
+            self._post = None
+        elif wanted is not None:
+            from vllm_sleep_tui.gateway.gateway import Post  # with an HTTP server, for who has a gateway
+
+            self._post = Post(fleet, wanted)
+            self._post.start()
 
     def _tell(self, fleet: Fleet) -> None:
         """One line for each model whose state is another than before."""

@@ -8,7 +8,14 @@ from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
-from vllm_sleep_tui.config.types import MODEL_NAME, Config, ModelConfig, parse_bytes, parse_duration
+from vllm_sleep_tui.config.types import (
+    MODEL_NAME,
+    Config,
+    GatewayConfig,
+    ModelConfig,
+    parse_bytes,
+    parse_duration,
+)
 from vllm_sleep_tui.config.values import fill_in
 from vllm_sleep_tui.config.yaml import Document, Key, Written, is_null
 from vllm_sleep_tui.engine.serve_args import ServeArgs
@@ -22,6 +29,7 @@ _VARIABLE = re.compile(r"\$(\{[A-Za-z_]\w*\}|[A-Za-z_]\w*)", re.ASCII)
 _NAMES = "Use at most 255 printable characters, no dash first and no space first or last."
 _SENDABLE = re.compile(r"[!-~]+")
 """What a header can carry and a space cannot cut in two."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def check_names(document: Document, models: Mapping[str, Any]) -> None:
@@ -51,6 +59,34 @@ def check(document: Document, config: Config) -> None:
     for index, gpu in enumerate(config.simulated_gpus):
         _check_unit(document, ("simulated_gpus", index, "memory"), gpu.memory, parse_bytes)
     _check_ports(document, config)
+    if config.gateway is not None:
+        _check_gateway(document, config, config.gateway)
+
+
+def _check_gateway(document: Document, config: Config, gateway: GatewayConfig) -> None:
+    if gateway.host not in LOOPBACK:
+        wrong = "not an address of this machine alone"
+        cure = f"Write {' or '.join(LOOPBACK)}; for other machines see docs/remote.md."
+        raise document.error(("gateway", "host"), wrong, cure)
+    for field in ("min_awake", "max_wait", "give_up", "return_after"):
+        _check_unit(document, ("gateway", field), getattr(gateway, field), parse_duration)
+    _check_unit(document, ("gateway", "max_body"), gateway.max_body, parse_bytes)
+    known = f"There are: {', '.join(config.models)}."
+    if gateway.return_to is not None and gateway.return_to not in config.models:
+        raise document.error(("gateway", "return_to"), f"no model is called {gateway.return_to!r}", known)
+    taken: dict[str | None, str] = {}
+    for index, key in enumerate(gateway.keys):
+        where: Key = ("gateway", "keys", index)
+        if key.api_key is None:
+            cure = 'Add api_key: "${VAR}", or api_key_file: FILE.'
+            raise document.error(where, f"the key of {key.name} is missing", cure)
+        if key.api_key in taken or key.name in taken.values():
+            wrong = "two have the same name or key"
+            raise document.error(where, wrong, "Give each client its own: it is known by it.")
+        taken[key.api_key] = key.name
+        for name in key.models:
+            if name not in config.models:
+                raise document.error((*where, "models"), f"no model is called {name!r}", known)
 
 
 def _check_aliases(document: Document, config: Config) -> None:
@@ -172,7 +208,7 @@ def _ports(config: Config) -> Iterator[tuple[Key, int]]:
     for name, model in config.models.items():
         if model.port:
             yield ("models", name, "port"), model.port
-        elif (address := _address(model.url)) and address[0] in ("127.0.0.1", "localhost", "::1"):
+        elif (address := _address(model.url)) and address[0] in LOOPBACK:
             yield ("models", name, "url"), address[1]
     if config.gateway:
         yield ("gateway", "port"), config.gateway.port

@@ -16,6 +16,7 @@ from vllm_sleep_tui.config.checks import check, check_names, own_key
 from vllm_sleep_tui.config.types import (
     Config,
     GatewayConfig,
+    GatewayKeyConfig,
     IdleConfig,
     ModelConfig,
     SimulatedGpuConfig,
@@ -52,6 +53,17 @@ _EXPECTED = {
     "restart": "on-failure or never",
     "gateway": "a mapping, such as {port: 8800}",
     "keep_conversations": "true or false",
+    "host": "127.0.0.1, localhost or ::1",
+    "keys": 'a list of mappings, such as [{name: editor, api_key: "${EDITOR_KEY}"}]',
+    "requests": "a whole number from 1",
+    "queue": "a whole number from 1",
+    "min_awake": "a time such as 1s",
+    "max_wait": "a time such as 30s",
+    "give_up": "a time such as 10m",
+    "starts": "true or false",
+    "return_to": "the name of a model",
+    "return_after": "a time such as 10m",
+    "max_body": "an amount of memory, such as 64MiB",
     "simulated_gpus": "a list of mappings, such as [{name: Demo, memory: 24GiB}]",
     "name": "text",
     "memory": "an amount of memory, such as 24GiB",
@@ -150,12 +162,13 @@ def _convert(document: Document) -> Config:
         cure = "Add one, as in models: {qwen: {model: Qwen/Qwen3-0.6B}}"
         raise document.error(("models",), "no model is named", cure)
     check_names(document, models)
-    rest = {key: value for key, value in written.items() if key != "models" and not is_null(value)}
+    apart = ("models", "gateway")
+    rest = {key: value for key, value in written.items() if key not in apart and not is_null(value)}
     values = typed(fill_in(document, (), rest))
     for index, gpu in enumerate(_items(document, ("simulated_gpus",), values.get("simulated_gpus"))):
         _struct(document, ("simulated_gpus", index), gpu, SimulatedGpuConfig)
-    if "gateway" in values:
-        _struct(document, ("gateway",), values["gateway"], GatewayConfig)
+    if not is_null(written.get("gateway")):
+        values["gateway"] = _gateway(document, written["gateway"])
     complete = {name: _model(document, name, model) for name, model in models.items()}
     config: Config = _built(document, (), {**values, "models": {}}, Config)
     return msgspec.structs.replace(config, models=complete)
@@ -186,6 +199,27 @@ def _model(document: Document, name: str, value: Any) -> ModelConfig:
                 raise document.error((*key, "gpus", index), wrong, cure)
     model: ModelConfig = _built(document, key, values, ModelConfig)
     return model
+
+
+def _gateway(document: Document, value: Any) -> GatewayConfig:
+    key: Key = ("gateway",)
+    written = dict(_mapping(document, key, value))
+    _check_keys(document, key, written, GatewayConfig)
+    keys = None if is_null(written.get("keys")) else written.pop("keys")
+    read = []
+    for index, item in enumerate(_items(document, (*key, "keys"), keys)):
+        where: Key = (*key, "keys", index)
+        own = dict(_mapping(document, where, item))
+        _check_keys(document, where, own, GatewayKeyConfig)
+        secret = own_key(document, where, own)
+        rest = {name: part for name, part in own.items() if name not in _KEYS}
+        read.append({**typed(fill_in(document, where, rest)), **secret})
+        _built(document, where, read[-1], GatewayKeyConfig)
+    values = {part: item for part, item in written.items() if not is_null(item)}
+    gateway: GatewayConfig = _built(
+        document, key, {**typed(fill_in(document, key, values)), "keys": read}, GatewayConfig
+    )
+    return gateway
 
 
 def _struct(document: Document, key: Key, value: Any, kind: type[msgspec.Struct]) -> None:

@@ -77,10 +77,39 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return f"ModelConfig({shown})"
 
 
-class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The OpenAI endpoint of `serve`."""
+class GatewayKeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A key that clients of the gateway send, and what it is good for."""
 
+    name: Annotated[str, Meta(min_length=1, description="What the panel and the log call its client.")]
+    api_key: Annotated[str, Meta(description="${VAR}, never the key.")] | None = None
+    """The key itself, once it was read from its variable or from `api_key_file`."""
+    api_key_file: Annotated[str, Meta(description="The file that holds it.")] | None = None
+    models: Annotated[tuple[str, ...], Meta(description="What it may ask; all if left out.")] = ()
+    requests: Annotated[int, Meta(ge=1, description="At most so many at once.")] | None = None
+
+    def __repr__(self) -> str:
+        """Name it without the key."""
+        return f"GatewayKeyConfig({self.name!r})"
+
+
+class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One endpoint for all models, of `serve` and the panel."""
+
+    host: Annotated[str, Meta(description="An address of this machine alone.")] = "127.0.0.1"
     port: Port = 8800
+    keys: tuple[GatewayKeyConfig, ...] = ()
+    """Without any, whoever is on this machine may ask."""
+    queue: Annotated[int, Meta(ge=1, description="Requests that may wait.")] = 200
+    min_awake: Annotated[Duration | None, Meta(description="Left out: as long as its switch takes.")] = None
+    """How long a model that was switched to stays, though others are waited for."""
+    max_wait: Annotated[Duration | None, Meta(description="Then who waits goes first.")] = None
+    """After so long nobody else's new requests are let before; left out: 30 s, or twice what the switch
+    takes if that is longer."""
+    give_up: Annotated[Duration, Meta(description="Then a request that waits is refused.")] = "10m"
+    starts: Annotated[bool, Meta(description="Whether a request may start a stopped model.")] = True
+    return_to: Annotated[str, Meta(description="The model to be awake when nothing is asked.")] | None = None
+    return_after: Annotated[Duration, Meta(description="Without a request.")] = "10m"
+    max_body: Annotated[Memory, Meta(description="The longest request.")] = "64MiB"
 
 
 class SimulatedGpuConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,8 +1,17 @@
-"""The paths of a server's HTTP that the panel asks: vLLM's own, and the guard's gate."""
+"""The paths of a server's HTTP: those that the panel asks, and those that the guard lets clients ask."""
 
 from __future__ import annotations
 
-from vllm_sleep_tui.engine.guard import GATE_PATH
+from vllm_sleep_tui.engine.guard import (
+    GATE_CLOSED,
+    GATE_PATH,
+    INFERENCE,
+    is_inference,
+    is_read_only,
+    why_foreign,
+)
+
+__all__ = ["GATE_CLOSED", "INFERENCE", "is_inference", "is_read_only", "why_foreign"]
 
 HEALTH = "/health"
 VERSION = "/version"

@@ -32,6 +32,8 @@ SOCKET_VARIABLE = "SLEEP_TUI_SOCKET"
 CLIENT_HEADER = b"x-panel-client"
 """On the panel's socket: the request is a client's; it counts as in flight, and a closed gate refuses it."""
 GATE_PATH = "/panel/gate"
+GATE_CLOSED = b"x-panel-gate"
+"""A header of the answer that a closed gate gives: the request has not reached the model."""
 INSIDE = "panel_guard.inside"
 """A key of a scope that no client can set: the request came by the panel's socket."""
 
@@ -107,7 +109,7 @@ class PanelGuard:
             return
         inside = scope.get(INSIDE) is True
         trusted = inside and not _header(scope, CLIENT_HEADER)
-        refusal = _foreign(scope) or _unlisted(scope, trusted)
+        refusal = why_foreign(scope) or _unlisted(scope, trusted)
         if refusal:
             await _refuse(scope, send, refusal)
         elif _spelling(scope) == GATE_PATH:
@@ -140,7 +142,7 @@ class PanelGuard:
 
     async def _serve_client(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a listed request of a client, once its body is there and if the gate is open then."""
-        if not _is_inference(_spelling(scope)):
+        if not is_inference(_spelling(scope)):
             await self._app(scope, receive, send)
             return
         if self._closed:
@@ -287,16 +289,18 @@ def _spelling(scope: Scope) -> str:
 def _unlisted(scope: Scope, trusted: bool) -> str:
     """Why a request is not for everybody, or an empty string."""
     path = _spelling(scope)
-    if trusted or (scope["type"] == "http" and (_is_inference(path) or _is_read_only(path))):
+    if trusted or (scope["type"] == "http" and (is_inference(path) or is_read_only(path))):
         return ""
     return "This address is for the panel only, which has a way in of its own."
 
 
-def _is_inference(path: str) -> bool:
+def is_inference(path: str) -> bool:
+    """Whether a closed gate refuses it."""
     return path in INFERENCE or STORED_RESPONSE.match(path) is not None
 
 
-def _is_read_only(path: str) -> bool:
+def is_read_only(path: str) -> bool:
+    """Whether anybody may ask for it at any time."""
     # Cancelling an answer helps a gate that waits for it.
     return path in READ_ONLY or STORED_RESPONSE_CANCEL.match(path) is not None
 
@@ -305,7 +309,7 @@ def _header(scope: Scope, name: bytes) -> list[bytes]:
     return [value for key, value in scope.get("headers", ()) if key.lower() == name]
 
 
-def _foreign(scope: Scope) -> str:
+def why_foreign(scope: Scope) -> str:
     """Why a request is not from this machine's own programs, or an empty string."""
     hosts = [value.decode("latin-1") for value in _header(scope, b"host")]
     # A name that resolves to 127.0.0.1 is how a web page gets at a loopback server.
@@ -366,7 +370,13 @@ async def _refuse(scope: Scope, send: Send, message: str) -> None:
 
 async def _reply_closed(send: Send) -> None:
     message = "The model is asleep or about to sleep. Try again, or wake it in vllm-sleep-tui."
-    await _reply(send, 503, _error(503, "ServiceUnavailable", message), (b"retry-after", b"1"))
+    await _reply(
+        send,
+        503,
+        _error(503, "ServiceUnavailable", message),
+        (b"retry-after", b"1"),
+        (GATE_CLOSED, b"closed"),
+    )
 
 
 async def _reply(

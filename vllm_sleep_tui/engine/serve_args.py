@@ -5,6 +5,7 @@ It imports nothing of ours, so that the config can be checked with it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -157,6 +158,18 @@ class ServeArgs:
     def has_lora(self) -> bool:
         """Whether it serves adapters."""
         return self._is_on("enable-lora")
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the LoRA adapters that it serves from its start on: NAME=PATH, or JSON with a name."""
+        given = self.args.get("lora-modules") or ()
+        names = []
+        for text in map(str, (given,) if isinstance(given, str) else given):
+            try:
+                names.append(str(json.loads(text)["name"]) if text.startswith("{") else text.split("=", 1)[0])
+            except (ValueError, KeyError, TypeError):
+                continue  # vLLM says what is wrong with it
+        return tuple(names)
 
     @property
     def revision(self) -> str | None:

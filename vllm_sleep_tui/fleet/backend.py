@@ -16,7 +16,7 @@ from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.operations.room import GpuMemory
 from vllm_sleep_tui.fleet.operations.supervised import Supervised
-from vllm_sleep_tui.fleet.snapshot import Prediction, Serving, SwitchTimes
+from vllm_sleep_tui.fleet.snapshot import Prediction, Serving, SwitchTimes, Way
 from vllm_sleep_tui.fleet.states import State
 
 if TYPE_CHECKING:  # httpx costs 0.2 s that verbs which ask no server do not have
@@ -36,6 +36,9 @@ class Backend(Protocol):
 
     async def endpoint(self) -> tuple[VllmClient, str]:
         """Whom to ask, and by which name; raises OperationError if it does not tell."""
+
+    async def way(self) -> Way:
+        """How clients' requests get there; raises PanelError while it does not run."""
 
     # ── operated ─────────────────────────────────────────────────────────────────────────────────────────
 

@@ -5,11 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from vllm_sleep_tui.config.load import LoadedConfig
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.errors import CancelledByUser, OperationError
 from vllm_sleep_tui.fleet.attached.backend import probe, prober
 from vllm_sleep_tui.fleet.attached.probe import QUICK
@@ -34,8 +44,10 @@ from vllm_sleep_tui.fleet.snapshot import (
     Prediction,
     Report,
     SwitchTimes,
+    Way,
 )
 from vllm_sleep_tui.fleet.states import StartPhase, State
+from vllm_sleep_tui.fleet.supervision.leader import LeaderLock
 from vllm_sleep_tui.fleet.supervision.supervisor import Leader, Watcher
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive
 from vllm_sleep_tui.telemetry.sampler import Sampler
@@ -190,6 +202,26 @@ class Fleet:
     def log(self, name: str) -> ServerLog:
         """What the model's servers said; raises OperationError if its record cannot be read."""
         return log_of(self._core.records, name)
+
+    # ── for who carries requests to the servers ──────────────────────────────────────────────────────────
+
+    async def way(self, name: str) -> Way:
+        """How a client's request gets to the model's server; raises PanelError while it does not run."""
+        return await self._backend(name).way()
+
+    def served_names(self, name: str) -> tuple[str, ...]:
+        """What a request may call the model: its name, its aliases, its adapters."""
+        model = self._core.model_config(name)
+        return name, *model.aliases, *ServeArgs(model.args).adapters
+
+    def want(self, names: Iterable[str]) -> None:
+        """Say that requests wait for these models, for some seconds: nobody puts them away."""
+        for name in names:
+            self._core.model(name).want()
+
+    def seat(self, what: str) -> LeaderLock:
+        """The place of who does `what` for this config: one process at a time has it."""
+        return LeaderLock(self._core.records.folder.parent / self._core.records.path(what, "lock").name)
 
     # ── what can be done ─────────────────────────────────────────────────────────────────────────────────
 

@@ -6,6 +6,7 @@ is on disk, and only who holds the model's lock may write it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # the core makes the handles
     from vllm_sleep_tui.engine.client import VllmClient
     from vllm_sleep_tui.fleet.core import Core
 
+WANTED_SECONDS = 5.0
 PINNED_NOISE = GIB // 4
 """Shared memory of an engine that never slept: 0.07 GiB on an H100."""
 
@@ -133,6 +135,27 @@ class Model:
     def lock(self) -> Path:
         """Its lock file."""
         return self.core.records.path(self.name, "lock")
+
+    @property
+    def wanted_file(self) -> Path:
+        """Touched again and again while requests wait for it, see `is_wanted`."""
+        return self.core.records.path(self.name, "wanted")
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether requests wait for it, in whichever process: it is not put away."""
+        try:
+            return abs(time.time() - self.wanted_file.stat().st_mtime) < WANTED_SECONDS
+        except OSError:
+            return False
+
+    def want(self) -> None:
+        """Say that requests wait for it, for the next WANTED_SECONDS; a full disk is no reason to fail."""
+        with contextlib.suppress(OSError):
+            os.close(
+                os.open(self.wanted_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            )
+            os.utime(self.wanted_file)
 
     @property
     def log_path(self) -> Path:

@@ -6,6 +6,7 @@ The first fields of each struct, in order, are the contract of ``status --json``
 from __future__ import annotations
 
 from collections.abc import Callable
+from socket import socket
 
 import msgspec
 
@@ -241,6 +242,26 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """VRAM used on each GPU afterwards."""
     sentence: str = ""
     """The whole thing for a person."""
+
+
+class Way(msgspec.Struct, frozen=True, kw_only=True):
+    """How a client's request is carried to the server of a model."""
+
+    launch: str
+    """Another one with each launch of a server."""
+    uds: str | None
+    """The socket where the guard counts it as a client's; None: over `url`."""
+    url: str
+    headers: tuple[tuple[bytes, bytes], ...]
+    """What goes with it; a key may be among them."""
+    served: str
+    """What the server calls the model."""
+    check: Callable[[socket], None] | None
+    """Looks who is at the other end of a fresh connection; raises PanelError if nothing may be sent there."""
+
+    def __repr__(self) -> str:
+        """Name it without its headers."""
+        return f"Way({self.url!r}, {self.served!r})"
 
 
 WAITING = "waiting"

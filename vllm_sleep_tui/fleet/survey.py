@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from vllm_sleep_tui.config.flags import FlagTable
 from vllm_sleep_tui.config.load import LoadedConfig
+from vllm_sleep_tui.engine.serve_line import ServeLine, arguments_in, read_arguments
 from vllm_sleep_tui.files import is_text
 from vllm_sleep_tui.fleet import server_log
 from vllm_sleep_tui.fleet.events import FleetEvent
@@ -47,8 +48,10 @@ __all__ = [
     "GpuFault",
     "GpuReading",
     "Orphan",
+    "ServeLine",
     "Surroundings",
     "VllmEnvironment",
+    "arguments_in",
     "coming_events",
     "end_orphans",
     "find_orphans",
@@ -58,6 +61,7 @@ __all__ = [
     "log_of",
     "look_around",
     "looking",
+    "read_arguments",
     "read_once",
 ]
 

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
-from vllm_sleep_tui.simulator import generation, http
+from vllm_sleep_tui.simulator import generation, http, messages
 from vllm_sleep_tui.simulator.behaviours import Fault
 from vllm_sleep_tui.simulator.client import EngineDead, Generation
 from vllm_sleep_tui.simulator.http import Answer, HttpError, Request
@@ -56,6 +56,7 @@ class Inference:
         return {
             **routes,
             ("POST", "/v1/chat/completions"): self.chat,
+            ("POST", "/v1/messages"): self.messages,
             ("POST", "/v1/completions"): self.completions,
             ("POST", "/invocations"): self.invocations,
         }
@@ -132,7 +133,9 @@ class Inference:
 
     async def chat(self, request: Request) -> Answer:
         """``/v1/chat/completions``."""
-        body = request.json()
+        return await self._chat(request, request.json())
+
+    async def _chat(self, request: Request, body: Mapping[str, Any]) -> Answer:
         self._check_model(body)
         if "messages" not in body:
             raise http.invalid("missing", "body.messages", "Field required", "<dict of 1 items>")
@@ -144,9 +147,17 @@ class Inference:
             and "chat_template" not in self._server.options.given
         ):
             raise HttpError(400, NO_CHAT_TEMPLATE)
-        messages = body["messages"]
-        wanted = self._wanted(request, body, chat_tokens(messages), question(messages), chat=True)
+        said = body["messages"]
+        wanted = self._wanted(request, body, chat_tokens(said), question(said), chat=True)
         return await self._respond(request, body, wanted)
+
+    async def messages(self, request: Request) -> Answer:
+        """``/v1/messages``: the chat in Anthropic's shape."""
+        answer = await self._chat(request, messages.as_chat(request.json()))
+        if answer.chunks is not None:
+            chunks = messages.as_events(answer.chunks, self._names[0])
+            return Answer(content_type=answer.content_type, chunks=chunks)
+        return http.as_json(messages.as_message(json.loads(answer.body)))
 
     async def completions(self, request: Request) -> Answer:
         """``/v1/completions``, with text or token ids as the prompt."""

@@ -26,6 +26,7 @@ from vllm_sleep_tui.fleet.attached.probe import (
     LOOK,
     ProbeResult,
     after,
+    base_of,
     owns_server,
     probe_all,
     resolved,
@@ -38,8 +39,9 @@ from vllm_sleep_tui.fleet.operations.acquire import locked
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.room import GpuMemory
 from vllm_sleep_tui.fleet.operations.supervised import Supervised
+from vllm_sleep_tui.fleet.peer_checks import check_for_key
 from vllm_sleep_tui.fleet.poller import Poller
-from vllm_sleep_tui.fleet.snapshot import Prediction, Serving, SwitchTimes
+from vllm_sleep_tui.fleet.snapshot import Prediction, Serving, SwitchTimes, Way
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import holder
 from vllm_sleep_tui.fleet.store.records import Intent
@@ -126,6 +128,19 @@ class Attached:
         if not names:
             raise OperationError(f"{self.name}: its server serves no model.", LOOK)
         return self.name if self.name in names else names[0]
+
+    async def way(self) -> Way:
+        """By its address, with its key."""
+        config, served = self.model.config, await self.served_name()
+        key = config.api_key
+        return Way(
+            launch=f"{config.url} {served}",
+            uds=None,
+            url=base_of(config.url or ""),
+            headers=((b"authorization", b"Bearer " + key.encode()),) if key else (),
+            served=served,
+            check=check_for_key(config),
+        )
 
     # ── start, stop ──────────────────────────────────────────────────────────────────────────────────────
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from vllm_sleep_tui.engine.guard import CLIENT_HEADER
 from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import CancelledByUser, PanelError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.keeper_client import ask_to_stop, read_status
@@ -25,7 +26,9 @@ from vllm_sleep_tui.fleet.operations.reconcile import lives
 from vllm_sleep_tui.fleet.operations.room import GpuMemory, own_level, refuse_without_room
 from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server, no_level_0
 from vllm_sleep_tui.fleet.operations.start import PortRaceError, Start, check_startable
-from vllm_sleep_tui.fleet.snapshot import Prediction, Serving, SwitchTimes
+from vllm_sleep_tui.fleet.peer_checks import check_own
+from vllm_sleep_tui.fleet.server_keys import key_of
+from vllm_sleep_tui.fleet.snapshot import Prediction, Serving, SwitchTimes, Way
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Intent
 from vllm_sleep_tui.sizing.placement import Room
@@ -59,6 +62,24 @@ class Supervised:
         """The client of its server, which serves it under the model's own name."""
         self.model.read()
         return self.model.client(), self.name
+
+    async def way(self) -> Way:
+        """By its guard's socket, as a client: counted, and refused while the gate is closed."""
+        record = self.model.read()
+        if record.launch is None or record.port is None or record.state not in (State.AWAKE, State.ASLEEP):
+            raise RefusedError(f"{self.name} is {record.state}.", "Start it or wake it.")
+        key = key_of(record, self.model.config)
+        headers = [(b"authorization", b"Bearer " + key.encode())] if key else []
+        if record.socket is not None:
+            headers.append((CLIENT_HEADER, b"1"))
+        return Way(
+            launch=record.launch,
+            uds=record.socket,
+            url=f"http://127.0.0.1:{record.port}",
+            headers=tuple(headers),
+            served=self.name,
+            check=check_own,
+        )
 
     # ── switch, wake, start ──────────────────────────────────────────────────────────────────────────────
 

@@ -103,10 +103,11 @@ class StillIdle:
 
 
 async def put_away(model: Model, what: str, seen: Gate, leads: Callable[[], bool] = lambda: True) -> None:
-    """Sleep or stop a model unless it has been used since `seen`; raises PanelError if it fails."""
+    """Sleep or stop a model unless it has been used since `seen`, or requests wait for it; raises PanelError
+    if it fails."""
     before, operation = model.record, Operation(what, model.name)
     async with acquire(model, operation, make_room=False):
-        if not model.record.is_same_stay(before) or not leads():
+        if not model.record.is_same_stay(before) or model.is_wanted or not leads():
             return
         client, server = model.client(), Server(model, operation)
         still = StillIdle(lambda: client.gate(GATE_LIMIT), seen, model.name)

@@ -231,7 +231,7 @@ class Leader:
         self._hangs.hears(record)
         what = idle.due(config, record.state, idle.now_idle(self._idleness, record, gate))
         key = (record.launch, record.since)
-        if what is not None and self._refused.get(record.name) != key:
+        if what is not None and not model.is_wanted and self._refused.get(record.name) != key:
             log.info("%s: %s, nobody has used it for a while", record.name, what)
             try:
                 await idle.put_away(model, what, gate, self._leads)

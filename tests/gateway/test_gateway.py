@@ -1,0 +1,240 @@
+"""The endpoint from outside: what it lists, lets through, switches to, and refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.gateway.conftest import MakeGated
+
+
+def test_a_request_starts_wakes_and_switches_to_its_model(gated: MakeGated) -> None:
+    here = gated({"a": {"model": "sim/1GiB", "aliases": ["gpt-4o"]}, "b": {"model": "sim/4GiB"}})
+    assert here.states() == {"a": "stopped", "gpt-4o": "stopped", "b": "stopped"}
+    first = here.chat("gpt-4o")
+    assert first.status_code == 200, first.text
+    assert first.json()["model"] == "a"
+    assert here.chat("b").json()["model"] == "b"
+    assert here.states()["a"] == "asleep"
+    assert here.chat("a").json()["model"] == "a"
+    assert here.states() == {"a": "awake", "gpt-4o": "awake", "b": "asleep"}
+    assert 'gateway_switches_total{model="a",outcome="done"} 2' in httpx.get(f"{here.base}/metrics").text
+
+
+def test_a_stream_is_passed_on_byte_for_byte(gated: MakeGated) -> None:
+    here = gated()
+    body = {"model": "a", "prompt": "tell me", "max_tokens": 20, "stream": True}
+    with httpx.stream("POST", f"{here.url}/completions", json=body, timeout=60) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        through = b"".join(answer.iter_raw())
+    port = next(m["port"] for m in json.loads(here.verb("status", "--json"))["models"] if m["name"] == "a")
+    direct = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body).content
+
+    def pieces(events: bytes) -> list[object]:
+        lines = [line.removeprefix(b"data: ") for line in events.split(b"\n\n") if line]
+        return [json.loads(line)["choices"] if line != b"[DONE]" else "done" for line in lines]
+
+    assert pieces(through) == pieces(direct)
+    assert through.endswith(b"data: [DONE]\n\n")
+
+
+def test_names_paths_and_prefixes_lead_to_one_model(gated: MakeGated) -> None:
+    here = gated({"org/big:8b": {"model": "sim/1GiB"}, "b": {"model": "sim/4GiB"}})
+    assert here.chat("org/big:8b").json()["model"] == "org/big:8b"
+    assert here.chat("org-big-8b").json()["model"] == "org/big:8b"
+    body = {"prompt": "x", "max_tokens": 2}
+    for prefix in ("org/big:8b", "org-big-8b", "org%2Fbig%3A8b"):
+        answer = httpx.post(f"{here.base}/{prefix}/v1/completions", json=body, timeout=60)
+        assert answer.json()["model"] == "org/big:8b", answer.text
+    assert httpx.post(f"{here.url}/completions", json=body).status_code == 400  # which one?
+    missing = here.chat("org/bigg")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "model_not_found"
+    assert "org/big:8b" in missing.json()["error"]["message"]
+
+
+ADMIN = ("/sleep", "/wake_up", "/collective_rpc", "/panel/gate", "/a/sleep", "/a/v1/../sleep", "/%73leep")
+
+
+def test_admin_paths_do_not_exist(gated: MakeGated) -> None:
+    here = gated()
+    for path in ADMIN:
+        asked = post_raw(here.port, path)
+        assert asked.startswith(b"HTTP/1.1 404 "), path
+
+
+def post_raw(port: int, path: str) -> bytes:
+    """The beginning of the answer to a path that no client library would send as it is."""
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        raw.sendall(f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 2\r\n\r\n{{}}".encode())
+        return raw.recv(4096)
+
+
+def test_a_page_of_another_site_is_refused(gated: MakeGated) -> None:
+    here = gated()
+    for name, value in (
+        ("origin", "http://evil.example"),
+        ("host", "evil.example"),
+        ("sec-fetch-site", "cross-site"),
+    ):
+        headers = {name: value}
+        for path in ("/v1/models", "/running", "/health"):
+            assert httpx.get(f"{here.base}{path}", headers=headers).status_code == 403
+        assert httpx.post(f"{here.url}/completions", headers=headers, json={}).status_code == 403
+
+
+def test_keys_have_models_and_limits(gated: MakeGated, tmp_path: Path) -> None:
+    (tmp_path / "editor.key").write_text("sekret-one\n")
+    (tmp_path / "agent.key").write_text("sekret-two\n")
+    keys = [
+        {"name": "editor", "api_key_file": str(tmp_path / "editor.key"), "models": ["a"]},
+        {"name": "agent", "api_key_file": str(tmp_path / "agent.key")},
+    ]
+    here = gated(keys=keys)
+    body = {"model": "b", "prompt": "x", "max_tokens": 2}
+
+    def ask(**headers: str) -> httpx.Response:
+        return httpx.post(f"{here.url}/completions", json=body, headers=headers, timeout=60)
+
+    assert ask().status_code == 401
+    assert ask(authorization="Bearer nobody").status_code == 401
+    assert ask(authorization="Bearer sekret-one").status_code == 403
+    assert ask(**{"x-api-key": "sekret-two"}).status_code == 200
+    listed = httpx.get(f"{here.url}/models", headers={"authorization": "Bearer sekret-one"}).json()
+    assert [entry["id"] for entry in listed["data"]] == ["a"]
+    assert "sekret" not in here.log.read_text()
+
+
+def test_a_longer_body_than_allowed_is_refused(gated: MakeGated) -> None:
+    here = gated(max_body="1MiB")
+    whole = here.chat("a", "x" * 2_000_000)
+    assert whole.status_code == 413
+
+    def parts() -> object:
+        yield b'{"model": "a", "prompt": "'
+        for _ in range(40):
+            yield b"x" * 65536
+
+    assert httpx.post(f"{here.url}/completions", content=parts()).status_code == 413  # type: ignore[arg-type]
+    assert here.states()["a"] == "stopped"
+
+
+def test_who_leaves_while_waiting_leaves_the_queue(gated: MakeGated) -> None:
+    here = gated(speed="20", queue=1)
+    body = {"model": "a", "prompt": "x"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{here.url}/completions", json=body, timeout=0.5)
+    here.until(lambda: not here.requests())
+    assert 'status="499"' in httpx.get(f"{here.base}/metrics").text
+
+
+def test_a_full_queue_says_when_to_come_back(gated: MakeGated) -> None:
+    here = gated(speed="10", queue=1)
+
+    async def both() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            body = {"model": "a", "prompt": "x", "max_tokens": 2}
+            asks = [client.post(f"{here.url}/completions", json=body) for _ in range(3)]
+            return await asyncio.gather(*asks)
+
+    answers = sorted(asyncio.run(both()), key=lambda answer: answer.status_code)
+    assert [answer.status_code for answer in answers] == [200, 503, 503]
+    assert int(answers[1].headers["retry-after"]) >= 1
+    assert answers[1].json()["error"]["type"] == "overloaded_error"
+
+
+def test_a_failed_start_is_told_in_the_shape_of_the_path(gated: MakeGated) -> None:
+    here = gated(
+        {"a": {"model": "sim/1GiB", "env": {"VLLM_SIM_FAULTS": "fail_start"}}, "b": {"model": "sim/80GiB"}}
+    )
+    too_large = here.chat("b")
+    assert too_large.status_code == 503, too_large.text
+    assert "b" in too_large.json()["error"]["message"]
+    message = httpx.post(f"{here.url}/messages", json={"model": "b", "messages": []}, timeout=60)
+    assert message.json()["type"] == "error"
+    assert message.json()["error"]["type"] == "overloaded_error"
+
+
+def test_what_requests_may_not_start_stays_stopped(gated: MakeGated) -> None:
+    here = gated(starts=False)
+    refused = here.chat("a")
+    assert refused.status_code == 503
+    assert "starts" in refused.json()["error"]["message"]
+    assert here.states()["a"] == "stopped"
+
+
+def test_a_model_that_a_person_put_to_sleep_wakes_for_a_request(gated: MakeGated) -> None:
+    here = gated()
+    assert here.chat("a").status_code == 200
+    here.verb("sleep", "a")
+    assert here.chat("a").status_code == 200
+
+
+def test_a_killed_server_is_started_again_for_the_next_request(gated: MakeGated) -> None:
+    here = gated({"a": {"model": "sim/1GiB", "restart": "never"}})
+    assert here.chat("a").status_code == 200
+    pid = next(m["pid"] for m in json.loads(here.verb("status", "--json"))["models"] if m["name"] == "a")
+    os.kill(pid, signal.SIGKILL)
+    again = here.chat("a")
+    assert again.status_code == 200, again.text
+
+
+def test_the_next_serve_takes_over_when_the_first_is_killed(gated: MakeGated) -> None:
+    here = gated()
+    first = here.processes[0]
+    here.serve()
+    here.until_said("gateway: another process has it")
+    first.kill()
+    first.wait()
+    here.until(here.answers)
+    assert here.chat("a").status_code == 200
+
+
+def test_a_taken_port_is_said_and_tried_again(gated: MakeGated) -> None:
+    here = gated(begins=False)
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", here.port))
+        squatter.listen()
+        here.serve()
+        here.until_said(f"Port {here.port} of 127.0.0.1 is not to be had")
+    here.until(here.answers)
+
+
+def test_large_images_pass_and_a_cancelled_stream_ends_at_the_server(gated: MakeGated) -> None:
+    here = gated(speed="20")
+    here.verb("start", "a")
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 3_000_000}}
+    content = [{"type": "text", "text": "what is this"}, image]
+    body = {"model": "a", "messages": [{"role": "user", "content": content}], "max_tokens": 2}
+    assert httpx.post(f"{here.url}/chat/completions", json=body, timeout=60).status_code in (200, 400)
+    endless = {"model": "a", "prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{here.url}/completions", json=endless, timeout=60) as answer:
+        parts = answer.iter_raw()  # with it, the answer would end
+        first = next(parts)
+        assert [ask["state"] for ask in here.requests()] == ["running"], first
+    here.until(lambda: not here.requests())
+    port = next(m["port"] for m in json.loads(here.verb("status", "--json"))["models"] if m["name"] == "a")
+    running = "vllm:num_requests_running"
+
+    def count() -> float:
+        lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(running))
+
+    here.until(lambda: count() == 0)
+
+
+def test_a_waiting_stream_hears_that_it_is_waited(gated: MakeGated) -> None:
+    here = gated(speed="3")
+    body = {"model": "a", "prompt": "x", "max_tokens": 3, "stream": True}
+    with httpx.stream("POST", f"{here.url}/completions", json=body, timeout=60) as answer:
+        assert answer.status_code == 200
+        content = b"".join(answer.iter_raw())
+    assert content.startswith(b": waits for ")
+    assert content.endswith(b"data: [DONE]\n\n")

@@ -1,0 +1,63 @@
+"""The gateway before real vLLM on the CPU: two models, the official client, a stream that is broken off."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from command_line import CommandLine, write_config
+
+from tests.real.conftest import from_environment, model_config
+
+pytestmark = pytest.mark.real
+
+
+def test_two_models_behind_one_address(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    command = [str(from_environment("VLLM_CPU_COMMAND"))]
+    models = {name: model_config(name) for name in ("smollm2", "tiny")}
+    port = free_port()
+    config = write_config(tmp_path / "config.yaml", command, models, gateway={"port": port})
+    panel = CommandLine(config=config, state_home=tmp_path / "state")
+    with (tmp_path / "serve.log").open("wb") as log:
+        serve = subprocess.Popen(
+            [sys.executable, "-m", "vllm_sleep_tui", "--config", str(config), "serve"],
+            env=os.environ | {"XDG_STATE_HOME": str(tmp_path / "state")},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20) as client:
+            use(client, port)
+    finally:
+        serve.send_signal(signal.SIGTERM)
+        serve.wait(30)
+        panel.close()
+
+
+def use(client: openai.OpenAI, port: int) -> None:
+    """Both models in turn, streamed and not; the first request to each starts its server."""
+    prompt = "The capital of France is"
+    for name in ("smollm2", "tiny", "smollm2"):
+        whole = client.completions.create(model=name, prompt=prompt, max_tokens=4, timeout=300)
+        assert whole.model == name
+        stream = client.completions.create(model=name, prompt=prompt, max_tokens=4, stream=True)
+        text = "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+        assert text == whole.choices[0].text
+        if name == "smollm2":
+            assert "Paris" in text
+    with client.completions.create(
+        model="tiny", prompt="x", max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
+    ) as endless:
+        next(iter(endless))
+    deadline = time.monotonic() + 30
+    while httpx.get(f"http://127.0.0.1:{port}/running").json()["requests"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -1,0 +1,133 @@
+"""`init --from`: what others start vLLM with becomes our config; its command lines stay what they were."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_engine_argv import SPEC
+from vllm_sleep_tui.config.load import LoadedConfig, load
+from vllm_sleep_tui.engine.argv import serve_argv
+
+DATA = Path(__file__).parent / "data" / "moving"
+OURS = {"--host", "--port", "--api-server-count", "--middleware", "--disable-access-log-for-endpoints"}
+
+EXPECTED: dict[str, dict[str, str]] = {
+    "swap-groups.yaml": {
+        "qwen3:8b": "Qwen/Qwen3-8B --max-model-len 8192 --gpu-memory-utilization 0.85 "
+        "--enable-auto-tool-choice --tool-call-parser hermes"
+    },
+    "swap-wrapper.yaml": {
+        "coder model": "Qwen/Qwen2.5-Coder-32B-Instruct-AWQ --tensor-parallel-size 2 "
+        "--quantization awq_marlin "
+        """--hf-overrides '{"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}'"""
+    },
+    "snap-sleep.yaml": {"phi": "microsoft/phi-4 --no-enable-prefix-caching"},
+    "compose-one.yaml": {"chat": "mistralai/Mistral-7B-Instruct-v0.3 --max-model-len 16384 --dtype bfloat16"},
+    "compose-two.yaml": {
+        "embed": "BAAI/bge-m3 --runner pooling --max-num-seqs 64",
+        "big": """Qwen/Qwen3-32B-FP8 --tensor-parallel-size 2 --limit-mm-per-prompt '{"image": 2}'""",
+    },
+    "start.sh": {
+        "Qwen3-0.6B": "Qwen/Qwen3-0.6B --max-model-len 4096 --enforce-eager",
+        "Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B-Instruct --max-num-seqs 16",
+    },
+    "docker.sh": {"Qwen3-4B": "Qwen/Qwen3-4B --max-model-len 32768 --kv-cache-dtype fp8"},
+    "line.txt": {
+        "mine": "MODELS/mine --enforce-eager --lora-modules a=MODELS/../a b=MODELS/../b --enable-lora "
+        "--max-lora-rank 32 --tensor-parallel-size 2"
+    },
+    "uv-run.sh": {"gemma-3-4b-it": "google/gemma-3-4b-it --max-model-len 8k --trust-remote-code"},
+    "serve.yaml": {
+        "small": "Qwen/Qwen3-1.7B --max-model-len 8192 --no-enable-prefix-caching "
+        """--compilation-config '{"mode": 3}'"""
+    },
+}
+"""What each of them started, in the words of its author; paths made absolute."""
+
+
+def run_init(folder: Path, *words: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vllm_sleep_tui", "init", *words]
+    return subprocess.run(command, cwd=folder, input=given, capture_output=True, text=True, timeout=120)
+
+
+def moved(folder: Path, name: str) -> tuple[LoadedConfig, str]:
+    """The config that is made of a file, and what was said."""
+    done = run_init(folder, "--from", str(DATA / name))
+    assert done.returncode == 0, done.stderr
+    return load(folder / "vllm-sleep-tui.yaml"), done.stdout + done.stderr
+
+
+def words_of(loaded: LoadedConfig, name: str) -> Counter[str]:
+    """The command line of a model as it would be started, without what every server gets."""
+    model = loaded.config.models[name]
+    spec = replace(SPEC, model=model.model or "", served_name=name, args=model.args, utilization=None)
+    argv = serve_argv(replace(spec, sleep_mode=False))
+    kept = argv[2:3]
+    position = argv.index("--served-model-name") + 2
+    while position < len(argv):
+        if argv[position] in OURS:
+            position += 2
+            continue
+        kept.append(argv[position])
+        position += 1
+    return Counter(kept)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_its_command_lines_stay_what_they_were(tmp_path: Path, name: str) -> None:
+    loaded, _ = moved(tmp_path, name)
+    assert loaded.config.models.keys() == EXPECTED[name].keys()
+    for model, line in EXPECTED[name].items():
+        wanted = shlex.split(line)
+        where = str(tmp_path / "models")
+        plain = [word.replace("MODELS/..", ".").replace("MODELS", where) for word in wanted]
+        assert words_of(loaded, model) == Counter(plain), model
+
+
+def test_every_fixture_is_looked_at() -> None:
+    assert {file.name for file in DATA.iterdir()} == EXPECTED.keys()
+
+
+def test_names_gpus_and_timers_come_along_and_what_does_not_is_said(tmp_path: Path) -> None:
+    loaded, said = moved(tmp_path, "swap-groups.yaml")
+    model = loaded.config.models["qwen3:8b"]
+    assert model.aliases == ("gpt-4o", "small")
+    assert model.gpus == (1,)
+    assert model.idle.sleep_after == "600s"
+    assert model.env == {"HF_HOME": "/data/hub"}
+    assert model.vllm_command == ("/srv/vllm/bin/vllm",)
+    assert loaded.config.gateway is not None
+    for part in ("groups", "HF_TOKEN is not copied", "cmdStop", "models.llama: no `vllm serve`"):
+        assert f"{part}" in said, part
+    assert "hf_made_up" not in said + (tmp_path / "vllm-sleep-tui.yaml").read_text()
+
+
+def test_a_port_of_a_script_is_kept_and_its_key_is_not(tmp_path: Path) -> None:
+    loaded, said = moved(tmp_path, "start.sh")
+    assert [model.port for model in loaded.config.models.values()] == [8001, 8002]
+    assert "API key is not copied" in said
+    assert "made-up" not in said + (tmp_path / "vllm-sleep-tui.yaml").read_text()
+
+
+def test_a_pasted_line_comes_by_standard_input(tmp_path: Path) -> None:
+    done = run_init(
+        tmp_path, "--from", "-", given="vllm serve org/model --max-model-len 4096 --frobnicate 3\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--frobnicate is not known to vLLM" in done.stdout + done.stderr
+    assert load(tmp_path / "vllm-sleep-tui.yaml").config.models["model"].model == "org/model"
+
+
+@pytest.mark.parametrize("given", ["", "echo hello\n", "models: {a: {cmd: ollama serve}}\n", "a: [", "{}"])
+def test_what_starts_no_vllm_is_refused(tmp_path: Path, given: str) -> None:
+    done = run_init(tmp_path, "--from", "-", given=given)
+    assert done.returncode == 2
+    assert "no `vllm serve`" in done.stderr
+    assert not (tmp_path / "vllm-sleep-tui.yaml").exists()

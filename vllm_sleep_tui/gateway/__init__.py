@@ -1,0 +1,1 @@
+"""One endpoint for every client: it wakes the model that a request names and passes the answer through."""
