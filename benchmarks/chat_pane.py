@@ -75,6 +75,7 @@ class Server(BaseHTTPRequestHandler):
                 self._pace("content", CODE * 2)
             elif kind == "answer":
                 self._send("content", ANSWER)
+                time.sleep(0.3)  # long enough to be seen under way
             elif kind == "words":
                 self._pace("content", "word " * 20)
             elif kind == "fast":
