@@ -1,6 +1,6 @@
 """Makes the pictures of the README from the real demo: SVG, and PNG where resvg-py is installed.
 
-python -m screenshots.make [--size 120x40] [--theme night] [--speed 4] [--into screenshots]
+python -m screenshots.make [--size 120x40] [--theme night] [--speed 4] [--into screenshots] [--chat]
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.app import PanelApp
 from vllm_sleep_tui.tui.theme import package_folder
+from vllm_sleep_tui.tui.widgets.chat import ChatPane
 
+Story = Callable[[Pilot[None], Fleet, Callable[[str], Awaitable[None]]], Awaitable[None]]
+CHAT_SIZES = ((80, 24), (120, 40), (200, 60))
 DEADLINE = 300.0
 FONT = Path("/usr/share/fonts/truetype/dejavu")
 """Fira Code, which Textual names, is seldom installed; DejaVu has every sign that the panel uses."""
@@ -78,14 +81,46 @@ async def _story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str], Awaitab
     await pilot.press("escape")
 
 
+async def _chat_story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str], Awaitable[None]]) -> None:
+    """The states of the chat pane."""
+
+    async def asked(words: str) -> None:
+        await pilot.press("c", *words, "enter")
+        await _until(pilot, lambda: words in _answer(pilot) and not _is_answering(pilot))
+
+    await fleet.start(["coder"])
+    await fleet.start(["qwen"])
+    await pilot.press("home")
+    await asked("Why is the sky blue?")
+    await pilot.press("escape")
+    await asked("And at sunset?")
+    await take("answer")
+    await pilot.press("escape", "escape", "end", "c", *"Write a function.")
+    await take("cost")
+    await pilot.press("enter")
+    await take("question")
+    await pilot.press("escape", "escape", "escape", "home", "d")
+    await take("duel")
+    await pilot.press("escape", "h")
+    await take("conversations")
+    await pilot.press("escape", "z")
+    await take("whole")
+
+
+def _answer(pilot: Pilot[None]) -> str:
+    return pilot.app.screen.query_one(ChatPane).last_answer() or ""
+
+
 def _is_answering(pilot: Pilot[None]) -> bool:
     app = pilot.app
     assert isinstance(app, PanelApp)
     return app.dashboard.is_answering
 
 
-async def make(size: tuple[int, int], theme: str, speed: float, into: Path) -> None:
-    """Run the demo headless and take its pictures."""
+async def make(
+    size: tuple[int, int], theme: str, speed: float, into: Path, story: Story, prefix: str = ""
+) -> None:
+    """Run the demo headless and take the pictures of a story."""
     with tempfile.TemporaryDirectory(prefix="vst-") as folder:
         state = Path(folder) / "state"
         state.mkdir(mode=0o700)
@@ -97,11 +132,11 @@ async def make(size: tuple[int, int], theme: str, speed: float, into: Path) -> N
                 await pilot.pause(1.0)  # the numbers settle with the next sample
                 app.clear_notifications()
                 await pilot.pause(0.2)
-                _write(app, into, name)
+                _write(app, into, prefix + name)
 
             try:
                 async with app.run_test(size=size) as pilot:
-                    await _story(pilot, fleet, take)
+                    await story(pilot, fleet, take)
             finally:
                 await app.operations.close()
                 await fleet.stop([model.name for model in fleet.snapshot().models], force=True)
@@ -114,9 +149,15 @@ def main() -> None:
     parser.add_argument("--theme", default="night")
     parser.add_argument("--speed", type=float, default=1.0, help="how many times faster than measured")
     parser.add_argument("--into", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--chat", action="store_true", help="the states of the chat, at three sizes")
     given = parser.parse_args()
+    if given.chat:
+        for width, height in CHAT_SIZES:
+            chat, prefix = given.into / "chat", f"{width}x{height}-"
+            asyncio.run(make((width, height), given.theme, given.speed, chat, _chat_story, prefix))
+        return
     width, height = map(int, given.size.split("x"))
-    asyncio.run(make((width, height), given.theme, given.speed, given.into))
+    asyncio.run(make((width, height), given.theme, given.speed, given.into, _story))
 
 
 if __name__ == "__main__":

@@ -128,7 +128,10 @@ class Conversations:
     def keep(self, handle: Handle, number: int, turn: KeptTurn) -> None:
         """Keep a turn in its place of a conversation, or what became of it meanwhile."""
         if self.keeps:
-            self._worker.submit(self._guarded, lambda found: self._keep(found, handle, number, turn), None)
+            with contextlib.suppress(RuntimeError):  # closed: the panel has ended
+                self._worker.submit(
+                    self._guarded, lambda found: self._keep(found, handle, number, turn), None
+                )
 
     def _keep(self, connection: sqlite3.Connection, handle: Handle, number: int, turn: KeptTurn) -> None:
         if handle.id is None:

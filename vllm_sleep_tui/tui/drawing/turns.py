@@ -25,8 +25,6 @@ class Turn:
     def __init__(self, speaker: str, paint: str) -> None:
         self.speaker = speaker
         self.paint = paint
-        self.is_dropped = False
-        """Another answer or question took its place; it is kept and not shown."""
         self._width = 0
         self._rows: list[list[Row]] = []
 
