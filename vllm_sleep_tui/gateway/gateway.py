@@ -26,6 +26,7 @@ ENDING_SECONDS = 1
 """For answers under way when it closes."""
 KEEP_ALIVE_SECONDS = 65
 SEAT = "gateway"
+NOT_OPEN = "not opened here"
 log = logging.getLogger(__name__)
 
 
@@ -124,12 +125,17 @@ class Post:
         self._config = config
         self._seat = fleet.seat(SEAT)
         self._gateway: Gateway | None = None
-        self._note = "not open yet"
+        self._note = NOT_OPEN
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to try for the seat."""
         self._task = asyncio.create_task(self._keep())
+
+    @property
+    def is_started(self) -> bool:
+        """Whether it is open here, or is to be as soon as it can."""
+        return self._task is not None
 
     @property
     def is_switching(self) -> bool:
@@ -157,8 +163,10 @@ class Post:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
         await self._close_gateway()
         self._seat.leave()
+        self._note = NOT_OPEN
 
     async def _keep(self) -> None:
         while True:
