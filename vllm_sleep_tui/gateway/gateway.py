@@ -65,12 +65,14 @@ class Gateway:
 
     async def open(self) -> None:
         """Listen and serve; raises OperationError if the port is not to be had."""
-        import uvicorn  # only who has a gateway pays for it
+        import uvicorn  # only who opens a gateway pays for it
+
+        from vllm_sleep_tui.gateway.server import BoundedProtocol
 
         listener = _listen(self.config)
         config = uvicorn.Config(
             self._app,
-            http="httptools",
+            http=BoundedProtocol,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -183,6 +185,9 @@ class Post:
                     await gateway.open()
                 except OperationError as error:
                     self._tell(f"{error.what} {error.cure}")
+                    pause = RETRY_SECONDS
+                except Exception:  # it is tried again, and nothing else ends with it
+                    log.exception("gateway: something unforeseen kept it from opening")
                     pause = RETRY_SECONDS
                 else:
                     self._gateway = gateway
