@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -75,6 +76,20 @@ def post_raw(port: int, path: str) -> bytes:
     with socket.create_connection(("127.0.0.1", port)) as raw:
         raw.sendall(f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 2\r\n\r\n{{}}".encode())
         return raw.recv(4096)
+
+
+def test_a_head_without_an_end_is_hung_up_on(gated: MakeGated) -> None:
+    here = gated()
+    with socket.create_connection(("127.0.0.1", here.port), timeout=30) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nx: ")
+        answer = b""
+        with contextlib.suppress(OSError):
+            for _ in range(1000):
+                raw.sendall(b"x" * 10_000)
+        with contextlib.suppress(OSError):
+            answer = raw.recv(100)
+    assert not answer or answer.startswith(b"HTTP/1.1 431 ")
+    assert here.answers()
 
 
 def test_a_page_of_another_site_is_refused(gated: MakeGated) -> None:
@@ -213,7 +228,8 @@ def test_large_images_pass_and_a_cancelled_stream_ends_at_the_server(gated: Make
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 3_000_000}}
     content = [{"type": "text", "text": "what is this"}, image]
     body = {"model": "a", "messages": [{"role": "user", "content": content}], "max_tokens": 2}
-    assert httpx.post(f"{here.url}/chat/completions", json=body, timeout=60).status_code in (200, 400)
+    whole = httpx.post(f"{here.url}/chat/completions", json=body, timeout=60)
+    assert whole.status_code in (200, 400), whole.text
     endless = {"model": "a", "prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{here.url}/completions", json=endless, timeout=60) as answer:
         parts = answer.iter_raw()  # with it, the answer would end

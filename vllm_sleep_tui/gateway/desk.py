@@ -155,6 +155,7 @@ class Desk:
 
     def _wait(self, ask: Ask, lane: Lane) -> asyncio.Future[None]:
         future = self._turns[ask] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(_looked_at)
         if not lane.is_awake and not lane.is_moving:
             self._want([lane.name])
             self._predict(lane)
@@ -315,3 +316,9 @@ class Desk:
         if self._states.get(name) is State.ASLEEP and not lane.is_moving:
             lane.is_moving = True
             self._switching[name] = asyncio.create_task(self._switch(Switch(name, frozenset())))
+
+
+def _looked_at(turn: asyncio.Future[None]) -> None:
+    """A refusal that comes when its client has gone is nobody's."""
+    if not turn.cancelled():
+        turn.exception()

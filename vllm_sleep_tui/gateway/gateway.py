@@ -26,6 +26,7 @@ ENDING_SECONDS = 1
 """For answers under way when it closes."""
 KEEP_ALIVE_SECONDS = 65
 SEAT = "gateway"
+NOT_OPEN = "not opened here"
 log = logging.getLogger(__name__)
 
 
@@ -64,12 +65,14 @@ class Gateway:
 
     async def open(self) -> None:
         """Listen and serve; raises OperationError if the port is not to be had."""
-        import uvicorn  # only who has a gateway pays for it
+        import uvicorn  # only who opens a gateway pays for it
+
+        from vllm_sleep_tui.gateway.server import BoundedProtocol
 
         listener = _listen(self.config)
         config = uvicorn.Config(
             self._app,
-            http="httptools",
+            http=BoundedProtocol,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -124,12 +127,17 @@ class Post:
         self._config = config
         self._seat = fleet.seat(SEAT)
         self._gateway: Gateway | None = None
-        self._note = "not open yet"
+        self._note = NOT_OPEN
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to try for the seat."""
         self._task = asyncio.create_task(self._keep())
+
+    @property
+    def is_started(self) -> bool:
+        """Whether it is open here, or is to be as soon as it can."""
+        return self._task is not None
 
     @property
     def is_switching(self) -> bool:
@@ -157,8 +165,10 @@ class Post:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
         await self._close_gateway()
         self._seat.leave()
+        self._note = NOT_OPEN
 
     async def _keep(self) -> None:
         while True:
@@ -175,6 +185,9 @@ class Post:
                     await gateway.open()
                 except OperationError as error:
                     self._tell(f"{error.what} {error.cure}")
+                    pause = RETRY_SECONDS
+                except Exception:  # it is tried again, and nothing else ends with it
+                    log.exception("gateway: something unforeseen kept it from opening")
                     pause = RETRY_SECONDS
                 else:
                     self._gateway = gateway

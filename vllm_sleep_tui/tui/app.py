@@ -20,11 +20,13 @@ from textual.screen import Screen
 from textual.theme import Theme
 
 from vllm_sleep_tui import files, paths
+from vllm_sleep_tui.config.types import GatewayConfig
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.files import read_regular
 from vllm_sleep_tui.fleet.conversations import Conversations
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import RUNNING
+from vllm_sleep_tui.gateway.gateway import Post
 from vllm_sleep_tui.leaving import Leaving, leave_at_once
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.keys import KEYS
@@ -67,12 +69,15 @@ class PanelApp(App[None]):
         theme_folders: Sequence[Path],
         autostart: Sequence[str] = (),
         conversations: Conversations | None = None,
+        post: Post | None = None,
     ) -> None:
         self._files, self._complaints = load_themes(theme_folders)
         super().__init__()
         self.fleet = fleet
         self.operations = Operations()
         self.conversations = conversations or Conversations(state_dir)
+        self.post = post
+        """The gateway, open or not."""
         self.is_told_to_leave = False
         """By a signal or the terminal's end, and not by the person."""
         self._memory = state_dir / "panel.json"
@@ -204,13 +209,16 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
     marked = [name for name, model in loaded.config.models.items() if model.autostart]
     folders = (package_folder(), paths.config_dir() / "themes")
     async with Fleet(loaded, state_dir, leads=True) as fleet:
-        keeps = loaded.config.keep_conversations
+        post = Post(fleet, loaded.config.gateway or GatewayConfig())
+        if loaded.config.gateway is not None:
+            post.start()
         app = PanelApp(
             fleet,
             state_dir=state_dir,
             theme_folders=folders,
             autostart=marked,
-            conversations=Conversations(state_dir, loaded.path, keeps=keeps),
+            conversations=Conversations(state_dir, loaded.path, keeps=loaded.config.keep_conversations),
+            post=post,
         )
         loop = asyncio.get_running_loop()
         Leaving(
@@ -230,6 +238,7 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
                 leave_at_once()
             await app.operations.close()
             app.conversations.close()
+            await post.close()
         running = [model.name for model in fleet.snapshot().models if model.state in RUNNING]
         if running:
             _say(f"{', '.join(running)} run on; the panel takes them back when it is opened again.")

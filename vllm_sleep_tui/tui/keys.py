@@ -80,6 +80,13 @@ KEYS: tuple[Key, ...] = (
     Key(key="n", action="events", short="events", help="What happened: failures, restarts, who did what"),
     Key(key="l", action="log", short="log", help="Follow its log"),
     Key(key="g", action="gpus", short="GPUs", help="The GPUs: figures, their course, processes"),
+    Key(
+        key="e",
+        action="gateway",
+        short="endpoint",
+        help="One endpoint for every client: its address and requests, open and close it",
+        in_footer=False,
+    ),
     Key(key="b", action="bench", short="bench", help="Measure the switches between two models"),
     Key(key="a", action="advice", short="advice", help="What to do with each model, and why"),
     Key(

@@ -78,7 +78,12 @@ class AttachedCare:
             symptom = "no word on whether it sleeps"
         await self._note_hang(model, symptom)
         is_idle = use is not None and not use.under_way and seen.unsure_since is None
-        if use is not None and is_idle and idle.due(model.config.idle, State.AWAKE, seconds) == "sleep":
+        if (
+            use is not None
+            and is_idle
+            and not model.is_wanted
+            and idle.due(model.config.idle, State.AWAKE, seconds) == "sleep"
+        ):
             await self._put_away(model, use, seen.since)
 
     def _seconds(self, name: str, use: Use | None) -> float:

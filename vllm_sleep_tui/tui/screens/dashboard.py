@@ -533,6 +533,19 @@ class Dashboard(LookingScreen):
         """The screen of the GPUs."""
         self.app.push_screen(GpuScreen(self.fleet, self.readings))
 
+    def action_gateway(self) -> None:
+        """The screen of the gateway, with the models' own addresses."""
+        from vllm_sleep_tui.tui.app import PanelApp  # which imports this
+        from vllm_sleep_tui.tui.screens.gateway import GatewayScreen  # seldom looked at
+
+        assert isinstance(self.app, PanelApp)
+        if self.app.post is None:
+            self.notify("This panel has no gateway.", markup=False)
+            return
+        models = self.fleet.snapshot().models
+        addresses = [(model.name, f"http://127.0.0.1:{model.port}/v1") for model in models if model.port]
+        self.app.push_screen(GatewayScreen(self.app.post, addresses))
+
     def action_bench(self) -> None:
         """The benchmark's screen."""
         # Seldom looked at, and slow to import.

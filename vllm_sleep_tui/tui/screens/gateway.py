@@ -1,0 +1,142 @@
+"""The endpoint for every client: its address, whether it is open, who asks now and what came of the last."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.geometry import Size
+from textual.screen import Screen
+from textual.widgets import Static
+
+from vllm_sleep_tui.text import one_line
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left, right
+from vllm_sleep_tui.units import UNKNOWN, time_text
+
+if TYPE_CHECKING:  # with an HTTP server, for who opens it
+    from vllm_sleep_tui.gateway.asks import AskView
+    from vllm_sleep_tui.gateway.gateway import GatewayView, Post
+
+STEP_SECONDS = 0.5
+LAST_SHOWN = 50
+_KEYS = "esc back   o open or close it   y copy its address   m copy a model's own   ↑ ↓ scroll"
+
+
+class Requests(Painted):
+    """The gateway in lines: what it is, who is answered, who waits, what is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._view: GatewayView | None = None
+        self._ports: list[tuple[str, str]] = []
+
+    def show(self, view: GatewayView, ports: list[tuple[str, str]]) -> None:
+        """Show this moment, with the addresses of models of their own."""
+        self._view, self._ports = view, ports
+        self.repaint()
+
+    def paint(self, size: Size) -> list[Line]:
+        """Every line."""
+        view = self._view
+        if view is None:
+            return []
+        state: Span = ("open", "good bold") if view.is_open else ("closed", "warning bold")
+        head: list[Span] = [(view.url, "accent bold"), ("   ", ""), state]
+        if view.note:
+            head.append((f"   {one_line(view.note)}", "muted"))
+        lines = [cut_line(head, size.width)]
+        if view.is_open:
+            running = sum(ask.state == "running" for ask in view.asks)
+            figures = (
+                f"{running} answered, {len(view.asks) - running} waiting, {view.switches} switches caused"
+            )
+            lines.append(cut_line([(figures, "text")], size.width))
+        lines += [
+            cut_line([(left(name, 20), "text"), (url, "muted")], size.width) for name, url in self._ports
+        ]
+        for title, asks in (("Now", view.asks), ("Before", view.last[:LAST_SHOWN])):
+            lines += [(), cut_line([(title, "muted")], size.width)]
+            lines += [cut_line(_row(ask), size.width) for ask in asks] or [(("nothing", "muted"),)]
+        return lines
+
+
+def _row(ask: AskView) -> list[Span]:
+    """One request: whose, for whom, how far."""
+    paint = {"running": "good", "waiting": "warning"}.get(ask.state, "text" if ask.state == "200" else "bad")
+    spans: list[Span] = [
+        (left(one_line(ask.client), 14), "text"),
+        (left(one_line(ask.model), 20), "text"),
+        (left(ask.state, 9), paint),
+        (right(_seconds(ask.took), 9), "text"),
+        (right(_seconds(ask.first), 9), "muted"),
+        (right(f"{ask.events:,} ev" if ask.events else f"{ask.sent:,} B", 12), "muted"),
+        (f"  {ask.path}", "muted"),
+    ]
+    if ask.waits_for:
+        spans.append((f"  waits for {one_line(ask.waits_for)}", "warning"))
+    return spans
+
+
+def _seconds(value: float | None) -> str:
+    return UNKNOWN if value is None else time_text(value)
+
+
+class GatewayScreen(Screen[None]):
+    """What the gateway does, and the key that opens and closes it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,e,q", "back", "back"),
+        Binding("o", "open_or_close", "open or close"),
+        Binding("y", "copy", "copy"),
+        Binding("m", "copy_model", "copy a model's"),
+    ]
+
+    def __init__(self, post: Post, addresses: list[tuple[str, str]]) -> None:
+        super().__init__()
+        self._post = post
+        self._addresses = addresses
+        self._copied = -1
+
+    def compose(self) -> ComposeResult:
+        """The lines, and the keys."""
+        with VerticalScroll():
+            yield Requests()
+        yield Static(_KEYS, id="keys", markup=False)
+
+    def on_mount(self) -> None:
+        """Look now, and again and again."""
+        self.call_after_refresh(self._look)
+        self.set_interval(STEP_SECONDS, self._look)
+
+    def _look(self) -> None:
+        self.query_one(Requests).show(self._post.view(), self._addresses)
+
+    def action_back(self) -> None:
+        """To the dashboard."""
+        self.dismiss()
+
+    async def action_open_or_close(self) -> None:
+        """Open it if it is closed, else close it."""
+        if self._post.is_started:
+            await self._post.close()
+        else:
+            self._post.start()
+        self._look()
+
+    def action_copy(self) -> None:
+        """The gateway's address."""
+        self._copy(self._post.view().url)
+
+    def action_copy_model(self) -> None:
+        """The address of a running model of its own; of the next one each time."""
+        if not self._addresses:
+            self.notify("No model runs that has an address of its own.", markup=False)
+            return
+        self._copied = (self._copied + 1) % len(self._addresses)
+        self._copy(self._addresses[self._copied][1])
+
+    def _copy(self, text: str) -> None:
+        self.app.copy_to_clipboard(text)
+        self.notify(f"Copied {text}", markup=False)
