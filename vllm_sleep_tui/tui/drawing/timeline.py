@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -121,6 +122,31 @@ def cells_of_states(changes: Sequence[Change], frame: Frame) -> list[Change | No
             if before is None or _gives_way(before.state, change.state):
                 cells[cell] = change
     return cells
+
+
+def was_used(cells: Sequence[Change | None]) -> bool:
+    """Whether a model was anything but stopped in these cells."""
+    return any(change is not None and change.state is not State.STOPPED for change in cells)
+
+
+_TICKS = (60, 120, 300, 600, 900, 1800, 3600, 2 * 3600, 3 * 3600, 6 * 3600)
+_TICK_CELLS = 11
+"""Between two times on the axis at the least."""
+
+
+def axis(frame: Frame) -> str:
+    """Times of day, each beginning at the cell of its moment; round ones, in local time."""
+    step = next((step for step in _TICKS if step >= _TICK_CELLS * frame.step), _TICKS[-1])
+    local = time.localtime(frame.start)
+    offset = local.tm_gmtoff
+    line = [" "] * frame.cells
+    moment = ((frame.start + offset) // step + 1) * step - offset
+    while moment < frame.end:
+        cell, text = frame.cell(moment), time.strftime("╷%H:%M", time.localtime(moment))
+        if cell + len(text) <= frame.cells:
+            line[cell : cell + len(text)] = text
+        moment += step
+    return "".join(line)
 
 
 def _gives_way(before: State, now: State) -> bool:

@@ -51,8 +51,8 @@ IDLE_TICKS = 3
 """While nothing is under way, only every third tick looks at the fleet."""
 MIN_WIDTH, MIN_HEIGHT = 60, 20
 NARROW_WIDTH, LOW_HEIGHT = 100, 30
-TIMELINE_HEIGHT, SERVED_HEIGHT = 28, 2
-"""The lanes need a terminal of so many lines and two a model; requests and tokens so many more."""
+TIMELINE_HEIGHT, SERVED_HEIGHT = 29, 2
+"""The lanes need so many lines beside the table's and their own; requests and tokens so many more."""
 _FINDING_HINT = "⏎ to the table   ↑ ↓ move   esc all models   letters are text here"
 _TYPING_HINT = "⏎ send  alt+⏎ line  ↑ earlier  esc leave the input   letters are text here"
 
@@ -113,11 +113,16 @@ class Dashboard(LookingScreen):
         self.set_class(height < LOW_HEIGHT, "-low")
         # The timeline is the first thing to go, what a key would do the last; but with its cursor out the
         # timeline is what is looked at.
-        spare = height - TIMELINE_HEIGHT - 2 * len(self.fleet.snapshot().models)
-        self.set_class(spare < 0, "-cramped")
-        self.query_one(Timeline).shows_served = spare >= SERVED_HEIGHT
+        self._fit_timeline()
         words = f"The panel needs {MIN_WIDTH}×{MIN_HEIGHT} at least; this terminal has {width}×{height}."
         self.query_one("#too-small", Static).update(words)
+
+    def _fit_timeline(self) -> None:
+        timeline = self.query_one(Timeline)
+        rows = min(len(self.fleet.snapshot().models), self.size.height // 3)
+        spare = self.size.height - TIMELINE_HEIGHT - rows - timeline.lanes
+        self.set_class(spare < 0, "-cramped")
+        timeline.shows_served = spare >= SERVED_HEIGHT
 
     def view(self) -> View:
         """This moment."""
@@ -180,6 +185,7 @@ class Dashboard(LookingScreen):
         self.query_one(Detail).show(view)
         timeline = self.query_one(Timeline)
         timeline.show(view)
+        self._fit_timeline()
         self._past.look(view.snapshot, timeline.window.seconds)
         self.query_one(ChatPane).show(view)
 

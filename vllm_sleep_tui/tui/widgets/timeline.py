@@ -16,6 +16,7 @@ from vllm_sleep_tui.tui.drawing.timeline import (
     Lanes,
     Window,
     around,
+    axis,
     bars,
     cells_of_states,
     event_lines,
@@ -29,6 +30,7 @@ from vllm_sleep_tui.tui.drawing.timeline import (
     sum_of,
     title,
     tokens_of,
+    was_used,
 )
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.units import time_of_day
@@ -136,15 +138,29 @@ class Timeline(Shown):
         head, below = (
             self._quiet(view, frame) if cell is None else self._pointed_at(view, frame, cell, size.width)
         )
-        lanes = [self._lane(view, model.name, frame, cell) for model in view.snapshot.models]
+        names = self._used(view, frame)
+        lanes = [self._lane(view, name, frame, cell) for name in names]
+        lanes = lanes or [((" " * _NAME_WIDTH, ""), ("nothing has run in this time", "muted"))]
         served = [self._served(view, measure, frame, cell) for measure in _MEASURES]
         if not self.styles.is_auto_height:
-            room = max(1, size.height - 1 - len(below))
+            room = max(1, size.height - 2 - len(below))
             served = served[len(served) - max(0, min(len(served), room - len(lanes))) :]
-            lanes = _around(lanes, self._selected_index(view), room)
+            lanes = _around(lanes, names.index(view.selected) if view.selected in names else 0, room)
         elif not self.shows_served:
             served = []
-        return [rule(head, size.width), *lanes, *served, *below]
+        times = ((" " * _NAME_WIDTH, ""), (axis(frame), "faint"))
+        return [rule(head, size.width), times, *lanes, *served, *below]
+
+    @property
+    def lanes(self) -> int:
+        """How many models have one now."""
+        return 1 if self._view is None else max(1, len(self._used(self._view, self._frame(self._view))))
+
+    def _used(self, view: View, frame: Frame) -> list[str]:
+        """The models that were more than stopped in the window; while the cursor is out the selected one too."""
+        kept = view.selected if self.is_looking_back else None
+        names = [model.name for model in view.snapshot.models]
+        return [name for name in names if name == kept or was_used(self._states(name, frame))]
 
     def _quiet(self, view: View, frame: Frame) -> tuple[list[Span], list[Line]]:
         head: list[Span] = [(f"last {self.window.words}", "muted"), ("  + −  ← →", "faint")]
@@ -175,7 +191,7 @@ class Timeline(Shown):
         )
         mark = ("", "") if cell is None else state_mark(self._states(name, frame)[cell])
         label = left(name, _NAME_WIDTH - _MARK_WIDTH)
-        return ((left(mark[0], _MARK_WIDTH), mark[1]), (label, f"{color} bold"), *cells)
+        return ((left(mark[0], _MARK_WIDTH), mark[1]), (label, "text"), *cells)
 
     def _served(self, view: View, measure: str, frame: Frame, cell: int | None) -> Line:
         entries, colors = view.past.served, view.colors
@@ -200,10 +216,6 @@ class Timeline(Shown):
 
     def _states(self, name: str, frame: Frame) -> list[Change | None]:
         return cells_of_states(self._lanes.changes(name), frame)
-
-    def _selected_index(self, view: View) -> int:
-        names = [model.name for model in view.snapshot.models]
-        return names.index(view.selected) if view.selected in names else 0
 
 
 def _around(lanes: Sequence[Line], index: int, room: int) -> list[Line]:
