@@ -172,7 +172,7 @@ async def test_in_a_low_terminal_the_timeline_takes_the_place_of_the_detail_whil
         await until_seen(pilot, "qwen is awake already.")
         assert "last 10 minutes" not in text_of(pilot.app)
         await pilot.press("tab", "left", "left")
-        await until_told(pilot, "● qwen      ·", "○ vision    ·", "  requests ", "  tokens ", "prove 26 ms")
+        await until_told(pilot, "● qwen      ·", "  requests ", "  tokens ", "prove 26 ms")
         assert "qwen is awake already." not in text_of(pilot.app)
         await pilot.press("down")
         await until_told(pilot, "phi  ◐ asleep L1")

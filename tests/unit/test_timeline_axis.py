@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -19,7 +20,7 @@ def test_each_time_stands_at_its_cell_and_none_touches_another(window: object, c
     assert len(line) == cells
     ticks = [cell for cell, letter in enumerate(line) if letter == "╷"]
     assert ticks
-    assert all(later - sooner >= 11 for sooner, later in zip(ticks, ticks[1:], strict=False))
+    assert all(later - sooner >= 11 for sooner, later in pairwise(ticks))
     for cell in ticks:
         moments = range(
             int(frame.start + cell * frame.step) - 60, int(frame.start + (cell + 1) * frame.step) + 61

@@ -129,7 +129,7 @@ def was_used(cells: Sequence[Change | None]) -> bool:
     return any(change is not None and change.state is not State.STOPPED for change in cells)
 
 
-_TICKS = (60, 120, 300, 600, 900, 1800, 3600, 2 * 3600, 3 * 3600, 6 * 3600)
+_TICKS = (60, 120, 300, 600, 900, 1800, 3600, 2 * 3600, 3 * 3600, 6 * 3600, 12 * 3600)
 _TICK_CELLS = 11
 """Between two times on the axis at the least."""
 

@@ -157,7 +157,7 @@ class Timeline(Shown):
         return 1 if self._view is None else max(1, len(self._used(self._view, self._frame(self._view))))
 
     def _used(self, view: View, frame: Frame) -> list[str]:
-        """The models that were more than stopped in the window; while the cursor is out the selected one too."""
+        """The models that ran in the window; while the cursor is out the selected one too."""
         kept = view.selected if self.is_looking_back else None
         names = [model.name for model in view.snapshot.models]
         return [name for name in names if name == kept or was_used(self._states(name, frame))]
