@@ -3,11 +3,11 @@
     python tests/gpu/measure_fast_switch.py --out DIR [--rounds 3] [--wakes 0] [--kills]
 
 The environment names vLLM and the two models (`gpu_config.py`). `sa` and `sb` run on vLLM's own sleep mode,
-`oa` and `ob` on the fast one, and `oc` where VLLM_GPU_MODEL_MOE names a third model. A round is three switches
-each way: by hand and by the panel on vLLM's own, by the panel at level 1 and at level 0 on the fast one. After
-that `--wakes` is the number of proven switches at each level, with garbage three times for each model, and
-`--kills` ends the pool's holder, an engine and a keeper, each once. The result is DIR/fast-switch.jsonl, a line
-as each thing is known; times in seconds, memory in bytes.
+`oa` and `ob` on the fast one, and `oc` where VLLM_GPU_MODEL_MOE names a third model. A round is three
+switches each way: by hand and by the panel on vLLM's own, by the panel at level 1 and at level 0 on the fast
+one. After that `--wakes` is the number of proven switches at each level, with garbage three times for each
+model, and `--kills` ends the pool's holder, an engine and a keeper, each once. The result is
+DIR/fast-switch.jsonl, a line as each thing is known; times in seconds, memory in bytes.
 """
 
 from __future__ import annotations
