@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -290,3 +292,27 @@ async def test_whoever_comes_next_finds_the_holder(box: MakeBox) -> None:
         assert holder_of(fleet) == holder
     assert verb(machine, "stop", "--all").returncode == 0
     assert not is_alive(holder)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="acts as another user, which only root can")
+async def test_another_user_gets_no_word_out_of_a_holder(box: MakeBox) -> None:
+    ask = (
+        "import os, socket, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); "
+        "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); "
+        's.connect(sys.argv[1]); s.send(b\'{"op": "end"}\'); print(len(s.recv(4096)))'
+    )
+    async with box(PAIR).open() as fleet:
+        await fleet.start(["a"])
+        folder = Path(os.environ["VLLM_SLEEP_TUI_POOL"])
+        assert folder.stat().st_mode & 0o777 == 0o700
+        there = folder / f"{pool_of(fleet).uuid}.sock"
+        for path, mode in ((folder.parent, 0o711), (folder, 0o711), (there, 0o666)):
+            path.chmod(mode)  # as if all that keeps others out were gone
+        done = subprocess.run(
+            [sys.executable, "-c", ask, str(there)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert "0" in done.stdout or "Error" in done.stderr, done
+        assert is_alive(holder_of(fleet))
