@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import measure_proof
+import msgspec
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -86,9 +87,18 @@ class Run:
     async def at_level(self, level: int) -> AsyncIterator[None]:
         """The same servers with the fast ones' level changed, as an edit of the config does."""
         before = self.fleet
+        for name in TURN:  # as a start with that level would have written it
+            record = self.store.read(name)
+            self.store.write(msgspec.structs.replace(record, resolved_level=str(level)))
         async with Fleet(self.configs[level], self.state) as self.fleet:
             yield
         self.fleet = before
+        if level == 0:
+            await self.fleet.switch("oa")
+            for name in TURN[:-1]:
+                await self.fleet.sleep(name, level=1)
+            for name in TURN:
+                self.store.write(msgspec.structs.replace(self.store.read(name), resolved_level="1"))
 
     def note(self, **line: Any) -> None:
         """Write one line."""
@@ -133,7 +143,6 @@ class Run:
         async with self.at_level(0):
             for target in ("ob", "oa") * (SWITCHES + 1):
                 await self.by_panel("fast, level 0", target)
-        await self.fleet.sleep("ob", level=1)
 
     async def prove(self, wakes: int) -> None:
         """So many switches at each level; memory before and after."""
@@ -153,8 +162,6 @@ class Run:
             await self.fleet.switch(name)
             found = await measure_proof.measure_running(self.store.read(name), 4)
             self.note(proof_of=name, **found)
-        for name in TURN[:-1]:
-            await self.fleet.sleep(name, level=1)
         self.note(proven=wakes)
 
     async def memory(self, when: str) -> None:
