@@ -33,7 +33,7 @@ SETTLE_LIMIT = 60.0
 DEATH_SECONDS = 2.0
 """Within which a death must have been noticed."""
 POOL_SECONDS = LINGER_SECONDS + DEATH_SECONDS
-"""Within which a pool must be empty: the storm's own looks keep the GPUs' locks from whoever would see to it."""
+"""Within which a pool must be empty: the storm's own looks keep the locks from whoever would empty it."""
 VERBS = {"switch": 6, "start": 3, "sleep": 4, "wake": 3, "stop": 2}
 """How often each verb is begun."""
 VICTIMS = {"verb": 5, "leader": 2, "standby": 1, "keeper": 2, "server": 2, "engine": 2, "holder": 3}
