@@ -3,9 +3,10 @@
     python tests/gpu/measure_fast_switch.py --out DIR [--rounds 3] [--wakes 0] [--kills]
 
 The environment names vLLM and the two models (`gpu_config.py`). `sa` and `sb` run on vLLM's own sleep mode,
-`oa` and `ob` on the fast one. A round is three switches each way: by hand and by the panel on vLLM's own, by
-the panel at level 1 and at level 0 on the fast one. After that `--wakes` is the number of proven switches at
-each level, and `--kills` ends the pool's holder, an engine and a keeper, each once. The result is
+`oa` and `ob` on the fast one, and `oc` where VLLM_GPU_MODEL_MOE names a third model. A round is three
+switches each way: by hand and by the panel on vLLM's own, by the panel at level 1 and at level 0 on the fast
+one. After that `--wakes` is the number of proven switches at each level, with garbage three times for each
+model, and `--kills` ends the pool's holder, an engine and a keeper, each once. The result is
 DIR/fast-switch.jsonl, a line as each thing is known; times in seconds, memory in bytes.
 """
 
@@ -25,6 +26,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import measure_proof
+import msgspec
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -38,12 +41,11 @@ from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.pool import pools_here
 from vllm_sleep_tui.fleet.store.records import RecordStore
 
-MODELS = {
-    "sb": ("VLLM_GPU_MODEL_B", "stock"),
-    "sa": ("VLLM_GPU_MODEL_A", "stock"),
-    "ob": ("VLLM_GPU_MODEL_B", "auto"),
-    "oa": ("VLLM_GPU_MODEL_A", "auto"),
-}
+STOCK = {"sb": "VLLM_GPU_MODEL_B", "sa": "VLLM_GPU_MODEL_A"}
+FAST = {"ob": "VLLM_GPU_MODEL_B", "oc": "VLLM_GPU_MODEL_MOE", "oa": "VLLM_GPU_MODEL_A"}
+MODELS = {name: variable for name, variable in (STOCK | FAST).items() if variable in os.environ}
+TURN = [name for name in FAST if name in MODELS]
+"""The fast ones as they take turns; there may be a third one."""
 SWITCHES = 3
 LOOK_SECONDS = 1.5
 
@@ -54,16 +56,18 @@ def write_fleet(options: argparse.Namespace, level: int) -> Path:
     args = {"max-model-len": 4096, "gpu-memory-utilization": options.share}
     if options.gpus > 1:
         args["tensor-parallel-size"] = options.gpus
+    if options.quantization:
+        args["quantization"] = options.quantization
     models = {
         name: {
             "model": os.environ[variable],
             "gpus": list(range(options.gpus)),
-            "level": level if backend == "auto" else 1,
-            "sleep_backend": backend,
+            "level": level if name in FAST else 1,
+            "sleep_backend": "auto" if name in FAST else "stock",
             "args": args,
             "env": passed,
         }
-        for name, (variable, backend) in MODELS.items()
+        for name, variable in MODELS.items()
     }
     simulated = [{"name": "Simulated", "memory": options.simulated}] * options.gpus
     more = {"simulated_gpus": simulated} if options.simulated else {}
@@ -83,9 +87,18 @@ class Run:
     async def at_level(self, level: int) -> AsyncIterator[None]:
         """The same servers with the fast ones' level changed, as an edit of the config does."""
         before = self.fleet
+        for name in TURN:  # as a start with that level would have written it
+            record = self.store.read(name)
+            self.store.write(msgspec.structs.replace(record, resolved_level=str(level)))
         async with Fleet(self.configs[level], self.state) as self.fleet:
             yield
         self.fleet = before
+        if level == 0:
+            await self.fleet.switch("oa")
+            for name in TURN[:-1]:
+                await self.fleet.sleep(name, level=1)
+            for name in TURN:
+                self.store.write(msgspec.structs.replace(self.store.read(name), resolved_level="1"))
 
     def note(self, **line: Any) -> None:
         """Write one line."""
@@ -130,24 +143,25 @@ class Run:
         async with self.at_level(0):
             for target in ("ob", "oa") * (SWITCHES + 1):
                 await self.by_panel("fast, level 0", target)
-        await self.fleet.sleep("ob", level=1)
 
     async def prove(self, wakes: int) -> None:
         """So many switches at each level; memory before and after."""
         for level in (1, 0):
             await self.fleet.switch("oa")
             async with self.at_level(level):
-                for target in ("ob", "oa") * 2:
+                for target in TURN * 2:
                     await self.fleet.switch(target)
                 await self.memory(f"before {wakes} wakes at level {level}")
                 for turn in range(wakes):
-                    target = ("ob", "oa")[turn % 2]
+                    target = TURN[turn % len(TURN)]
                     await self.by_panel(f"proof, level {level}", target)
                     proof = self.store.read(target).proof
                     assert proof == "proven", f"{target} is {proof} at level {level}"
                 await self.memory(f"after {wakes} wakes at level {level}")
-        await self.fleet.switch("oa")
-        await self.fleet.sleep("ob", level=1)
+        for name in TURN:
+            await self.fleet.switch(name)
+            found = await measure_proof.measure_running(self.store.read(name), 4)
+            self.note(proof_of=name, **found)
         self.note(proven=wakes)
 
     async def memory(self, when: str) -> None:
@@ -197,7 +211,8 @@ class Run:
             by_kind.setdefault((row["how"], row["to"]), []).append(row["total"])
         medians = {kind: statistics.median(totals[1:] or totals) for kind, totals in by_kind.items()}
         for (how, to), median in medians.items():
-            self.note(summary=how, to=to, median=median, ratio=median / medians["by hand", to])
+            by_hand = medians.get(("by hand", to))
+            self.note(summary=how, to=to, median=median, ratio=by_hand and median / by_hand)
 
 
 async def main() -> None:
@@ -207,6 +222,8 @@ async def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wakes", type=int, default=0)
     parser.add_argument("--kills", action="store_true")
+    parser.add_argument("--fast-only", action="store_true", help="no rounds, and vLLM's own is not started")
+    parser.add_argument("--quantization")
     parser.add_argument("--gpus", type=int, default=1, help="that each model spans, by tensor parallelism")
     parser.add_argument("--share", type=float, default=0.75, help="gpu-memory-utilization of each.")
     parser.add_argument("--simulated", help="Try it without a GPU: the memory of one, such as 80GiB.")
@@ -220,11 +237,12 @@ async def main() -> None:
         configs[level] = load(write_fleet(options, level))
     async with Fleet(configs[1], state) as fleet:
         run = Run(fleet, configs, state, options.out / "fast-switch.jsonl")
-        for name in MODELS:
+        names = TURN if options.fast_only else list(MODELS)
+        for name in names:
             await fleet.start([name])
             model = fleet.snapshot().model(name)
             run.note(started=name, sleep_backend=model.sleep_backend, why=model.sleep_backend_why)
-        for _ in range(options.rounds):
+        for _ in range(0 if options.fast_only else options.rounds):
             await run.round()
         run.summary()
         await run.memory("after the rounds")
@@ -233,7 +251,7 @@ async def main() -> None:
         if options.kills:
             await run.kills()
         run.summary()
-        await fleet.stop(list(MODELS), force=True)
+        await fleet.stop(names, force=True)
         await run.memory("stopped")
 
 

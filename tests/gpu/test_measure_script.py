@@ -82,9 +82,10 @@ def test_the_script_of_the_fast_sleep_mode_measures_every_kind(tmp_path: Path) -
         "VLLM_GPU_MODEL_B": "sim/7GiB",
         "VLLM_SIM_TIMES": "instant",
         "VLLM_SIM_VERSION": "0.26.0",
+        "VLLM_SLEEP_TUI_POOL": str(tmp_path / "pool"),
     }
     script = str(SCRIPT.with_name("measure_fast_switch.py"))
-    words = ["--out", str(tmp_path), "--rounds", "1", "--wakes", "2", "--simulated", "80GiB"]
+    words = ["--out", str(tmp_path), "--rounds", "1", "--wakes", "2", "--kills", "--simulated", "80GiB"]
     done = subprocess.run(
         [sys.executable, script, *words],
         env=os.environ | simulated,
@@ -97,4 +98,9 @@ def test_the_script_of_the_fast_sleep_mode_measures_every_kind(tmp_path: Path) -
     lines = [json.loads(line) for line in (tmp_path / "fast-switch.jsonl").read_text().splitlines()]
     assert [line["sleep_backend"] for line in lines if "started" in line] == ["stock", "stock", "own", "own"]
     kinds = {line["summary"] for line in lines if "summary" in line}
-    assert kinds == {"by hand", "vLLM's own", "fast, level 1", "fast, level 0"}
+    assert {"by hand", "vLLM's own", "fast, level 1", "fast, level 0"} <= kinds
+    garbage = [line["garbage"] for line in lines if "proof_of" in line]
+    assert len(garbage) == 2
+    assert min(map(min, garbage)) > 1
+    assert {line["state"] for line in lines if "killed" in line} == {"failed"}
+    assert (lines[-1]["memory"], lines[-1]["gpu_used"]) == ("stopped", [0])
