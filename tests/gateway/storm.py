@@ -121,9 +121,9 @@ async def kill(here: Gated, chance: random.Random, outcome: Outcome) -> None:
     outcome.kills[what] += 1
 
 
-async def storm(here: Gated, requests: int, kills: int, seed: int) -> Outcome:
-    """All of it."""
-    outcome, left = Outcome(), iter(range(requests))
+async def storm(here: Gated, outcome: Outcome, requests: int, kills: int, seed: int) -> None:
+    """All of it; what comes of it is in `outcome`, also if it is broken off."""
+    left = iter(range(requests))
     chance = random.Random(seed)
     began = time.monotonic()
     async with httpx.AsyncClient(limits=httpx.Limits(max_connections=CLIENTS)) as client:
@@ -147,7 +147,6 @@ async def storm(here: Gated, requests: int, kills: int, seed: int) -> Outcome:
         killing.cancel()
         await asyncio.gather(killing, return_exceptions=True)
     outcome.seconds = time.monotonic() - began
-    return outcome
 
 
 def main() -> None:
@@ -162,11 +161,15 @@ def main() -> None:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="vst-") as folder:
         here = Gated(Path(folder), port, MODELS, {"max_wait": "10s"}, ["24GiB", "24GiB"], "instant")
+        outcome = Outcome()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             here.serve()
             here.until(here.answers)
             here.serve()
-            outcome = asyncio.run(storm(here, arguments.requests, arguments.kills, arguments.seed))
+            asyncio.run(storm(here, outcome, arguments.requests, arguments.kills, arguments.seed))
+        except KeyboardInterrupt:
+            print("broken off")
         finally:
             here.close()
     print(f"{sum(outcome.statuses.values())} requests in {outcome.seconds:.0f} s: {dict(outcome.statuses)}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 
 from tests.gateway.conftest import MakeGated
-from tests.gateway.storm import MODELS, storm
+from tests.gateway.storm import MODELS, Outcome, storm
 
 
 def test_every_request_is_answered_by_its_model_or_refused_while_things_are_killed(gated: MakeGated) -> None:
     here = gated(MODELS, gpus=["24GiB", "24GiB"], max_wait="10s")
     here.serve()
-    outcome = asyncio.run(storm(here, requests=120, kills=3, seed=5))
+    outcome = Outcome()
+    asyncio.run(storm(here, outcome, requests=120, kills=3, seed=5))
     assert outcome.wrong == []
     assert sum(outcome.statuses.values()) == 120
     assert outcome.statuses[200] > 60

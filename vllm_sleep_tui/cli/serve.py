@@ -98,7 +98,9 @@ class Headless:
             try:
                 await self._watch(fleet)
                 if self._stop_on_exit:
-                    await fleet.resign()  # a restart would start what is being stopped
+                    # A restart, or a request, would start what is being stopped.
+                    await fleet.resign()
+                    await self._leave_post()
                     await self._drop(starting)
                     await self._stop_all(fleet)
                 elif not starting.done() or (self._post is not None and self._post.is_switching):
@@ -107,8 +109,7 @@ class Headless:
                     leave_at_once()
             finally:
                 await self._drop(starting)
-                if self._post is not None:
-                    await self._post.close()
+                await self._leave_post()
         log.info("serve: ended%s", "" if self._stop_on_exit else ", the servers run on")
 
     async def _watch(self, fleet: Fleet) -> None:
@@ -126,14 +127,19 @@ class Headless:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ends.wait(), LOOK_SECONDS)
 
+    async def _leave_post(self) -> None:
+        """Close the gateway, if there is one."""
+        if self._post is not None:
+            await self._post.close()
+            self._post = None
+
     async def _take_post(self, fleet: Fleet) -> None:
         """Open the gateway that the config asks for, change it, or close it."""
         wanted = self._loaded.config.gateway
         if self._post is not None and wanted is not None:
             await self._post.reload(wanted)
         elif self._post is not None:
-            await self._post.close()
-            self._post = None
+            await self._leave_post()
         elif wanted is not None:
             from vllm_sleep_tui.gateway.gateway import Post  # with an HTTP server, for who has a gateway
 

@@ -156,7 +156,8 @@ class Desk:
     def _wait(self, ask: Ask, lane: Lane) -> asyncio.Future[None]:
         future = self._turns[ask] = asyncio.get_running_loop().create_future()
         future.add_done_callback(_looked_at)
-        if not lane.is_awake and not lane.is_moving:
+        is_first = len(lane.waiting) == 1  # the others find what was predicted for it, or the next look's
+        if is_first and not lane.is_awake and not lane.is_moving:
             self._want([lane.name])
             self._predict(lane)
         self._act()

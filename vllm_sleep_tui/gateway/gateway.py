@@ -129,6 +129,7 @@ class Post:
         self._gateway: Gateway | None = None
         self._note = NOT_OPEN
         self._task: asyncio.Task[None] | None = None
+        self._closing = 0
 
     def start(self) -> None:
         """Begin to try for the seat."""
@@ -160,15 +161,24 @@ class Post:
         elif self._gateway is not None:
             self._gateway.reload()
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether it is on its way out."""
+        return self._closing > 0
+
     async def close(self) -> None:
         """Close it and leave the seat."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
-        await self._close_gateway()
-        self._seat.leave()
-        self._note = NOT_OPEN
+        self._closing += 1
+        try:
+            task, self._task = self._task, None
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            await self._close_gateway()
+            self._seat.leave()
+            self._note = NOT_OPEN
+        finally:
+            self._closing -= 1
 
     async def _keep(self) -> None:
         while True:

@@ -117,11 +117,11 @@ class GatewayScreen(Screen[None]):
         """To the dashboard."""
         self.dismiss()
 
-    async def action_open_or_close(self) -> None:
-        """Open it if it is closed, else close it."""
+    def action_open_or_close(self) -> None:
+        """Open it if it is closed, else close it, which waits for a switch under way."""
         if self._post.is_started:
-            await self._post.close()
-        else:
+            self.app.run_worker(self._post.close(), group="gateway")
+        elif not self._post.is_closing:
             self._post.start()
         self._look()
 
