@@ -13,8 +13,8 @@ import math
 import os
 import sqlite3
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -63,6 +63,7 @@ class History:
         self._path = state_dir / "history.db"
         self._config = as_text(config)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="history")
+        self._waiting: deque[tuple[str, Sequence[Value]]] = deque()
         self._connection: sqlite3.Connection | None = None
         self._note: str | None = None
         self._drop_every = drop_every
@@ -119,7 +120,7 @@ class History:
         """Keep something that happened, for `events_after`."""
         content = msgspec.json.encode(event).decode()
         statement = "INSERT INTO events (time, config, event) VALUES (?, ?, ?)"
-        self._worker.submit(self._guarded, statement, (event.time, self._config, content))
+        self._keep(statement, (event.time, self._config, content))
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -259,7 +260,25 @@ class History:
     def _write(self, table: str, at: float | None, *values: Value, ending: str = "") -> None:
         row = (time.time() if at is None else at, self._config, *values)
         statement = f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))}) {ending}"
-        self._worker.submit(self._guarded, statement, row)
+        self._keep(statement, row)
+
+    def _keep(self, statement: str, values: Sequence[Value]) -> None:
+        self._waiting.append((statement, values))
+        self._worker.submit(self._write_waiting)
+
+    def _write_waiting(self) -> None:
+        """Write all that waits in one transaction: each has its cost, and a switch leaves a dozen entries."""
+        entries = []
+        while self._waiting:
+            entries.append(self._waiting.popleft())
+
+        def write(connection: sqlite3.Connection) -> list[tuple[Any, ...]]:
+            for statement, values in entries:
+                connection.execute(statement, values)
+            return []
+
+        if entries:
+            self._guarded(write)
 
     def _read(self, query: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
         return self._worker.submit(self._asked, query, values).result()
@@ -268,14 +287,14 @@ class History:
         """The answer; to ask makes no file."""
         if self._connection is None and not os.path.exists(self._path):
             return []
-        return self._guarded(query, values)
+        return self._guarded(lambda connection: connection.execute(query, values).fetchall())
 
-    def _guarded(self, statement: str, values: Sequence[Value]) -> list[tuple[Any, ...]]:
-        """Run one statement; nothing that the database does gets out of here."""
+    def _guarded(self, work: Callable[[sqlite3.Connection], list[tuple[Any, ...]]]) -> list[tuple[Any, ...]]:
+        """Do `work` in a transaction; nothing that the database does gets out of here."""
         for _ in range(2):
             try:
                 with self._connected() as connection:
-                    return connection.execute(statement, values).fetchall()
+                    return work(connection)
             except LockBusyError as error:
                 self._is_held(error.holder, error.path)
                 break
