@@ -300,7 +300,8 @@ def _located(config: Config, folder: Path) -> Config:
             model,
             vllm_command=model.vllm_command and _located_command(model.vllm_command, folder),
             model=model.model and _absolute(model.model, folder, anywhere=None),
-            gpus=() if model.url else model.gpus,  # an attached server's GPUs are none of this machine's
+            # An attached server's GPUs are none of this machine's.
+            gpus=() if model.is_attached else model.gpus,
         )
         for name, model in config.models.items()
     }
