@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_sleep_tui.cli.app import VERBS
+
 COMMAND = [sys.executable, "-m", "vllm_sleep_tui"]
 CONFIG = "vllm_command: [/nowhere/vllm]\nmodels:\n  qwen: {model: Qwen/Qwen3-0.6B, gpus: []}\n"
 
@@ -92,7 +94,7 @@ def test_bad_usage_is_two_lines_and_exit_2(
 def test_a_mistake_in_the_config_is_two_lines_and_exit_2(home: Path) -> None:
     path = written(home, CONFIG + "gateway: {prot: 1}\n")
     assert_two_lines(
-        run("status", "--config", path), 2, f"{path}:4: gateway.prot: unknown key", "Known here: port"
+        run("status", "--config", path), 2, f"{path}:4: gateway.prot: unknown key", "Known here: host, port"
     )
 
 
@@ -112,8 +114,7 @@ def test_a_model_without_a_log_says_how_to_get_one(home: Path) -> None:
 def test_help_names_every_verb() -> None:
     done = run("--help")
     assert done.returncode == 0
-    verbs = "status start stop restart sleep wake switch chat logs init doctor demo serve orphans"
-    assert [verb for verb in verbs.split() if f"\n  {verb} " not in done.stdout] == []
+    assert [verb for verb in VERBS if f"\n  {verb} " not in done.stdout] == []
 
 
 def test_a_reader_that_leaves_early_causes_no_complaint(home: Path) -> None:

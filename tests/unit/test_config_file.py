@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_sleep_tui.config.load import LoadedConfig, load, parse_bytes, parse_duration
-from vllm_sleep_tui.config.types import IdleConfig
+from vllm_sleep_tui.config.types import (
+    Config,
+    GatewayConfig,
+    GatewayKeyConfig,
+    IdleConfig,
+    ModelConfig,
+    SimulatedGpuConfig,
+)
 from vllm_sleep_tui.errors import UsageError
 
 FULL = """\
@@ -175,6 +183,11 @@ MISTAKES = {
         3,
         "models.b.port: port 8001 is already that of models.a",
     ),
+    "models of a client are a number": (
+        ONE + "gateway: {keys: [{name: n, models: 7}]}\n",
+        4,
+        "gateway.keys[0].models: must be a list of names of models, such as [qwen], not 7",
+    ),
     "too few GPUs": (
         ONE + "    args: {tensor-parallel-size: 2, --pipeline_parallel_size: 2}\n    gpus: [0, 1]\n",
         5,
@@ -224,6 +237,28 @@ def test_a_mistake_names_file_line_key_and_cure(tmp_path: Path, text: str, line:
     assert words in caught.value.what
     assert caught.value.cure
     assert "\n" not in caught.value.what + caught.value.cure
+
+
+FILES: dict[type[msgspec.Struct], str] = {
+    Config: "models: {a: {model: x}}\n@: [[[]]]\n",
+    ModelConfig: "models: {a: {@: [[[]]]}}\n",
+    IdleConfig: "models: {a: {model: x, idle: {@: [[[]]]}}}\n",
+    GatewayConfig: "models: {a: {model: x}}\ngateway: {@: [[[]]]}\n",
+    GatewayKeyConfig: "models: {a: {model: x}}\ngateway: {keys: [{@: [[[]]]}]}\n",
+    SimulatedGpuConfig: "models: {a: {model: x}}\nsimulated_gpus: [{@: [[[]]]}]\n",
+}
+"""For each kind of mapping a file with one, in which `@` is a key, with a value that no key takes."""
+KEYS = [(kind, key) for kind in FILES for key in kind.__struct_fields__ if (kind, key) != (Config, "models")]
+
+
+@pytest.mark.parametrize(("kind", "key"), KEYS, ids=[f"{kind.__name__}.{key}" for kind, key in KEYS])
+def test_a_value_of_the_wrong_kind_is_told_what_its_key_takes(
+    tmp_path: Path, kind: type[msgspec.Struct], key: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_text(tmp_path, FILES[kind].replace("@", key))
+    assert key in caught.value.what
+    assert "something else" not in caught.value.what
 
 
 @pytest.mark.parametrize(

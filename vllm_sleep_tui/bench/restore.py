@@ -15,7 +15,7 @@ def neighbours(fleet: Fleet, pair: Sequence[str]) -> list[str]:
     """The pair and every other model that shares a GPU with it and is started here."""
     models = fleet.loaded.config.models
     gpus = {gpu for name in pair for gpu in models[name].gpus}
-    sharing = [name for name, model in models.items() if gpus & set(model.gpus) and model.url is None]
+    sharing = [name for name, model in models.items() if gpus & set(model.gpus) and not model.is_attached]
     return [*pair, *(name for name in sharing if name not in pair)]
 
 

@@ -88,7 +88,7 @@ async def _within(limit: float | None, work: Coroutine[Any, Any, None]) -> None:
 def check_pair(fleet: Fleet, plan: Plan) -> None:
     """Raises UsageError if these two cannot be compared at all."""
     for name in plan.pair:
-        if fleet.loaded.model(name).url is not None:
+        if fleet.loaded.model(name).is_attached:
             raise UsageError(
                 f"{name} is attached by `url:` and cannot be stopped here.", "Name another model."
             )

@@ -65,7 +65,7 @@ def load_config(ctx: click.Context, *, only_looks: bool = False) -> LoadedConfig
     """
     given = given_config(ctx)
     loaded = load(find_config(given))
-    sends_keys = any(model.api_key and model.url for model in loaded.config.models.values())
+    sends_keys = any(model.api_key and model.is_attached for model in loaded.config.models.values())
     if only_looks and not sends_keys:
         return loaded
     if given is None:
@@ -105,7 +105,7 @@ def _ask(loaded: LoadedConfig) -> None:
     words = ", ".join(f"{shlex.join(command)} serve …" for command in commands)
     say(one_line(f"{loaded.found}{leads} was found here. It would run: {words}"))
     for model in loaded.config.models.values():
-        if model.api_key is not None and model.url is not None:
+        if model.api_key is not None and model.is_attached:
             say(one_line(f"It would send an API key to: {model.url}"))
     if not confirm("Do what it says? (asked again only if it or a file that it names changes)"):
         raise CancelledByUser("Nothing was started.", f"Look at {loaded.found} first.")

@@ -138,7 +138,7 @@ def _choose(
         )
     for name in names:
         loaded.model(name)
-    ours = [name for name, model in loaded.config.models.items() if model.url is None or name in also]
+    ours = [name for name, model in loaded.config.models.items() if not model.is_attached or name in also]
     return list(dict.fromkeys(names or ours or loaded.config.models))
 
 

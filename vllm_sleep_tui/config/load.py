@@ -41,6 +41,7 @@ _EXPECTED = {
     "url_user": "the name of a user of this machine, or * for anybody",
     "gpus": "a list of GPU numbers from 0, such as [0]",
     "level": "auto, 0, 1, 2 or none",
+    "sleep_backend": "auto or stock",
     "args": "a mapping of flags to values, such as {max-model-len: 8192}, or a list of words",
     "env": "a mapping of names to text, or a list such as [NAME=value]",
     "env_file": "the name of a file, or a list of them",
@@ -68,7 +69,9 @@ _EXPECTED = {
     "name": "text",
     "memory": "an amount of memory, such as 24GiB",
 }
-
+"""What each key of the file takes, in words; `test_a_value_of_the_wrong_kind_…` asks for every one."""
+_CLIENTS_MODELS = "a list of names of models, such as [qwen]"
+"""What `models` of a client's key takes, which is another thing than the `models` of the file."""
 _NO_INDEX = (
     (
         "MIG-",
@@ -239,7 +242,8 @@ def _built(document: Document, key: Key, values: Mapping[str, Any], kind: type[m
             cure = f"Add {missing}: {_EXPECTED[missing]}."
             raise document.error(key, f"{missing} is missing", cure) from None
         name = where.strip("`").lstrip(".").split(".")[0].split("[")[0]
-        expected = _EXPECTED.get(name, "something else")
+        of_a_client = (kind, name) == (GatewayKeyConfig, "models")
+        expected = _CLIENTS_MODELS if of_a_client else _EXPECTED.get(name, "something else")
         wrong = f"must be {expected}, not {_shown(values.get(name))}"
         raise document.error((*key, name), wrong, "Correct the value.") from None
 
@@ -296,7 +300,8 @@ def _located(config: Config, folder: Path) -> Config:
             model,
             vllm_command=model.vllm_command and _located_command(model.vllm_command, folder),
             model=model.model and _absolute(model.model, folder, anywhere=None),
-            gpus=() if model.url else model.gpus,  # an attached server's GPUs are none of this machine's
+            # An attached server's GPUs are none of this machine's.
+            gpus=() if model.is_attached else model.gpus,
         )
         for name, model in config.models.items()
     }

@@ -71,6 +71,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     restart: Annotated[Restart, Meta(description="Of a server that died while it ran.")] = "on-failure"
     """Whether a server that died while it ran is started again; a start that failed never is."""
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether its server is somebody else's: neither started nor ended from here."""
+        return self.url is not None
+
     def __repr__(self) -> str:
         """Name it without its key and the values of `env` and `args`, which may be secrets."""
         shown = {"model": self.model, "url": self.url, "gpus": self.gpus, "level": self.level}

@@ -6,28 +6,31 @@ Figures are totals over the server's engines; None is what the page does not tel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from vllm_sleep_tui.telemetry import prometheus
 from vllm_sleep_tui.telemetry.prometheus import Buckets, Labels, Scrape
 
-_REQUESTS = "vllm:request_success_total"
-_PROMPT_TOKENS = "vllm:prompt_tokens_total"
-_GENERATED_TOKENS = "vllm:generation_tokens_total"
-_PREFIX_QUERIES = "vllm:prefix_cache_queries_total"
-_PREFIX_HITS = "vllm:prefix_cache_hits_total"
-_RUNNING = "vllm:num_requests_running"
-_WAITING = "vllm:num_requests_waiting"
-_KV_USE = "vllm:kv_cache_usage_perc"
-_CACHE_CONFIG = "vllm:cache_config_info"
-_SLEEP_STATE = "vllm:engine_sleep_state"
-_TTFT = "vllm:time_to_first_token_seconds"
-_INTER_TOKEN = "vllm:inter_token_latency_seconds"
-_FIGURES = frozenset(
-    {
-        *(_REQUESTS, _PROMPT_TOKENS, _GENERATED_TOKENS, _PREFIX_QUERIES, _PREFIX_HITS, _RUNNING, _WAITING),
-        *(_KV_USE, _CACHE_CONFIG, _SLEEP_STATE, f"{_TTFT}_bucket", f"{_INTER_TOKEN}_bucket"),
-    }
-)
+
+class _Name(StrEnum):
+    """A family of the page; all that is read of it."""
+
+    REQUESTS = "vllm:request_success_total"
+    PROMPT_TOKENS = "vllm:prompt_tokens_total"
+    GENERATED_TOKENS = "vllm:generation_tokens_total"
+    PREFIX_QUERIES = "vllm:prefix_cache_queries_total"
+    PREFIX_HITS = "vllm:prefix_cache_hits_total"
+    RUNNING = "vllm:num_requests_running"
+    WAITING = "vllm:num_requests_waiting"
+    KV_USE = "vllm:kv_cache_usage_perc"
+    CACHE_CONFIG = "vllm:cache_config_info"
+    SLEEP_STATE = "vllm:engine_sleep_state"
+    TTFT = "vllm:time_to_first_token_seconds"
+    INTER_TOKEN = "vllm:inter_token_latency_seconds"
+
+
+_READ = frozenset(f"{name}{suffix}" for name in _Name for suffix in ("", "_bucket"))
+"""What is kept of a page: the figures and the buckets of histograms."""
 _LEVELS = {"weights_offloaded": 1, "discard_all": 2}
 
 
@@ -70,22 +73,22 @@ class Page:
     @classmethod
     def read(cls, text: str, time: float) -> Page:
         """The page, reduced to its figures; an empty one tells nothing."""
-        scrape = prometheus.parse(text, _FIGURES)
+        scrape = prometheus.parse(text, _READ)
         return cls(
             time=time,
-            requests=prometheus.total(scrape, _REQUESTS),
-            prompt_tokens=prometheus.total(scrape, _PROMPT_TOKENS),
-            generated_tokens=prometheus.total(scrape, _GENERATED_TOKENS),
-            prefix_queries=prometheus.total(scrape, _PREFIX_QUERIES),
-            prefix_hits=prometheus.total(scrape, _PREFIX_HITS),
-            running=prometheus.total(scrape, _RUNNING),
-            waiting=prometheus.total(scrape, _WAITING),
-            kv_use=prometheus.total(scrape, _KV_USE),
+            requests=prometheus.total(scrape, _Name.REQUESTS),
+            prompt_tokens=prometheus.total(scrape, _Name.PROMPT_TOKENS),
+            generated_tokens=prometheus.total(scrape, _Name.GENERATED_TOKENS),
+            prefix_queries=prometheus.total(scrape, _Name.PREFIX_QUERIES),
+            prefix_hits=prometheus.total(scrape, _Name.PREFIX_HITS),
+            running=prometheus.total(scrape, _Name.RUNNING),
+            waiting=prometheus.total(scrape, _Name.WAITING),
+            kv_use=prometheus.total(scrape, _Name.KV_USE),
             cache_tokens=_cache_tokens(scrape),
             keeps_prefixes=_keeps_prefixes(scrape),
-            ttft=prometheus.buckets(scrape, _TTFT),
-            inter_token=prometheus.buckets(scrape, _INTER_TOKEN),
-            tells_sleep=_SLEEP_STATE in scrape,
+            ttft=prometheus.buckets(scrape, _Name.TTFT),
+            inter_token=prometheus.buckets(scrape, _Name.INTER_TOKEN),
+            tells_sleep=_Name.SLEEP_STATE in scrape,
             sleep_level=_sleep_level(scrape),
         )
 
@@ -110,18 +113,18 @@ class Page:
 
 def _sleep_level(scrape: Scrape) -> int | None:
     for state, level in _LEVELS.items():
-        if prometheus.total(scrape, _SLEEP_STATE, sleep_state=state):
+        if prometheus.total(scrape, _Name.SLEEP_STATE, sleep_state=state):
             return level
     return None
 
 
 def _keeps_prefixes(scrape: Scrape) -> bool:
-    configs = scrape.get(_CACHE_CONFIG, ())
+    configs = scrape.get(_Name.CACHE_CONFIG, ())
     return all(labels.get("enable_prefix_caching", "True") == "True" for labels, _ in configs)
 
 
 def _cache_tokens(scrape: Scrape) -> float | None:
-    sizes = [_cache_size(labels) for labels, _ in scrape.get(_CACHE_CONFIG, ())]
+    sizes = [_cache_size(labels) for labels, _ in scrape.get(_Name.CACHE_CONFIG, ())]
     return sum(size or 0.0 for size in sizes) if sizes and None not in sizes else None
 
 

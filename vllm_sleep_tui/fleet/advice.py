@@ -149,7 +149,7 @@ def _figures(model: Model, share: float | None, version: str | None, per_day: fl
         name=model.name,
         gpus=config.gpus,
         configured=str(config.level),
-        is_attached=config.url is not None,
+        is_attached=config.is_attached,
         awake=_awake(model, expected, share),
         asleep={gpu: budget.asleep_estimate(measured, config, gpu) for gpu in config.gpus},
         weights=_share_of_weights(measured, config) or expected.weights_per_gpu,

@@ -66,4 +66,4 @@ class Backend(Protocol):
 
 def backend_of(model: Model) -> Backend:
     """The server of a model, by its config."""
-    return Attached(model) if model.config.url is not None else Supervised(model)
+    return Attached(model) if model.config.is_attached else Supervised(model)

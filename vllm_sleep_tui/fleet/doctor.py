@@ -77,9 +77,9 @@ def examine(loaded: LoadedConfig | None, here: Path, *, may_ask: bool) -> list[C
 def _config(loaded: LoadedConfig) -> Iterator[Check]:
     """The config and the binary it names."""
     yield Check("config", Verdict.OK, f"{loaded.path}, models: {', '.join(loaded.config.models)}")
-    if all(model.url for model in loaded.config.models.values()):
+    if all(model.is_attached for model in loaded.config.models.values()):
         return
-    own = [model for model in loaded.config.models.values() if not model.url]
+    own = [model for model in loaded.config.models.values() if not model.is_attached]
     for command in dict.fromkeys(model.vllm_command or loaded.config.vllm_command for model in own):
         environment = find_command(command, os.environ)
         if environment is None:
@@ -111,7 +111,7 @@ def _flags(loaded: LoadedConfig, *, may_ask: bool) -> Iterator[Check]:
     tables: dict[tuple[str, ...], FlagTable] = {}
     for name, model in loaded.config.models.items():
         command = model.vllm_command or loaded.config.vllm_command
-        if model.url or find_command(command, os.environ) is None:
+        if model.is_attached or find_command(command, os.environ) is None:
             continue
         if loaded.config.simulated_gpus:
             tables[command] = simulated_flags({**os.environ, **model.env})
@@ -142,10 +142,10 @@ def _models(loaded: LoadedConfig, machine: Surroundings) -> Iterator[Check]:
     for name, model in loaded.config.models.items():
         faults = [fault for index in model.gpus if (fault := fault_of(machine.gpu_faults, index))]
         missing = [index for index in model.gpus if index not in indices and not faults]
-        if faults and not loaded.config.simulated_gpus and not model.url:
+        if faults and not loaded.config.simulated_gpus and not model.is_attached:
             yield Check(f"{name}.gpus", Verdict.FAIL, faults[0].what, faults[0].cure)
         yield from _visible_checks(loaded, name, model, machine)
-        if missing and not loaded.config.simulated_gpus and not model.url:
+        if missing and not loaded.config.simulated_gpus and not model.is_attached:
             have = ", ".join(map(str, sorted(indices))) or "none that NVML can see"
             cure = "Correct `gpus`; [] is vLLM on the CPU."
             what = f"there is no GPU {', '.join(map(str, missing))}; this machine has: {have}"
@@ -174,7 +174,7 @@ def _visible_checks(
     """Whether the model's GPUs are among those that this shell was given."""
     visible = os.environ.get(VISIBLE)
     hidden = [str(gpu.index) for gpu in machine.gpus if gpu.index in model.gpus and is_hidden(gpu, visible)]
-    if hidden and not loaded.config.simulated_gpus and not model.url:
+    if hidden and not loaded.config.simulated_gpus and not model.is_attached:
         what = f"GPU {', '.join(hidden)} is not this shell's: {VISIBLE} is {visible!r}"
         cure = f"Correct `gpus`, or unset {VISIBLE} if the GPU is yours to use."
         yield Check(f"{name}.gpus", Verdict.FAIL, what, cure)
@@ -182,7 +182,7 @@ def _visible_checks(
 
 def _level_checks(loaded: LoadedConfig, name: str, model: ModelConfig) -> Iterator[Check]:
     """Whether the model comes back from level 2, where it is asked for or `auto` may choose it."""
-    if model.level not in (2, "auto") or model.url:
+    if model.level not in (2, "auto") or model.is_attached:
         return
     vllm = find_command(model.vllm_command or loaded.config.vllm_command, os.environ)
     version, base = vllm.version if vllm else None, loaded.path.parent

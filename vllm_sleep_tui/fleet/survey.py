@@ -111,7 +111,7 @@ def log_of(loaded: LoadedConfig, state_dir: Path, name: str) -> ServerLog:
 
 def flag_tables(loaded: LoadedConfig, state_dir: Path, *, may_ask: bool) -> list[FlagTable]:
     """The flags of each vLLM that a config names, asked if it may be."""
-    own = [model for model in loaded.config.models.values() if not model.url]
+    own = [model for model in loaded.config.models.values() if not model.is_attached]
     if loaded.config.simulated_gpus:
         return [simulated_flags({**os.environ, **model.env}) for model in own[:1]]
     commands = dict.fromkeys(model.vllm_command or loaded.config.vllm_command for model in own)

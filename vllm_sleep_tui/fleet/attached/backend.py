@@ -68,7 +68,7 @@ def prober(core: Core) -> Poller:
 
 async def probe(models: Sequence[Model], seconds: float = PROBE_SECONDS) -> None:
     """Probe those of the models that are attached, `seconds` at most, and keep what is seen."""
-    configs = {model.name: model.config for model in models if model.config.url is not None}
+    configs = {model.name: model.config for model in models if model.config.is_attached}
     if configs:
         results = models[0].core.probes
         for name, result in (await asyncio.to_thread(probe_all, configs, seconds)).items():

@@ -80,7 +80,7 @@ def wants_key(model: ModelConfig) -> tuple[str, str]:
 
 def probe_all(models: Mapping[str, ModelConfig], seconds: float) -> dict[str, ProbeResult]:
     """Look at the servers of those that are attached, side by side; no more than `seconds` pass."""
-    probes = {name: _Probe(model, seconds) for name, model in models.items() if model.url is not None}
+    probes = {name: _Probe(model, seconds) for name, model in models.items() if model.is_attached}
     for probe in probes.values():
         probe.start()
     deadline = time.monotonic() + seconds

@@ -155,7 +155,7 @@ def fault_of_config(record: Record) -> str | None:
         return None
     if model is None:
         return f"{path} no longer names {record.name}"
-    return None if model.url is None else f"{path} gives {record.name} by `url:` now"
+    return f"{path} gives {record.name} by `url:` now" if model.is_attached else None
 
 
 def recorded(folders: Iterable[Path], table: ProcessTable, mine: Sequence[int]) -> Iterator[tuple[int, str]]:

@@ -105,7 +105,7 @@ def observe(model: Model, memory: ModelMemory | None, serving: Serving | None) -
 
     Raises OperationError if its record cannot be read.
     """
-    if model.config.url is not None:
+    if model.config.is_attached:
         return snapshot_of(model.read(), model.config, model.core.probes.get(model.name))
     return supervised.observe(model, memory, serving)
 
@@ -121,7 +121,7 @@ def unreadable(model: Model, error: OperationError) -> ModelSnapshot:
         cure=error.cure,
         configured_level=str(config.level),
         source=config.url or config.model or "",
-        is_external=config.url is not None,
+        is_external=config.is_attached,
     )
 
 

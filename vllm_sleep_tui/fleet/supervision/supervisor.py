@@ -182,7 +182,7 @@ class Leader:
     def _lead_one(self, model: Model) -> None:
         name, config = model.name, model.config
         poll = idle.poll_seconds(config.idle) or self._limits.hang_poll
-        if config.url is not None:
+        if config.is_attached:
             if self._is_time(name, poll):
                 self._tasks.begin(name, self._logged(name, self._attached.look(model)))
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 from textual import events
@@ -19,24 +19,6 @@ from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.words import LOOKS, memory_words, state_words
 from vllm_sleep_tui.units import NONE, clock, time_text, took
 
-
-class Column(NamedTuple):
-    """A column of figures."""
-
-    title: str
-    width: int
-
-
-_GPU = Column("GPU", 5)
-_VRAM = Column("VRAM", 6)
-_RAM = Column("RAM", 7)
-_PINNED = Column("pinned", 8)
-_FOR = Column("for", 8)
-_WAKES = Column("wakes in", 11)
-_TOKENS = Column("tok/s", 12)
-_KV = Column("KV", 6)
-_COLUMNS = (_GPU, _VRAM, _RAM, _PINNED, _FOR, _WAKES, _TOKENS, _KV)
-_DROP_ORDER = (_GPU, _PINNED, _KV, _FOR, _TOKENS, _RAM, _WAKES)
 _MARK_WIDTH = 4
 """The cursor and the model's swatch."""
 _STATE_WIDTH = 18
@@ -44,38 +26,6 @@ _MIN_STATE_WIDTH = 13
 _MIN_NAME, _MAX_NAME = 5, 24
 _SWATCH = "▌"
 _LEVELS = "▁▂▃▄▅▆▇█"
-
-
-class Layout(NamedTuple):
-    """The columns that fit."""
-
-    name: int
-    state: int
-    columns: tuple[Column, ...]
-
-
-def layout_for(width: int, longest_name: int) -> Layout:
-    """Which columns fit in `width` cells; names give way last, the VRAM never."""
-    name = min(max(longest_name, _MIN_NAME), _MAX_NAME) + 1
-    columns = list(_COLUMNS)
-    state = _STATE_WIDTH
-    for dropped in (None, *_DROP_ORDER):
-        if dropped is not None:
-            columns.remove(dropped)
-        numbers = sum(column.width for column in columns)
-        for state in (_STATE_WIDTH, _MIN_STATE_WIDTH):
-            if _MARK_WIDTH + name + state + numbers <= width:
-                spare = width - _MARK_WIDTH - name - state - numbers
-                return Layout(name + min(spare // 2, 8), state + min(spare - spare // 2, 6), tuple(columns))
-    return Layout(max(4, width - _MARK_WIDTH - state - _VRAM.width), state, (_VRAM,))
-
-
-def header(layout: Layout) -> Line:
-    """The titles of the columns."""
-    numbers = "".join(right(column.title, column.width) for column in layout.columns)
-    return (
-        (" " * _MARK_WIDTH + left("model", layout.name) + left("state", layout.state) + numbers, "muted"),
-    )
 
 
 def wakes_in(past: Past, model: ModelSnapshot) -> str:
@@ -91,8 +41,9 @@ def wakes_in(past: Past, model: ModelSnapshot) -> str:
     return NONE if last is None or last.phases.get("wake") is None else took(last.total)
 
 
-def _tokens(model: ModelSnapshot, course: Sequence[float]) -> str:
+def _tokens(view: View, model: ModelSnapshot) -> str:
     """The rate now, behind its last seconds as a small picture."""
+    course = view.tokens.get(model.name, ())
     serving = model.serving
     if serving is None or serving.generation_tokens_per_s is None:
         return NONE
@@ -101,24 +52,69 @@ def _tokens(model: ModelSnapshot, course: Sequence[float]) -> str:
     return f"{picture} {serving.generation_tokens_per_s:.0f}".strip()
 
 
-def _cell(column: Column, view: View, model: ModelSnapshot) -> str:
-    if column is _GPU:
-        return ",".join(map(str, model.gpus)) or NONE
-    if column is _VRAM:
-        return memory_words(model.vram_bytes)
-    if column is _RAM:
-        return memory_words(model.ram_bytes)
-    if column is _PINNED:
-        return memory_words(model.pinned_bytes)
-    if column is _FOR:
-        is_unknown = model.since is None or model.state is State.STOPPED
-        return NONE if is_unknown else clock(view.snapshot.time - (model.since or 0.0))
-    if column is _WAKES:
-        return wakes_in(view.past, model)
-    if column is _TOKENS:
-        return _tokens(model, view.tokens.get(model.name, ()))
+def _time_in_state(view: View, model: ModelSnapshot) -> str:
+    is_unknown = model.since is None or model.state is State.STOPPED
+    return NONE if is_unknown else clock(view.snapshot.time - (model.since or 0.0))
+
+
+def _kv_use(_: View, model: ModelSnapshot) -> str:
     kv_use = None if model.serving is None else model.serving.kv_use
     return NONE if kv_use is None else f"{kv_use * 100:.0f} %"
+
+
+class Column(NamedTuple):
+    """A column of figures."""
+
+    title: str
+    width: int
+    stays: int
+    """Where not all have room, the column with the least of these leaves first; the last one never does."""
+    text: Callable[[View, ModelSnapshot], str]
+    """What stands in the row of a model."""
+
+
+_COLUMNS = (
+    Column("GPU", 5, 0, lambda _, model: ",".join(map(str, model.gpus)) or NONE),
+    Column("VRAM", 6, 7, lambda _, model: memory_words(model.vram_bytes)),
+    Column("RAM", 7, 5, lambda _, model: memory_words(model.ram_bytes)),
+    Column("pinned", 8, 1, lambda _, model: memory_words(model.pinned_bytes)),
+    Column("for", 8, 3, _time_in_state),
+    Column("wakes in", 11, 6, lambda view, model: wakes_in(view.past, model)),
+    Column("tok/s", 12, 4, _tokens),
+    Column("KV", 6, 2, _kv_use),
+)
+"""From left to right; a new one is a row of this table."""
+
+
+class Layout(NamedTuple):
+    """The columns that fit."""
+
+    name: int
+    state: int
+    columns: tuple[Column, ...]
+
+
+def layout_for(width: int, longest_name: int) -> Layout:
+    """Which columns fit in `width` cells; names give way last, the last column never."""
+    name = min(max(longest_name, _MIN_NAME), _MAX_NAME) + 1
+    columns = list(_COLUMNS)
+    while True:
+        numbers = sum(column.width for column in columns)
+        for state in (_STATE_WIDTH, _MIN_STATE_WIDTH):
+            spare = width - _MARK_WIDTH - name - state - numbers
+            if spare >= 0:
+                return Layout(name + min(spare // 2, 8), state + min(spare - spare // 2, 6), tuple(columns))
+        if len(columns) == 1:
+            return Layout(max(4, width - _MARK_WIDTH - state - numbers), state, tuple(columns))
+        columns.remove(min(columns, key=lambda column: column.stays))
+
+
+def header(layout: Layout) -> Line:
+    """The titles of the columns."""
+    numbers = "".join(right(column.title, column.width) for column in layout.columns)
+    return (
+        (" " * _MARK_WIDTH + left("model", layout.name) + left("state", layout.state) + numbers, "muted"),
+    )
 
 
 def row(view: View, model: ModelSnapshot, layout: Layout, *, is_focused: bool) -> Line:
@@ -137,7 +133,7 @@ def row(view: View, model: ModelSnapshot, layout: Layout, *, is_focused: bool) -
         ("!" if model.name in view.troubles else " ", f"bad bold{ground}"),
     ]
     for column in layout.columns:
-        text = _cell(column, view, model)
+        text = column.text(view, model)
         spans.append((right(text, column.width), ("muted" if text == NONE else "text") + ground))
     return tuple(spans)
 
