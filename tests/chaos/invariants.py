@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vllm_sleep_tui.engine.failures import EngineError
+from vllm_sleep_tui.engine.proof import Verdict
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.keeper_client import is_kept, read_status
 from vllm_sleep_tui.fleet.observe.orphans import find_orphans, is_keeper, keeper_file
@@ -66,7 +67,9 @@ def holders(core: Core, records: list[Record]) -> Iterator[str]:
 def pools(core: Core, records: list[Record]) -> Iterator[str]:
     """Memory that lies about, holders that nobody needs, and loans that the dead or sleepers have."""
     assert core.simulated is not None
-    asleep = {e.pid for record in records if record.state is State.ASLEEP for e in record.engines}
+    # One that said it sleeps and was seen to have kept its memory may have kept this, too.
+    emptied = [r for r in records if r.state is State.ASLEEP and r.proof != Verdict.UNVERIFIED]
+    asleep = {engine.pid for record in emptied for engine in record.engines}
     for gpu, pool in core.pools({0, 1}).items():
         lent, state = pool.lent(), pool.state()
         free = state.free_bytes if state is not None else 0
