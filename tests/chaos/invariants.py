@@ -17,6 +17,7 @@ from vllm_sleep_tui.telemetry.processes import ProcessTable, is_alive, listens
 
 OVERLAP = "Memory usage increased after sleeping"
 """What the engine says that was put to sleep while another took memory on its GPU."""
+POOL_HOLDS = "its pool holds"
 
 
 async def violations(core: Core, launches: set[str]) -> list[str]:
@@ -74,7 +75,7 @@ def pools(core: Core, records: list[Record]) -> Iterator[str]:
         if unlisted != sum(lent.values()) + free:
             yield f"GPU {gpu}: {unlisted} bytes are listed for nobody, {lent} are lent and {free} free"
         if free:
-            yield f"GPU {gpu}: its pool holds {free} bytes"
+            yield f"GPU {gpu}: {POOL_HOLDS} {free} bytes"
         if any(size for pid, size in lent.items() if pid in asleep):
             yield f"GPU {gpu}: a sleeper has something of the pool: {lent}"
         if pool.holder() is not None and not pool.is_used():

@@ -89,6 +89,33 @@ async def test_two_models_change_places_with_their_weights_in_vram(box: MakeBox)
             assert seen(fleet, name).proof == "proven"
 
 
+async def test_weights_stay_by_themselves_where_there_is_room_and_the_longest_idle_leave(
+    box: MakeBox,
+) -> None:
+    models = {name: fast("sim/5GiB", args={"gpu-memory-utilization": 0.5}) for name in "abc"}
+    async with box(models).open() as fleet:
+        await fleet.start(["a", "b", "c"])
+        for name in ("b", "c", "a", "b"):
+            await fleet.switch(name)
+            assert (seen(fleet, name).state, seen(fleet, name).proof) == (State.AWAKE, "proven")
+        assert (seen(fleet, "a").state, seen(fleet, "a").level) == (State.ASLEEP, 0)
+        assert (seen(fleet, "c").state, seen(fleet, "c").level) == (State.ASLEEP, 1)
+        await fleet.switch("a")
+        await fleet.sleep("a")
+        assert seen(fleet, "a").level == 1
+
+
+async def test_a_level_that_the_config_names_is_kept_though_there_is_room(box: MakeBox) -> None:
+    small = {"gpu-memory-utilization": 0.5}
+    models = {"a": fast("sim/1GiB", level=1, args=small), "b": fast("sim/5GiB", args=small)}
+    async with box(models).open() as fleet:
+        await fleet.start(["a", "b"])
+        await fleet.switch("b")
+        assert (seen(fleet, "a").state, seen(fleet, "a").level) == (State.ASLEEP, 1)
+        await fleet.switch("a")
+        assert (seen(fleet, "b").state, seen(fleet, "b").level) == (State.ASLEEP, 0)
+
+
 async def test_a_sleeper_gives_up_its_weights_where_a_model_needs_the_room(box: MakeBox) -> None:
     models = {
         "a": fast("sim/12GiB", args={"gpu-memory-utilization": 0.85}),

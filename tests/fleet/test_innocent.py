@@ -118,13 +118,14 @@ def test_what_was_recorded_before_the_machine_was_started_again_makes_nobody_our
 
 
 def test_an_engine_that_hides_its_launch_is_ended_though_its_keeper_is_gone(machine: CommandLine) -> None:
+    machine.environment["VLLM_SIM_HIDES_LAUNCH"] = "1"
     machine("start", "a")
     store = store_of(machine)
     record = store.read("a")
     assert record.keeper is not None
     assert record.engines
     engine = record.engines[0]
-    assert b"VLLM_SLEEP_TUI_LAUNCH" not in Path(f"/proc/{engine.pid}/environ").read_bytes()
+    assert b"SLEEP_TUI_LAUNCH" not in Path(f"/proc/{engine.pid}/environ").read_bytes()
     wait_until(
         lambda: str(engine.pid).encode() in store.path("a", "keeper").read_bytes(),
         seconds=20,

@@ -91,3 +91,31 @@ def test_where_memory_is_not_known_every_neighbour_makes_room() -> None:
     room = make_room({0: 5 * GIB}, {0: None}, [one("a", 10, 1.0), one("b", 10, 2.0)])
     assert room.sleeps == ("a", "b")
     assert room.fits
+
+
+def resting(name: str, weights: int, idle: float) -> Neighbour:
+    held = {0: (weights + 1) * GIB}
+    return Neighbour(
+        name=name, awake=held, asleep={0: GIB}, resident=held, idle_since=idle, sleeps_already=True
+    )
+
+
+def keeping(name: str, size: int, weights: int, idle: float) -> Neighbour:
+    resident = {0: (weights + 1) * GIB}
+    return Neighbour(name=name, awake={0: size * GIB}, asleep={0: GIB}, resident=resident, idle_since=idle)
+
+
+def test_weights_stay_where_they_have_room_beside_the_target() -> None:
+    room = make_room({0: 6 * GIB}, {0: GIB}, [keeping("a", 11, 4, 1.0)])
+    assert (room.sleeps, room.keeps) == (("a",), {"a"})
+    assert room.free == {0: 7 * GIB}
+    assert make_room({0: 7 * GIB}, {0: GIB}, [keeping("a", 11, 4, 1.0)]).keeps == frozenset()
+
+
+def test_weights_of_the_longest_idle_give_way_to_those_used_last_and_to_nobody_else() -> None:
+    last = keeping("last", 11, 4, 9.0)
+    room = make_room({0: 9 * GIB}, {0: 0}, [last, resting("old", 4, 1.0)])
+    assert (room.sleeps, room.keeps, room.gives_way) == (("old", "last"), {"last"}, {"old"})
+    assert room.free == {0: 10 * GIB}
+    room = make_room({0: 9 * GIB}, {0: 0}, [last, resting("newer", 4, 10.0)])
+    assert (room.sleeps, room.keeps, room.gives_way) == (("last",), frozenset(), frozenset())

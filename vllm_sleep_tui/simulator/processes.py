@@ -81,14 +81,16 @@ def _run_child(title: str, body: Callable[[Channel], None], channel: Channel) ->
 def set_title(title: str) -> None:
     """Overwrite the command line that /proc and ps show; the name is cut at 15 characters.
 
-    As with the setproctitle of vLLM, the environment in /proc is lost too: it lies behind the arguments.
+    As with the setproctitle of vLLM, the environment in /proc is lost too, which lies behind the arguments,
+    unless SPT_NOENV forbids that (and VLLM_SIM_HIDES_LAUNCH does not want it all the same).
     """
     fields = Path("/proc/self/stat").read_bytes().rsplit(b")", 1)[1].split()
     start, end, environment_end = (int(fields[field - 3]) for field in (48, 49, 51))  # proc(5) counts from 1
     text = title.encode()[: end - start - 1]
+    keeps = os.environ.get("SPT_NOENV") and not os.environ.get("VLLM_SIM_HIDES_LAUNCH")
     with open("/proc/self/mem", "r+b", buffering=0) as memory:
         memory.seek(start)
-        memory.write(text.ljust(environment_end - start, b"\0"))
+        memory.write(text.ljust((end if keeps else environment_end) - start, b"\0"))
     Path("/proc/self/comm").write_text(title)
 
 

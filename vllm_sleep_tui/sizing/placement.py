@@ -26,8 +26,14 @@ class Neighbour:
     answering: bool = False
     stops: bool = False
     """It cannot sleep (`level: none`): it is stopped and gives back everything."""
+    resident: Mapping[int, int] | None = None
+    """VRAM it would keep with its weights left there, bytes by GPU index; None if they are not to stay."""
     sleeps_already: bool = False
     """It sleeps at level 0 and would give up its weights as well; whoever is awake goes first."""
+
+    def weights(self, gpu: int) -> int:
+        """Bytes that stay on a GPU with its weights, beside what it keeps in any case."""
+        return max(0, (self.resident or {}).get(gpu, 0) - self.asleep.get(gpu, 0))
 
     def gives(self, gpu: int) -> int:
         """Bytes that its sleep frees on a GPU."""
@@ -41,6 +47,10 @@ class Room:
 
     sleeps: tuple[str, ...]
     stops: tuple[str, ...]
+    keeps: frozenset[str] = frozenset()
+    """Of those who sleep, whose weights have room beside the target: they stay in VRAM."""
+    gives_way: frozenset[str] = frozenset()
+    """Of those who sleep, whose weights leave VRAM for those that stay; the target would fit without."""
     free: Mapping[int, int]
     """Bytes free by GPU index once they sleep."""
     missing: Mapping[int, int]
@@ -76,7 +86,7 @@ def make_room(
             for gpu in holds:
                 shortage[gpu] -= neighbour.gives(gpu)
     chosen = spare(chosen, shortage, blind)
-    return conclude(need, free, chosen, blind)
+    return conclude(need, free, chosen, blind, neighbours)
 
 
 def spare(chosen: list[Neighbour], shortage: dict[int, int], blind: Iterable[int]) -> list[Neighbour]:
@@ -93,22 +103,56 @@ def spare(chosen: list[Neighbour], shortage: dict[int, int], blind: Iterable[int
     return kept
 
 
+def keep_weights(
+    need: Mapping[int, int],
+    free: Mapping[int, int | None],
+    chosen: Sequence[Neighbour],
+    others: Sequence[Neighbour],
+) -> tuple[list[Neighbour], list[Neighbour]]:
+    """Of those who sleep, whose weights have room beside the target; and whose give way for that.
+
+    The most recently used keep theirs, also before the `others` that sleep with theirs already.
+    """
+    resting = [other for other in others if other.sleeps_already and other.resident is not None]
+    spare = {
+        gpu: (free[gpu] or 0) + sum(n.gives(gpu) for n in (*chosen, *resting)) - size - MARGIN
+        for gpu, size in need.items()
+    }
+    falling = [n for n in chosen if n.resident is not None and not n.stops and not n.sleeps_already]
+    kept = []
+    for neighbour in sorted((*falling, *resting), key=lambda n: -n.idle_since):
+        if all(neighbour.weights(gpu) <= spare[gpu] for gpu in need):
+            kept.append(neighbour)
+            spare = {gpu: size - neighbour.weights(gpu) for gpu, size in spare.items()}
+    kept_falling = [n for n in falling if n in kept]
+    return kept_falling, [n for n in resting if n not in kept] if kept_falling else []
+
+
 def conclude(
     need: Mapping[int, int],
     free: Mapping[int, int | None],
     chosen: Sequence[Neighbour],
     blind: Iterable[int],
+    neighbours: Sequence[Neighbour],
 ) -> Room:
     """What is free, and what is still missing, once everybody chosen has made room."""
     after = {gpu: (free.get(gpu) or 0) + sum(n.gives(gpu) for n in chosen) for gpu in need}
+    keeps: list[Neighbour] = []
+    gives_way: list[Neighbour] = []
+    if not set(blind):
+        keeps, gives_way = keep_weights(need, free, chosen, [n for n in neighbours if n not in chosen])
+    for gpu in after:
+        after[gpu] += sum(n.gives(gpu) for n in gives_way) - sum(n.weights(gpu) for n in keeps)
     missing = {
         gpu: need[gpu] + MARGIN - after[gpu]
         for gpu in need
         if gpu not in set(blind) and need[gpu] + MARGIN > after[gpu]
     }
     return Room(
-        sleeps=tuple(n.name for n in chosen if not n.stops),
+        sleeps=tuple(n.name for n in (*gives_way, *chosen) if not n.stops),
         stops=tuple(n.name for n in chosen if n.stops),
+        keeps=frozenset(n.name for n in keeps),
+        gives_way=frozenset(n.name for n in gives_way),
         free=after,
         missing=missing,
     )

@@ -85,7 +85,8 @@ def seconds_of(model: Model, state: State, room: Room) -> float | None:
     for leaving in room.sleeps:
         other = model.core.model(leaving)
         measured = other.footprint
-        parts.append(measured.typical(f"sleep{own_level(other.record)}") or measured.typical("sleep1-first"))
+        level = 0 if leaving in room.keeps else own_level(other.record)
+        parts.append(measured.typical(f"sleep{level}") or measured.typical("sleep1-first"))
     footprint = model.footprint
     if state is State.ASLEEP:
         at = model.record.level

@@ -16,7 +16,7 @@ from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished, reconcile
-from vllm_sleep_tui.fleet.operations.room import give_up, plan_for
+from vllm_sleep_tui.fleet.operations.room import give_up, have_holders, plan_for
 from vllm_sleep_tui.fleet.snapshot import WAITING
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import Holder, LockBusyError, cure_for, describe, hold, holder
@@ -126,9 +126,11 @@ async def acquire(
             if needed <= names:
                 if opening:
                     await asyncio.wait(opening, timeout=CONNECT_SECONDS)
+                having = asyncio.ensure_future(asyncio.to_thread(have_holders, core, gpus))
                 try:
                     yield room
                 finally:
+                    await having
                     # What was handed over is taken by now; what is left is nobody's before the next switch.
                     await asyncio.to_thread(give_up, core, gpus)
                 return

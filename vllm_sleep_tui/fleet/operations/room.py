@@ -82,6 +82,13 @@ def give_up(core: Core, gpus: Collection[int]) -> None:
         pool.give_up()
 
 
+def have_holders(core: Core, gpus: Collection[int]) -> None:
+    """Have holders of the pools that servers may use, should one have died: without, switches are slower."""
+    for pool in core.pools(gpus).values():
+        if pool.is_used():
+            pool.start_holder()
+
+
 def give_up_for_weights(model: Model, memory: Mapping[int, GpuMemory], level: int) -> None:
     """Have the pools keep no more than leaves room for the weights that a wake from `level` brings back.
 
@@ -190,6 +197,7 @@ def neighbours(
     """The others on the model's GPUs that hold more than they must: awake, or asleep at level 0."""
     near = []
     mine = set(model.config.gpus)
+    sleeps = model.record.state is State.ASLEEP  # a start needs more than it will hold
     for other in model.core.readable():
         record = other.record
         resident = record.state is State.ASLEEP and record.level == 0
@@ -205,6 +213,9 @@ def neighbours(
                 name=other.name,
                 awake={gpu: held(other, memory.get(gpu), gpu) for gpu in record.gpus},
                 asleep={gpu: asleep_bytes(other, gpu, level) for gpu in record.gpus},
+                resident={gpu: asleep_bytes(other, gpu, 0) for gpu in record.gpus}
+                if sleeps and may_keep_weights(other)
+                else None,
                 idle_since=last,
                 answering=answering,
                 stops=record.resolved_level == "none",
@@ -212,6 +223,14 @@ def neighbours(
             )
         )
     return near
+
+
+def may_keep_weights(model: Model) -> bool:
+    """Whether its weights may stay in VRAM where there is room: `level: auto`, on our own sleep mode."""
+    record = model.record
+    return (
+        record.sleep_backend == "own" and model.config.level == "auto" and record.resolved_level in ("1", "2")
+    )
 
 
 def own_level(record: Record) -> int:

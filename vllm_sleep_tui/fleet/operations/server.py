@@ -53,6 +53,10 @@ MoreRoom = Callable[[], Awaitable[None]]
 """Puts the others on the model's GPUs to sleep."""
 
 
+class NoLevel0Error(RefusedError):
+    """Its sleep mode cannot leave the weights in VRAM."""
+
+
 def no_level_0(record: Record) -> tuple[str, str]:
     """What and cure: this launch's sleep mode cannot leave the weights in VRAM."""
     why = f": {record.sleep_backend_why}" if record.sleep_backend_why else ""
@@ -259,7 +263,7 @@ class Server:
         if other or not facts:
             why = (other[0].why or "")[:MAX_WHY] if other else None
             self.model.write(sleep_backend="stock", sleep_backend_why=why)
-            raise RefusedError(*no_level_0(self.record))
+            raise NoLevel0Error(*no_level_0(self.record))
 
     async def call_sleep(self, level: int) -> float:
         """The call itself; seconds it took."""
@@ -327,14 +331,23 @@ class Server:
 
     # ── makes room, stops ────────────────────────────────────────────────────────────────────────────────
 
-    async def step_aside(self, *, force: bool, unless: Awaitable[object] | None = None) -> None:
-        """Make room, the way its level says, unless `unless` raises before it is too late."""
+    async def step_aside(
+        self, *, force: bool, unless: Awaitable[object] | None = None, keep_weights: bool = False
+    ) -> None:
+        """Make room, the way its level says, unless `unless` raises before it is too late.
+
+        `keep_weights`: there is room for them, so its KV cache is enough.
+        """
         record = self.record
         if record.state is State.ASLEEP and record.level == 0:
             await self.give_up_weights()
         elif record.state is State.AWAKE and record.resolved_level == "none":
             await self.stop(force=force, unless=unless)
         elif record.state is State.AWAKE:
+            if keep_weights:
+                with contextlib.suppress(NoLevel0Error):  # vLLM's own sleep mode, by now
+                    await self.fall_asleep(0, force=force, unless=unless)
+                    return
             await self.fall_asleep(own_level(record), force=force, unless=unless)
 
     async def give_up_weights(self) -> None:

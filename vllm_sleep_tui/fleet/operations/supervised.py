@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from vllm_sleep_tui.engine.versions import capabilities
@@ -117,14 +118,25 @@ class Supervised:
         try:
             for leaving in room.leaving:
                 operation.checkpoint()
-                await Server(model.core.model(leaving), operation).step_aside(force=force, unless=responds)
+                server = Server(model.core.model(leaving), operation)
+                with suppress(RefusedError) if leaving in room.gives_way else nullcontext():
+                    await server.step_aside(force=force, unless=responds, keep_weights=leaving in room.keeps)
             await responds
             operation.checkpoint()
+            await self.clear_more(room, operation)
         except BaseException:
             responds.cancel()
             model.read()
             model.write(intent=None)
             raise
+
+    async def clear_more(self, room: Room, operation: Operation) -> None:
+        """Have weights that were to stay give way, should they take more than was reckoned with."""
+        model = self.model
+        target = Server(model, operation)
+        for name in sorted(room.keeps):
+            if model.record.state is State.ASLEEP and target.shortage(await target.read_memory()):
+                await Server(model.core.model(name), operation).step_aside(force=False)
 
     async def check_responds(self) -> None:
         """Hear from a sleeper before others sleep for it; raises OperationError if it is silent."""
