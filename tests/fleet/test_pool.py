@@ -17,6 +17,7 @@ import pytest
 from tests.fleet.beside import core_of, record_of
 from tests.fleet.conftest import GIB, Box, inject, seen, until
 from tests.fleet.test_fast_sleep import fast, verb
+from vllm_sleep_tui.fleet import pool_holder
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.pool import Pool
 from vllm_sleep_tui.fleet.snapshot import Progress
@@ -316,3 +317,27 @@ async def test_another_user_gets_no_word_out_of_a_holder(box: MakeBox) -> None:
         )
         assert "0" in done.stdout or "Error" in done.stderr, done
         assert is_alive(holder_of(fleet))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="leaves files of another user, which only root can")
+@pytest.mark.parametrize("whose", ["folder", "file"])
+def test_what_another_user_left_in_the_place_of_a_pool_ends_no_process_and_lends_nothing(
+    tmp_path: Path, whose: str
+) -> None:
+    place = tmp_path / "pool"
+    place.mkdir(mode=0o755)
+    with subprocess.Popen(["sleep", "100"]) as innocent:
+        try:
+            named = pool_holder.identity(innocent.pid)
+            (place / "GPU-1.holder").write_text(json.dumps({"holder": named}))
+            (place / f"GPU-1.lent-{innocent.pid}").write_text(json.dumps({**named, "bytes": 40 * GIB}))
+            pool = Pool("GPU-1", place)
+            assert pool.holder() is not None  # were it ours
+            for path in place.iterdir() if whose == "file" else [place]:
+                os.chown(path, 65534, 65534)
+            pool.give_up()
+            pool.end_unless_used()
+            assert innocent.poll() is None
+            assert (pool.holder(), pool.lent(), pool.is_used()) == (None, {}, False)
+        finally:
+            innocent.kill()

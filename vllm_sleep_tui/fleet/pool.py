@@ -31,7 +31,7 @@ import msgspec
 from vllm_sleep_tui.engine.argv import POOL_VARIABLE
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError
-from vllm_sleep_tui.files import private_dir, read_regular
+from vllm_sleep_tui.files import private_dir, read_own
 from vllm_sleep_tui.fleet import pool_holder
 from vllm_sleep_tui.telemetry.gpus import GpuFault, GpuReader, GpuReading
 from vllm_sleep_tui.telemetry.peers import user_at_other_end
@@ -87,10 +87,19 @@ def folder() -> Path:
     return Path(os.environ.get(POOL_VARIABLE) or f"/tmp/vst-pool-{os.getuid()}")
 
 
-def entries(place: Path, pattern: str) -> list[Path]:
-    """What is in a folder of pools; nothing where there is none, or it is closed to us."""
+def is_ours(place: Path) -> bool:
+    """Whether it is a folder of this user; no word in another's counts: it could name any process of ours."""
     try:
-        return list(place.glob(pattern))
+        found = os.lstat(place)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+
+
+def entries(place: Path, pattern: str) -> list[Path]:
+    """What is in a folder of pools; nothing where there is none, or it is not ours or closed to us."""
+    try:
+        return list(place.glob(pattern)) if is_ours(place) else []
     except OSError:
         return []
 
@@ -132,7 +141,7 @@ class Pool:
     def _ask(self, request: Mapping[str, Any], seconds: float) -> Any:
         """One answer; raises OSError or what NOT_JSON names."""
         path = self._file("sock")
-        if not path.exists():
+        if not is_ours(path.parent) or not path.exists():
             raise FileNotFoundError(path)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.settimeout(seconds)
@@ -146,8 +155,10 @@ class Pool:
 
     def holder(self) -> ProcessId | None:
         """The living holder, by its own word; None if there is none."""
+        if not is_ours(self._path.parent):
+            return None
         try:
-            word = read_regular(self._file("holder"), MAX_WORD).strip(b"\0 ")
+            word = read_own(self._file("holder"), MAX_WORD).strip(b"\0 ")
             holder = msgspec.json.decode(word or b"{}", type=_Word).holder
         except (OSError, *NOT_JSON):
             return None
@@ -158,7 +169,7 @@ class Pool:
         lent = {}
         for path in entries(self._path.parent, f"{self._path.name}.lent-*"):
             with contextlib.suppress(OSError, *NOT_JSON):
-                loan = msgspec.json.decode(read_regular(path, MAX_WORD).strip(b"\0 "), type=_Loan)
+                loan = msgspec.json.decode(read_own(path, MAX_WORD).strip(b"\0 "), type=_Loan)
                 if is_alive(ProcessId(loan.pid, loan.start, loan.boot)):
                     lent[loan.pid] = loan.bytes
                 else:
@@ -167,6 +178,8 @@ class Pool:
 
     def is_used(self) -> bool:
         """Whether a server's keeper lives that may use it, whoever's config the server is of."""
+        if not is_ours(self._path.parent):
+            return False
         try:
             descriptor = os.open(self._file("users"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
@@ -262,7 +275,7 @@ def why_no_pool() -> str | None:
         return None
     except OSError as error:
         return f"{folder()} cannot be looked at: {error.strerror}"
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+    if is_ours(folder()):
         return None
     return f"{folder()} is {'not a folder' if found.st_uid == os.getuid() else 'of another user'}"
 
