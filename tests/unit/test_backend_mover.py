@@ -197,6 +197,19 @@ def test_level_0_gives_up_the_kv_cache_alone_and_goes_deeper_without_a_wake() ->
     assert worker.mover.level == 1, "only the next sleep was to keep the weights"
 
 
+def test_a_model_without_a_kv_cache_goes_from_level_0_deeper_like_any_other() -> None:
+    worker = Worker()
+    before = worker.weights
+    worker.gpu.unmap(worker.allocations.pop(3 << 30).handle)
+    worker.mover.keep_weights()
+    assert (worker.mover.sleep(1), worker.mover.level) == ((0, 0), 0)
+    assert worker.mover.sleep(1) == (4 * BLOCK, 4 * BLOCK)
+    assert worker.mover.sleep(2) == (0, 0)
+    assert worker.mover.level == 1, "what sleeps already goes no deeper"
+    worker.mover.wake(None)
+    assert (worker.weights, worker.mover.level) == (before, None)
+
+
 def test_a_wake_without_room_takes_nothing_and_can_be_asked_again() -> None:
     worker = Worker()
     before = worker.weights

@@ -147,7 +147,8 @@ class Mover:
             self._drop_pool()
         self._driver.tidy()
         steps.take("tidy")
-        self.level = level if leaving else self.level
+        if leaving or self.level is None:  # a model without a KV cache sleeps at level 0 all the same
+            self.level = level
         freed, backed = sum(size for _, size in leaving), sum(size for _, size in kept)
         moved = {"freed_bytes": freed, "kept_bytes": backed, "copied_bytes": copied}
         self.last = {**moved, **handed, **steps.seconds}
