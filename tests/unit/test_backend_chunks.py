@@ -240,6 +240,9 @@ class Engine:
         self.chunks.hand_over(known)
         return self.chunks.figures
 
+    def let_go(self) -> None:
+        self.chunks.let_go()
+
     def digests(self, regions: Sequence[Region]) -> list[Digests]:
         return [list(self.memory.read(*region)) for region in regions]
 
@@ -452,6 +455,18 @@ def test_vllm_frees_a_region_of_chunks_as_any_other(gpu: Gpu, place: Place) -> N
     assert len(other.memory.pieces) == len(other.memory.handles) == 0
     one.mover.wake(None)
     assert one.mover.last["taken_bytes"] == 6 * CHUNK
+
+
+def test_once_vllms_own_sleep_mode_takes_over_its_sleep_frees_what_was_lent(gpu: Gpu, place: Place) -> None:
+    _, other = pair(gpu, place)
+    other.mover.wake(None)
+    content = [other.content(address) for address in (WEIGHTS, *KV)]
+    other.mover.let_go()
+    assert (place.lent, other.mover.pool_bytes) == (0, 0)
+    assert [other.content(address) for address in (WEIGHTS, *KV)] == content
+    for found in other.allocations.values():
+        other.unmap_and_release(found.handle)
+    assert gpu.used() == 0
 
 
 # ── whatever happens to the holder ───────────────────────────────────────────────────────────────────────

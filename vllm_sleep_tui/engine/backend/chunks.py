@@ -177,6 +177,14 @@ class Chunks:
         self.figures["given_bytes"] += self._holder.give(CHUNK, self._leaving) * CHUNK
         self._stock, self._leaving = [], []
 
+    def let_go(self) -> None:
+        """Leave the regions to vLLM's own functions: what those unmap must not live on by our descriptors."""
+        for region in list(self._mapped):
+            for descriptor in self._mapped.pop(region):
+                if descriptor is not None:
+                    os.close(descriptor)
+        self._holder.note_lent(0)
+
     def _exported(self, address: int) -> int:
         """A descriptor of a chunk that was created here."""
         memory = self._memory.at(address)

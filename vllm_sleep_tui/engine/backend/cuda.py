@@ -78,6 +78,11 @@ class CudaDriver:
         self._chunks.hand_over(known)
         return self._chunks.figures
 
+    def let_go(self) -> None:
+        """Of the descriptors of chunks."""
+        if self._chunks is not None:
+            self._chunks.let_go()
+
     def digests(self, regions: Sequence[Region]) -> list[Digests]:
         """See `block_digests`; all regions are looked at before the first number is waited for."""
         device = torch.device("cuda", torch.cuda.current_device())

@@ -69,6 +69,9 @@ class Driver(Protocol):
         `known` are all regions that vLLM has.
         """
 
+    def let_go(self) -> None:
+        """All regions hold memory, and vLLM's own functions take it away from now on."""
+
     def digests(self, regions: Sequence[Region]) -> list[Digests]:
         """A number for each block of each region: other content gives another number."""
 
@@ -202,6 +205,11 @@ class Mover:
         self._driver.hand_over(self._regions())
         self.level = 0 if lost else self.level
         return sum(size for _, size in lost)
+
+    def let_go(self) -> None:
+        """Leave it to vLLM's own sleep mode for good, while all of it is awake."""
+        self._driver.let_go()
+        self._drop_pool()
 
     def _awake(self) -> list[Region]:
         """The regions that hold memory; what vLLM freed meanwhile is forgotten."""

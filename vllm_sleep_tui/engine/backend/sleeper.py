@@ -93,6 +93,7 @@ class Sleeper:
 
     def _fall_back(self, why: str) -> None:
         self.uses_own = True
+        self.mover.let_go()
         plugin.State.why = why
         plugin.tell("stock", why)
 
