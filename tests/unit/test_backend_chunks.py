@@ -696,6 +696,7 @@ def test_a_limit_and_a_shrink_hold(place: Place) -> None:
         b'{"op": "take", "wanted": {"5": -1}}',
         b'{"op": "take", "wanted": {"5": "1"}}',
         b'{"op": "take", "wanted": []}',
+        b'{"op": "take", "wanted": {"' + b"9" * 5000 + b'": 1}}',
         b'{"op": "shrink"}',
         b'{"op": "shrink", "to_bytes": -1}',
         b'{"op": "shrink", "to_bytes": 0, "limit_bytes": "0"}',

@@ -41,6 +41,8 @@ MOST_BYTES = 16 * 1024
 MOST_CLIENTS = 64
 LARGEST = 2**40
 """Bytes of one chunk; more is no chunk."""
+MOST_DIGITS = 20
+"""Of a size that is asked for: Python reads no number of thousands."""
 LOOK_SECONDS = 1.0
 """Between two looks whether anybody uses us."""
 WORD_SIZE = 4096
@@ -231,7 +233,8 @@ class Holder:
         """As many of each size as there are and go into one packet; `more` if another would bring some."""
         wanted = request.get("wanted")
         if not isinstance(wanted, dict) or not all(
-            size.isdecimal() and isinstance(count, int) and count >= 0 for size, count in wanted.items()
+            size.isdecimal() and len(size) <= MOST_DIGITS and is_amount(count)
+            for size, count in wanted.items()
         ):
             raise Rubbish("wanted are counts by bytes")
         sizes: list[int] = []
