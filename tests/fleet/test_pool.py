@@ -19,7 +19,7 @@ from tests.fleet.conftest import GIB, Box, inject, seen, until
 from tests.fleet.test_fast_sleep import fast, verb
 from vllm_sleep_tui.fleet import pool_holder
 from vllm_sleep_tui.fleet.fleet import Fleet
-from vllm_sleep_tui.fleet.pool import Pool
+from vllm_sleep_tui.fleet.pool import Pool, why_no_pool
 from vllm_sleep_tui.fleet.snapshot import Progress
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.simulator import devices
@@ -281,6 +281,19 @@ async def test_without_a_folder_of_its_own_a_model_switches_without_a_pool(
         checks = json.loads(verb(machine, "doctor", "--json").stdout)["checks"]
         check = next(check for check in checks if check["name"] == "kv pool")
         assert (check["verdict"], "is not a folder" in check["what"]) == ("warn", True)
+
+
+def test_a_folder_whose_name_is_too_long_for_a_socket_is_named_and_no_holder_is_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place = tmp_path / ("x" * 80)
+    monkeypatch.setenv("VLLM_SLEEP_TUI_POOL", str(place))
+    assert "too long" in (why_no_pool() or "")
+    pool = Pool("GPU-01234567-89ab-cdef-0123-456789abcdef")
+    descriptor = pool.join()
+    pool.start_holder()
+    assert [path.suffix for path in place.iterdir()] == [".users"]
+    os.close(descriptor)
 
 
 async def test_whoever_comes_next_finds_the_holder(box: MakeBox) -> None:

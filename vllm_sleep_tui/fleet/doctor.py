@@ -326,13 +326,15 @@ def _foreign_checks(machine: Surroundings) -> Iterator[Check]:
 def _pool_checks() -> Iterator[Check]:
     """The KV pools of this user: who holds them, and whether they can be had."""
     if why := why_no_pool():
-        cure = f"Without it switches are slower: remove it, or set {POOL_VARIABLE} to a folder of your own."
+        cure = f"Without it switches are slower: remove it, or set {POOL_VARIABLE} to another, short path."
         yield Check("kv pool", Verdict.WARN, why, cure)
     for pool in pools_here():
         holder, state = pool.holder(), pool.state()
-        who = f"pid {holder.pid}" if holder else "nobody"
+        if holder is None:
+            continue  # it has ended meanwhile
+        who = f"pid {holder.pid}"
         if state is None:
-            cure = f"Switches are slower until it does; end it and it is started anew: kill -9 {who[4:]}"
+            cure = f"Switches are slower until it does; end it and it is started anew: kill -9 {holder.pid}"
             yield Check("kv pool", Verdict.WARN, f"{pool.uuid}: {who} does not answer", cure)
         else:
             what = f"{pool.uuid}: {who} holds {gib(state.free_bytes)} for {len(state.engines)} engines"

@@ -49,6 +49,9 @@ JOIN_ATTEMPTS = 50
 MAX_ANSWER = 64 * 1024
 MAX_WORD = 4096
 """Bytes of what a holder or an engine says in its file."""
+MOST_PATH = 107
+"""Bytes of a socket's path."""
+MOST_FOLDER = MOST_PATH - len("/GPU-01234567-89ab-cdef-0123-456789abcdef.sock")
 _NAME = re.compile(r"[A-Za-z0-9-]{1,80}")
 
 
@@ -82,9 +85,8 @@ class _Word(msgspec.Struct, frozen=True):
 
 
 def folder() -> Path:
-    """This user's folder of pools: the same for each config, and short, because a socket's path has 107
-    characters at most."""
-    return Path(os.environ.get(POOL_VARIABLE) or f"/tmp/vst-pool-{os.getuid()}")
+    """This user's folder of pools: the same for each config and working folder, and short, see MOST_PATH."""
+    return Path(os.path.abspath(os.environ.get(POOL_VARIABLE) or f"/tmp/vst-pool-{os.getuid()}"))
 
 
 def is_ours(place: Path) -> bool:
@@ -215,7 +217,7 @@ class Pool:
 
         Blocks until it listens, for as long as a Python takes to start.
         """
-        if self.holder() is not None:
+        if self.holder() is not None or len(os.fsencode(self._file("sock"))) > MOST_PATH:
             return
         order = {
             "folder": str(self._path.parent),
@@ -269,15 +271,18 @@ def pools_here() -> list[Pool]:
 
 def why_no_pool() -> str | None:
     """Why there can be no pool for this user, in words; None if there can."""
+    place = folder()
     try:
-        found = os.lstat(folder())
+        found: os.stat_result | None = os.lstat(place)
     except FileNotFoundError:
-        return None
+        found = None
     except OSError as error:
-        return f"{folder()} cannot be looked at: {error.strerror}"
-    if is_ours(folder()):
-        return None
-    return f"{folder()} is {'not a folder' if found.st_uid == os.getuid() else 'of another user'}"
+        return f"{place} cannot be looked at: {error.strerror}"
+    if found is not None and not is_ours(place):
+        return f"{place} is {'not a folder' if found.st_uid == os.getuid() else 'of another user'}"
+    if len(os.fsencode(place)) > MOST_FOLDER:
+        return f"{place} is too long for a socket in it ({MOST_FOLDER} bytes at most)"
+    return None
 
 
 @contextlib.contextmanager

@@ -452,7 +452,7 @@ class Server:
         return None
 
     async def leave_room(self, memory: Mapping[int, GpuMemory], level: int) -> None:
-        """Have the pools give up what the wake cannot take from them: weights never come out of a pool."""
+        """Have the pools give up what the wake cannot take from them: copies of weights go to new memory."""
         if self.record.sleep_backend != "own":
             await asyncio.to_thread(give_up, self.core, self.record.gpus)
             return
