@@ -70,6 +70,38 @@ def test_they_are_found_by_their_words_renamed_and_forgotten_for_good(
     assert [kept.model for kept in store.listed().result()] == ["qwen"]
 
 
+def test_two_processes_that_go_on_with_one_lose_nothing_of_each_other(
+    store: Conversations, tmp_path: Path
+) -> None:
+    first = said(store, "qwen", "q", "a")
+    assert store.latest().result() is not None
+    assert first.id is not None
+    other = Conversations(tmp_path, "a.yaml")
+    second = Handle("qwen", first.id, turns=2)
+    for keeper, handle, words in ((store, first, "here"), (other, second, "there")):
+        keeper.keep(handle, 2, KeptTurn(role="user", text=words, at=1.0))
+        keeper.keep(handle, 3, KeptTurn(role="assistant", text="half of", at=2.0))
+        keeper.keep(handle, 3, KeptTurn(role="assistant", text=f"answer {words}", at=2.0))
+        keeper.latest().result()
+    assert second.id is not None
+    for id, words in ((first.id, "here"), (second.id, "there")):
+        assert [turn.text for turn in store.turns(id).result()] == ["q", "a", words, f"answer {words}"]
+    other.close()
+
+
+def test_what_is_deleted_while_it_goes_on_stays_so_and_what_follows_is_kept(store: Conversations) -> None:
+    handle = said(store, "qwen", "secret", "half of")
+    assert store.latest().result() is not None
+    assert handle.id is not None
+    assert store.delete(handle.id).result()
+    store.keep(handle, 1, KeptTurn(role="assistant", text="half of a secret", at=2.0))
+    assert store.listed().result() == []
+    store.keep(handle, 2, KeptTurn(role="user", text="another matter", at=3.0))
+    kept = store.latest().result()
+    assert kept is not None
+    assert (kept.title, kept.turns, store.note) == ("another matter", 1, None)
+
+
 def test_one_is_exported_and_comes_back_whole(store: Conversations, tmp_path: Path) -> None:
     handle = Handle("qwen")
     store.keep(handle, 0, KeptTurn(role="user", text="<b>\n\x1b[31mred", at=1.0))

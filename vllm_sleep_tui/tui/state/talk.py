@@ -251,6 +251,7 @@ class Talk:
 
     def restore(self, turns: tuple[KeptTurn, ...], colors: dict[str, str]) -> None:
         """Take over what was said in an earlier run."""
+        self.handle.known.update(range(len(turns)))
         for kept in turns:
             entry = Entry(_turn(kept, colors), kept.at, is_dropped=kept.is_dropped, error=kept.error)
             entry.pace = Pace(
