@@ -69,6 +69,28 @@ async def test_again_and_edit_replace_the_last_question_and_keep_what_was_said(t
         assert texts[:6] == ["q1", "first answer", "q1", "second answer", "q1x", "third answer"]
 
 
+async def test_an_answer_stays_where_the_person_does_not_agree_to_what_asking_again_costs(
+    tmp_path: Path,
+) -> None:
+    fleet = ScriptedFleet()
+    fleet.answers["qwen"] = answer("qwen", "first answer")
+    async with panel(fleet, tmp_path) as pilot:
+        await ask(pilot, "q1")
+        await until_seen(pilot, "first answer")
+        fleet.change("qwen", state=State.ASLEEP, level=1)
+        fleet.change("phi", state=State.AWAKE)
+        await pilot.press("ctrl+r")
+        await until_seen(pilot, "Switch to qwen?")
+        await pilot.press("escape")
+        await until_seen(pilot, "first answer")
+        assert len(fleet.asked) == 1
+        await pilot.press("ctrl+r")
+        await until_seen(pilot, "Switch to qwen?")
+        await pilot.press("y")
+        await until(pilot, lambda: len(fleet.asked) == 2, "the question again")
+        assert fleet.asked[1][1] == [{"role": "user", "content": "q1"}]
+
+
 async def test_lines_earlier_questions_and_a_long_paste(tmp_path: Path) -> None:
     fleet = ScriptedFleet()
     fleet.answers["qwen"] = answer("qwen", "ok")

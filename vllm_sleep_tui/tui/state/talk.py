@@ -220,19 +220,12 @@ class Talk:
         """Keep what became of a turn."""
         self._store.keep(self.handle, self._entries.index(entry), entry.kept())
 
-    def drop_last(self) -> str | None:
-        """Take the last question and its answer out of the conversation; the question, None without one.
-
-        Both are kept, as replaced.
-        """
+    def drop_last(self) -> None:
+        """Take the last question and its answer out of the conversation; both are kept, as replaced."""
         shown = self._shown()
         at = next((at for at in reversed(range(len(shown))) if isinstance(shown[at].turn, Question)), None)
-        if at is None:
-            return None
-        self._drop(shown[at:])
-        question = shown[at].turn
-        assert isinstance(question, Question)
-        return question.text
+        if at is not None:
+            self._drop(shown[at:])
 
     def drop_first(self) -> bool:
         """Take the oldest question and its answer out of what the model is told; False if it is the last."""
