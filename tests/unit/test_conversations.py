@@ -127,9 +127,11 @@ def test_one_is_exported_and_comes_back_whole(store: Conversations, tmp_path: Pa
     assert number is not None
     again = store.whole(number).result()
     assert again == whole
-    path.write_text('{"turns": 1}')
-    with pytest.raises(OperationError, match="no exported conversation"):
-        imported(path)
+    never = path.read_text().replace('"begun": 1.0', '"begun": 1e18')
+    for wrong in ('{"turns": 1}', never):
+        path.write_text(wrong)
+        with pytest.raises(OperationError, match="no exported conversation"):
+            imported(path)
 
 
 def test_nothing_is_kept_where_the_config_says_so(tmp_path: Path) -> None:

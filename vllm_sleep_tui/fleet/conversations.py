@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -28,6 +28,8 @@ LOCK_SECONDS = 0.5
 """How long another process's write is waited for."""
 TITLE_LENGTH = 60
 """Characters of the first question that become a conversation's title."""
+Moment = Annotated[float, msgspec.Meta(ge=0, le=253_402_214_400)]
+"""UTC seconds, as far as a clock can write them: up to the year 9999."""
 MAX_IMPORT = 256 * 1024 * 1024
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS conversations (
@@ -84,8 +86,8 @@ class Whole(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     title: str
-    begun: float
-    changed: float
+    begun: Moment
+    changed: Moment
     turns: tuple[KeptTurn, ...]
     version: int = 1
 
