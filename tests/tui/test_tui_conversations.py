@@ -91,6 +91,15 @@ async def test_an_answer_stays_where_the_person_does_not_agree_to_what_asking_ag
         assert fleet.asked[1][1] == [{"role": "user", "content": "q1"}]
 
 
+async def test_what_cannot_be_kept_is_told(tmp_path: Path) -> None:
+    (tmp_path / "conversations.db").mkdir()
+    fleet = ScriptedFleet()
+    fleet.answers["qwen"] = answer("qwen", "an answer all the same")
+    async with panel(fleet, tmp_path) as pilot:
+        await ask(pilot, "q1")
+        await until_seen(pilot, "an answer all the same", "Conversations cannot be kept")
+
+
 async def test_lines_earlier_questions_and_a_long_paste(tmp_path: Path) -> None:
     fleet = ScriptedFleet()
     fleet.answers["qwen"] = answer("qwen", "ok")

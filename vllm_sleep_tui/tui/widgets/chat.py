@@ -66,6 +66,7 @@ class ChatPane(Vertical):
         self._view: View | None = None
         self._flush_timer: Timer | None = None
         self._kept_at = 0.0
+        self._is_loss_told = False
 
     def compose(self) -> ComposeResult:
         """What was said, who would answer, and the input."""
@@ -108,6 +109,9 @@ class ChatPane(Vertical):
             self._turn_to(self._talks.get(view.selected) or self._begun(view.selected))
             self._title(view)
         self._show_status()
+        if self._store.note is not None and not self._is_loss_told:
+            self._is_loss_told = True
+            self.notify(self._store.note, severity="warning", timeout=12, markup=False)
 
     def _leave(self) -> None:
         if (talk := self._talk) is not None:
