@@ -302,6 +302,33 @@ def test_a_question_is_written_in_the_persons_editor_and_the_panel_comes_back(tm
             terminal.close()
 
 
+def test_an_editor_that_fails_leaves_the_panel_and_the_question_as_they_were(tmp_path: Path) -> None:
+    with talker() as url:
+        config = tmp_path / "c.yaml"
+        config.write_text(f"models: {{far: {{url: '{url}'}}}}\n")
+        environment = {
+            **os.environ,
+            "XDG_STATE_HOME": str(tmp_path / "state"),
+            "VISUAL": "false",
+            "TERM": "xterm-256color",
+        }
+        terminal = Terminal([*COMMAND, "--config", str(config)], environment, 100, 30)
+        try:
+            terminal.wait_for("far", "awake")
+            terminal.press("c")
+            terminal.wait_for("leave the input")
+            terminal.press("typed ")
+            terminal.wait_for("typed")
+            terminal.press("\x07")
+            terminal.wait_for("false ended with 1", "typed")
+            terminal.press("and more")
+            terminal.wait_for("typed and more")
+            terminal.process.terminate()
+            assert terminal.end() == 0
+        finally:
+            terminal.close()
+
+
 async def test_d_asks_another_model_the_same_and_compares_and_the_first_answer_is_gone_on_with(
     tmp_path: Path,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Sequence
@@ -410,17 +411,23 @@ class Dashboard(LookingScreen):
             self.add_class("-chatting")
             chat.ask_another(other)
 
-    def action_chat_editor(self) -> None:
-        """Write the question in the person's own editor."""
+    @work(exclusive=True, group="editor")
+    async def action_chat_editor(self) -> None:
+        """Write the question in the person's own editor; answers and the gateway go on meanwhile."""
         chat = self.query_one(ChatPane)
+        failed: PanelError | None = None
         try:
             with self.app.suspend():
-                text = edited(chat.input.text)
+                # No error may leave this block: the terminal would not be taken back.
+                try:
+                    text = await asyncio.to_thread(edited, chat.input.text)
+                except PanelError as error:
+                    failed = error
         except SuspendNotSupported:
             self.notify("An editor needs a terminal of its own.", severity="warning", markup=False)
             return
-        except PanelError as error:
-            self.notify(f"{error.what}\n{error.cure}", severity="error", markup=False)
+        if failed is not None:
+            self.notify(f"{failed.what}\n{failed.cure}", severity="error", markup=False)
             return
         chat.input.text = text
         chat.input.move_cursor(chat.input.document.end)
