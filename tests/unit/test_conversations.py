@@ -60,6 +60,7 @@ def test_they_are_found_by_their_words_renamed_and_forgotten_for_good(
     assert [kept.title for kept in store.listed("SEA blue").result()] == ["About the sea"]
     assert [kept.model for kept in store.listed("100%").result()] == ["qwen"]
     assert store.listed("100_").result() == []
+    assert store.listed("\udcff").result() == []  # an argument that is not UTF-8
     assert handle.id is not None
     assert store.rename(handle.id, "Another\nname").result()
     assert store.listed("another name").result()[0].id == handle.id

@@ -224,7 +224,7 @@ class Conversations:
 
         def act(connection: sqlite3.Connection) -> list[Kept]:
             query, values = f"{_LISTED} WHERE config = ?", [self._config]
-            for word in words.split():
+            for word in one_line(words).split():
                 query += (
                     " AND (title LIKE ? ESCAPE '\\' OR model LIKE ? ESCAPE '\\'"
                     " OR EXISTS (SELECT 1 FROM turns WHERE conversation = id"

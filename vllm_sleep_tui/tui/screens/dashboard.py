@@ -21,6 +21,7 @@ from vllm_sleep_tui.fleet.conversations import Conversations
 from vllm_sleep_tui.fleet.events import FleetEvent, Kind
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot, Prediction
 from vllm_sleep_tui.fleet.states import SETTLED, State
+from vllm_sleep_tui.tui.drawing.timeline import WINDOWS
 from vllm_sleep_tui.tui.keys import bindings
 from vllm_sleep_tui.tui.screens.advice import AdviceScreen
 from vllm_sleep_tui.tui.screens.conversations import ConversationList
@@ -538,8 +539,15 @@ class Dashboard(LookingScreen):
         names = [model.name for model in self.fleet.snapshot().models]
         if event.models[0] in names:
             self._table.selected = event.models[0]
-        self.query_one(Timeline).look_at(self.view(), event.time)
-        self._look_back()
+        view = self.view()
+        if view.snapshot.time - event.time > WINDOWS[-1].seconds:
+            words = (
+                f"That was before the {WINDOWS[-1].words} that the timeline goes back; its log: n, then l."
+            )
+            self.notify(words, severity="warning", markup=False)
+        else:
+            self.query_one(Timeline).look_at(view, event.time)
+            self._look_back()
         self.changed()
 
     def action_gpus(self) -> None:

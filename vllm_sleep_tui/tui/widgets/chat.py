@@ -130,7 +130,7 @@ class ChatPane(Vertical):
 
     async def open_conversation(self, id: int) -> None:
         """Go on with a conversation, with the selected model."""
-        if self._model is not None and self._model not in self._answering:
+        if self._model is not None and self._is_free(self._model):
             await self._open(self._model, id, instead_of=self._talks.get(self._model))
 
     async def _open(self, model: str, id: int, *, instead_of: Talk | None) -> None:
