@@ -211,6 +211,20 @@ async def test_at_80_by_24_a_death_is_told_in_the_chat_too(tmp_path: Path) -> No
         await until_seen(pilot, "qwen: failed. CUDA ran out of memory.", "qwen ✗ failed")
 
 
+async def test_a_model_that_others_use_all_night_does_not_bury_what_was_said(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.answers["qwen"] = answer("qwen", "hello")
+    async with panel(fleet, tmp_path) as pilot:
+        await ask(pilot, "q")
+        await until_seen(pilot, "hello")
+        for level in (0, 1, 2):
+            fleet.change("qwen", state=State.ASLEEP, level=level)
+            await until_seen(pilot, f"qwen: asleep L{level}")
+            fleet.change("qwen", state=State.AWAKE, level=None)
+            await until_seen(pilot, "qwen ● awake")
+        assert text_of(pilot.app).count("qwen: asleep") == 1
+
+
 def test_keys_typed_right_after_c_are_a_question_and_put_nobody_to_sleep(tmp_path: Path) -> None:
     config = write_demo(tmp_path / "demo", 1000)
     line = CommandLine(config, tmp_path / "state")

@@ -212,9 +212,14 @@ class Talk:
         self.turns.append(entry.turn)
         self.keep(entry)
 
-    def tell(self, words: str, paint: str) -> None:
-        """Add a word on what happened to the model; it is shown and not kept."""
-        self.turns.append(Notice(words, paint))
+    def tell(self, words: str, paint: str, *, passes: bool = False) -> None:
+        """Add a word on what happened to the model; it is shown and not kept.
+
+        Of words that pass only the last is shown: a model that others use all night would bury what was said.
+        """
+        if passes and self.turns and isinstance(last := self.turns[-1], Notice) and last.passes:
+            self.turns.pop()
+        self.turns.append(Notice(words, paint, passes=passes))
 
     def keep(self, entry: Entry) -> None:
         """Keep what became of a turn."""

@@ -169,7 +169,7 @@ class ChatPane(Vertical):
             words = f"{time_of_day(time.time())} {model.name}: {state_words(model.state, model.level)}"
             if is_failed and model.reason:
                 words += f". {model.reason} {model.cure or ''}".rstrip()
-            talk.tell(words, "bad" if is_failed else "muted")
+            talk.tell(words, "bad" if is_failed else "muted", passes=not is_failed)
             self._shown(talk)
 
     def _title(self, view: View) -> None:
