@@ -69,6 +69,37 @@ async def test_again_and_edit_replace_the_last_question_and_keep_what_was_said(t
         assert texts[:6] == ["q1", "first answer", "q1", "second answer", "q1x", "third answer"]
 
 
+async def test_an_answer_stays_where_the_person_does_not_agree_to_what_asking_again_costs(
+    tmp_path: Path,
+) -> None:
+    fleet = ScriptedFleet()
+    fleet.answers["qwen"] = answer("qwen", "first answer")
+    async with panel(fleet, tmp_path) as pilot:
+        await ask(pilot, "q1")
+        await until_seen(pilot, "first answer")
+        fleet.change("qwen", state=State.ASLEEP, level=1)
+        fleet.change("phi", state=State.AWAKE)
+        await pilot.press("ctrl+r")
+        await until_seen(pilot, "Switch to qwen?")
+        await pilot.press("escape")
+        await until_seen(pilot, "first answer")
+        assert len(fleet.asked) == 1
+        await pilot.press("ctrl+r")
+        await until_seen(pilot, "Switch to qwen?")
+        await pilot.press("y")
+        await until(pilot, lambda: len(fleet.asked) == 2, "the question again")
+        assert fleet.asked[1][1] == [{"role": "user", "content": "q1"}]
+
+
+async def test_what_cannot_be_kept_is_told(tmp_path: Path) -> None:
+    (tmp_path / "conversations.db").mkdir()
+    fleet = ScriptedFleet()
+    fleet.answers["qwen"] = answer("qwen", "an answer all the same")
+    async with panel(fleet, tmp_path) as pilot:
+        await ask(pilot, "q1")
+        await until_seen(pilot, "an answer all the same", "Conversations cannot be kept")
+
+
 async def test_lines_earlier_questions_and_a_long_paste(tmp_path: Path) -> None:
     fleet = ScriptedFleet()
     fleet.answers["qwen"] = answer("qwen", "ok")
@@ -180,6 +211,20 @@ async def test_at_80_by_24_a_death_is_told_in_the_chat_too(tmp_path: Path) -> No
         await until_seen(pilot, "qwen: failed. CUDA ran out of memory.", "qwen ✗ failed")
 
 
+async def test_a_model_that_others_use_all_night_does_not_bury_what_was_said(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.answers["qwen"] = answer("qwen", "hello")
+    async with panel(fleet, tmp_path) as pilot:
+        await ask(pilot, "q")
+        await until_seen(pilot, "hello")
+        for level in (0, 1, 2):
+            fleet.change("qwen", state=State.ASLEEP, level=level)
+            await until_seen(pilot, f"qwen: asleep L{level}")
+            fleet.change("qwen", state=State.AWAKE, level=None)
+            await until_seen(pilot, "qwen ● awake")
+        assert text_of(pilot.app).count("qwen: asleep") == 1
+
+
 def test_keys_typed_right_after_c_are_a_question_and_put_nobody_to_sleep(tmp_path: Path) -> None:
     config = write_demo(tmp_path / "demo", 1000)
     line = CommandLine(config, tmp_path / "state")
@@ -265,6 +310,33 @@ def test_a_question_is_written_in_the_persons_editor_and_the_panel_comes_back(tm
             terminal.wait_for("from the editor", "Chat with")
             terminal.press("\r")
             terminal.wait_for("word1")
+            terminal.process.terminate()
+            assert terminal.end() == 0
+        finally:
+            terminal.close()
+
+
+def test_an_editor_that_fails_leaves_the_panel_and_the_question_as_they_were(tmp_path: Path) -> None:
+    with talker() as url:
+        config = tmp_path / "c.yaml"
+        config.write_text(f"models: {{far: {{url: '{url}'}}}}\n")
+        environment = {
+            **os.environ,
+            "XDG_STATE_HOME": str(tmp_path / "state"),
+            "VISUAL": "false",
+            "TERM": "xterm-256color",
+        }
+        terminal = Terminal([*COMMAND, "--config", str(config)], environment, 100, 30)
+        try:
+            terminal.wait_for("far", "awake")
+            terminal.press("c")
+            terminal.wait_for("leave the input")
+            terminal.press("typed ")
+            terminal.wait_for("typed")
+            terminal.press("\x07")
+            terminal.wait_for("false ended with 1", "typed")
+            terminal.press("and more")
+            terminal.wait_for("typed and more")
             terminal.process.terminate()
             assert terminal.end() == 0
         finally:

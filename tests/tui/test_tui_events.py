@@ -99,6 +99,19 @@ async def test_a_failure_of_the_night_is_found_and_explained_in_three_keys(
         assert abs(moment - (now - 6 * 3600 - SECONDS_OF_A_CELL / 2)) <= SECONDS_OF_A_CELL
 
 
+async def test_what_was_before_the_timeline_is_told_so_and_not_shown_as_another_moment(
+    fleet: ScriptedFleet, tmp_path: Path
+) -> None:
+    long_ago = time.time() - 3 * 24 * 3600
+    keep(fleet, FleetEvent(time=long_ago, kind=Kind.FAULT, model="coder", detail="killed by SIGKILL"))
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("n")
+        await until_seen(pilot, "killed by SIGKILL")
+        await pilot.press("enter")
+        await until_seen(pilot, "before the 24 hours")
+        assert cursor_in(lines_of(pilot.app)) is None
+
+
 async def test_what_happens_meanwhile_appears_and_the_cursor_stays_where_it_was_put(
     fleet: ScriptedFleet, tmp_path: Path
 ) -> None:

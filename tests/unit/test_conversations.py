@@ -60,6 +60,7 @@ def test_they_are_found_by_their_words_renamed_and_forgotten_for_good(
     assert [kept.title for kept in store.listed("SEA blue").result()] == ["About the sea"]
     assert [kept.model for kept in store.listed("100%").result()] == ["qwen"]
     assert store.listed("100_").result() == []
+    assert store.listed("\udcff").result() == []  # an argument that is not UTF-8
     assert handle.id is not None
     assert store.rename(handle.id, "Another\nname").result()
     assert store.listed("another name").result()[0].id == handle.id
@@ -68,6 +69,38 @@ def test_they_are_found_by_their_words_renamed_and_forgotten_for_good(
     assert not store.delete(handle.id).result()
     assert b"xyzzy" not in (tmp_path / "conversations.db").read_bytes()
     assert [kept.model for kept in store.listed().result()] == ["qwen"]
+
+
+def test_two_processes_that_go_on_with_one_lose_nothing_of_each_other(
+    store: Conversations, tmp_path: Path
+) -> None:
+    first = said(store, "qwen", "q", "a")
+    assert store.latest().result() is not None
+    assert first.id is not None
+    other = Conversations(tmp_path, "a.yaml")
+    second = Handle("qwen", first.id, turns=2)
+    for keeper, handle, words in ((store, first, "here"), (other, second, "there")):
+        keeper.keep(handle, 2, KeptTurn(role="user", text=words, at=1.0))
+        keeper.keep(handle, 3, KeptTurn(role="assistant", text="half of", at=2.0))
+        keeper.keep(handle, 3, KeptTurn(role="assistant", text=f"answer {words}", at=2.0))
+        keeper.latest().result()
+    assert second.id is not None
+    for id, words in ((first.id, "here"), (second.id, "there")):
+        assert [turn.text for turn in store.turns(id).result()] == ["q", "a", words, f"answer {words}"]
+    other.close()
+
+
+def test_what_is_deleted_while_it_goes_on_stays_so_and_what_follows_is_kept(store: Conversations) -> None:
+    handle = said(store, "qwen", "secret", "half of")
+    assert store.latest().result() is not None
+    assert handle.id is not None
+    assert store.delete(handle.id).result()
+    store.keep(handle, 1, KeptTurn(role="assistant", text="half of a secret", at=2.0))
+    assert store.listed().result() == []
+    store.keep(handle, 2, KeptTurn(role="user", text="another matter", at=3.0))
+    kept = store.latest().result()
+    assert kept is not None
+    assert (kept.title, kept.turns, store.note) == ("another matter", 1, None)
 
 
 def test_one_is_exported_and_comes_back_whole(store: Conversations, tmp_path: Path) -> None:
@@ -95,9 +128,11 @@ def test_one_is_exported_and_comes_back_whole(store: Conversations, tmp_path: Pa
     assert number is not None
     again = store.whole(number).result()
     assert again == whole
-    path.write_text('{"turns": 1}')
-    with pytest.raises(OperationError, match="no exported conversation"):
-        imported(path)
+    never = path.read_text().replace('"begun": 1.0', '"begun": 1e18')
+    for wrong in ('{"turns": 1}', never):
+        path.write_text(wrong)
+        with pytest.raises(OperationError, match="no exported conversation"):
+            imported(path)
 
 
 def test_nothing_is_kept_where_the_config_says_so(tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ class Talk:
 
         self._store = store
         kept = store.latest(name).result() if goes_on else None
-        self._handle = Handle(name, None if kept is None else kept.id)
         turns = () if kept is None else store.turns(kept.id).result()
+        self._handle = Handle(name, None if kept is None else kept.id, len(turns))
         self._number = len(turns)
         self._said = [
             {"role": turn.role, "content": turn.text} for turn in turns if turn.text and not turn.is_dropped

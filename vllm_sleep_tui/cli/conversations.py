@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.conversations import Conversations
 
 
+_NUMBER = click.IntRange(1, 2**63 - 1)
+"""What SQLite can count to."""
+
+
 @click.group()
 def conversations() -> None:
     """What was said with models, as far as it was kept."""
@@ -59,7 +63,7 @@ def list_(ctx: click.Context, words: tuple[str, ...], as_json: bool) -> None:
 
 
 @conversations.command()
-@click.argument("number", type=int)
+@click.argument("number", type=_NUMBER)
 @json_option
 @config_option
 @click.pass_context
@@ -94,7 +98,7 @@ def import_(ctx: click.Context, file: Path) -> None:
 
 
 @conversations.command()
-@click.argument("number", type=int)
+@click.argument("number", type=_NUMBER)
 @click.argument("title")
 @config_option
 @click.pass_context
@@ -106,7 +110,7 @@ def rename(ctx: click.Context, number: int, title: str) -> None:
 
 
 @conversations.command()
-@click.argument("numbers", type=int, nargs=-1, required=True)
+@click.argument("numbers", type=_NUMBER, nargs=-1, required=True)
 @config_option
 @click.pass_context
 def delete(ctx: click.Context, numbers: tuple[int, ...]) -> None:

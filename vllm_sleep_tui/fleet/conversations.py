@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -28,6 +28,8 @@ LOCK_SECONDS = 0.5
 """How long another process's write is waited for."""
 TITLE_LENGTH = 60
 """Characters of the first question that become a conversation's title."""
+Moment = Annotated[float, msgspec.Meta(ge=0, le=253_402_214_400)]
+"""UTC seconds, as far as a clock can write them: up to the year 9999."""
 MAX_IMPORT = 256 * 1024 * 1024
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS conversations (
@@ -84,18 +86,23 @@ class Whole(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     title: str
-    begun: float
-    changed: float
+    begun: Moment
+    changed: Moment
     turns: tuple[KeptTurn, ...]
     version: int = 1
 
 
 class Handle:
-    """A conversation that is being kept; it has an id once its first turn was written."""
+    """A conversation that is being kept; it has an id once its first turn was written.
 
-    def __init__(self, model: str, id: int | None = None) -> None:
+    `turns` is how many of it were read, where it is gone on with.
+    """
+
+    def __init__(self, model: str, id: int | None = None, turns: int = 0) -> None:
         self.model = model
         self.id = id
+        self.known = set(range(turns))
+        """The numbers of the turns that were read or written here; others are another process's."""
 
 
 class Conversations:
@@ -126,29 +133,58 @@ class Conversations:
     # ── keeping ──────────────────────────────────────────────────────────────────────────────────────────
 
     def keep(self, handle: Handle, number: int, turn: KeptTurn) -> None:
-        """Keep a turn in its place of a conversation, or what became of it meanwhile."""
+        """Keep a turn in its place of a conversation, or what became of it meanwhile.
+
+        Where another process went on with the conversation, this one goes on as a conversation of its own:
+        neither loses a turn. What was deleted meanwhile stays deleted.
+        """
         if self.keeps:
             with contextlib.suppress(RuntimeError):  # closed: the panel has ended
-                self._worker.submit(
-                    self._guarded, lambda found: self._keep(found, handle, number, turn), None
-                )
+                self._worker.submit(self._write, handle, number, turn)
 
-    def _keep(self, connection: sqlite3.Connection, handle: Handle, number: int, turn: KeptTurn) -> None:
-        if handle.id is None:
-            title = one_line(turn.text)[:TITLE_LENGTH]
-            made = connection.execute(
-                "INSERT INTO conversations (config, model, title, begun, changed) VALUES (?, ?, ?, ?, ?)",
-                (self._config, handle.model, title, turn.at, turn.at),
-            )
-            handle.id = made.lastrowid
+    def _write(self, handle: Handle, number: int, turn: KeptTurn) -> None:
+        id = self._guarded(lambda connection: self._keep(connection, handle, number, turn), None)
+        if id is not None:  # committed
+            handle.id = id
+            handle.known.add(number)
+
+    def _keep(
+        self, connection: sqlite3.Connection, handle: Handle, number: int, turn: KeptTurn
+    ) -> int | None:
+        """The id of the conversation that it is kept in; None if it was deleted."""
+        connection.execute("BEGIN IMMEDIATE")  # nobody may come between the look and the write
+        found = connection.execute("SELECT 1 FROM conversations WHERE id = ?", (handle.id,)).fetchone()
+        if found is None and number in handle.known:
+            return None
+        later = connection.execute(
+            "SELECT number FROM turns WHERE conversation = ? AND number >= ?", (handle.id, number)
+        )
+        is_elsewhere = number not in handle.known and any(at not in handle.known for (at,) in later)
+        id = handle.id
+        if id is None or found is None or is_elsewhere:
+            id = self._begin(connection, handle, number, turn)
+        written = msgspec.json.encode(turn).decode()
+        connection.execute("INSERT OR REPLACE INTO turns VALUES (?, ?, ?)", (id, number, written))
         connection.execute(
-            "INSERT OR REPLACE INTO turns VALUES (?, ?, ?)",
-            (handle.id, number, msgspec.json.encode(turn).decode()),
+            "UPDATE conversations SET changed = ?, model = ? WHERE id = ?", (time.time(), handle.model, id)
+        )
+        return id
+
+    def _begin(
+        self, connection: sqlite3.Connection, handle: Handle, number: int, turn: KeptTurn
+    ) -> int | None:
+        """A new conversation, with what was said before the turn in the one that it goes on from."""
+        before = connection.execute("SELECT title FROM conversations WHERE id = ?", (handle.id,)).fetchone()
+        title = one_line(turn.text)[:TITLE_LENGTH] if before is None else before[0]
+        made = connection.execute(
+            "INSERT INTO conversations (config, model, title, begun, changed) VALUES (?, ?, ?, ?, ?)",
+            (self._config, handle.model, title, turn.at, turn.at),
         )
         connection.execute(
-            "UPDATE conversations SET changed = ?, model = ? WHERE id = ?",
-            (time.time(), handle.model, handle.id),
+            "INSERT INTO turns SELECT ?, number, turn FROM turns WHERE conversation = ? AND number < ?",
+            (made.lastrowid, handle.id, number),
         )
+        return made.lastrowid
 
     def rename(self, id: int, title: str) -> Future[bool]:
         """Give it another title; False if there is none of that id."""
@@ -188,7 +224,7 @@ class Conversations:
 
         def act(connection: sqlite3.Connection) -> list[Kept]:
             query, values = f"{_LISTED} WHERE config = ?", [self._config]
-            for word in words.split():
+            for word in one_line(words).split():
                 query += (
                     " AND (title LIKE ? ESCAPE '\\' OR model LIKE ? ESCAPE '\\'"
                     " OR EXISTS (SELECT 1 FROM turns WHERE conversation = id"

@@ -69,10 +69,11 @@ class Question(Turn):
 
 
 class Notice(Turn):
-    """What happened to a model meanwhile."""
+    """What happened to a model meanwhile; one that `passes` gives way to the next that follows at once."""
 
-    def __init__(self, words: str, paint: str) -> None:
+    def __init__(self, words: str, paint: str, *, passes: bool = False) -> None:
         super().__init__("", "border")
+        self.passes = passes
         self._line: Line = ((clean(words), paint),)
 
     def _sections(self, width: int) -> list[list[Row]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from vllm_sleep_tui.fleet.conversations import Conversations
 from vllm_sleep_tui.fleet.events import FleetEvent, Kind
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot, Prediction
 from vllm_sleep_tui.fleet.states import SETTLED, State
+from vllm_sleep_tui.tui.drawing.timeline import WINDOWS
 from vllm_sleep_tui.tui.keys import bindings
 from vllm_sleep_tui.tui.screens.advice import AdviceScreen
 from vllm_sleep_tui.tui.screens.conversations import ConversationList
@@ -410,17 +412,23 @@ class Dashboard(LookingScreen):
             self.add_class("-chatting")
             chat.ask_another(other)
 
-    def action_chat_editor(self) -> None:
-        """Write the question in the person's own editor."""
+    @work(exclusive=True, group="editor")
+    async def action_chat_editor(self) -> None:
+        """Write the question in the person's own editor; answers and the gateway go on meanwhile."""
         chat = self.query_one(ChatPane)
+        failed: PanelError | None = None
         try:
             with self.app.suspend():
-                text = edited(chat.input.text)
+                # No error may leave this block: the terminal would not be taken back.
+                try:
+                    text = await asyncio.to_thread(edited, chat.input.text)
+                except PanelError as error:
+                    failed = error
         except SuspendNotSupported:
             self.notify("An editor needs a terminal of its own.", severity="warning", markup=False)
             return
-        except PanelError as error:
-            self.notify(f"{error.what}\n{error.cure}", severity="error", markup=False)
+        if failed is not None:
+            self.notify(f"{failed.what}\n{failed.cure}", severity="error", markup=False)
             return
         chat.input.text = text
         chat.input.move_cursor(chat.input.document.end)
@@ -531,8 +539,15 @@ class Dashboard(LookingScreen):
         names = [model.name for model in self.fleet.snapshot().models]
         if event.models[0] in names:
             self._table.selected = event.models[0]
-        self.query_one(Timeline).look_at(self.view(), event.time)
-        self._look_back()
+        view = self.view()
+        if view.snapshot.time - event.time > WINDOWS[-1].seconds:
+            words = (
+                f"That was before the {WINDOWS[-1].words} that the timeline goes back; its log: n, then l."
+            )
+            self.notify(words, severity="warning", markup=False)
+        else:
+            self.query_one(Timeline).look_at(view, event.time)
+            self._look_back()
         self.changed()
 
     def action_gpus(self) -> None:

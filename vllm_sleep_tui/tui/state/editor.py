@@ -23,15 +23,15 @@ def edited(text: str) -> str:
         command = shlex.split(words)
     except ValueError as error:
         raise OperationError(f"The editor {words} cannot be started: {error}.", CURE) from None
-    with tempfile.TemporaryDirectory(prefix="vst-question-") as folder:  # 0700
-        path = Path(folder) / "question.md"
-        path.write_text(text, encoding="utf-8")
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="vst-question-") as folder:  # 0700
+            path = Path(folder) / "question.md"
+            path.write_text(text, encoding="utf-8", errors="replace")
             done = subprocess.run([*command, str(path)], check=False)
             if done.returncode:
                 raise OperationError(
                     f"{words} ended with {done.returncode}: the question is as before.", CURE
                 )
             return path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
-        except OSError as error:
-            raise OperationError(f"The editor {words} cannot be used: {error.strerror}.", CURE) from None
+    except OSError as error:
+        raise OperationError(f"The editor {words} cannot be used: {error.strerror}.", CURE) from None

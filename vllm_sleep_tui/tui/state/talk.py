@@ -212,27 +212,25 @@ class Talk:
         self.turns.append(entry.turn)
         self.keep(entry)
 
-    def tell(self, words: str, paint: str) -> None:
-        """Add a word on what happened to the model; it is shown and not kept."""
-        self.turns.append(Notice(words, paint))
+    def tell(self, words: str, paint: str, *, passes: bool = False) -> None:
+        """Add a word on what happened to the model; it is shown and not kept.
+
+        Of words that pass only the last is shown: a model that others use all night would bury what was said.
+        """
+        if passes and self.turns and isinstance(last := self.turns[-1], Notice) and last.passes:
+            self.turns.pop()
+        self.turns.append(Notice(words, paint, passes=passes))
 
     def keep(self, entry: Entry) -> None:
         """Keep what became of a turn."""
         self._store.keep(self.handle, self._entries.index(entry), entry.kept())
 
-    def drop_last(self) -> str | None:
-        """Take the last question and its answer out of the conversation; the question, None without one.
-
-        Both are kept, as replaced.
-        """
+    def drop_last(self) -> None:
+        """Take the last question and its answer out of the conversation; both are kept, as replaced."""
         shown = self._shown()
         at = next((at for at in reversed(range(len(shown))) if isinstance(shown[at].turn, Question)), None)
-        if at is None:
-            return None
-        self._drop(shown[at:])
-        question = shown[at].turn
-        assert isinstance(question, Question)
-        return question.text
+        if at is not None:
+            self._drop(shown[at:])
 
     def drop_first(self) -> bool:
         """Take the oldest question and its answer out of what the model is told; False if it is the last."""
@@ -251,6 +249,7 @@ class Talk:
 
     def restore(self, turns: tuple[KeptTurn, ...], colors: dict[str, str]) -> None:
         """Take over what was said in an earlier run."""
+        self.handle.known.update(range(len(turns)))
         for kept in turns:
             entry = Entry(_turn(kept, colors), kept.at, is_dropped=kept.is_dropped, error=kept.error)
             entry.pace = Pace(

@@ -66,6 +66,7 @@ class ChatPane(Vertical):
         self._view: View | None = None
         self._flush_timer: Timer | None = None
         self._kept_at = 0.0
+        self._is_loss_told = False
 
     def compose(self) -> ComposeResult:
         """What was said, who would answer, and the input."""
@@ -108,6 +109,9 @@ class ChatPane(Vertical):
             self._turn_to(self._talks.get(view.selected) or self._begun(view.selected))
             self._title(view)
         self._show_status()
+        if self._store.note is not None and not self._is_loss_told:
+            self._is_loss_told = True
+            self.notify(self._store.note, severity="warning", timeout=12, markup=False)
 
     def _leave(self) -> None:
         if (talk := self._talk) is not None:
@@ -126,7 +130,7 @@ class ChatPane(Vertical):
 
     async def open_conversation(self, id: int) -> None:
         """Go on with a conversation, with the selected model."""
-        if self._model is not None and self._model not in self._answering:
+        if self._model is not None and self._is_free(self._model):
             await self._open(self._model, id, instead_of=self._talks.get(self._model))
 
     async def _open(self, model: str, id: int, *, instead_of: Talk | None) -> None:
@@ -165,7 +169,7 @@ class ChatPane(Vertical):
             words = f"{time_of_day(time.time())} {model.name}: {state_words(model.state, model.level)}"
             if is_failed and model.reason:
                 words += f". {model.reason} {model.cure or ''}".rstrip()
-            talk.tell(words, "bad" if is_failed else "muted")
+            talk.tell(words, "bad" if is_failed else "muted", passes=not is_failed)
             self._shown(talk)
 
     def _title(self, view: View) -> None:
@@ -199,15 +203,27 @@ class ChatPane(Vertical):
             self._send(self._model, message.text)
 
     @work
-    async def _send(self, name: str, text: str) -> None:
-        """Ask, once the person knows what it costs; a question that is not asked goes back into the input."""
-        talk = self._talks[name]
+    async def _send(self, name: str, text: str, *, again: bool = False) -> None:
+        """Ask, once the person knows what it costs; a question that is not asked goes back into the input.
+
+        One that is asked `again` takes the place of the last question and its answer, and not before.
+        """
+        if self._is_free(name) and await self._agrees(name):
+            # The same prompt found room before.
+            fits = again or await self._fits(name, self._talks[name], text)
+            if fits and self._is_free(name):  # while it was asked about, nothing else began
+                if again:
+                    self._take_back(self._talks[name])
+                self._ask(name, self._talks[name], text)
+                return
+        if not again:
+            self.input.give_back(text)
+
+    def _is_free(self, name: str) -> bool:
+        """Whether a model may be asked now; if not, the person is told."""
         if name in self._answering:
             self.notify(f"{name} is still answering; escape stops it.", markup=False)
-        elif await self._agrees(name) and await self._fits(name, talk, text):
-            self._ask(name, self._talks[name], text)
-            return
-        self.input.give_back(text)
+        return name not in self._answering
 
     async def _agrees(self, name: str) -> bool:
         """Whether what comes before the answer was asked for: a start always is, an eviction once."""
@@ -385,27 +401,33 @@ class ChatPane(Vertical):
 
     def regenerate(self) -> None:
         """Ask the last question again; the answer that it replaces is kept, and not shown."""
-        if (text := self._taken_back()) is not None and self._model is not None:
-            self._send(self._model, text)
+        if (text := self._asked_last()) is not None and self._model is not None:
+            self._send(self._model, text, again=True)
 
     def edit(self) -> None:
         """Put the last question into the input; what is sent takes its place, and its answer's."""
-        if (text := self._taken_back()) is not None:
+        text, talk = self._asked_last(), self._talk
+        if text is not None and talk is not None:
+            self._take_back(talk)
             self.input.text = text
             self.input.move_cursor(self.input.document.end)
             self.screen.set_focus(self.input)
 
-    def _taken_back(self) -> str | None:
+    def _asked_last(self) -> str | None:
+        """The last question, where it can be asked otherwise; else the person is told why not."""
         talk = self._talk
-        if talk is None or self._model in self._answering:
-            self.notify(f"{self._model} is still answering; escape stops it.", markup=False)
+        if talk is None or not self._is_free(talk.handle.model):
             return None
-        text = talk.drop_last()
-        if text is None:
+        asked = [turn["content"] for turn in talk.messages() if turn["role"] == "user"]
+        if not asked:
             self.notify("Nothing was asked yet.", markup=False)
             return None
-        self.transcript.show(talk.turns, _HINT)
-        return text
+        return str(asked[-1])
+
+    def _take_back(self, talk: Talk) -> None:
+        talk.drop_last()
+        if talk is self._talk:
+            self.transcript.show(talk.turns, _HINT)
 
     def go_on(self) -> None:
         """Have an answer that was cut gone on with."""
