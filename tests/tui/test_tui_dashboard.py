@@ -459,6 +459,18 @@ async def test_of_many_models_a_few_letters_find_the_one(tmp_path: Path) -> None
         await until(pilot, lambda: rows(lines_of(pilot.app)) == ["extra-10"], "the failed one")
         await pilot.press(*" no such")
         await until_seen(pilot, "No model matches /failed no such; esc shows all 64.")
+        calls = len(fleet.calls)
+        await pilot.press("enter", "s", "x", "w")  # to a table without a row: on nobody
+        await pilot.pause()
+        assert len(fleet.calls) == calls
+        await pilot.press("slash", *["backspace"] * len("failed no such"), *"gpu 1")
+        await until(pilot, lambda: len(rows(lines_of(pilot.app))) > 5, "the models of a GPU")
+        await pilot.press("enter", "end")
+        last = "extra-58"
+        await until_seen(pilot, f"▶ ▌ {last}")
+        await pilot.press("slash", *["backspace"] * len("gpu 1"), *"asleep")
+        fleet.change(last, state=State.AWAKE)
+        await until_seen(pilot, f"▸ ▌ {last}", "● awake")  # it keeps its row while keys act on it
         await pilot.press("escape", "home")
         await until_seen(pilot, "▶ ▌ qwen")
 

@@ -164,9 +164,11 @@ ORDERS = (
 )
 
 
-def _searched(model: ModelSnapshot) -> str:
-    gpus = " ".join(f"gpu {index}" for index in model.gpus)
-    return f"{model.name} {model.source} {LOOKS[model.state].word} {gpus}".lower()
+def _matches(model: ModelSnapshot, wanted: str) -> bool:
+    wanted = wanted.lower()
+    if wanted.startswith("gpu ") and wanted[4:].isdecimal():
+        return int(wanted[4:]) in model.gpus
+    return wanted in f"{model.name} {model.source} {LOOKS[model.state].word}".lower()
 
 
 class ModelTable(Shown, can_focus=True):
@@ -198,8 +200,11 @@ class ModelTable(Shown, can_focus=True):
     def find(self, wanted: str) -> None:
         """Show only what holds this text; the cursor goes to the first of it if its model has no row now."""
         self.wanted, self._first = wanted, 0
-        if (names := self._names()) and self.selected not in names:
-            self._select(names[0])
+        models = self._view.snapshot.models if self._view else ()
+        names = [model.name for model in models if _matches(model, wanted)]
+        if self.selected not in names:
+            # With no row, keys act on nobody.
+            self._select(names[0] if names else None)
         self.repaint()
 
     def reorder(self) -> str:
@@ -213,8 +218,12 @@ class ModelTable(Shown, can_focus=True):
         """Those that have a row, in their order."""
         if self._view is None:
             return []
-        wanted = self.wanted.lower()
-        models = [model for model in self._view.snapshot.models if wanted in _searched(model)]
+        # The selected one keeps its row when its state leaves what is looked for: keys act on it.
+        models = [
+            model
+            for model in self._view.snapshot.models
+            if model.name == self.selected or _matches(model, self.wanted)
+        ]
         return models if self.order.key is None else sorted(models, key=self.order.key)
 
     def draw(self, view: View, size: Size) -> list[Line]:
@@ -252,7 +261,7 @@ class ModelTable(Shown, can_focus=True):
         if names := self._names():
             self._select(names[min(len(names) - 1, max(0, self._index() + step))])
 
-    def _select(self, name: str) -> None:
+    def _select(self, name: str | None) -> None:
         self.selected = name
         self.post_message(self.Selected())
 
