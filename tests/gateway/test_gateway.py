@@ -92,6 +92,16 @@ def test_a_head_without_an_end_is_hung_up_on(gated: MakeGated) -> None:
     assert here.answers()
 
 
+def test_a_body_that_comes_in_large_pieces_is_no_head(gated: MakeGated) -> None:
+    here = gated(starts=False)
+    body = json.dumps({"model": "a", "prompt": "x" * 1_000_000}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n\r\n" % len(body)
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", here.port), timeout=30) as raw:
+            raw.sendall(head + body)
+            assert raw.recv(100).startswith(b"HTTP/1.1 503 ")
+
+
 def test_a_page_of_another_site_is_refused(gated: MakeGated) -> None:
     here = gated()
     for name, value in (
