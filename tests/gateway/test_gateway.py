@@ -64,6 +64,15 @@ def test_names_paths_and_prefixes_lead_to_one_model(gated: MakeGated) -> None:
 ADMIN = ("/sleep", "/wake_up", "/collective_rpc", "/panel/gate", "/a/sleep", "/a/v1/../sleep", "/%73leep")
 
 
+def test_odd_names_and_paths_keep_nobody_waiting(gated: MakeGated) -> None:
+    here = gated({"org/big:8b": {"model": "sim/1GiB"}}, starts=False)
+    for prefix in ("/org/big:8b", "/org%2Fbig%3A8b", "/org-big-8b"):
+        assert httpx.post(f"{here.base}{prefix}/v1/completions", json={}).status_code == 503
+    assert httpx.post(f"{here.base}/{'a/' * 30_000}v1/completions", json={}, timeout=5).status_code == 404
+    refused = httpx.post(f"{here.url}/completions", json={"model": "big" * 10_000_000}, timeout=5)
+    assert refused.status_code == 404 and len(refused.content) < 1000
+
+
 def test_admin_paths_do_not_exist(gated: MakeGated) -> None:
     here = gated()
     for path in ADMIN:
