@@ -265,6 +265,17 @@ def test_large_images_pass_and_a_cancelled_stream_ends_at_the_server(gated: Make
     here.until(lambda: count() == 0)
 
 
+def test_a_body_is_let_go_when_its_answer_begins(gated: MakeGated) -> None:
+    here = gated(speed="20", max_body="1MiB")
+    here.verb("start", "a")
+    endless = {"model": "a", "prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with contextlib.ExitStack() as streams:
+        for _ in range(12):  # of which no more than eight may be held together
+            whole = endless | {"user": "x" * 1_000_000}
+            asked = httpx.stream("POST", f"{here.url}/completions", json=whole, timeout=60)
+            assert streams.enter_context(asked).status_code == 200
+
+
 def test_a_waiting_stream_hears_that_it_is_waited(gated: MakeGated) -> None:
     here = gated(speed="3")
     body = {"model": "a", "prompt": "x", "max_tokens": 3, "stream": True}
