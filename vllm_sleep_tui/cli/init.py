@@ -73,10 +73,13 @@ def init(ctx: click.Context, force: bool, schema: bool, source: str | None) -> N
     for note in found.notes if found is not None else ():
         say(f"not carried over: {note}")
     loaded = load(path)
+    # A program that a file, or another user's process, names is run when the person has looked at it.
+    is_own = found is None or not any(moved.line.binary for moved in found.models)
     if found is not None:
-        check_flags(loaded)
+        check_flags(loaded, may_ask=is_own)
     write_schema(path.with_name(SCHEMA_NAME), flag_tables(loaded, state_dir(), may_ask=False))
-    trust(loaded.found, loaded.agreement(), state_dir())
+    if is_own:
+        trust(loaded.found, loaded.agreement(), state_dir())
     put_done(str(path))
     named = "" if path == Path(CONFIG_NAME) else f" --config {path}"
     say(f"Next: look at {path}, then: vllm-sleep-tui{named} doctor")
@@ -85,7 +88,7 @@ def init(ctx: click.Context, force: bool, schema: bool, source: str | None) -> N
 def found_in(source: str) -> Found:
     """What `--from` names; raises PanelError."""
     if source == "running":
-        return read_running([server.command for server in find_strangers()])
+        return read_running([server.words for server in find_strangers()])
     if source == "-":
         return read(sys.stdin.read(MAX_SOURCE), "standard input")
     try:
@@ -103,9 +106,9 @@ def moved_text(machine: Surroundings, found: Found) -> str:
     return "\n".join([*lines, "gateway: {port: 8800}", "", *config_lines(found)]) + "\n"
 
 
-def check_flags(loaded: LoadedConfig) -> None:
-    """Say which flags the vLLM of this config does not know."""
-    for table in flag_tables(loaded, state_dir(), may_ask=True):
+def check_flags(loaded: LoadedConfig, *, may_ask: bool) -> None:
+    """Say which flags the vLLM of this config does not know, which is run for that if it may be."""
+    for table in flag_tables(loaded, state_dir(), may_ask=may_ask):
         whose = f"vLLM {table.version}" + ("" if table.is_asked else ", the nearest that is known here")
         for name, model in loaded.config.models.items():
             for flag in model.args:

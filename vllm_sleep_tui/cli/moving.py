@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -55,13 +55,14 @@ class Found:
         env, words = _without_assignments(words, dict(env))
         found = arguments_in(words)
         if found is None:
-            self.notes.append(f"{where}: no `vllm serve`, so it is left out: {shlex.join(words)[:80]}")
+            # Its program alone: the rest may hold a key.
+            self.notes.append(f"{where}: no `vllm serve`, so it is left out: {' '.join(words[:1])[:80]} …")
             return None
         binary, arguments = found
         before = [word for word in words[: _begin(words)] if word not in STARTERS]
         if before:
             self.notes.append(
-                f"{where}: `{' '.join(before)[:60]}` before vllm is left out: "
+                f"{where}: `{before[0][:60]} …` before vllm is left out: "
                 "name the vllm binary of that environment in vllm_command"
             )
         return self.add_arguments(name, arguments, env, where, binary)
@@ -125,11 +126,11 @@ def read(text: str, source: str) -> Found:
     return found
 
 
-def read_running(commands: Sequence[str]) -> Found:
-    """The servers that run now, by their command lines."""
+def read_running(commands: Iterable[Sequence[str]]) -> Found:
+    """The servers that run now, by the words of their command lines."""
     found = Found()
-    for command in commands:
-        found.add(None, shlex.split(command), {}, "a running server")
+    for words in commands:
+        found.add(None, words, {}, "a running server")
     if not found.models:
         raise UsageError("No `vllm serve` runs here that was not started here.", "Give a file instead.")
     return found
@@ -147,7 +148,7 @@ def _yaml(text: str) -> Any:
 
 
 def _from_swap(content: Mapping[str, Any], found: Found) -> None:
-    macros = {str(name): str(value) for name, value in (content.get("macros") or {}).items()}
+    macros = _texts_by_name(content.get("macros"))
     for key in content:
         if key in ("groups", "matrix"):
             found.notes.append(f"{key}: who stays awake together is decided by the measured memory here")
@@ -167,8 +168,7 @@ def _from_swap(content: Mapping[str, Any], found: Found) -> None:
         if not isinstance(entry, dict) or not isinstance(entry.get("cmd"), str):
             found.notes.append(f"{where}: no cmd, so it is left out")
             continue
-        own = {**macros, **{str(key): str(value) for key, value in (entry.get("macros") or {}).items()}}
-        own |= {"PORT": "0", "MODEL_ID": str(name)}
+        own = {**macros, **_texts_by_name(entry.get("macros")), "PORT": "0", "MODEL_ID": str(name)}
         command = entry["cmd"]
         for _ in range(5):  # macros may hold macros
             command = _expanded(command, own)
@@ -176,8 +176,13 @@ def _from_swap(content: Mapping[str, Any], found: Found) -> None:
         if moved is None:
             continue
         moved.line.port = None  # its own ports are handed out by llama-swap
-        aliases = [alias for alias in map(str, entry.get("aliases") or ()) if alias not in moved.aliases]
-        moved.aliases += aliases
+        taken = {each for other in found.models for each in (other.name, *other.aliases)}
+        for alias in _texts(entry.get("aliases")):
+            if alias in taken - {moved.name, *moved.aliases}:
+                found.notes.append(f"{where}.aliases: {alias} is already a name of another model")
+            elif alias not in taken:
+                moved.aliases.append(alias)
+                taken.add(alias)
         if isinstance(entry.get("ttl"), int) and entry["ttl"] > 0:
             moved.sleep_after = f"{entry['ttl']}s"
         found.notes += [
@@ -331,10 +336,19 @@ def _listed(value: Any) -> list[str]:
     return _words(_unfolded(value)) if isinstance(value, str) else []
 
 
+def _texts(value: Any) -> list[str]:
+    """A list's items; one text alone is one item, and what is neither is none."""
+    return [str(part) for part in value] if isinstance(value, list) else [value] * isinstance(value, str)
+
+
+def _texts_by_name(value: Any) -> dict[str, str]:
+    return {str(name): str(part) for name, part in value.items()} if isinstance(value, dict) else {}
+
+
 def _environment(value: Any) -> dict[str, str]:
     if isinstance(value, dict):
         return {str(name): "" if part is None else str(part) for name, part in value.items()}
-    pairs = [str(part).partition("=") for part in value or ()]
+    pairs = [part.partition("=") for part in _texts(value)]
     return {name: text if equals else f"${{{name}}}" for name, equals, text in pairs}
 
 
