@@ -61,8 +61,8 @@ class Upstream:
     async def send(self, head: bytes, body: Sequence[bytes]) -> Answer:
         """Send one request and read the head of its answer; raises UpstreamError.
 
-        A kept connection that turns out to be closed costs one more try on a new one. If that is not to be had
-        either, the server may have died of the request.
+        A kept connection that turns out to be closed costs one more try on a new one. If that is not to be
+        had either, the server may have died of the request.
         """
         may_be_sent = False
         while (connection := self._kept()) is not None:
