@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -100,6 +101,21 @@ def test_a_head_without_an_end_is_hung_up_on(gated: MakeGated) -> None:
             answer = raw.recv(100)
     assert not answer or answer.startswith(b"HTTP/1.1 431 ")
     assert here.answers()
+
+
+def test_idle_connections_leave_the_rest_of_the_process_its_files(gated: MakeGated) -> None:
+    here = gated(begins=False)
+    process = here.serve()
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (600, 600))
+    here.until(here.answers)
+    address = ("127.0.0.1", here.port)
+    with contextlib.ExitStack() as idle:
+        for _ in range(250):
+            idle.enter_context(socket.create_connection(address, timeout=30))
+        with socket.create_connection(address, timeout=30) as one_more:
+            assert one_more.recv(100).startswith(b"HTTP/1.1 503 ")
+        assert len(os.listdir(f"/proc/{process.pid}/fd")) < 400
+    here.until(here.answers)
 
 
 def test_a_body_that_comes_in_large_pieces_is_no_head(gated: MakeGated) -> None:
