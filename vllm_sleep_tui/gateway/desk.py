@@ -119,15 +119,12 @@ class Desk:
         if not self._is_open:
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "The gateway is ending.", retry_after=5)
         now = asyncio.get_running_loop().time()
-        if not lane.is_awake:
-            if self._scheduler.waiting >= self._config.queue:
-                message = (
-                    f"{self._scheduler.waiting} requests wait, as many as may (`gateway: {{queue: …}}`)."
-                )
-                raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after=max(1.0, lane.cost))
-            if lane.not_before > now and lane.name in self._reasons:
-                why = self._reasons[lane.name]
-                raise Refusal(why.status, why.message, retry_after=lane.not_before - now)
+        if not self._scheduler.lets_in(lane.name) and self._scheduler.waiting >= self._config.queue:
+            message = f"{self._scheduler.waiting} requests wait, as many as may (`gateway: {{queue: …}}`)."
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after=max(1.0, lane.cost))
+        if not lane.is_awake and lane.not_before > now and lane.name in self._reasons:
+            why = self._reasons[lane.name]
+            raise Refusal(why.status, why.message, retry_after=lane.not_before - now)
         self._scheduler.arrive(ask, lane.name, now)
         return self._wait(ask, lane)
 
