@@ -19,7 +19,7 @@ SLICE = 128 * 1024
 """Bytes that are given to the kernel at a time: what it does not take, asyncio copies."""
 LARGE = 1024 * 1024
 """From here on a body is looked at in a thread: all others wait meanwhile."""
-FORM_MODEL = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
+FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
