@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from pathlib import Path
 
 import httpx
@@ -291,6 +292,23 @@ def test_a_body_is_let_go_when_its_answer_begins(gated: MakeGated) -> None:
             whole = endless | {"user": "x" * 1_000_000}
             asked = httpx.stream("POST", f"{here.url}/completions", json=whole, timeout=60)
             assert streams.enter_context(asked).status_code == 200
+
+
+def test_the_model_to_return_to_leaves_one_in_use_beside_the_gateway_alone(gated: MakeGated) -> None:
+    models = {"a": {"model": "sim/14GiB"}, "b": {"model": "sim/14GiB"}}
+    here = gated(models, speed="20", return_to="a", return_after="3s")
+    here.verb("start", "a", "b")
+    port = next(m["port"] for m in json.loads(here.verb("status", "--json"))["models"] if m["name"] == "b")
+    assert here.chat("b").status_code == 200
+    said = len(here.log.read_text())
+    endless = {"model": "b", "prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    began = time.monotonic()
+    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=endless, timeout=60) as answer:
+        for _ in answer.iter_raw():
+            if time.monotonic() > began + 6:  # twice what it waits
+                break
+        assert "switches to a" not in here.log.read_text()[said:]
+    here.until(lambda: "switches to a" in here.log.read_text()[said:])
 
 
 def test_a_waiting_stream_hears_that_it_is_waited(gated: MakeGated) -> None:

@@ -15,7 +15,15 @@ from typing import Protocol
 
 from vllm_sleep_tui.config.types import GatewayConfig, parse_duration
 from vllm_sleep_tui.errors import CancelledByUser, PanelError
-from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Prediction, Progress, Report, SwitchTimes, Way
+from vllm_sleep_tui.fleet.snapshot import (
+    FleetSnapshot,
+    ModelSnapshot,
+    Prediction,
+    Progress,
+    Report,
+    SwitchTimes,
+    Way,
+)
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.gateway.asks import Ask, Asks
 from vllm_sleep_tui.gateway.replies import Refusal
@@ -248,6 +256,8 @@ class Desk:
         now = asyncio.get_running_loop().time()
         models = self._fleet.snapshot().models
         self._states = {model.name: model.state for model in models}
+        if any(_answers(model) for model in models):
+            self._used_at = time.monotonic()  # by whoever goes past this to a model's own port, too
         for model in models:
             lane = self._scheduler.lane(model.name)
             lane.gpus = frozenset(model.gpus)
@@ -314,6 +324,12 @@ class Desk:
         if self._states.get(name) is State.ASLEEP and not lane.is_moving:
             lane.is_moving = True
             self._switching[name] = asyncio.create_task(self._switch(Switch(name, frozenset())))
+
+
+def _answers(model: ModelSnapshot) -> bool:
+    """Whether the model answers somebody, or did so a moment ago."""
+    serving = model.serving
+    return serving is not None and bool(serving.running or serving.generation_tokens_per_s)
 
 
 def _looked_at(turn: asyncio.Future[None]) -> None:
