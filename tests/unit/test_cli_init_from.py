@@ -154,6 +154,15 @@ def test_a_running_server_comes_with_its_words_as_they_were_given(tmp_path: Path
     assert "sekret" not in written + done.stdout + done.stderr
 
 
+def test_a_port_that_two_want_is_the_first_ones(tmp_path: Path) -> None:
+    lines = "vllm serve a --port 8000\nvllm serve b --port 8000\nvllm serve c --port 8800\n"
+    done = run_init(tmp_path, "--from", "-", given=lines)
+    assert done.returncode == 0, done.stderr
+    models = load(tmp_path / "vllm-sleep-tui.yaml").config.models
+    assert {name: model.port for name, model in models.items()} == {"a": 8000, "b": None, "c": None}
+    assert "line 2: port 8000 has another here" in done.stdout + done.stderr
+
+
 def test_odd_shapes_are_left_out_and_doubles_are_said(tmp_path: Path) -> None:
     given = """
 macros: [1]

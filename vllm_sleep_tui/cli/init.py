@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from vllm_sleep_tui.cli.common import config_option, given_config, load_config, put_done, say
-from vllm_sleep_tui.cli.moving import Found, config_lines, read, read_running
+from vllm_sleep_tui.cli.moving import GATEWAY_PORT, Found, config_lines, read, read_running
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.config.schema import write_schema
 from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
@@ -103,7 +103,7 @@ def moved_text(machine: Surroundings, found: Found) -> str:
     best = machine.best_environment
     command = str(best.command) if best else "vllm"
     lines = [SCHEMA_LINE, f"vllm_command: [{_quoted(command)}]", "", "# One endpoint for all of them."]
-    return "\n".join([*lines, "gateway: {port: 8800}", "", *config_lines(found)]) + "\n"
+    return "\n".join([*lines, f"gateway: {{port: {GATEWAY_PORT}}}", "", *config_lines(found)]) + "\n"
 
 
 def check_flags(loaded: LoadedConfig, *, may_ask: bool) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from vllm_sleep_tui.config.types import GatewayConfig
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.survey import ServeLine, arguments_in, read_arguments
 
@@ -27,6 +28,7 @@ VARIABLE = re.compile(r"\$(?:\{([A-Za-z_][\w.]*)(?::?-([^}]*))?\}|([A-Za-z_]\w*)
 IMAGE = re.compile(r"(^|/)vllm[-_/]?(openai|cpu|omni)?")
 CARRIED = frozenset({"cmd", "env", "aliases", "ttl", "proxy", "checkEndpoint", "name", "description"})
 """Of a model of llama-swap's: what is carried over, or is not needed here."""
+GATEWAY_PORT = GatewayConfig().port
 STARTERS = frozenset({"nohup", "exec", "nice", "setsid", "time"})
 """Before a command: a server here needs none of them."""
 
@@ -81,6 +83,9 @@ class Found:
         except ValueError as error:
             self.notes.append(f"{where}: {error}, so it is left out")
             return None
+        if line.port and line.port in {GATEWAY_PORT, *(other.line.port for other in self.models)}:
+            self.notes.append(f"{where}: port {line.port} has another here, so a free one is chosen")
+            line.port = None
         given = [*([name] if name else []), *line.names] or [line.model.rstrip("/").rsplit("/", 1)[-1]]
         taken = {each for moved in self.models for each in (moved.name, *moved.aliases)}
         own = given[0] if given[0] not in taken else f"{given[0]}-{len(self.models) + 1}"
