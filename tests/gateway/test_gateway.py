@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
+import time
 from pathlib import Path
 
 import httpx
@@ -64,6 +66,16 @@ def test_names_paths_and_prefixes_lead_to_one_model(gated: MakeGated) -> None:
 ADMIN = ("/sleep", "/wake_up", "/collective_rpc", "/panel/gate", "/a/sleep", "/a/v1/../sleep", "/%73leep")
 
 
+def test_odd_names_and_paths_keep_nobody_waiting(gated: MakeGated) -> None:
+    here = gated({"org/big:8b": {"model": "sim/1GiB"}}, starts=False)
+    for prefix in ("/org/big:8b", "/org%2Fbig%3A8b", "/org-big-8b"):
+        assert httpx.post(f"{here.base}{prefix}/v1/completions", json={}).status_code == 503
+    assert httpx.post(f"{here.base}/{'a/' * 30_000}v1/completions", json={}, timeout=5).status_code == 404
+    refused = httpx.post(f"{here.url}/completions", json={"model": "big" * 10_000_000}, timeout=5)
+    assert refused.status_code == 404
+    assert len(refused.content) < 1000
+
+
 def test_admin_paths_do_not_exist(gated: MakeGated) -> None:
     here = gated()
     for path in ADMIN:
@@ -90,6 +102,31 @@ def test_a_head_without_an_end_is_hung_up_on(gated: MakeGated) -> None:
             answer = raw.recv(100)
     assert not answer or answer.startswith(b"HTTP/1.1 431 ")
     assert here.answers()
+
+
+def test_idle_connections_leave_the_rest_of_the_process_its_files(gated: MakeGated) -> None:
+    here = gated(begins=False)
+    process = here.serve()
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (600, 600))
+    here.until(here.answers)
+    address = ("127.0.0.1", here.port)
+    with contextlib.ExitStack() as idle:
+        for _ in range(250):
+            idle.enter_context(socket.create_connection(address, timeout=30))
+        with socket.create_connection(address, timeout=30) as one_more:
+            assert one_more.recv(100).startswith(b"HTTP/1.1 503 ")
+        assert len(os.listdir(f"/proc/{process.pid}/fd")) < 400
+    here.until(here.answers)
+
+
+def test_a_body_that_comes_in_large_pieces_is_no_head(gated: MakeGated) -> None:
+    here = gated(starts=False)
+    body = json.dumps({"model": "a", "prompt": "x" * 1_000_000}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n\r\n" % len(body)
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", here.port), timeout=30) as raw:
+            raw.sendall(head + body)
+            assert raw.recv(100).startswith(b"HTTP/1.1 503 ")
 
 
 def test_a_page_of_another_site_is_refused(gated: MakeGated) -> None:
@@ -244,6 +281,34 @@ def test_large_images_pass_and_a_cancelled_stream_ends_at_the_server(gated: Make
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(running))
 
     here.until(lambda: count() == 0)
+
+
+def test_a_body_is_let_go_when_its_answer_begins(gated: MakeGated) -> None:
+    here = gated(speed="20", max_body="1MiB")
+    here.verb("start", "a")
+    endless = {"model": "a", "prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with contextlib.ExitStack() as streams:
+        for _ in range(12):  # of which no more than eight may be held together
+            whole = endless | {"user": "x" * 1_000_000}
+            asked = httpx.stream("POST", f"{here.url}/completions", json=whole, timeout=60)
+            assert streams.enter_context(asked).status_code == 200
+
+
+def test_the_model_to_return_to_leaves_one_in_use_beside_the_gateway_alone(gated: MakeGated) -> None:
+    models = {"a": {"model": "sim/14GiB"}, "b": {"model": "sim/14GiB"}}
+    here = gated(models, speed="20", return_to="a", return_after="3s")
+    here.verb("start", "a", "b")
+    port = next(m["port"] for m in json.loads(here.verb("status", "--json"))["models"] if m["name"] == "b")
+    assert here.chat("b").status_code == 200
+    said = len(here.log.read_text())
+    endless = {"model": "b", "prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    began = time.monotonic()
+    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=endless, timeout=60) as answer:
+        for _ in answer.iter_raw():
+            if time.monotonic() > began + 6:  # twice what it waits
+                break
+        assert "switches to a" not in here.log.read_text()[said:]
+    here.until(lambda: "switches to a" in here.log.read_text()[said:])
 
 
 def test_a_waiting_stream_hears_that_it_is_waited(gated: MakeGated) -> None:

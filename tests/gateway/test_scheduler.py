@@ -55,7 +55,9 @@ def test_a_busy_model_has_a_turn_that_the_cost_measures_and_then_gets_no_more() 
     assert scheduler.decide(1.0).look_at == 6.0  # ten times the cost
     scheduler.arrive(3, "a", 5.9)
     assert scheduler.decide(5.9).run == [3]
+    assert scheduler.lets_in("a")
     assert scheduler.decide(6.0) == Decision()
+    assert not scheduler.lets_in("a")
     scheduler.arrive(4, "a", 6.1)
     assert scheduler.decide(6.1) == Decision()
     scheduler.done(1, 7.0)

@@ -125,6 +125,60 @@ def test_a_pasted_line_comes_by_standard_input(tmp_path: Path) -> None:
     assert load(tmp_path / "vllm-sleep-tui.yaml").config.models["model"].model == "org/model"
 
 
+def test_a_program_that_the_file_names_is_not_run_for_its_flags(tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\ntouch ran\n")
+    program.chmod(0o755)
+    done = run_init(tmp_path, "--from", "-", given=f"{program} serve org/model\n")
+    assert done.returncode == 0, done.stderr
+    later = [sys.executable, "-m", "vllm_sleep_tui", "start", "model"]
+    refused = subprocess.run(later, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert "nobody has agreed" in refused.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_running_server_comes_with_its_words_as_they_were_given(tmp_path: Path) -> None:
+    override = '{"note": "it\'s one"}'
+    words = ["/nowhere/vllm", "serve", "org/of-a-test", "--api-key", "sekret", "--hf-overrides", override]
+    # Its name is a process' own choice, and so is what stands behind it.
+    sleeper = [sys.executable, "-c", "import time; time.sleep(120)", *words]
+    with subprocess.Popen(sleeper) as process:
+        try:
+            done = run_init(tmp_path, "--from", "running")
+        finally:
+            process.kill()
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "vllm-sleep-tui.yaml").read_text()
+    assert load(tmp_path / "vllm-sleep-tui.yaml").config.models["of-a-test"].args["hf-overrides"] == override
+    assert "sekret" not in written + done.stdout + done.stderr
+
+
+def test_a_port_that_two_want_is_the_first_ones(tmp_path: Path) -> None:
+    lines = "vllm serve a --port 8000\nvllm serve b --port 8000\nvllm serve c --port 8800\n"
+    done = run_init(tmp_path, "--from", "-", given=lines)
+    assert done.returncode == 0, done.stderr
+    models = load(tmp_path / "vllm-sleep-tui.yaml").config.models
+    assert {name: model.port for name, model in models.items()} == {"a": 8000, "b": None, "c": None}
+    assert "line 2: port 8000 has another here" in done.stdout + done.stderr
+
+
+def test_odd_shapes_are_left_out_and_doubles_are_said(tmp_path: Path) -> None:
+    given = """
+macros: [1]
+models:
+  a: {cmd: vllm serve x, aliases: one, env: 7, macros: []}
+  b: {cmd: vllm serve y, aliases: [one, two, a, 5], env: [A=1]}
+  c: {cmd: program --api-key sekret}
+"""
+    done = run_init(tmp_path, "--from", "-", given=given)
+    assert done.returncode == 0, done.stderr
+    models = load(tmp_path / "vllm-sleep-tui.yaml").config.models
+    assert {name: model.aliases for name, model in models.items()} == {"a": ("one",), "b": ("two", "5")}
+    assert "models.b.aliases: one is already a name of another model" in done.stdout + done.stderr
+    assert "sekret" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("given", ["", "echo hello\n", "models: {a: {cmd: ollama serve}}\n", "a: [", "{}"])
 def test_what_starts_no_vllm_is_refused(tmp_path: Path, given: str) -> None:
     done = run_init(tmp_path, "--from", "-", given=given)

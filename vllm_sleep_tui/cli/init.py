@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from vllm_sleep_tui.cli.common import config_option, given_config, load_config, put_done, say
-from vllm_sleep_tui.cli.moving import Found, config_lines, read, read_running
+from vllm_sleep_tui.cli.moving import GATEWAY_PORT, Found, config_lines, read, read_running
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.config.schema import write_schema
 from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
@@ -73,10 +73,13 @@ def init(ctx: click.Context, force: bool, schema: bool, source: str | None) -> N
     for note in found.notes if found is not None else ():
         say(f"not carried over: {note}")
     loaded = load(path)
+    # A program that a file, or another user's process, names is run when the person has looked at it.
+    is_own = found is None or not any(moved.line.binary for moved in found.models)
     if found is not None:
-        check_flags(loaded)
+        check_flags(loaded, may_ask=is_own)
     write_schema(path.with_name(SCHEMA_NAME), flag_tables(loaded, state_dir(), may_ask=False))
-    trust(loaded.found, loaded.agreement(), state_dir())
+    if is_own:
+        trust(loaded.found, loaded.agreement(), state_dir())
     put_done(str(path))
     named = "" if path == Path(CONFIG_NAME) else f" --config {path}"
     say(f"Next: look at {path}, then: vllm-sleep-tui{named} doctor")
@@ -85,7 +88,7 @@ def init(ctx: click.Context, force: bool, schema: bool, source: str | None) -> N
 def found_in(source: str) -> Found:
     """What `--from` names; raises PanelError."""
     if source == "running":
-        return read_running([server.command for server in find_strangers()])
+        return read_running([server.words for server in find_strangers()])
     if source == "-":
         return read(sys.stdin.read(MAX_SOURCE), "standard input")
     try:
@@ -100,12 +103,12 @@ def moved_text(machine: Surroundings, found: Found) -> str:
     best = machine.best_environment
     command = str(best.command) if best else "vllm"
     lines = [SCHEMA_LINE, f"vllm_command: [{_quoted(command)}]", "", "# One endpoint for all of them."]
-    return "\n".join([*lines, "gateway: {port: 8800}", "", *config_lines(found)]) + "\n"
+    return "\n".join([*lines, f"gateway: {{port: {GATEWAY_PORT}}}", "", *config_lines(found)]) + "\n"
 
 
-def check_flags(loaded: LoadedConfig) -> None:
-    """Say which flags the vLLM of this config does not know."""
-    for table in flag_tables(loaded, state_dir(), may_ask=True):
+def check_flags(loaded: LoadedConfig, *, may_ask: bool) -> None:
+    """Say which flags the vLLM of this config does not know, which is run for that if it may be."""
+    for table in flag_tables(loaded, state_dir(), may_ask=may_ask):
         whose = f"vLLM {table.version}" + ("" if table.is_asked else ", the nearest that is known here")
         for name, model in loaded.config.models.items():
             for flag in model.args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from vllm_sleep_tui.config.types import GatewayConfig
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.survey import ServeLine, arguments_in, read_arguments
 
@@ -27,6 +28,7 @@ VARIABLE = re.compile(r"\$(?:\{([A-Za-z_][\w.]*)(?::?-([^}]*))?\}|([A-Za-z_]\w*)
 IMAGE = re.compile(r"(^|/)vllm[-_/]?(openai|cpu|omni)?")
 CARRIED = frozenset({"cmd", "env", "aliases", "ttl", "proxy", "checkEndpoint", "name", "description"})
 """Of a model of llama-swap's: what is carried over, or is not needed here."""
+GATEWAY_PORT = GatewayConfig().port
 STARTERS = frozenset({"nohup", "exec", "nice", "setsid", "time"})
 """Before a command: a server here needs none of them."""
 
@@ -55,13 +57,14 @@ class Found:
         env, words = _without_assignments(words, dict(env))
         found = arguments_in(words)
         if found is None:
-            self.notes.append(f"{where}: no `vllm serve`, so it is left out: {shlex.join(words)[:80]}")
+            # Its program alone: the rest may hold a key.
+            self.notes.append(f"{where}: no `vllm serve`, so it is left out: {' '.join(words[:1])[:80]} …")
             return None
         binary, arguments = found
         before = [word for word in words[: _begin(words)] if word not in STARTERS]
         if before:
             self.notes.append(
-                f"{where}: `{' '.join(before)[:60]}` before vllm is left out: "
+                f"{where}: `{before[0][:60]} …` before vllm is left out: "
                 "name the vllm binary of that environment in vllm_command"
             )
         return self.add_arguments(name, arguments, env, where, binary)
@@ -80,6 +83,9 @@ class Found:
         except ValueError as error:
             self.notes.append(f"{where}: {error}, so it is left out")
             return None
+        if line.port and line.port in {GATEWAY_PORT, *(other.line.port for other in self.models)}:
+            self.notes.append(f"{where}: port {line.port} has another here, so a free one is chosen")
+            line.port = None
         given = [*([name] if name else []), *line.names] or [line.model.rstrip("/").rsplit("/", 1)[-1]]
         taken = {each for moved in self.models for each in (moved.name, *moved.aliases)}
         own = given[0] if given[0] not in taken else f"{given[0]}-{len(self.models) + 1}"
@@ -125,11 +131,11 @@ def read(text: str, source: str) -> Found:
     return found
 
 
-def read_running(commands: Sequence[str]) -> Found:
-    """The servers that run now, by their command lines."""
+def read_running(commands: Iterable[Sequence[str]]) -> Found:
+    """The servers that run now, by the words of their command lines."""
     found = Found()
-    for command in commands:
-        found.add(None, shlex.split(command), {}, "a running server")
+    for words in commands:
+        found.add(None, words, {}, "a running server")
     if not found.models:
         raise UsageError("No `vllm serve` runs here that was not started here.", "Give a file instead.")
     return found
@@ -147,7 +153,7 @@ def _yaml(text: str) -> Any:
 
 
 def _from_swap(content: Mapping[str, Any], found: Found) -> None:
-    macros = {str(name): str(value) for name, value in (content.get("macros") or {}).items()}
+    macros = _texts_by_name(content.get("macros"))
     for key in content:
         if key in ("groups", "matrix"):
             found.notes.append(f"{key}: who stays awake together is decided by the measured memory here")
@@ -167,8 +173,7 @@ def _from_swap(content: Mapping[str, Any], found: Found) -> None:
         if not isinstance(entry, dict) or not isinstance(entry.get("cmd"), str):
             found.notes.append(f"{where}: no cmd, so it is left out")
             continue
-        own = {**macros, **{str(key): str(value) for key, value in (entry.get("macros") or {}).items()}}
-        own |= {"PORT": "0", "MODEL_ID": str(name)}
+        own = {**macros, **_texts_by_name(entry.get("macros")), "PORT": "0", "MODEL_ID": str(name)}
         command = entry["cmd"]
         for _ in range(5):  # macros may hold macros
             command = _expanded(command, own)
@@ -176,8 +181,13 @@ def _from_swap(content: Mapping[str, Any], found: Found) -> None:
         if moved is None:
             continue
         moved.line.port = None  # its own ports are handed out by llama-swap
-        aliases = [alias for alias in map(str, entry.get("aliases") or ()) if alias not in moved.aliases]
-        moved.aliases += aliases
+        taken = {each for other in found.models for each in (other.name, *other.aliases)}
+        for alias in _texts(entry.get("aliases")):
+            if alias in taken - {moved.name, *moved.aliases}:
+                found.notes.append(f"{where}.aliases: {alias} is already a name of another model")
+            elif alias not in taken:
+                moved.aliases.append(alias)
+                taken.add(alias)
         if isinstance(entry.get("ttl"), int) and entry["ttl"] > 0:
             moved.sleep_after = f"{entry['ttl']}s"
         found.notes += [
@@ -331,10 +341,19 @@ def _listed(value: Any) -> list[str]:
     return _words(_unfolded(value)) if isinstance(value, str) else []
 
 
+def _texts(value: Any) -> list[str]:
+    """A list's items; one text alone is one item, and what is neither is none."""
+    return [str(part) for part in value] if isinstance(value, list) else [value] * isinstance(value, str)
+
+
+def _texts_by_name(value: Any) -> dict[str, str]:
+    return {str(name): str(part) for name, part in value.items()} if isinstance(value, dict) else {}
+
+
 def _environment(value: Any) -> dict[str, str]:
     if isinstance(value, dict):
         return {str(name): "" if part is None else str(part) for name, part in value.items()}
-    pairs = [str(part).partition("=") for part in value or ()]
+    pairs = [part.partition("=") for part in _texts(value)]
     return {name: text if equals else f"${{{name}}}" for name, equals, text in pairs}
 
 

@@ -238,6 +238,7 @@ class App:
             if answer is None:
                 turn = self._again(ask)
                 continue
+            self._store.release(body.content, body.size)
             try:
                 await out.relay(answer)
             finally:

@@ -19,7 +19,7 @@ SLICE = 128 * 1024
 """Bytes that are given to the kernel at a time: what it does not take, asyncio copies."""
 LARGE = 1024 * 1024
 """From here on a body is looked at in a thread: all others wait meanwhile."""
-FORM_MODEL = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
+FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -40,6 +40,8 @@ class Body:
     """A whole body, and what it asks for."""
 
     content: bytearray
+    size: int
+    """Bytes that it came with."""
     model: str | None
     streams: bool
     is_form: bool
@@ -53,26 +55,28 @@ class Body:
             return
         values = msgspec.json.decode(self.content, type=dict[str, msgspec.Raw])
         values["model"] = msgspec.Raw(msgspec.json.encode(served))
-        self.content = bytearray(msgspec.json.encode(values))
+        renamed = msgspec.json.encode(values)
+        del values  # it looks into the content, which cannot change meanwhile
+        self.content[:] = renamed
 
     def slices(self) -> Sequence[bytes]:
         """The body in pieces that are written one after another; a small one is one."""
         if len(self.content) <= SLICE:
             return [bytes(self.content)]
-        return _Slices(memoryview(self.content))
+        return _Slices(self.content)
 
 
 class _Slices(Sequence[bytes]):
     """Pieces of a large body, cut out when they are written."""
 
-    def __init__(self, whole: memoryview) -> None:
+    def __init__(self, whole: bytearray) -> None:
         self._whole = whole
 
     def __len__(self) -> int:
         return -(-len(self._whole) // SLICE)
 
     def __getitem__(self, index: Any) -> Any:
-        return bytes(self._whole[index * SLICE : (index + 1) * SLICE])
+        return bytes(memoryview(self._whole)[index * SLICE : (index + 1) * SLICE])
 
     def __iter__(self) -> Iterator[bytes]:
         return (self[index] for index in range(len(self)))
@@ -89,7 +93,7 @@ class Store:
     async def read(self, receive: Receive, length: int | None) -> bytearray:
         """Read a body, `length` bytes if it says so. Raises Refusal if it is too long, Gone with its client.
 
-        It counts until `release`, which is the caller's also if this raises.
+        It counts until `release`; not if this raises.
         """
         if length is not None and length > self._longest:
             raise self._too_long()
@@ -115,9 +119,10 @@ class Store:
                 return content
 
     def release(self, content: bytearray, size: int) -> None:
-        """A body of this size is not held any longer."""
-        self.held -= size
-        content.clear()
+        """A body that came with this size is not held any longer; once is enough."""
+        if content:
+            self.held -= size
+            content.clear()
 
     def _too_long(self) -> Refusal:
         limit = f"{self._longest >> 20} MiB" if self._longest >> 20 else f"{self._longest} bytes"
@@ -134,7 +139,7 @@ async def understand(content: bytearray, content_type: bytes) -> Body:
     if content_type.lower().startswith(b"multipart/form-data"):
         found = FORM_MODEL.search(content)
         model = found[1].decode(errors="replace") if found else None
-        return Body(content, model or None, streams=False, is_form=True)
+        return Body(content, len(content), model or None, streams=False, is_form=True)
     try:
         decode = _peek.decode
         peek = await asyncio.to_thread(decode, content) if len(content) > LARGE else decode(content)
@@ -142,4 +147,4 @@ async def understand(content: bytearray, content_type: bytes) -> Body:
         raise Refusal(HTTPStatus.BAD_REQUEST, "The request's body is no JSON object.") from None
     if peek.model is not None and not isinstance(peek.model, str):
         raise Refusal(HTTPStatus.BAD_REQUEST, "`model` must be the name of a model.")
-    return Body(content, peek.model or None, streams=peek.stream is True, is_form=False)
+    return Body(content, len(content), peek.model or None, streams=peek.stream is True, is_form=False)

@@ -15,7 +15,15 @@ from typing import Protocol
 
 from vllm_sleep_tui.config.types import GatewayConfig, parse_duration
 from vllm_sleep_tui.errors import CancelledByUser, PanelError
-from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Prediction, Progress, Report, SwitchTimes, Way
+from vllm_sleep_tui.fleet.snapshot import (
+    FleetSnapshot,
+    ModelSnapshot,
+    Prediction,
+    Progress,
+    Report,
+    SwitchTimes,
+    Way,
+)
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.gateway.asks import Ask, Asks
 from vllm_sleep_tui.gateway.replies import Refusal
@@ -119,15 +127,12 @@ class Desk:
         if not self._is_open:
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "The gateway is ending.", retry_after=5)
         now = asyncio.get_running_loop().time()
-        if not lane.is_awake:
-            if self._scheduler.waiting >= self._config.queue:
-                message = (
-                    f"{self._scheduler.waiting} requests wait, as many as may (`gateway: {{queue: …}}`)."
-                )
-                raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after=max(1.0, lane.cost))
-            if lane.not_before > now and lane.name in self._reasons:
-                why = self._reasons[lane.name]
-                raise Refusal(why.status, why.message, retry_after=lane.not_before - now)
+        if not self._scheduler.lets_in(lane.name) and self._scheduler.waiting >= self._config.queue:
+            message = f"{self._scheduler.waiting} requests wait, as many as may (`gateway: {{queue: …}}`)."
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after=max(1.0, lane.cost))
+        if not lane.is_awake and lane.not_before > now and lane.name in self._reasons:
+            why = self._reasons[lane.name]
+            raise Refusal(why.status, why.message, retry_after=lane.not_before - now)
         self._scheduler.arrive(ask, lane.name, now)
         return self._wait(ask, lane)
 
@@ -251,6 +256,8 @@ class Desk:
         now = asyncio.get_running_loop().time()
         models = self._fleet.snapshot().models
         self._states = {model.name: model.state for model in models}
+        if any(_answers(model) for model in models):
+            self._used_at = time.monotonic()  # by whoever goes past this to a model's own port, too
         for model in models:
             lane = self._scheduler.lane(model.name)
             lane.gpus = frozenset(model.gpus)
@@ -317,6 +324,12 @@ class Desk:
         if self._states.get(name) is State.ASLEEP and not lane.is_moving:
             lane.is_moving = True
             self._switching[name] = asyncio.create_task(self._switch(Switch(name, frozenset())))
+
+
+def _answers(model: ModelSnapshot) -> bool:
+    """Whether the model answers somebody, or did so a moment ago."""
+    serving = model.serving
+    return serving is not None and bool(serving.running or serving.generation_tokens_per_s)
 
 
 def _looked_at(turn: asyncio.Future[None]) -> None:

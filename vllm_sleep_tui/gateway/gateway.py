@@ -189,7 +189,7 @@ class Post:
                     await self._close_gateway()
                 who = self._seat.who()
                 self._tell(f"another process has it (pid {who.pid})" if who else "another process has it")
-            elif self._gateway is None:
+            elif self._gateway is None and not self._closing:  # who closes still has the port
                 gateway = Gateway(self._fleet, self._config)
                 try:
                     await gateway.open()
@@ -213,7 +213,11 @@ class Post:
     async def _close_gateway(self) -> None:
         if self._gateway is not None:
             gateway, self._gateway = self._gateway, None
-            await gateway.close()
+            self._closing += 1
+            try:
+                await gateway.close()
+            finally:
+                self._closing -= 1
 
 
 def _listen(config: GatewayConfig) -> socket.socket:

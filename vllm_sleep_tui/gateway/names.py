@@ -12,6 +12,8 @@ from urllib.parse import unquote
 from vllm_sleep_tui.gateway.replies import Refusal
 
 _ODD = re.compile(r"[/: ]+")
+LONGEST_SHOWN = 200
+"""Characters of an unknown name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class Names:
         for name, target in list(self._targets.items()):
             self._targets.setdefault(_ODD.sub("-", name), target)
         self._served = served
+        self._longest = 2 + max((name.count("/") for name in self._targets), default=0)
+        """Parts of a path, the empty one before its slash counted, that a name may take."""
 
     @property
     def models(self) -> list[str]:
@@ -46,11 +50,12 @@ class Names:
         """The model called `name`; raises Refusal with the nearest."""
         target = self._targets.get(name)
         if target is None:
+            name = name[:LONGEST_SHOWN]  # to compare takes memory and time by its length
             near = difflib.get_close_matches(name, self._targets, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(self._served)}."
             raise Refusal(
                 HTTPStatus.NOT_FOUND,
-                f"The model {name[:200]!r} does not exist. {hint}",
+                f"The model {name!r} does not exist. {hint}",
                 code="model_not_found",
             )
         return target
@@ -58,7 +63,7 @@ class Names:
     def split(self, path: str) -> tuple[Target | None, str]:
         """The model that a path begins with, as in /MODEL/v1/completions, and the path for its server."""
         parts = path.split("/")
-        for end in range(len(parts) - 1, 1, -1):
+        for end in range(min(len(parts) - 1, self._longest), 1, -1):
             target = self._targets.get(unquote("/".join(parts[1:end])))
             if target is not None:
                 return target, "/" + "/".join(parts[end:])

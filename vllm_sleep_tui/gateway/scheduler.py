@@ -112,6 +112,10 @@ class Scheduler:
         """Requests that wait."""
         return sum(len(lane.waiting) for lane in self.lanes.values())
 
+    def lets_in(self, name: str) -> bool:
+        """Whether a request for this model would run at once."""
+        return self.lane(name).is_awake and not any(name in held for held in self._held.values())
+
     # ── what happened ────────────────────────────────────────────────────────────────────────────────────
 
     def arrive(self, request: Hashable, name: str, now: float) -> None:
@@ -171,9 +175,8 @@ class Scheduler:
         return decision
 
     def _let_in(self, decision: Decision) -> None:
-        held = frozenset[str]().union(*self._held.values())
         for lane in self.lanes.values():
-            if lane.waiting and lane.is_awake and lane.name not in held:
+            if lane.waiting and self.lets_in(lane.name):
                 decision.run += lane.waiting
                 lane.running |= lane.waiting
                 lane.waiting = {}

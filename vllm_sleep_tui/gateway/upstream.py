@@ -61,15 +61,22 @@ class Upstream:
     async def send(self, head: bytes, body: Sequence[bytes]) -> Answer:
         """Send one request and read the head of its answer; raises UpstreamError.
 
-        A kept connection that turns out to be closed costs one more try on a new one.
+        A kept connection that turns out to be closed costs one more try on a new one. If that is not to be
+        had either, the server may have died of the request.
         """
+        may_be_sent = False
         while (connection := self._kept()) is not None:
             try:
                 return await self._exchange(connection, head, body)
             except UpstreamError:
                 if connection.has_heard:
                     raise
-        connection = await self._connect()
+                may_be_sent = True
+        try:
+            connection = await self._connect()
+        except UpstreamError as error:
+            error.sent = may_be_sent
+            raise
         return await self._exchange(connection, head, body)
 
     def close(self) -> None:
@@ -165,7 +172,7 @@ class _Connection(asyncio.Protocol):
         self._parts: deque[bytes] = deque()
         self._buffered = 0
         self._is_paused = False
-        self._failure: UpstreamError | None = None
+        self._failure: str | None = None
         self._has_head = False
         self._head_bytes = 0
         self.is_complete = True
@@ -272,6 +279,8 @@ class _Connection(asyncio.Protocol):
             self._transport.write(part)
             if self._can_write is not None:
                 await self._can_write
+            if not self.is_open:
+                return  # `head` says what has come, or that it broke off
 
     async def head(self) -> None:
         """Wait for the status and the headers; raises UpstreamError."""
@@ -301,7 +310,7 @@ class _Connection(asyncio.Protocol):
 
     async def _more(self) -> None:
         if self._failure is not None:
-            raise self._failure
+            raise UpstreamError(self._failure, sent=True)
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
@@ -314,7 +323,7 @@ class _Connection(asyncio.Protocol):
 
     def _fail(self, what: str) -> None:
         if self._failure is None:
-            self._failure = UpstreamError(what, sent=True)
+            self._failure = what
         self.abort()
         self._wake()
 

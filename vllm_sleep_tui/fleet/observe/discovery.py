@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLES
@@ -16,7 +16,7 @@ from vllm_sleep_tui.sizing.hub import GENERATES
 from vllm_sleep_tui.sizing.model_files import main_snapshot, read_config
 from vllm_sleep_tui.telemetry import kernel
 from vllm_sleep_tui.telemetry.gpus import GpuReading
-from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_of, user_of
+from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_of, command_words, user_of
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 """The oldest vLLM whose sleep mode is used."""
@@ -59,6 +59,9 @@ class ForeignServer:
     process: ProcessId
     user: str
     command: str
+    """Safe to show, so it may be cut and have its secrets masked."""
+    words: tuple[str, ...] = field(repr=False)
+    """The same as it was given."""
     vram_bytes: int | None
     """Of it and its children; None if not known."""
 
@@ -181,7 +184,10 @@ def find_foreign_servers(readings: Iterable[GpuReading]) -> tuple[ForeignServer,
         sizes = [vram_by_pid[member] for member in (pid, *table.descendants(pid)) if member in vram_by_pid]
         vram = sum(sizes) if sizes else None
         user = user_of(pid) or "unknown"
-        foreign.append(ForeignServer(process=process, user=user, command=command, vram_bytes=vram))
+        words = tuple(command_words(pid))
+        foreign.append(
+            ForeignServer(process=process, user=user, command=command, words=words, vram_bytes=vram)
+        )
     return tuple(foreign)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # with an HTTP server, for who opens it
 
 STEP_SECONDS = 0.5
 LAST_SHOWN = 50
-_KEYS = "esc back   o open or close it   y copy its address   m copy a model's own   ↑ ↓ scroll"
+_KEYS = "esc back   o open or close   y copy address   m copy a model's   ↑ ↓ scroll"
 
 
 class Requests(Painted):
@@ -70,13 +70,13 @@ def _row(ask: AskView) -> list[Span]:
         (left(one_line(ask.model), 20), "text"),
         (left(ask.state, 9), paint),
         (right(_seconds(ask.took), 9), "text"),
-        (right(_seconds(ask.first), 9), "muted"),
-        (right(f"{ask.events:,} ev" if ask.events else f"{ask.sent:,} B", 12), "muted"),
-        (f"  {ask.path}", "muted"),
     ]
-    if ask.waits_for:
-        spans.append((f"  waits for {one_line(ask.waits_for)}", "warning"))
-    return spans
+    if ask.waits_for:  # instead of figures that there are none of yet: on 80 columns it has to be near
+        spans.append((f"  for {one_line(ask.waits_for)}", "warning"))
+    else:
+        size = f"{ask.events:,} ev" if ask.events else f"{ask.sent:,} B"
+        spans += [(right(_seconds(ask.first), 9), "muted"), (right(size, 12), "muted")]
+    return [*spans, (f"  {ask.path}", "muted")]
 
 
 def _seconds(value: float | None) -> str:
