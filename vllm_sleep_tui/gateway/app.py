@@ -174,7 +174,7 @@ class App:
         size = len(content)
         try:
             body = await understand(content, fields.get(b"content-type", b""))
-            named = self.names.find(body.model) if body.model is not None else None
+            named = self.names.find(body.model, path=target) if body.model is not None else None
             if target is None or (named is not None and named.model == target.model):
                 target = named or target  # an adapter's name in the body says more than the path
             if target is None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from vllm_sleep_tui.gateway.replies import Refusal
 
@@ -29,10 +29,16 @@ class Names:
     """Every name of every model."""
 
     def __init__(self, served: Mapping[str, Sequence[str]]) -> None:
-        self._targets = {name: Target(model, name) for model, names in served.items() for name in names}
-        self._targets |= {model: Target(model, model) for model in served}
-        for name, target in list(self._targets.items()):
-            self._targets.setdefault(_ODD.sub("-", name), target)
+        whole: dict[str, set[Target]] = {}
+        dashed: dict[str, set[Target]] = {}
+        for model, names in served.items():
+            for name in (model, *names):
+                whole.setdefault(name, set()).add(Target(model, name))
+                dashed.setdefault(_ODD.sub("-", name), set()).add(Target(model, name))
+        # A model's own name is its own; two may have an adapter of one name, or names that differ in signs.
+        whole |= {model: {Target(model, model)} for model in served}
+        self._known = dashed | whole
+        self._targets = {name: next(iter(found)) for name, found in self._known.items() if len(found) == 1}
         self._served = served
         self._longest = 2 + max((name.count("/") for name in self._targets), default=0)
         """Parts of a path, the empty one before its slash counted, that a name may take."""
@@ -46,9 +52,19 @@ class Names:
         """What a model may be called beside its name."""
         return [name for name, target in self._targets.items() if target.model == model and name != model]
 
-    def find(self, name: str) -> Target:
-        """The model called `name`; raises Refusal with the nearest."""
-        target = self._targets.get(name)
+    def find(self, name: str, *, path: Target | None = None) -> Target:
+        """The model called `name`, that of the `path` first; raises Refusal that names the nearest or the two."""
+        target, owners = self._targets.get(name), self._known.get(name, ())
+        if path is not None:
+            target = next((owner for owner in owners if owner.model == path.model), target)
+        if target is None and owners:
+            models = sorted(owner.model for owner in owners)
+            raise Refusal(
+                HTTPStatus.BAD_REQUEST,
+                f"{name!r} is a name of {' and of '.join(models)}. Ask under the path of one, as in "
+                f"/{quote(models[0], safe='/:')}/v1/chat/completions, or give them names that differ.",
+                code="model_ambiguous",
+            )
         if target is None:
             name = name[:LONGEST_SHOWN]  # to compare takes memory and time by its length
             near = difflib.get_close_matches(name, self._targets, n=1)
