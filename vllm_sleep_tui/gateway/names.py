@@ -53,7 +53,7 @@ class Names:
         return [name for name, target in self._targets.items() if target.model == model and name != model]
 
     def find(self, name: str, *, path: Target | None = None) -> Target:
-        """The model called `name`, that of the `path` first; raises Refusal that names the nearest or the two."""
+        """The model called `name`, that of the `path` first; else Refusal with the nearest or the two."""
         target, owners = self._targets.get(name), self._known.get(name, ())
         if path is not None:
             target = next((owner for owner in owners if owner.model == path.model), target)
