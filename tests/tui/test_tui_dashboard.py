@@ -365,10 +365,11 @@ async def test_the_time_line_shows_who_was_awake(tmp_path: Path) -> None:
         await until_seen(pilot, "last 10 minutes")
         lines = lines_of(pilot.app)
         start = next(index for index, line in enumerate(lines) if "last 10 minutes" in line)
-        cells = lines[start + 1].split("│")[1].strip().split()[1]
+        assert "╷" in lines[start + 1]
+        cells = lines[start + 2].split("│")[1].strip().split()[1]
         assert 0.45 < cells.count("█") / len(cells) < 0.55
-        assert "▁" in lines[start + 2]
-        assert "▁" not in lines[start + 4]
+        assert "▁" in lines[start + 3]
+        assert not any("vision" in line for line in lines[start:])  # it has not run in this time
 
 
 async def test_two_keys_pressed_at_once_act_on_the_model_that_the_first_one_chose(tmp_path: Path) -> None:
