@@ -182,11 +182,12 @@ def test_closing_ends_the_thread_and_may_be_done_before_it_began() -> None:
     sampler = Sampler(NoGpus(GpuFault(usable=True, what="No NVML.", cure="")), None, interval=3600.0)
     sampler.close()
     sampler = Sampler(NoGpus(GpuFault(usable=True, what="No NVML.", cure="")), None, interval=3600.0)
-    before = threading.active_count()
+    before = set(threading.enumerate())  # of tests before this one some may end meanwhile
     sampler.start()
-    assert threading.active_count() == before + 1
+    new = [thread for thread in threading.enumerate() if thread not in before and thread.name == "telemetry"]
+    assert len(new) == 1
     sampler.close()
-    assert threading.active_count() == before
+    assert not new[0].is_alive()
 
 
 def test_importing_telemetry_loads_no_screen_no_http_and_no_nvml() -> None:
