@@ -214,15 +214,14 @@ class EventScreen(Screen["FleetEvent | None"]):
                 async for event in stream:
                     happened.append(event)  # noqa: PERF401 - the stream has no end: it is read as it comes
 
-        collecting = asyncio.create_task(collect())
-        try:
+        # A group, so that what nobody foresaw in the stream is told and does not just end the following.
+        async with asyncio.TaskGroup() as group:
+            collecting = group.create_task(collect())
             while not collecting.done():
                 await asyncio.sleep(BATCH_SECONDS)
                 if happened:
                     self._list.add(happened)
                     happened.clear()
-        finally:
-            collecting.cancel()
 
     def _say_what_is_shown(self) -> None:
         self._list.border_title = "Events: failures only" if self._list.only_failures else "Events"

@@ -11,7 +11,7 @@ from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.snapshot import GpuSnapshot
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Shown, Span, cut, cut_line, line_width, spread
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Shown, Span, cut_line, line_width, middle, spread
 from vllm_sleep_tui.tui.keys import KEYS, Key
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.units import GIB, gib_cell
@@ -50,7 +50,7 @@ def alarms(view: View) -> list[str]:
 
 
 def _who(names: list[str]) -> str:
-    return cut(names[0], 16) if len(names) == 1 else str(len(names))
+    return middle(names[0], 16) if len(names) == 1 else str(len(names))
 
 
 class TopBand(Shown):
