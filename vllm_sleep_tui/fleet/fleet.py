@@ -279,9 +279,14 @@ class Fleet:
         *,
         params: Mapping[str, Any] | None = None,
         report: Report | None = None,
+        switches: bool = True,
     ) -> AsyncIterator[ChatEvent]:
-        """Stream an answer; a model that is not awake is switched to first. Close the iterator to stop it."""
-        async for event in answer(self, self._core.model(name), messages, params or {}, report):
+        """Stream an answer; a model that is not awake is switched to first, or refused without `switches`.
+
+        Close the iterator to stop it.
+        """
+        model = self._core.model(name)
+        async for event in answer(self, model, messages, params or {}, report, switches=switches):
             yield event
 
     def _models(self, names: Sequence[str]) -> list[Model]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from vllm_sleep_tui.engine.chat import Thinking, refusal
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
-from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.errors import OperationError, PanelError
 from vllm_sleep_tui.fleet.backend import backend_of
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, Report, SwitchTimes
@@ -33,10 +33,21 @@ async def answer(
     messages: Sequence[Mapping[str, Any]],
     params: Mapping[str, Any],
     report: Report | None,
+    *,
+    switches: bool = True,
 ) -> AsyncIterator[ChatEvent]:
-    """The pieces of an answer; what goes wrong in the middle comes as the last event's `error`."""
+    """The pieces of an answer; what goes wrong in the middle comes as the last event's `error`.
+
+    Without `switches` a model that is not awake raises OperationError. One that falls asleep after that look
+    is woken by nobody: its gate turns the request away.
+    """
     name, backend = model.name, backend_of(model)
-    if await backend.state() is not State.AWAKE:
+    if (state := await backend.state()) is not State.AWAKE:
+        if not switches:
+            raise OperationError(
+                f"{name} is {state.value}, and --no-switch leaves it so.",
+                f"Switch: vllm-sleep-tui switch {name}",
+            )
         ledger = await switcher.switch(name, report=report)
         yield ChatEvent(model=name, switch_seconds=ledger.total, switch_times=ledger)
     began, first = time.monotonic(), True
@@ -47,7 +58,7 @@ async def answer(
     try:
         async for delta in stream:
             ttft = None
-            if first and (delta.text or delta.reasoning):
+            if first and (delta.text or delta.reasoning or delta.calls):
                 ttft, first = time.monotonic() - began, False
             text, reasoning = thinking.feed(delta)
             finish = delta.finish_reason or finish
@@ -55,6 +66,8 @@ async def answer(
                 model=name,
                 text=text,
                 reasoning=reasoning,
+                calls=delta.calls,
+                chances=delta.chances,
                 finish_reason=delta.finish_reason,
                 prompt_tokens=delta.prompt_tokens,
                 completion_tokens=delta.completion_tokens,

@@ -100,7 +100,7 @@ class Help(ModalScreen[None]):
 
 
 class ModelChooser(ModalScreen[str | None]):
-    """One of these models, each with a word on what choosing it does."""
+    """One of these models or presets, each with a word on what choosing it does."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss", "cancel", show=False),
@@ -108,16 +108,19 @@ class ModelChooser(ModalScreen[str | None]):
         Binding("k", "step(-1)", "previous", show=False),
     ]
 
-    def __init__(self, title: str, models: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self, title: str, models: Sequence[tuple[str, str]], hint: str = "⏎ asks, esc does not"
+    ) -> None:
         super().__init__()
         self._title_text = title
+        self._hint = hint
         self._models = models
 
     def compose(self) -> ComposeResult:
         """One line a model."""
         with Vertical(classes="dialog") as box:
             box.border_title = Text(self._title_text).markup
-            box.border_subtitle = "⏎ asks, esc does not"
+            box.border_subtitle = self._hint
             options = [
                 Option(Text.assemble((name, "bold"), f"  {words}"), id=str(number))
                 for number, (name, words) in enumerate(self._models)

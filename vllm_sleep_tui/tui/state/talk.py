@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
 
-from vllm_sleep_tui.fleet.conversations import Conversations, Handle, KeptTurn
+from vllm_sleep_tui.config.parameters import Parameters
+from vllm_sleep_tui.fleet.conversations import Conversations, Handle, KeptCall, KeptTurn
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, cut_words
 from vllm_sleep_tui.tui.drawing.paint import Line
 from vllm_sleep_tui.tui.drawing.turns import Answer, Notice, Question, Turn
@@ -15,6 +16,7 @@ from vllm_sleep_tui.units import took
 
 MOST_WORDS = 600
 """Of answers that are compared: it takes the square of that."""
+NOT_CALLED = "This was not carried out: nobody here runs tools."
 CHARACTERS_A_TOKEN = 3.0
 """Of what was not counted yet: on the safe side for English."""
 
@@ -40,7 +42,7 @@ class Pace:
         """Take the figures of one event."""
         now = time.monotonic()
         self.is_new = False
-        if event.text or event.reasoning:
+        if event.text or event.reasoning or event.calls:
             self.first = self.first or now
             self.last = now
         self.switch_seconds = self.switch_seconds if event.switch_seconds is None else event.switch_seconds
@@ -74,10 +76,13 @@ class Entry:
     error: str | None = None
     cure: str = ""
     is_dropped: bool = False
+    parameters: Parameters = field(default_factory=Parameters)
+    """What an answer was asked with."""
 
     def note(self) -> list[Line]:
         """How an answer went, in lines below it."""
-        words, cut = self.pace.words(), cut_words(self.pace.finish_reason)
+        words = " · ".join(filter(None, (self.pace.words(), self.parameters.words())))
+        cut = cut_words(self.pace.finish_reason)
         lines: list[Line] = []
         if words or cut:
             lines.append(((words, "muted"), (" · " if words and cut else "", "muted"), (cut, "warning")))
@@ -98,6 +103,11 @@ class Entry:
                 at=self.at,
                 model=turn.model,
                 reasoning=turn.reasoning,
+                calls=tuple(
+                    KeptCall(name=call.name, arguments=call.arguments, id=call.id) for call in turn.calls
+                ),
+                chances=tuple(turn.chances),
+                parameters=self.parameters,
                 thought_seconds=turn.thought_seconds,
                 finish_reason=pace.finish_reason,
                 error=self.error,
@@ -115,8 +125,14 @@ class Entry:
 class Talk:
     """A conversation with `model`, kept by `store`; `turns` is what is shown."""
 
-    def __init__(self, store: Conversations, model: str, id: int | None = None) -> None:
-        self.handle = Handle(model, id)
+    def __init__(
+        self,
+        store: Conversations,
+        model: str,
+        id: int | None = None,
+        parameters: Parameters | None = None,
+    ) -> None:
+        self.handle = Handle(model, id, parameters=parameters)
         self.turns: list[Turn] = []
         self.row_at_top: int | None = None
         """Where the person was; None: at the end."""
@@ -129,6 +145,11 @@ class Talk:
     def last(self) -> Entry | None:
         """The last answer that was not replaced."""
         return next((entry for entry in reversed(self._shown()) if isinstance(entry.turn, Answer)), None)
+
+    @property
+    def last_asked(self) -> Entry | None:
+        """The last question that was not replaced, whether or not anything was answered."""
+        return next((entry for entry in reversed(self._shown()) if isinstance(entry.turn, Question)), None)
 
     @property
     def answer(self) -> Answer | None:
@@ -144,16 +165,26 @@ class Talk:
     def _shown(self) -> list[Entry]:
         return [entry for entry in self._entries if not entry.is_dropped]
 
+    @property
+    def parameters(self) -> Parameters:
+        """What the next question is asked with."""
+        return self.handle.parameters
+
+    @parameters.setter
+    def parameters(self, parameters: Parameters) -> None:
+        self._store.keep_parameters(self.handle, parameters)
+
     def messages(self) -> list[dict[str, Any]]:
         """What the model is told: questions with what was answered; one that got no word is left out."""
-        told: list[dict[str, Any]] = []
+        system = self.parameters.system
+        told: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         asked: str | None = None
         for entry in self._shown():
             turn = entry.turn
             if isinstance(turn, Question):
                 asked = turn.text
-            elif isinstance(turn, Answer) and asked is not None and turn.text:
-                told += [{"role": "user", "content": asked}, {"role": "assistant", "content": turn.text}]
+            elif isinstance(turn, Answer) and asked is not None and (said := _said(turn)):
+                told += [{"role": "user", "content": asked}, *said]
                 asked = None
         if asked is not None:
             told.append({"role": "user", "content": asked})
@@ -172,7 +203,7 @@ class Talk:
     def ask(self, text: str, model: str, paint: str, *, was_started: bool) -> Entry:
         """Add a question and an empty answer to it."""
         self._add(Entry(Question(text)))
-        entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started))
+        entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started), parameters=self.parameters)
         self._add(entry)
         return entry
 
@@ -181,14 +212,15 @@ class Talk:
 
         What was answered first is what is gone on with.
         """
-        entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started))
+        entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started), parameters=self.parameters)
         self._add(entry)
         return entry
 
     def last_question(self) -> list[dict[str, Any]]:
         """What the model was told when it was asked last; empty if nothing was answered."""
         told = self.messages()
-        return told[:-1] if told and told[-1]["role"] == "assistant" else []
+        asked = [at for at, turn in enumerate(told) if turn["role"] == "user"]
+        return told[: asked[-1] + 1] if asked and told[-1]["role"] != "user" else []
 
     def compare(self) -> str:
         """How the last two answers to one question differ, in words; empty if there are no two."""
@@ -252,6 +284,7 @@ class Talk:
         self.handle.known.update(range(len(turns)))
         for kept in turns:
             entry = Entry(_turn(kept, colors), kept.at, is_dropped=kept.is_dropped, error=kept.error)
+            entry.parameters = kept.parameters
             entry.pace = Pace(
                 switch_seconds=kept.switch_seconds,
                 ttft=kept.ttft,
@@ -272,5 +305,25 @@ def _turn(kept: KeptTurn, colors: dict[str, str]) -> Turn:
         return Question(kept.text)
     model = kept.model or "?"
     answer = Answer(model, colors.get(model, "muted"))
-    answer.restore(kept.text, kept.reasoning, kept.thought_seconds)
+    answer.restore(kept)
     return answer
+
+
+def _said(answer: Answer) -> list[dict[str, Any]]:
+    """What a model is told that it said; empty for not a word.
+
+    A call that can be read is told with the truth about it: vLLM refuses a conversation with a broken one.
+    """
+    calls = [call for call in answer.calls if not call.fault]
+    if not calls:
+        return [{"role": "assistant", "content": answer.text}] if answer.text else []
+    made = [
+        {
+            "id": call.id or f"call-{number}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for number, call in enumerate(calls)
+    ]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": NOT_CALLED} for call in made]
+    return [{"role": "assistant", "content": answer.text, "tool_calls": made}, *results]
