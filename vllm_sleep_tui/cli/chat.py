@@ -7,21 +7,24 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from vllm_sleep_tui.cli.asking import asked_with, asking_options
 from vllm_sleep_tui.cli.common import config_option, draw, json_option, load_config, put, put_json, say
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, UsageError
-from vllm_sleep_tui.fleet.snapshot import cut_words
+from vllm_sleep_tui.fleet.snapshot import CallDelta, TokenChance, cut_words
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.text import Cleaner, clean, one_line
 from vllm_sleep_tui.units import hundredths, milliseconds
 
 if TYPE_CHECKING:
+    from vllm_sleep_tui.config.parameters import Parameters
     from vllm_sleep_tui.fleet.conversations import Conversations
     from vllm_sleep_tui.fleet.fleet import Fleet
 
@@ -34,25 +37,20 @@ _READ_BYTES = 65536
 @click.argument("name")
 @click.argument("prompt", required=False)
 @click.option("-c", "--continue", "goes_on", is_flag=True, help="Go on with the model's last conversation.")
-@click.option("--system", metavar="TEXT", help="What the model is told before everything else.")
 @click.option("--no-switch", "stays", is_flag=True, help="Fail if the model is not awake.")
-@click.option("--temperature", type=click.FloatRange(0), help="0 is the likeliest word each time.")
-@click.option("--max-tokens", type=click.IntRange(1), help="The longest answer.")
-@click.option("--seed", type=int, help="The same seed, the same answer, as far as the server can.")
+@asking_options
 @json_option
 @config_option
 @click.pass_context
 def chat(
     ctx: click.Context,
+    /,
     name: str,
     prompt: str | None,
     goes_on: bool,
-    system: str | None,
     stays: bool,
-    temperature: float | None,
-    max_tokens: int | None,
-    seed: int | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Ask a model.
 
@@ -65,19 +63,14 @@ def chat(
     given = _joined(prompt, "" if sys.stdin.isatty() else _read_all())
     if given is not None:
         _check(given, name)
-    params = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    asking = Asking(
-        name=name,
-        system=system,
-        params={key: value for key, value in params.items() if value is not None},
-        stays=stays,
-    )
     keeps = loaded.config.keep_conversations and (goes_on or given is None)
     from vllm_sleep_tui.fleet.conversations import Conversations  # with SQLite
 
     store = Conversations(state_dir(), loaded.path, keeps=keeps)
     try:
         talk = Talk(store, name, goes_on=goes_on)
+        talk.parameters = asked_with(loaded, store, options, talk.parameters)
+        asking = Asking(name=name, system=talk.parameters.system, params=talk.parameters.body(), stays=stays)
         if given is None:
             with_fleet(loaded, lambda fleet: _converse(fleet, asking, talk))
             return
@@ -109,12 +102,23 @@ class Talk:
 
         self._store = store
         kept = store.latest(name).result() if goes_on else None
-        turns = () if kept is None else store.turns(kept.id).result()
-        self._handle = Handle(name, None if kept is None else kept.id, len(turns))
+        whole = None if kept is None else store.whole(kept.id).result()
+        turns = () if whole is None else whole.turns
+        asked = None if whole is None else whole.parameters
+        self._handle = Handle(name, None if kept is None else kept.id, len(turns), asked)
         self._number = len(turns)
         self._said = [
             {"role": turn.role, "content": turn.text} for turn in turns if turn.text and not turn.is_dropped
         ]
+
+    @property
+    def parameters(self) -> Parameters:
+        """How the model is asked."""
+        return self._handle.parameters
+
+    @parameters.setter
+    def parameters(self, parameters: Parameters) -> None:
+        self._store.keep_parameters(self._handle, parameters)
 
     def messages(self, question: str, system: str | None) -> list[dict[str, Any]]:
         """What the model is told."""
@@ -123,16 +127,29 @@ class Talk:
 
     def add(self, question: str, answer: dict[str, Any], name: str) -> None:
         """Keep a question with what was answered."""
-        from vllm_sleep_tui.fleet.conversations import KeptTurn
+        from vllm_sleep_tui.fleet.conversations import KeptCall, KeptTurn
 
         text = clean(answer["text"])
-        self._said += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        if text:
+            self._said += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        calls = tuple(KeptCall(**call) for call in answer.get("tool_calls", ()))
+        asked = self.parameters
         now = time.time()
         figures = {field: answer[field] for field in MEASURED}
         reasoning = clean(answer.get("reasoning", ""))
         for turn in (
             KeptTurn(role="user", text=question, at=now),
-            KeptTurn(role="assistant", text=text, at=now, model=name, reasoning=reasoning, **figures),
+            KeptTurn(
+                role="assistant",
+                text=text,
+                at=now,
+                model=name,
+                reasoning=reasoning,
+                calls=calls,
+                chances=tuple(answer.get("logprobs", ())),
+                parameters=asked,
+                **figures,
+            ),
         ):
             self._store.keep(self._handle, self._number, turn)
             self._number += 1
@@ -222,19 +239,21 @@ async def _ask(fleet: Fleet, asking: Asking, talk: Talk, question: str, *, aloud
     name = asking.name
     texts: list[str] = []
     thoughts: list[str] = []
+    calls: dict[int, dict[str, str]] = {}
+    chances: list[TokenChance] = []
     cleaner = Cleaner()
     answer: dict[str, Any] = dict.fromkeys(("text", *MEASURED))
     before = {model.name: model.state for model in fleet.snapshot().models}[name]
-    if asking.stays and before is not State.AWAKE:
-        raise OperationError(
-            f"{name} is {before.value}, and --no-switch leaves it so.",
-            f"Switch: vllm-sleep-tui switch {name}",
-        )
     was_started = before not in (State.AWAKE, State.ASLEEP)
     began = time.monotonic()
     messages = talk.messages(question, asking.system)
     try:
-        async for event in fleet.chat(name, messages, params=asking.params, report=Reporter()):
+        stream = fleet.chat(
+            name, messages, params=asking.params, report=Reporter(), switches=not asking.stays
+        )
+        async for event in stream:
+            _add_calls(calls, event.calls)
+            chances += event.chances
             texts.append(event.text)
             thoughts.append(event.reasoning)
             if aloud:
@@ -249,16 +268,30 @@ async def _ask(fleet: Fleet, asking: Asking, talk: Talk, question: str, *, aloud
         answer |= {"text": "".join(texts), "seconds": time.monotonic() - began}
         if any(thoughts):
             answer["reasoning"] = "".join(thoughts)
-        if any(texts):
+        if calls:
+            answer["tool_calls"] = list(calls.values())
+        if chances:
+            answer["logprobs"] = chances
+        if any(texts) or calls:
             talk.add(question, answer, name)
     if aloud:
-        put(cleaner.end())
+        put(cleaner.end(), nl=any(texts) or not calls)
+        for call in calls.values():
+            put(f"⚙ {one_line(call['name'])} {one_line(call['arguments'])}")
         say(_timings(answer, was_started=was_started))
     if answer["finish_reason"] == "abort":
         raise OperationError(f"{name} was stopped or put to sleep in the middle of its answer.", "Ask again.")
     if cut := cut_words(answer["finish_reason"]):
         say(f"The answer is {cut}.")
     return answer
+
+
+def _add_calls(calls: dict[int, dict[str, str]], deltas: Sequence[CallDelta]) -> None:
+    """Take pieces of what the model calls."""
+    for delta in deltas:
+        call = calls.setdefault(delta.index, {"id": delta.id, "name": "", "arguments": ""})
+        call["name"] += delta.name
+        call["arguments"] += delta.arguments
 
 
 def _timings(answer: dict[str, Any], *, was_started: bool) -> str:

@@ -8,7 +8,7 @@ import msgspec
 class CallDelta(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of what the model calls; pieces with the same `index` are of one call.
 
-    Its first piece has `id` and `name`. The arguments are JSON if the model, or vLLM's parser, made no mistake.
+    Its first piece has `id` and `name`. The arguments are JSON unless the model or vLLM's parser erred.
     """
 
     index: int = 0

@@ -436,7 +436,7 @@ class ChatPane(Vertical):
             self._send(self._model, text, again=True)
 
     def edit(self) -> None:
-        """Put the last question into the input; what is sent takes its place, and its answer's, and not before."""
+        """Put the last question into the input; once sent, it takes the place of that and its answer."""
         text, talk = self._asked_last(), self._talk
         if text is not None and talk is not None:
             self.input.put(text)
