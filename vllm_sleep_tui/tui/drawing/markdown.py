@@ -28,6 +28,10 @@ _STAR, _BAR = "\uf8ff", "\uf8fe"
 _PLAIN = str.maketrans({_STAR: "*", _BAR: "_"})
 _LETTERS = re.compile(r"[\W_]+")
 _HTML = re.compile(r" {0,3}<[/!?A-Za-z]")
+_MARKS = re.compile(r"[*_`~\[]")
+MOST_MARKS, MOST_CELLS = 2000, 4000
+"""Of a block from which on it is shown as it was written: the parser takes the square of the marks, and
+nobody's keys wait for a table of 600 columns."""
 NARROWEST = 8
 """Cells of a column of a table that are still read; where there are fewer, its rows become lists."""
 
@@ -150,7 +154,8 @@ class Block:
 
 
 def _read(source: str) -> list[Piece]:
-    if not _HTML.match(source):
+    is_small = source.count("|") <= MOST_CELLS and len(_MARKS.findall(source)) <= MOST_MARKS
+    if is_small and not _HTML.match(source):
         marked = source
         if _STAR not in source and _BAR not in source:
             marked = _INTRAWORD.sub(lambda found: _STAR * len(found[1]), source).replace("__", _BAR * 2)
