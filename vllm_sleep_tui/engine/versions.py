@@ -28,6 +28,8 @@ class Capabilities:
     0.24 answers 500 `invalid argument` for ever after (h100/contract.jsonl). Several GPUs: never."""
     own_sleep: bool
     """Whether the panel's own sleep mode puts itself in place of vLLM's."""
+    wake_tells: bool
+    """The answer to a wake tells whether everything is awake. From 0.32 (WakeReply); others are asked."""
     note: str | None = None
     """What a person should know about running this version, as a sentence."""
 
@@ -47,6 +49,7 @@ def capabilities(version: str) -> Capabilities:
         why_not=too_old if release < SLEEP_FROM else None,
         retry_wake=release >= (0, 26),
         own_sleep="{}.{}".format(*release) in PROVEN,
+        wake_tells=release >= (0, 32),
         note=_note(version, read),
     )
 
