@@ -10,7 +10,7 @@ import pytest
 from screen_text import lines_of, panel, text_of, until, until_seen
 from scripted_fleet import NOW, ScriptedFleet, four_models, gib, starting
 
-from vllm_sleep_tui.errors import RefusedError
+from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet.snapshot import HostSnapshot, LastFailure, Progress
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.screens.dashboard import Dashboard
@@ -100,6 +100,38 @@ async def test_stop_and_restart_ask_first_and_enter_alone_does_nothing(
         await pilot.press("y")
         await until(pilot, lambda: fleet.calls == [(verb, "qwen")], verb)
         fleet.gate.set()
+
+
+async def test_all_are_started_slept_and_stopped_by_one_key_each_and_who_cannot_start_is_named(
+    tmp_path: Path,
+) -> None:
+    fleet = ScriptedFleet()
+    fleet.gate.set()
+    fleet.change("coder", state=State.FAILED)
+    wrong = {
+        "vision": RefusedError("vision: no such folder.", "Name another."),
+        "coder": RefusedError("No GPU 7."),
+    }
+
+    def leave_out() -> object:
+        raise OperationError("vision: no such folder. Also: No GPU 7.", by_model=wrong)
+
+    async with panel(fleet, tmp_path) as pilot:
+        fleet.outcome = leave_out
+        await pilot.press("U")
+        # Who is awake comes first: the first one named ends awake.
+        await until(pilot, lambda: fleet.calls == [("start", "qwen", "coder", "vision")], "the start")
+        await until_seen(pilot, "2 models left out", "vision, coder")
+        fleet.outcome = lambda: None
+        assert "!" in line_with(lines_of(pilot.app), "▌ vision")
+        await pilot.press("end")
+        await until_seen(pilot, "starting vision did not work", "Name another.")
+        await pilot.press("S")
+        await until(pilot, lambda: fleet.calls[1:] == [("sleep", "qwen", None)], "the sleep")
+        await pilot.press("X")
+        await until_seen(pilot, "Stop 2 models?")
+        await pilot.press("y")
+        await until(pilot, lambda: fleet.calls[2:] == [("stop", "qwen"), ("stop", "phi")], "the stops")
 
 
 async def test_a_long_step_shows_its_phase_its_detail_and_how_far_it_is(tmp_path: Path) -> None:
@@ -408,7 +440,7 @@ async def test_an_operation_cancelled_before_its_first_step_is_over(tmp_path: Pa
     async with panel(fleet, tmp_path) as pilot:
         dashboard = pilot.app.screen
         assert isinstance(dashboard, Dashboard)
-        dashboard.begin("phi", "waking", lambda report: fleet.wake("phi", report=report))
+        dashboard.begin("phi", "waking {}", lambda report: fleet.wake("phi", report=report))
         assert dashboard.operations.cancel("phi") == "phi"
         await until_seen(pilot, "Stopped waking phi.")
         assert fleet.calls == []

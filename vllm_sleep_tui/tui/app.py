@@ -187,8 +187,10 @@ class PanelApp(App[None]):
 
     def abandon(self) -> None:
         """In another thread: give the terminal back because the process ends now; says what that cuts off."""
-        waiting, cut = self.operations.waiting(), list(self.operations.running)
-        cut = [f"{self.operations.running[name].verb} {name}" for name in cut if name not in waiting]
+        waiting = self.operations.waiting()
+        cut = [
+            running.doing for name, running in list(self.operations.running.items()) if name not in waiting
+        ]
         words = f"Left while {', '.join(cut)}: whoever comes next carries it on." if cut else "Left."
         words += f" {_dropped(waiting)}" if waiting else ""
         if isinstance(self._driver, PanelDriver):

@@ -57,6 +57,15 @@ KEYS: tuple[Key, ...] = (
     Key(key="x", action="stop", short="stop", help="Stop it (asks)"),
     Key(key="r", action="restart", short="restart", help="Restart it (asks)", in_footer=False),
     Key(
+        key="U",
+        action="start_all",
+        short="start all",
+        help="Start all models; one that cannot start is left out and named",
+        in_footer=False,
+    ),
+    Key(key="S", action="sleep_all", short="sleep all", help="Put all models to sleep", in_footer=False),
+    Key(key="X", action="stop_all", short="stop all", help="Stop all models (asks)", in_footer=False),
+    Key(
         key="c",
         action="chat",
         short="chat",
