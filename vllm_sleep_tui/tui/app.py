@@ -16,10 +16,12 @@ from textual.app import App, SystemCommand
 from textual.driver import Driver
 from textual.drivers.linux_driver import LinuxDriver
 from textual.filter import LineFilter
+from textual.notifications import SeverityLevel
 from textual.screen import Screen
 from textual.theme import Theme
 
 from vllm_sleep_tui import files, paths
+from vllm_sleep_tui.config.changes import changes
 from vllm_sleep_tui.config.types import GatewayConfig
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.files import read_regular
@@ -34,10 +36,12 @@ from vllm_sleep_tui.tui.screens.dashboard import Dashboard
 from vllm_sleep_tui.tui.screens.dialogs import ThemeChooser
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
 from vllm_sleep_tui.tui.state.clipboard import to_tmux, words
+from vllm_sleep_tui.tui.state.config_watch import Agrees, ConfigWatch
 from vllm_sleep_tui.tui.state.operations import Operations
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.terminal import CLEANED, PanelDriver
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, textual_theme
+from vllm_sleep_tui.units import counted
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.config.load import LoadedConfig
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
 
 READING_SECONDS = 1.0
 MAX_MEMORY = 2**16
+_TOLD_CHANGES = 4
+"""So many changes of the config fit into a toast."""
 
 
 class Remembered(msgspec.Struct):
@@ -70,6 +76,7 @@ class PanelApp(App[None]):
         autostart: Sequence[str] = (),
         conversations: Conversations | None = None,
         post: Post | None = None,
+        watch: ConfigWatch | None = None,
     ) -> None:
         self._files, self._complaints = load_themes(theme_folders)
         super().__init__()
@@ -78,6 +85,7 @@ class PanelApp(App[None]):
         self.conversations = conversations or Conversations(state_dir)
         self.post = post
         """The gateway, open or not."""
+        self._watch = watch
         self.is_told_to_leave = False
         """By a signal or the terminal's end, and not by the person."""
         self._memory = state_dir / "panel.json"
@@ -104,6 +112,7 @@ class PanelApp(App[None]):
         self.dashboard = Dashboard(self.fleet, self.operations, self.conversations)
         self.push_screen(self.dashboard)
         self.set_interval(READING_SECONDS, self._keep_reading)
+        self.set_interval(READING_SECONDS, self._look_at_config)
         for complaint in self._complaints:
             self.notify(complaint, severity="warning", timeout=12, markup=False)
         if self._autostart:
@@ -113,6 +122,37 @@ class PanelApp(App[None]):
         """The course of the GPUs' figures has no gaps where a screen was looked at that shows none."""
         if not isinstance(self.screen, (Dashboard, GpuScreen)):
             self.dashboard.readings.see(self.fleet.snapshot())
+
+    async def _look_at_config(self) -> None:
+        """Go on with a config that was changed on disk, and say what is another than before."""
+        if self._watch is None or not self._watch.has_changed():
+            return
+        try:
+            loaded = await self._watch.read()
+        except PanelError as error:
+            words = f"{error.what}\n{error.cure}\nThe old one holds.".replace("\n\n", "\n")
+            self.notify(words, title="The config changed", severity="error", timeout=12, markup=False)
+            return
+        old, new = self.fleet.loaded.config, loaded.config
+        models = self.fleet.snapshot().models
+        running = {model.name: model.pid for model in models if model.state in RUNNING}
+        found = changes(old, new, running)
+        self.fleet.reload(loaded)
+        if self.post is not None and new.gateway is not None:
+            await self.post.reload(new.gateway)
+            if not self.post.is_started:
+                self.post.start()
+        elif self.post is not None and old.gateway is not None:
+            await self.post.close()
+        if found:
+            words = "\n".join(change.sentence for change in found[:_TOLD_CHANGES])
+            more = len(found) - _TOLD_CHANGES
+            words += f"\nand {counted(more, 'more change')}" if more > 0 else ""
+            severity: SeverityLevel = (
+                "warning" if any(change.needs_care for change in found) else "information"
+            )
+            self.notify(words, title="The config changed", severity=severity, timeout=12, markup=False)
+        self.dashboard.changed()
 
     def _recolor(self, theme: Theme) -> None:
         if theme.name not in self._files:
@@ -207,7 +247,7 @@ class PanelApp(App[None]):
             self.dashboard.action_quit_panel()
 
 
-async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
+async def _run(loaded: LoadedConfig, state_dir: Path, agrees: Agrees) -> int:
     marked = [name for name, model in loaded.config.models.items() if model.autostart]
     folders = (package_folder(), paths.config_dir() / "themes")
     async with Fleet(loaded, state_dir, leads=True) as fleet:
@@ -221,6 +261,7 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
             autostart=marked,
             conversations=Conversations(state_dir, loaded.path, keeps=loaded.config.keep_conversations),
             post=post,
+            watch=ConfigWatch(loaded, agrees),
         )
         loop = asyncio.get_running_loop()
         Leaving(
@@ -263,6 +304,6 @@ def _say(words: str) -> None:
         print(words, file=sys.stderr)  # noqa: T201
 
 
-def run_panel(loaded: LoadedConfig, state_dir: Path) -> int:
+def run_panel(loaded: LoadedConfig, state_dir: Path, agrees: Agrees) -> int:
     """Open the fleet, then the panel over it; servers outlive both. The exit code."""
-    return asyncio.run(_run(loaded, state_dir))
+    return asyncio.run(_run(loaded, state_dir, agrees))

@@ -129,6 +129,9 @@ class Dashboard(LookingScreen):
     def view(self) -> View:
         """This moment."""
         snapshot = self.fleet.snapshot()
+        names = [model.name for model in snapshot.models]
+        if self.selected is not None and self.selected not in names:  # the config names it no longer
+            self._table.selected = next(iter(names), None)
         return View(
             snapshot=snapshot,
             selected=self.selected,
@@ -137,7 +140,7 @@ class Dashboard(LookingScreen):
             past=self._past.latest,
             tokens=self.readings.tokens(),
             bench="" if self._bench is None else self._bench.words(),
-            running=dict(self.operations.running),
+            running={name: one for name, one in self.operations.running.items() if name in names},
             troubles=self._troubles(snapshot),
         )
 
