@@ -10,6 +10,7 @@ import pytest
 from screen_text import lines_of, panel, text_of, until, until_seen
 from scripted_fleet import NOW, ScriptedFleet, four_models, gib, starting
 
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet.snapshot import HostSnapshot, LastFailure, Progress
 from vllm_sleep_tui.fleet.states import State
@@ -50,7 +51,7 @@ async def test_a_stopped_model_holds_nothing_and_an_unknown_figure_is_a_question
 
 async def test_enter_says_before_what_it_would_do_and_the_cursor_chooses_the_model(tmp_path: Path) -> None:
     async with panel(ScriptedFleet(), tmp_path) as pilot:
-        await until_seen(pilot, "qwen is awake already.")
+        await until_seen(pilot, "Chat with qwen")
         await pilot.press("down")
         await until_seen(
             pilot, "enter → phi  ≈ 0.53 s", "then wakes phi.", "71.0 after enter", "Chat with phi"
@@ -346,6 +347,45 @@ async def test_the_palette_switches_to_a_model_by_name(tmp_path: Path) -> None:
         await pilot.press("enter")
         await until(pilot, lambda: fleet.calls == [("switch", "coder")], "the switch")
         fleet.gate.set()
+
+
+async def test_the_palette_knows_every_action_of_every_model_and_copies_what_there_is_of_it(
+    tmp_path: Path,
+) -> None:
+    fleet = ScriptedFleet()
+    fleet.change("vision", state=State.FAILED, reason="No room.", cure="Stop qwen.")
+    config = tmp_path / "vllm-sleep-tui.yaml"
+    config.write_text("models: {qwen: {model: a/b}}")
+    fleet.loaded = load(config)
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("ctrl+p", *"wake phi")
+        await until_seen(pilot, "Wake phi")
+        await pilot.press("enter")
+        await until(pilot, lambda: fleet.calls == [("wake", "phi")], "the wake")
+        fleet.gate.set()
+        await pilot.press("ctrl+p", *"cause of vis")
+        await until_seen(pilot, "Copy the cause of vision")
+        await pilot.press("enter")
+        await until(pilot, lambda: pilot.app.clipboard == "No room. Stop qwen.", "the copy")
+        await pilot.press("home", "Y")
+        await until_seen(pilot, "Copy of qwen", "http://127.0.0.1:8004/v1")
+        await pilot.press("down", "enter")
+        await until(pilot, lambda: pilot.app.clipboard == "4004", "the pid")
+
+
+async def test_the_head_says_which_gpu_is_full(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    full = msgspec.structs.replace(fleet.now.gpus[0], used_bytes=gib(79.0))
+    fleet.now = msgspec.structs.replace(fleet.now, gpus=(full,))
+    async with panel(fleet, tmp_path) as pilot:
+        await until_seen(pilot, " GPU 0 79.0/79.6 ")
+
+
+async def test_a_long_toast_takes_a_few_lines_of_a_low_terminal(tmp_path: Path) -> None:
+    async with panel(ScriptedFleet(), tmp_path, size=(80, 24)) as pilot:
+        pilot.app.notify(" ".join(f"word-{number}" for number in range(200)), title="Long")
+        await until_seen(pilot, "Long", "word-0", " …")
+        assert sum("word-" in line for line in lines_of(pilot.app)) == 4
 
 
 async def test_quitting_asks_when_servers_run_and_leaves_them_on_l(tmp_path: Path) -> None:

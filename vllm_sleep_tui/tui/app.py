@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,12 +32,14 @@ from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.gateway.gateway import Post
 from vllm_sleep_tui.leaving import Leaving, leave_at_once
 from vllm_sleep_tui.text import clean
+from vllm_sleep_tui.tui.drawing.paint import cut, wrap
 from vllm_sleep_tui.tui.keys import KEYS
 from vllm_sleep_tui.tui.screens.dashboard import Dashboard
 from vllm_sleep_tui.tui.screens.dialogs import ThemeChooser
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
 from vllm_sleep_tui.tui.state.clipboard import to_tmux, words
 from vllm_sleep_tui.tui.state.config_watch import Agrees, ConfigWatch
+from vllm_sleep_tui.tui.state.copies import KINDS
 from vllm_sleep_tui.tui.state.operations import Operations
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.terminal import CLEANED, PanelDriver
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
 
 READING_SECONDS = 1.0
 MAX_MEMORY = 2**16
+_TOAST_WIDTH, _TOAST_SHARE = 54, 6
+"""Cells of a toast's text, and the part of the screen's height that its lines may take."""
 _TOLD_CHANGES = 4
 """So many changes of the config fit into a toast."""
 
@@ -182,25 +187,38 @@ class PanelApp(App[None]):
             self._remember_theme(chosen)
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        """The palette: what the keys do, and a switch to each model by name."""
+        """The palette: what the keys do, and what can be done to each model, by its name.
+
+        With nothing typed only the keys and the switches are offered: the rest is models times actions.
+        """
         if not isinstance(screen, Dashboard):
             return
+        dashboard = self.dashboard
         for key in KEYS:
-            yield SystemCommand(key.help, f"key {key.cap}", self._runner(key.action))
+            yield SystemCommand(key.help, f"key {key.cap}", partial(dashboard.run_action, key.action))
         for model in self.fleet.snapshot().models:
-            yield SystemCommand(f"Switch to {model.name}", model.source, self._switcher(model.name))
+            for key in filter(lambda key: key.named, KEYS):
+                words, does = key.named.replace("{}", model.name), partial(dashboard.act_on, model.name)
+                is_switch = key.action == "switch"
+                yield SystemCommand(words, model.source, partial(does, key.action), discover=is_switch)
+            for kind in KINDS:
+                does = partial(dashboard.act_on, model.name, f"copy_of('{kind}')")
+                yield SystemCommand(f"Copy the {kind} of {model.name}", model.source, does, discover=False)
 
-    def _runner(self, action: str) -> Callable[[], Awaitable[None]]:
-        async def run() -> None:
-            await self.dashboard.run_action(action)
-
-        return run
-
-    def _switcher(self, name: str) -> Callable[[], None]:
-        def switch() -> None:
-            self.dashboard.switch_to(name)
-
-        return switch
+    def notify(
+        self,
+        message: str,
+        *,
+        title: str = "",
+        severity: SeverityLevel = "information",
+        timeout: float | None = None,
+        markup: bool = True,
+    ) -> None:
+        """A toast of a few lines: what it covers is looked at too, and all of it stands elsewhere."""
+        lines, room = wrap(message, _TOAST_WIDTH), max(2, self.size.height // _TOAST_SHARE)
+        if len(lines) > room:
+            message = "\n".join([*lines[: room - 1], f"{cut(lines[room - 1], _TOAST_WIDTH - 2)} …"])
+        super().notify(message, title=title, severity=severity, timeout=timeout, markup=markup)
 
     def copy_to_clipboard(self, text: str, what: str = "the selection") -> None:
         """Copy a text, and say how far it is known to have come."""

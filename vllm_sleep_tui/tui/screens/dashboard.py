@@ -25,11 +25,12 @@ from vllm_sleep_tui.tui.drawing.timeline import WINDOWS
 from vllm_sleep_tui.tui.keys import bindings
 from vllm_sleep_tui.tui.screens.advice import AdviceScreen
 from vllm_sleep_tui.tui.screens.conversations import ConversationList
-from vllm_sleep_tui.tui.screens.dialogs import Choice, Help, ModelChooser, Question
+from vllm_sleep_tui.tui.screens.dialogs import Choice, Chooser, Help, Question
 from vllm_sleep_tui.tui.screens.events import EventScreen
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
 from vllm_sleep_tui.tui.screens.logs import show_log
 from vllm_sleep_tui.tui.screens.looking import LookingScreen
+from vllm_sleep_tui.tui.state.copies import copies_of
 from vllm_sleep_tui.tui.state.editor import edited
 from vllm_sleep_tui.tui.state.operations import Operations, Running, Trouble, Work
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
@@ -44,7 +45,10 @@ from vllm_sleep_tui.tui.widgets.models import FindInput, ModelTable
 from vllm_sleep_tui.tui.widgets.timeline import Timeline
 from vllm_sleep_tui.units import counted, gib
 
-if TYPE_CHECKING:  # imported by `action_bench`
+if TYPE_CHECKING:
+    from vllm_sleep_tui.gateway.gateway import Post
+
+    # imported by `action_bench`
     from vllm_sleep_tui.tui.state.bench_runner import BenchRunner
 
 
@@ -139,6 +143,7 @@ class Dashboard(LookingScreen):
             waits=None if self.selected is None else self.fleet.waits(self.selected),
             past=self._past.latest,
             tokens=self.readings.tokens(),
+            waiting=self._waiting(),
             bench="" if self._bench is None else self._bench.words(),
             running={name: one for name, one in self.operations.running.items() if name in names},
             troubles=self._troubles(snapshot),
@@ -152,6 +157,11 @@ class Dashboard(LookingScreen):
             for name, trouble in self.operations.troubles.items()
             if name in models and trouble.stands(models[name], now)
         }
+
+    def _waiting(self) -> int:
+        """The requests that wait in the gateway, if it is open here."""
+        post: Post | None = getattr(self.app, "post", None)
+        return 0 if post is None else sum(ask.state == "waiting" for ask in post.view().asks)
 
     def _prediction(self) -> Prediction | None:
         return None if self.selected is None else self.fleet.predict(self.selected)
@@ -458,9 +468,8 @@ class Dashboard(LookingScreen):
             )
             return
         models = [(name, cost_words(self.fleet.predict(name)) or "is awake") for name in others]
-        if (
-            other := await self.app.push_screen_wait(ModelChooser("Ask another model the same", models))
-        ) is not None:
+        chooser = Chooser("Ask another model the same", models, "⏎ asks, esc does not")
+        if (other := await self.app.push_screen_wait(chooser)) is not None:
             self.add_class("-chatting")
             chat.ask_another(other)
 
@@ -567,6 +576,29 @@ class Dashboard(LookingScreen):
             self._copy(text, "the code")
         else:
             self.notify("There is no block of code in sight.", markup=False)
+
+    @work
+    async def action_copy_of(self, kind: str = "") -> None:
+        """Something of the selected model, asked which, to the clipboard."""
+        if (name := self.selected) is None:
+            return
+        copies = await copies_of(self.fleet, name)
+        if not copies:
+            self.notify(f"{name} does not run: there is nothing of it to copy.", markup=False)
+            return
+        if not kind:
+            chooser = Chooser(f"Copy of {name}", list(copies.items()), "⏎ copies, esc does not")
+            kind = await self.app.push_screen_wait(chooser) or ""
+        if kind in copies:
+            self._copy(copies[kind], f"the {kind} of {name}")
+        elif kind:
+            self.notify(f"{name} has no {kind} now.", markup=False)
+
+    async def act_on(self, name: str, action: str) -> None:
+        """Do what a key does, on this model."""
+        self._table.selected = name
+        await self.run_action(action)
+        self.changed()
 
     def _copy(self, text: str, what: str) -> None:
         app: Any = self.app

@@ -136,11 +136,11 @@ def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
     """What enter would do, with its numbers."""
     color = view.colors.get(prediction.target, "text")
     title: list[Span] = [("enter → ", "accent bold"), (prediction.target, f"{color} bold")]
-    if prediction.seconds is not None and prediction.action not in {"nothing", "refused"}:
+    if prediction.seconds is not None and prediction.action != "refused":
         title.append((f"  ≈ {took(prediction.seconds)}", "text bold"))
     paint = "warning" if prediction.action == "refused" else "text"
     lines = [rule(title, width), *_wrapped(prediction.sentence, width, paint)]
-    if view.waits is not None and prediction.action not in {"nothing", "refused"}:
+    if view.waits is not None and prediction.action != "refused":
         lines += _wrapped(f"First it {view.waits}.", width, "warning")
     return lines
 
@@ -298,8 +298,10 @@ class Detail(Shown):
         sections = [failure_lines(model, width), trouble_lines(view, model, width)]
         sections.append(running_lines(view, model, width))
         # While the model is on its way, what happens now is the answer to what enter would do.
-        if view.prediction is not None and model.state in SETTLED and model.name not in view.running:
-            sections.append(enter_lines(view, view.prediction, width))
+        prediction = view.prediction
+        is_told = model.state in SETTLED and model.name not in view.running
+        if prediction is not None and is_told and prediction.action != "nothing":
+            sections.append(enter_lines(view, prediction, width))
         airy = self.app.size.height >= AIRY_HEIGHT
         is_tall = airy and width >= TALL_WIDTH
         last = last_switch_lines(view, model, width, is_tall=is_tall)
