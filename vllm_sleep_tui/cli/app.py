@@ -17,6 +17,7 @@ import click
 from vllm_sleep_tui import __version__
 from vllm_sleep_tui.cli.common import (
     ReaderGoneError,
+    agreement,
     config_option,
     discard,
     load_config,
@@ -83,7 +84,7 @@ def command(ctx: click.Context) -> None:
         loaded = load_config(ctx)
         from vllm_sleep_tui.tui.app import run_panel
 
-        ctx.exit(run_panel(loaded, state_dir()))
+        ctx.exit(run_panel(loaded, state_dir(), agreement(ctx)))
 
 
 def run(arguments: Sequence[str]) -> int:
