@@ -29,7 +29,7 @@ from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.gateway.gateway import Post
 from vllm_sleep_tui.leaving import Leaving, leave_at_once
 from vllm_sleep_tui.text import clean
-from vllm_sleep_tui.tui.keys import KEYS
+from vllm_sleep_tui.tui.keys import keys_of
 from vllm_sleep_tui.tui.screens.dashboard import Dashboard
 from vllm_sleep_tui.tui.screens.dialogs import ThemeChooser
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
@@ -145,9 +145,10 @@ class PanelApp(App[None]):
         """The palette: what the keys do, and a switch to each model by name."""
         if not isinstance(screen, Dashboard):
             return
-        for key in KEYS:
+        snapshot = self.fleet.snapshot()
+        for key in keys_of(read_only=snapshot.read_only):
             yield SystemCommand(key.help, f"key {key.cap}", self._runner(key.action))
-        for model in self.fleet.snapshot().models:
+        for model in () if snapshot.read_only else snapshot.models:
             yield SystemCommand(f"Switch to {model.name}", model.source, self._switcher(model.name))
 
     def _runner(self, action: str) -> Callable[[], Awaitable[None]]:
@@ -205,12 +206,12 @@ class PanelApp(App[None]):
             self.dashboard.action_quit_panel()
 
 
-async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
-    marked = [name for name, model in loaded.config.models.items() if model.autostart]
+async def _run(loaded: LoadedConfig, state_dir: Path, *, read_only: bool) -> int:
+    marked = [name for name, model in loaded.config.models.items() if model.autostart and not read_only]
     folders = (package_folder(), paths.config_dir() / "themes")
-    async with Fleet(loaded, state_dir, leads=True) as fleet:
+    async with Fleet(loaded, state_dir, leads=True, read_only=read_only) as fleet:
         post = Post(fleet, loaded.config.gateway or GatewayConfig())
-        if loaded.config.gateway is not None:
+        if loaded.config.gateway is not None and not read_only:
             post.start()
         app = PanelApp(
             fleet,
@@ -218,7 +219,7 @@ async def _run(loaded: LoadedConfig, state_dir: Path) -> int:
             theme_folders=folders,
             autostart=marked,
             conversations=Conversations(state_dir, loaded.path, keeps=loaded.config.keep_conversations),
-            post=post,
+            post=None if read_only else post,
         )
         loop = asyncio.get_running_loop()
         Leaving(
@@ -261,6 +262,6 @@ def _say(words: str) -> None:
         print(words, file=sys.stderr)  # noqa: T201
 
 
-def run_panel(loaded: LoadedConfig, state_dir: Path) -> int:
+def run_panel(loaded: LoadedConfig, state_dir: Path, *, read_only: bool = False) -> int:
     """Open the fleet, then the panel over it; servers outlive both. The exit code."""
-    return asyncio.run(_run(loaded, state_dir))
+    return asyncio.run(_run(loaded, state_dir, read_only=read_only))

@@ -21,6 +21,8 @@ class Key:
     in_footer: bool = True
     is_first: bool = False
     """Heeded before the widget in focus hears it; a letter is text all the same where text is typed."""
+    changes: bool = False
+    """Whether it changes a server, or opens a port: a panel that only looks has no such key."""
 
     @property
     def cap(self) -> str:
@@ -29,14 +31,22 @@ class Key:
 
 
 KEYS: tuple[Key, ...] = (
-    Key(key="enter", action="switch", short="switch", help="Switch to the selected model", shown="⏎"),
-    Key(key="s", action="sleep", short="sleep", help="Put it to sleep at its level"),
+    Key(
+        key="enter",
+        action="switch",
+        short="switch",
+        help="Switch to the selected model",
+        shown="⏎",
+        changes=True,
+    ),
+    Key(key="s", action="sleep", short="sleep", help="Put it to sleep at its level", changes=True),
     Key(
         key="0",
         action="sleep_at(0)",
         short="level 0",
         help="Put it to sleep at level 0 (weights kept in VRAM)",
         in_footer=False,
+        changes=True,
     ),
     Key(
         key="1",
@@ -44,6 +54,7 @@ KEYS: tuple[Key, ...] = (
         short="level 1",
         help="Put it to sleep at level 1 (weights kept in RAM)",
         in_footer=False,
+        changes=True,
     ),
     Key(
         key="2",
@@ -51,11 +62,18 @@ KEYS: tuple[Key, ...] = (
         short="level 2",
         help="Put it to sleep at level 2 (weights read again)",
         in_footer=False,
+        changes=True,
     ),
-    Key(key="w", action="wake", short="wake", help="Wake it; others sleep first where it needs their room"),
-    Key(key="u", action="start", short="start", help="Start it"),
-    Key(key="x", action="stop", short="stop", help="Stop it (asks)"),
-    Key(key="r", action="restart", short="restart", help="Restart it (asks)", in_footer=False),
+    Key(
+        key="w",
+        action="wake",
+        short="wake",
+        help="Wake it; others sleep first where it needs their room",
+        changes=True,
+    ),
+    Key(key="u", action="start", short="start", help="Start it", changes=True),
+    Key(key="x", action="stop", short="stop", help="Stop it (asks)", changes=True),
+    Key(key="r", action="restart", short="restart", help="Restart it (asks)", in_footer=False, changes=True),
     Key(
         key="c",
         action="chat",
@@ -86,8 +104,9 @@ KEYS: tuple[Key, ...] = (
         short="endpoint",
         help="One endpoint for every client: its address and requests, open and close it",
         in_footer=False,
+        changes=True,
     ),
-    Key(key="b", action="bench", short="bench", help="Measure the switches between two models"),
+    Key(key="b", action="bench", short="bench", help="Measure the switches between two models", changes=True),
     Key(key="a", action="advice", short="advice", help="What to do with each model, and why"),
     Key(
         key="plus,equals_sign",
@@ -243,6 +262,15 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
     ("tab", "Next part of the screen"),
 )
 """Keys that widgets handle themselves."""
+
+
+CHANGING = frozenset(key.action.partition("(")[0] for key in KEYS if key.changes)
+"""The actions that a panel that only looks does not take."""
+
+
+def keys_of(*, read_only: bool) -> list[Key]:
+    """The keys that such a panel has."""
+    return [key for key in KEYS if not (read_only and key.changes)]
 
 
 def bindings() -> list[BindingType]:
