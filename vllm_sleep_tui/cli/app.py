@@ -47,6 +47,7 @@ VERBS: dict[str, str] = {
     "doctor": "doctor",
     "demo": "demo",
     "serve": "serve",
+    "web": "web",
     "advise": "advise",
     "orphans": "orphans",
 }

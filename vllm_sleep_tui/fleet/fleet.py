@@ -184,7 +184,7 @@ class Fleet:
             await self._leader.close()
 
     def predict(self, name: str) -> Prediction:
-        """What a switch to the model would do; refused where its record is unreadable, or nothing may change."""
+        """What a switch to the model would do; refused without its record, or where nothing may change."""
         backend = backend_of(self._core.model(name))
         try:
             prediction = backend.predict(memory_in(self._sampler.latest().gpus), self._serving.figures)
