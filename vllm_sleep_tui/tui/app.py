@@ -33,7 +33,7 @@ from vllm_sleep_tui.gateway.gateway import Post
 from vllm_sleep_tui.leaving import Leaving, leave_at_once
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.drawing.paint import cut, wrap
-from vllm_sleep_tui.tui.keys import KEYS
+from vllm_sleep_tui.tui.keys import keys_of
 from vllm_sleep_tui.tui.screens.dashboard import Dashboard
 from vllm_sleep_tui.tui.screens.dialogs import ThemeChooser
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
@@ -193,11 +193,12 @@ class PanelApp(App[None]):
         """
         if not isinstance(screen, Dashboard):
             return
-        dashboard = self.dashboard
-        for key in KEYS:
+        dashboard, snapshot = self.dashboard, self.fleet.snapshot()
+        keys = keys_of(read_only=snapshot.read_only)
+        for key in keys:
             yield SystemCommand(key.help, f"key {key.cap}", partial(dashboard.run_action, key.action))
-        for model in self.fleet.snapshot().models:
-            for key in filter(lambda key: key.named, KEYS):
+        for model in snapshot.models:
+            for key in filter(lambda key: key.named, keys):
                 words, does = key.named.replace("{}", model.name), partial(dashboard.act_on, model.name)
                 is_switch = key.action == "switch"
                 yield SystemCommand(words, model.source, partial(does, key.action), discover=is_switch)
@@ -265,12 +266,12 @@ class PanelApp(App[None]):
             self.dashboard.action_quit_panel()
 
 
-async def _run(loaded: LoadedConfig, state_dir: Path, agrees: Agrees) -> int:
-    marked = [name for name, model in loaded.config.models.items() if model.autostart]
+async def _run(loaded: LoadedConfig, state_dir: Path, agrees: Agrees, *, read_only: bool) -> int:
+    marked = [name for name, model in loaded.config.models.items() if model.autostart and not read_only]
     folders = (package_folder(), paths.config_dir() / "themes")
-    async with Fleet(loaded, state_dir, leads=True) as fleet:
+    async with Fleet(loaded, state_dir, leads=True, read_only=read_only) as fleet:
         post = Post(fleet, loaded.config.gateway or GatewayConfig())
-        if loaded.config.gateway is not None:
+        if loaded.config.gateway is not None and not read_only:
             post.start()
         app = PanelApp(
             fleet,
@@ -278,7 +279,7 @@ async def _run(loaded: LoadedConfig, state_dir: Path, agrees: Agrees) -> int:
             theme_folders=folders,
             autostart=marked,
             conversations=Conversations(state_dir, loaded.path, keeps=loaded.config.keep_conversations),
-            post=post,
+            post=None if read_only else post,
             watch=ConfigWatch(loaded, agrees),
         )
         loop = asyncio.get_running_loop()
@@ -322,6 +323,6 @@ def _say(words: str) -> None:
         print(words, file=sys.stderr)  # noqa: T201
 
 
-def run_panel(loaded: LoadedConfig, state_dir: Path, agrees: Agrees) -> int:
+def run_panel(loaded: LoadedConfig, state_dir: Path, agrees: Agrees, *, read_only: bool = False) -> int:
     """Open the fleet, then the panel over it; servers outlive both. The exit code."""
-    return asyncio.run(_run(loaded, state_dir, agrees))
+    return asyncio.run(_run(loaded, state_dir, agrees, read_only=read_only))
