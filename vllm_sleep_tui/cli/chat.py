@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 import time
@@ -22,12 +21,14 @@ from vllm_sleep_tui.text import Cleaner, clean, one_line
 from vllm_sleep_tui.units import hundredths, milliseconds
 
 if TYPE_CHECKING:
+    from vllm_sleep_tui.cli.line_editor import LineEditor
     from vllm_sleep_tui.fleet.conversations import Conversations
     from vllm_sleep_tui.fleet.fleet import Fleet
 
 MEASURED = ("finish_reason", "prompt_tokens", "completion_tokens", "switch_seconds", "ttft")
 """What is kept of the events beside the text."""
-_READ_BYTES = 65536
+EARLIER = 500
+"""Questions that ↑ goes back to."""
 
 
 @click.command()
@@ -79,7 +80,11 @@ def chat(
     try:
         talk = Talk(store, name, goes_on=goes_on)
         if given is None:
-            with_fleet(loaded, lambda fleet: _converse(fleet, asking, talk))
+            from vllm_sleep_tui.cli.line_editor import LineEditor  # with prompt_toolkit
+
+            editor = LineEditor(f"{name}> ", store.questions(EARLIER).result())
+            with editor.quiet():
+                with_fleet(loaded, lambda fleet: _converse(fleet, asking, talk, editor))
             return
         answer = with_fleet(loaded, lambda fleet: _ask(fleet, asking, talk, given, aloud=not as_json))
     finally:
@@ -167,28 +172,24 @@ def _check(prompt: str, name: str) -> None:
         ) from None
 
 
-async def _converse(fleet: Fleet, asking: Asking, talk: Talk) -> None:
-    """Questions from the terminal, each with what was said before, until Ctrl-D; Ctrl-C stops an answer."""
+async def _converse(fleet: Fleet, asking: Asking, talk: Talk, editor: LineEditor) -> None:
+    """Questions from the terminal, each with what was said before, until Ctrl-D.
+
+    Ctrl-C stops an answer, puts away what was typed, and ends nothing.
+    """
     loop = asyncio.get_running_loop()
-    outer = asyncio.current_task()
     answering: asyncio.Task[dict[str, Any]] | None = None
 
     def interrupt() -> None:
         if answering is not None and not answering.done():
             answering.cancel()
-        elif outer is not None:
-            outer.cancel()
 
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    while True:
-        say(f"{asking.name}> ", nl=False)
-        line = await _read_line()
-        if not line:
-            say("")
-            return
-        if not line.strip():
+    say("alt+⏎ or ctrl+j begins a line, ctrl+c stops an answer, ctrl+d leaves.")
+    while (question := await editor.read()) is not None:
+        if not question:
             continue
-        answering = asyncio.create_task(_ask(fleet, asking, talk, line.strip(), aloud=True))
+        answering = asyncio.create_task(_ask(fleet, asking, talk, question, aloud=True))
         await asyncio.wait({answering})
         if answering.cancelled() or isinstance(error := answering.exception(), CancelledByUser):
             say("\nStopped.")
@@ -197,21 +198,6 @@ async def _converse(fleet: Fleet, asking: Asking, talk: Talk) -> None:
             say(one_line(error.cure))
         elif error is not None:
             raise error
-
-
-async def _read_line() -> str:
-    """A line of the terminal; empty at its end. Not in a thread: one that waits for input cannot be ended."""
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    descriptor = sys.stdin.fileno()
-    loop.add_reader(descriptor, readable.set)
-    try:
-        await readable.wait()
-        return os.read(descriptor, _READ_BYTES).decode(errors="replace")
-    except OSError:  # the terminal is gone
-        return ""
-    finally:
-        loop.remove_reader(descriptor)
 
 
 async def _ask(fleet: Fleet, asking: Asking, talk: Talk, question: str, *, aloud: bool) -> dict[str, Any]:

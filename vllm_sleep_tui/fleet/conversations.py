@@ -249,6 +249,20 @@ class Conversations:
 
         return self._worker.submit(self._asked, act, None)
 
+    def questions(self, count: int) -> Future[list[str]]:
+        """The last `count` different questions of all conversations, the first one first."""
+
+        def act(connection: sqlite3.Connection) -> list[str]:
+            rows = connection.execute(
+                "SELECT json_extract(turn, '$.text'), MAX(json_extract(turn, '$.at')) AS at FROM turns"
+                " JOIN conversations ON id = conversation WHERE config = ?"
+                " AND json_extract(turn, '$.role') = 'user' GROUP BY 1 ORDER BY at DESC LIMIT ?",
+                (self._config, count),
+            )
+            return [text for text, _ in rows][::-1]
+
+        return self._worker.submit(self._asked, act, [])
+
     def turns(self, id: int) -> Future[tuple[KeptTurn, ...]]:
         """All that was said in one, in order."""
         return self._worker.submit(self._asked, lambda connection: _turns(connection, id), ())
