@@ -21,12 +21,14 @@ from prompt_toolkit.key_binding.key_processor import KeyPress
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output.vt100 import Vt100_Output
 
+from vllm_sleep_tui.fleet.pictures import dropped
+
 _PASTES, _NO_PASTES = "\x1b[?2004h", "\x1b[?2004l"
 """Have the terminal say what was pasted, and not."""
 
 
 class LineEditor:
-    """Reads questions from stdin, a terminal, and draws on stderr, or on stdout where that is the terminal."""
+    """Reads questions from stdin, a terminal, and draws on stderr, or on stdout if that is the terminal."""
 
     def __init__(self, prompt: str, earlier: Sequence[str]) -> None:
         """`earlier` are questions that ↑ goes back to, the first one first."""
@@ -64,7 +66,7 @@ class LineEditor:
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """For all the conversation: what is typed during an answer waits for the next `read`, undrawn and whole.
+        """For all the conversation: what is typed during an answer waits, undrawn, for the next `read`.
 
         Ctrl-C stays a signal. Line by line, as a terminal is at first, the kernel would cut at 4,095 bytes.
         """
@@ -118,5 +120,11 @@ def _keys() -> KeyBindings:
     @keys.add(Keys.Escape, Keys.ControlM)
     def begin_a_line(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
+
+    @keys.add(Keys.BracketedPaste)
+    def paste(event: KeyPressEvent) -> None:
+        text = event.data.replace("\r\n", "\n").replace("\r", "\n")
+        marks = dropped(text)
+        event.current_buffer.insert_text(text if marks is None else f"{marks} ")
 
     return keys
