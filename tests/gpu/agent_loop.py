@@ -4,9 +4,9 @@
 
 The environment names vLLM and the two models (`gpu_config.py`); `serve` has the gateway. In blocks of ten
 turns, one kind after the other: `both` asks a planner and a worker that are two models, `a` and `b` ask one
-model for both. Each turn is a streamed chat with what the turn before said, and as many tokens as every other.
-DIR/agent-loop.jsonl has a line for each turn: seconds to its first token and to its end. Begun again it goes on
-where it stopped; what came out is DIR/agent-loop.json.
+model for both. Each turn is a streamed chat with what the turn before said, and as many tokens as any other.
+DIR/agent-loop.jsonl has a line for each turn: seconds to its first token and to its end. Begun again it goes
+on where it stopped; what came out is DIR/agent-loop.json.
 """
 
 from __future__ import annotations
