@@ -3,7 +3,7 @@
     mcp_agent.py BASE PLANNER WORKER TURNS        the agent; a line of JSON at its end
     mcp_agent.py --tools BASE WORKER              the tool server, JSON-RPC by lines over its standard streams
 
-The agent starts the tool server as a child, lists its tools, and gives them to the planner with every request.
+The agent starts the tool server as a child, lists its tools, and gives them to the planner with each request.
 What the planner calls (or says, where its server makes no tool calls) goes to the tool, which asks the worker
 through the same gateway; its answer goes back to the planner.
 """

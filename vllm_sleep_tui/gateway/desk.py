@@ -117,9 +117,7 @@ class Desk:
         if self._timer is not None:
             self._timer.cancel()
         for lane in self._scheduler.lanes.values():
-            self._refuse(
-                lane, Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "The gateway is ending.", retry_after=5)
-            )
+            self._refuse(lane, self._ending())
         for task in self._switching.values():
             task.cancel()
         await asyncio.gather(*self._switching.values(), return_exceptions=True)
@@ -131,7 +129,7 @@ class Desk:
         queue is full."""
         lane = self._scheduler.lane(ask.target.model)
         if not self._is_open:
-            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "The gateway is ending.", retry_after=5)
+            raise self._ending()
         now = asyncio.get_running_loop().time()
         if not self._scheduler.lets_in(lane.name) and self._scheduler.waiting >= self._config.queue:
             message = f"{self._scheduler.waiting} requests wait, as many as may (`gateway: {{queue: …}}`)."
@@ -143,7 +141,9 @@ class Desk:
         return self._wait(ask, lane)
 
     def bounce(self, ask: Ask) -> asyncio.Future[None]:
-        """Its model was not awake after all: it waits again."""
+        """Its model was not awake after all: it waits again. Raises Refusal when the gateway ends."""
+        if not self._is_open:
+            raise self._ending()
         ask.began = None
         self._ways.pop(ask.target.model, None)
         self._scheduler.bounced(ask)
@@ -163,6 +163,9 @@ class Desk:
         if way is None:
             way = self._ways[model] = await self._fleet.way(model)
         return way
+
+    def _ending(self) -> Refusal:
+        return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "The gateway is ending.", retry_after=5)
 
     def _wait(self, ask: Ask, lane: Lane) -> asyncio.Future[None]:
         future = self._turns[ask] = asyncio.get_running_loop().create_future()
