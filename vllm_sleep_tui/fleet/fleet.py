@@ -222,9 +222,12 @@ class Fleet:
         return await self._backend(name).way()
 
     def served_names(self, name: str) -> tuple[str, ...]:
-        """What a request may call the model: its name, its aliases, its adapters."""
-        model = self._core.model_config(name)
-        return name, *model.aliases, *ServeArgs(model.args).adapters
+        """What a request may call the model: its name, its aliases."""
+        return name, *self._core.model_config(name).aliases
+
+    def adapters(self, name: str) -> tuple[str, ...]:
+        """The adapters that its server has, each asked for by its name."""
+        return tuple(ServeArgs(self._core.model_config(name).args).adapters)
 
     def want(self, names: Iterable[str]) -> None:
         """Say that requests wait for these models, for some seconds: nobody puts them away."""
