@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from tests.fleet.conftest import Box
 from tests.fleet.random_operations import RandomOperations
 from tests.fleet.watch import Watch

@@ -597,7 +597,8 @@ class Dashboard(LookingScreen):
             return
         if not kind:
             chooser = Chooser(f"Copy of {name}", list(copies.items()), "⏎ copies, esc does not")
-            kind = await self.app.push_screen_wait(chooser) or ""
+            chosen: str | None = await self.app.push_screen_wait(chooser)
+            kind = chosen or ""
         if kind in copies:
             self._copy(copies[kind], f"the {kind} of {name}")
         elif kind:
