@@ -19,7 +19,7 @@ from textual.widgets import Input, Label, Static, TextArea
 from vllm_sleep_tui.config.parameters import ParameterError, Parameters, parameters
 from vllm_sleep_tui.paths import here
 from vllm_sleep_tui.text import one_line
-from vllm_sleep_tui.tui.screens.dialogs import ModelChooser
+from vllm_sleep_tui.tui.screens.dialogs import Chooser
 
 _LINES = {
     "temperature": ("temperature", "0 to 100"),
@@ -121,7 +121,7 @@ class ParametersScreen(ModalScreen[Parameters | None]):
             self._tell("There is no preset.\nKeep one here: a name in the last line, then ^s.")
             return
         rows = [(name, one_line(preset.words())) for name, preset in known.items()]
-        chosen = await self.app.push_screen_wait(ModelChooser("Presets", rows, "⏎ fills in, esc does not"))
+        chosen = await self.app.push_screen_wait(Chooser("Presets", rows, "⏎ fills in, esc does not"))
         if chosen is not None:
             self._fill(known[chosen])
             self.query_one("#preset", Input).value = chosen

@@ -14,11 +14,12 @@ from textual.timer import Timer
 
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.conversations import Conversations
+from vllm_sleep_tui.fleet.pictures import pictures_in
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Prediction, Progress, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line
+from vllm_sleep_tui.tui.drawing.preview import Preview, looked_at
 from vllm_sleep_tui.tui.drawing.turns import Answer
-from vllm_sleep_tui.tui.drawing.turns import Question as QuestionTurn
 from vllm_sleep_tui.tui.screens.chances import ChancesScreen
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
 from vllm_sleep_tui.tui.screens.parameters import ParametersScreen
@@ -224,15 +225,16 @@ class ChatPane(Vertical):
         One that is asked `again`, edited or as it was, takes the place of the last question and its answer,
         and not before.
         """
-        is_same = again and text == self._last_text(self._talks[name])
-        if self._is_free(name) and await self._agrees(name):
+        is_same = again and text == self._talks[name].asked
+        shows = await self._shows(name, text) if self._is_free(name) else None
+        if shows is not None and await self._agrees(name):
             # The same prompt found room before.
             fits = is_same or await self._fits(name, self._talks[name], text)
             if fits and self._is_free(name):  # while it was asked about, nothing else began
                 talk = self._talks[name]
                 if again:
                     self._take_back(talk)
-                self._ask(name, talk, text)
+                self._ask(name, talk, text, shows)
                 return
         if not is_same:
             self._give_back(text)
@@ -241,6 +243,18 @@ class ChatPane(Vertical):
         if not self.input.give_back(text):
             words = "What was not asked is kept while you write something else: ↑ in the input goes to it."
             self.notify(words, markup=False)
+
+    async def _shows(self, name: str, text: str) -> list[Preview] | None:
+        """The pictures that a question names; None if they cannot be sent, and the person is told why."""
+        if "@" not in text:
+            return []
+        try:
+            pictures = await asyncio.to_thread(pictures_in, text)
+            await self._fleet.check_sees(name, pictures)
+            return await asyncio.to_thread(lambda: [looked_at(picture) for picture in pictures])
+        except PanelError as error:
+            self.notify(f"{error.what}\n{error.cure}", severity="warning", markup=False)
+            return None
 
     def _is_free(self, name: str) -> bool:
         """Whether a model may be asked now; if not, the person is told."""
@@ -291,11 +305,11 @@ class ChatPane(Vertical):
             self.transcript.show(talk.turns, _HINT)
         return answer is not None
 
-    def _ask(self, name: str, talk: Talk, text: str) -> None:
+    def _ask(self, name: str, talk: Talk, text: str, shows: list[Preview]) -> None:
         view = self._view
         assert view is not None
         was_started = view.snapshot.model(name).state not in (State.AWAKE, State.ASLEEP)
-        entry = talk.ask(text, name, view.colors[name], was_started=was_started)
+        entry = talk.ask(text, name, view.colors[name], was_started=was_started, shows=shows)
         self.input.earlier = talk.questions
         self._shown(talk)
         if talk is self._talk:
@@ -448,13 +462,9 @@ class ChatPane(Vertical):
         talk = self._talk
         if talk is None or not self._is_free(talk.handle.model):
             return None
-        if (text := self._last_text(talk)) is None:
+        if talk.asked is None:
             self.notify("Nothing was asked yet.", markup=False)
-        return text
-
-    def _last_text(self, talk: Talk) -> str | None:
-        asked = talk.last_asked
-        return asked.turn.text if asked is not None and isinstance(asked.turn, QuestionTurn) else None
+        return talk.asked
 
     def _take_back(self, talk: Talk) -> None:
         talk.drop_last()
