@@ -203,11 +203,15 @@ class Talk:
         told = self.messages()
         return told[:-1] if told and told[-1]["role"] == "assistant" else []
 
+    def pair(self) -> tuple[Entry, Entry] | None:
+        """The last two answers to one question; None if there are no two."""
+        pair = [entry for entry in self._shown()[-2:] if isinstance(entry.turn, Answer)]
+        return (pair[0], pair[1]) if len(pair) == 2 else None
+
     def compare(self) -> str:
         """How the last two answers to one question differ, in words; empty if there are no two."""
-        shown = self._shown()
-        pair = [entry for entry in shown[-2:] if isinstance(entry.turn, Answer)]
-        if len(pair) < 2:
+        pair = self.pair()
+        if pair is None:
             return ""
         texts = [entry.turn.text.split() for entry in pair if isinstance(entry.turn, Answer)]
         same = (
