@@ -45,6 +45,7 @@ EARLIER = 500
 @click.command()
 @click.argument("name")
 @click.argument("prompt", required=False)
+@click.argument("others", nargs=-1, metavar="")
 @click.option("-c", "--continue", "goes_on", is_flag=True, help="Go on with the model's last conversation.")
 @click.option("--system", metavar="TEXT", help="What the model is told before everything else.")
 @click.option(
@@ -59,6 +60,18 @@ EARLIER = 500
 @click.option("--temperature", type=click.FloatRange(0), help="0 is the likeliest word each time.")
 @click.option("--max-tokens", type=click.IntRange(1), help="The longest answer.")
 @click.option("--seed", type=int, help="The same seed, the same answer, as far as the server can.")
+@click.option(
+    "--prompts",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Ask each NAME … the prompts of a file: one a line, or objects in a .jsonl.",
+)
+@click.option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where the answers to --prompts go; what is there is not asked again.",
+)
 @json_option
 @config_option
 @click.pass_context
@@ -66,6 +79,9 @@ def chat(
     ctx: click.Context,
     name: str,
     prompt: str | None,
+    others: tuple[str, ...],
+    prompts: Path | None,
+    out: Path | None,
     goes_on: bool,
     system: str | None,
     images: tuple[Path, ...],
@@ -80,9 +96,25 @@ def chat(
     What stands on stdin follows PROMPT, as in: cat FILE | vllm-sleep-tui chat NAME "Summarise:".
     On a terminal without PROMPT it is a conversation, until Ctrl-D; Ctrl-C stops an answer. A conversation is
     kept, and a single question with -c. In a conversation @FILE in a question shows a picture.
+    With --prompts several models are asked: vllm-sleep-tui chat --prompts FILE NAME NAME.
     """
     loaded = load_config(ctx)
     loaded.model(name)
+    sent = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    params = {key: value for key, value in sent.items() if value is not None}
+    if prompts is not None:
+        if goes_on or images:
+            raise UsageError("--prompts goes with neither -c nor --image.", "Leave them out.")
+        from vllm_sleep_tui.cli.evaluation import ask_all  # a single question does without
+
+        names = (name, *([prompt] if prompt is not None else []), *others)
+        ask_all(loaded, names, prompts, out, system=system, params=params, stays=stays, as_json=as_json)
+        return
+    if others or out is not None:
+        raise UsageError(
+            "More than one word follows the name." if others else "--out goes with --prompts.",
+            f'Quote the prompt: vllm-sleep-tui chat {name} "Why is it so?"',
+        )
     given = _joined(prompt, "" if sys.stdin.isatty() else _read_all())
     pictures = look_at(images)
     if given is not None:
@@ -90,11 +122,10 @@ def chat(
         given = marked(given, pictures)
     elif pictures:
         raise UsageError("--image needs a PROMPT.", "In a conversation write @FILE in a question.")
-    params = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     asking = Asking(
         name=name,
         system=system,
-        params={key: value for key, value in params.items() if value is not None},
+        params=params,
         stays=stays,
     )
     keeps = loaded.config.keep_conversations and (goes_on or given is None)
