@@ -11,7 +11,7 @@ import msgspec
 
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError, RefusedError
-from vllm_sleep_tui.fleet.advice import Advice
+from vllm_sleep_tui.fleet.advice import Advice, apply_text
 from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.pictures import Picture
@@ -200,6 +200,9 @@ class ScriptedFleet:
 
     def reload(self, loaded: LoadedConfig) -> None:
         self.loaded = loaded
+
+    async def apply(self, text: str) -> None:
+        self.reload(await asyncio.to_thread(apply_text, self.loaded, text, self.state_dir))
 
     async def advice(self) -> Advice:
         assert self.advised is not None

@@ -34,6 +34,10 @@ class PanelFleet(Protocol):
         """Go on with a changed config file."""
         ...
 
+    async def apply(self, text: str) -> None:
+        """Write this text to the config file and go on with it."""
+        ...
+
     async def advice(self) -> Advice:
         """What to do with each model and GPU."""
         ...
