@@ -102,7 +102,7 @@ def test_what_is_missing_in_the_end_is_a_failure_and_others_are_asked(
     awake = next(name for name, model in line.status().items() if model["state"] == "awake" and name != "far")
     done = shell(line, "chat", "big", awake, "--prompts", str(prompts), "--no-switch")
     assert done.returncode == 1
-    assert "big is stopped, and --no-switch leaves it so.\n" in done.stderr
+    assert "big, 1/1: big is stopped, and --no-switch leaves it so." in done.stderr
     assert done.stderr.splitlines()[-2:] == [
         "1 of 2 answers are missing.",
         "The same command asks what is missing, and nothing else.",

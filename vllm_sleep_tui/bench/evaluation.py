@@ -6,7 +6,6 @@ answer is a line of its own, written when it is whole: killed in the middle, the
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import statistics
@@ -199,13 +198,12 @@ async def evaluate(
     for name in sorted(names, key=lambda name: states[name] is not State.AWAKE):
         missing = list(_missing(name, prompts, answers, system, asked))
         tell(f"{name}: {len(missing)} of {len(prompts)} to ask")
-        if missing and stays and states[name] is not State.AWAKE:
-            tell(f"{name} is {states[name].value}, and --no-switch leaves it so.")
-            continue
         failed = 0
         for number, prompt in enumerate(missing, 1):
             try:
-                answers.add(await _ask(fleet, name, prompt, prompt.system or system, asked, report))
+                answers.add(
+                    await _ask(fleet, name, prompt, prompt.system or system, asked, report, stays=stays)
+                )
             except CancelledByUser:
                 raise
             except PanelError as error:
@@ -234,6 +232,8 @@ async def _ask(
     system: str | None,
     params: Mapping[str, Any],
     report: Report | None,
+    *,
+    stays: bool,
 ) -> Answer:
     """One whole answer; raises OperationError for one that is cut off by anything but its limit."""
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -242,18 +242,17 @@ async def _ask(
     thoughts: list[str] = []
     found: dict[str, Any] = {}
     first = last = 0.0
-    async with contextlib.aclosing(fleet.chat(name, messages, params=params, report=report)) as events:
-        async for event in events:
-            if event.error:
-                raise OperationError(event.error)
-            if event.text or event.reasoning:
-                last = time.monotonic()
-                first = first or last
-            texts.append(event.text)
-            thoughts.append(event.reasoning)
-            for field in ("finish_reason", "prompt_tokens", "completion_tokens", "switch_seconds", "ttft"):
-                if (value := getattr(event, field)) is not None:
-                    found[field] = value
+    async for event in fleet.chat(name, messages, params=params, report=report, switches=not stays):
+        if event.error:
+            raise OperationError(event.error)
+        if event.text or event.reasoning:
+            last = time.monotonic()
+            first = first or last
+        texts.append(event.text)
+        thoughts.append(event.reasoning)
+        for field in ("finish_reason", "prompt_tokens", "completion_tokens", "switch_seconds", "ttft"):
+            if (value := getattr(event, field)) is not None:
+                found[field] = value
     if found.get("finish_reason") in (None, "abort"):
         raise OperationError("It was stopped or put to sleep in the middle of its answer.")
     tokens = found.get("completion_tokens") or 0

@@ -292,6 +292,21 @@ KEYS: tuple[Key, ...] = (
         in_footer=False,
     ),
     Key(
+        key="p,ctrl+s",
+        action="chat_parameters",
+        short="how to ask",
+        help="How the model is asked: system prompt, temperature, seed, stop, JSON schema, presets",
+        shown="p ^s",
+        in_footer=False,
+    ),
+    Key(
+        key="i",
+        action="chat_chances",
+        short="chances",
+        help="How likely each token of the answer was, and what else might have stood there",
+        in_footer=False,
+    ),
+    Key(
         key="y",
         action="copy_answer",
         short="copy",

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from vllm_sleep_tui.engine.chat import SEES_CURE, Thinking, refusal, with_pictures
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
-from vllm_sleep_tui.errors import PanelError, RefusedError, UsageError
+from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.backend import backend_of
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.pictures import Picture, data_url
@@ -36,15 +36,23 @@ async def answer(
     messages: Sequence[Mapping[str, Any]],
     params: Mapping[str, Any],
     report: Report | None,
+    *,
+    switches: bool = True,
 ) -> AsyncIterator[ChatEvent]:
     """The pieces of an answer; what goes wrong in the middle comes as the last event's `error`.
 
     A message may have `pictures`, which are read now. Raises PanelError before anything is switched if they
-    cannot be sent.
+    cannot be sent. Without `switches` a model that is not awake raises OperationError. One that falls asleep
+    after that look is woken by nobody: its gate turns the request away.
     """
     name, backend = model.name, backend_of(model)
     messages = await asyncio.to_thread(_sendable, model, messages)
-    if await backend.state() is not State.AWAKE:
+    if (state := await backend.state()) is not State.AWAKE:
+        if not switches:
+            raise OperationError(
+                f"{name} is {state.value}, and --no-switch leaves it so.",
+                f"Switch: vllm-sleep-tui switch {name}",
+            )
         ledger = await switcher.switch(name, report=report)
         yield ChatEvent(model=name, switch_seconds=ledger.total, switch_times=ledger)
     began, first = time.monotonic(), True
@@ -55,7 +63,7 @@ async def answer(
     try:
         async for delta in stream:
             ttft = None
-            if first and (delta.text or delta.reasoning):
+            if first and (delta.text or delta.reasoning or delta.calls):
                 ttft, first = time.monotonic() - began, False
             text, reasoning = thinking.feed(delta)
             finish = delta.finish_reason or finish
@@ -63,6 +71,8 @@ async def answer(
                 model=name,
                 text=text,
                 reasoning=reasoning,
+                calls=delta.calls,
+                chances=delta.chances,
                 finish_reason=delta.finish_reason,
                 prompt_tokens=delta.prompt_tokens,
                 completion_tokens=delta.completion_tokens,

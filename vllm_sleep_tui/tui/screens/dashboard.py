@@ -457,6 +457,14 @@ class Dashboard(LookingScreen):
         """Begin a conversation."""
         self.query_one(ChatPane).new()
 
+    def action_chat_parameters(self) -> None:
+        """How the model is asked."""
+        self.query_one(ChatPane).choose_parameters()
+
+    def action_chat_chances(self) -> None:
+        """How likely the tokens of an answer were."""
+        self.query_one(ChatPane).show_chances()
+
     @work
     async def action_chat_list(self) -> None:
         """The conversations that were kept."""
