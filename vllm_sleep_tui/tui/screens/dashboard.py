@@ -490,6 +490,10 @@ class Dashboard(LookingScreen):
             self.add_class("-chatting")
             chat.ask_another(other)
 
+    def action_side_by_side(self) -> None:
+        """The last two answers to one question beside each other."""
+        self.query_one(ChatPane).side_by_side()
+
     @work(exclusive=True, group="editor")
     async def action_chat_editor(self) -> None:
         """Write the question in the person's own editor; answers and the gateway go on meanwhile."""
