@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from vllm_sleep_tui.cli.moving import GATEWAY_PORT, Found, config_lines, read, r
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.config.schema import write_schema
 from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
-from vllm_sleep_tui.errors import RefusedError, UsageError
+from vllm_sleep_tui.errors import PanelError, RefusedError, UsageError
 from vllm_sleep_tui.files import is_taken, read_regular, trust, write_private
 from vllm_sleep_tui.fleet.survey import (
     CachedModel,
@@ -69,7 +70,9 @@ def init(ctx: click.Context, force: bool, schema: bool, source: str | None) -> N
     machine = look_around(here())
     for line in describe(machine):
         say(line)
-    write_private(path, (config_text(machine) if found is None else moved_text(machine, found)).encode())
+    content = config_text(machine) if found is None else moved_text(machine, found)
+    check_text(path, content)
+    write_private(path, content.encode())
     for note in found.notes if found is not None else ():
         say(f"not carried over: {note}")
     loaded = load(path)
@@ -96,6 +99,19 @@ def found_in(source: str) -> Found:
     except OSError as error:
         raise UsageError(f"{source} cannot be read: {error.strerror}.", "Name another file.") from None
     return read(content.decode(errors="replace"), source)
+
+
+def check_text(path: Path, content: str) -> None:
+    """Raises UsageError if this would be no config: what is there stays."""
+    with tempfile.TemporaryDirectory(prefix=f".{CONFIG_NAME}-", dir=path.parent) as folder:
+        tried = Path(folder) / path.name
+        write_private(tried, content.encode())
+        try:
+            load(tried)
+        except PanelError as error:
+            what = error.what.replace(str(tried), str(path))
+            cure = f"{error.cure} Nothing was written. What it was made from may need a change.".lstrip()
+            raise UsageError(what, cure) from None
 
 
 def moved_text(machine: Surroundings, found: Found) -> str:
