@@ -82,6 +82,8 @@ class PanelApp(App[None]):
         conversations: Conversations | None = None,
         post: Post | None = None,
         watch: ConfigWatch | None = None,
+        begin: str | None = None,
+        hint: str = "",
     ) -> None:
         self._files, self._complaints = load_themes(theme_folders)
         super().__init__()
@@ -91,6 +93,7 @@ class PanelApp(App[None]):
         self.post = post
         """The gateway, open or not."""
         self._watch = watch
+        self._begin, self._hint = begin, hint
         self.is_told_to_leave = False
         """By a signal or the terminal's end, and not by the person."""
         self._memory = state_dir / "panel.json"
@@ -120,7 +123,11 @@ class PanelApp(App[None]):
         self.set_interval(READING_SECONDS, self._look_at_config)
         for complaint in self._complaints:
             self.notify(complaint, severity="warning", timeout=12, markup=False)
-        if self._autostart:
+        if self._hint:
+            self.notify(self._hint, timeout=20, markup=False)
+        if self._begin is not None and not self.dashboard.running_models():
+            self.dashboard.call_after_refresh(self.dashboard.start, [self._begin])
+        elif self._autostart:
             self.dashboard.call_after_refresh(self.dashboard.ask_autostart, self._autostart)
 
     def _keep_reading(self) -> None:
@@ -265,7 +272,7 @@ class PanelApp(App[None]):
             self.dashboard.action_quit_panel()
 
 
-async def _run(loaded: LoadedConfig, state_dir: Path, agrees: Agrees) -> int:
+async def _run(loaded: LoadedConfig, state_dir: Path, agrees: Agrees, begin: str | None, hint: str) -> int:
     marked = [name for name, model in loaded.config.models.items() if model.autostart]
     folders = (package_folder(), paths.config_dir() / "themes")
     async with Fleet(loaded, state_dir, leads=True) as fleet:
@@ -280,6 +287,8 @@ async def _run(loaded: LoadedConfig, state_dir: Path, agrees: Agrees) -> int:
             conversations=Conversations(state_dir, loaded.path, keeps=loaded.config.keep_conversations),
             post=post,
             watch=ConfigWatch(loaded, agrees),
+            begin=begin,
+            hint=hint,
         )
         loop = asyncio.get_running_loop()
         Leaving(
@@ -322,6 +331,11 @@ def _say(words: str) -> None:
         print(words, file=sys.stderr)  # noqa: T201
 
 
-def run_panel(loaded: LoadedConfig, state_dir: Path, agrees: Agrees) -> int:
-    """Open the fleet, then the panel over it; servers outlive both. The exit code."""
-    return asyncio.run(_run(loaded, state_dir, agrees))
+def run_panel(
+    loaded: LoadedConfig, state_dir: Path, agrees: Agrees, *, begin: str | None = None, hint: str = ""
+) -> int:
+    """Open the fleet, then the panel over it; servers outlive both. The exit code.
+
+    `begin` is a model to start if no server runs yet, `hint` what to tell first.
+    """
+    return asyncio.run(_run(loaded, state_dir, agrees, begin, hint))
