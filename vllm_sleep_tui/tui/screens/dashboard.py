@@ -125,7 +125,9 @@ class Dashboard(LookingScreen):
 
     def _fit_timeline(self) -> None:
         timeline = self.query_one(Timeline)
-        rows = min(len(self.fleet.snapshot().models), self.size.height // 3)
+        models = len(self.fleet.snapshot().models)
+        rows = min(models, self.size.height // 3)
+        self.set_class(models > rows, "-many")
         spare = self.size.height - TIMELINE_HEIGHT - rows - timeline.lanes
         self.set_class(spare < 0, "-cramped")
         timeline.shows_served = spare >= SERVED_HEIGHT
@@ -588,7 +590,8 @@ class Dashboard(LookingScreen):
             return
         if not kind:
             chooser = Chooser(f"Copy of {name}", list(copies.items()), "⏎ copies, esc does not")
-            kind = await self.app.push_screen_wait(chooser) or ""
+            chosen = await self.app.push_screen_wait(chooser)
+            kind = chosen or ""
         if kind in copies:
             self._copy(copies[kind], f"the {kind} of {name}")
         elif kind:
