@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 
 READING_SECONDS = 1.0
+REST_SECONDS = 0.5
+"""After the first screen."""
 MAX_MEMORY = 2**16
 _TOAST_WIDTH, _TOAST_SHARE = 54, 6
 """Cells of a toast's text, and the part of the screen's height that its lines may take."""
@@ -121,6 +124,7 @@ class PanelApp(App[None]):
         self.push_screen(self.dashboard)
         self.set_interval(READING_SECONDS, self._keep_reading)
         self.set_interval(READING_SECONDS, self._look_at_config)
+        self.set_timer(REST_SECONDS, self._import_rest)
         for complaint in self._complaints:
             self.notify(complaint, severity="warning", timeout=12, markup=False)
         if self._hint:
@@ -134,6 +138,11 @@ class PanelApp(App[None]):
         """The course of the GPUs' figures has no gaps where a screen was looked at that shows none."""
         if not isinstance(self.screen, (Dashboard, GpuScreen)):
             self.dashboard.readings.see(self.fleet.snapshot())
+
+    def _import_rest(self) -> None:
+        """Import what the first request and the first answer need while nobody waits for it."""
+        for name in ("httpx", "markdown_it"):
+            self.run_worker(partial(importlib.import_module, name), thread=True, exit_on_error=False)
 
     async def _look_at_config(self) -> None:
         """Go on with a config that was changed on disk, and say what is another than before."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_sleep_tui.engine.chat import Thinking, refusal
-from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.backend import backend_of
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, Report, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
+
+if TYPE_CHECKING:  # with httpx, which a panel that is opening does without
+    from vllm_sleep_tui.engine.client import VllmClient
 
 UNFINISHED = "The server ended the answer without saying that it is whole."
 FIRST_LIMIT = 300.0

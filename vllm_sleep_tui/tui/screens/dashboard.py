@@ -23,7 +23,6 @@ from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot, Predicti
 from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.drawing.timeline import WINDOWS
 from vllm_sleep_tui.tui.keys import bindings
-from vllm_sleep_tui.tui.screens.advice import AdviceScreen
 from vllm_sleep_tui.tui.screens.conversations import ConversationList
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Chooser, Help, Question
 from vllm_sleep_tui.tui.screens.events import EventScreen
@@ -666,6 +665,8 @@ class Dashboard(LookingScreen):
 
     def action_advice(self) -> None:
         """What to do with each model."""
+        from vllm_sleep_tui.tui.screens.advice import AdviceScreen  # reads checkpoints; seldom looked at
+
         self.app.push_screen(AdviceScreen(self.fleet))
 
     def action_zoom(self, step: int) -> None:
