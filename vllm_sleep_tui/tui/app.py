@@ -124,7 +124,7 @@ class PanelApp(App[None]):
         self.push_screen(self.dashboard)
         self.set_interval(READING_SECONDS, self._keep_reading)
         self.set_interval(READING_SECONDS, self._look_at_config)
-        self.set_timer(REST_SECONDS, self._import_rest)
+        self.dashboard.call_after_refresh(self.set_timer, REST_SECONDS, self._import_rest)
         for complaint in self._complaints:
             self.notify(complaint, severity="warning", timeout=12, markup=False)
         if self._hint:
