@@ -26,7 +26,7 @@ from vllm_sleep_tui.cli.common import (
     open_streams,
     say,
 )
-from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.errors import PanelError, UsageError
 from vllm_sleep_tui.files import private_dir, write_private
 from vllm_sleep_tui.paths import has_config, state_dir
 from vllm_sleep_tui.text import clean, one_line
@@ -49,6 +49,7 @@ VERBS: dict[str, str] = {
     "doctor": "doctor",
     "demo": "demo",
     "serve": "serve",
+    "web": "web",
     "advise": "advise",
     "orphans": "orphans",
 }
@@ -76,21 +77,28 @@ class Verbs(click.Group):
 
 @click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @config_option
+@click.option("--read-only", is_flag=True, help="A panel that only looks: it changes no server.")
 @click.version_option(__version__, prog_name="vllm-sleep-tui")
 @click.pass_context
-def command(ctx: click.Context) -> None:
+def command(ctx: click.Context, read_only: bool) -> None:
     """Switch between vLLM models that do not fit on the GPU together; without a verb: the panel."""
     if ctx.invoked_subcommand is None:
         need_terminal()
-        ctx.exit(open_first(ctx) if given_config(ctx) is None and not has_config() else open_panel(ctx))
+        is_first = given_config(ctx) is None and not has_config() and not read_only
+        ctx.exit(open_first(ctx) if is_first else open_panel(ctx, read_only=read_only))
+    elif read_only:
+        raise UsageError(
+            f"--read-only is for the panel, not for `{ctx.invoked_subcommand}`.",
+            "Leave it out, or the verb; behind `web` it stands after it.",
+        )
 
 
-def open_panel(ctx: click.Context, *, begin: str | None = None) -> int:
+def open_panel(ctx: click.Context, *, read_only: bool = False, begin: str | None = None) -> int:
     """The panel over the config of this command, with a model to start; the exit code."""
-    loaded = load_config(ctx)
+    loaded = load_config(ctx, only_looks=read_only)
     from vllm_sleep_tui.tui.app import run_panel
 
-    return run_panel(loaded, state_dir(), agreement(ctx), begin=begin)
+    return run_panel(loaded, state_dir(), agreement(ctx), read_only=read_only, begin=begin)
 
 
 def open_first(ctx: click.Context) -> int:

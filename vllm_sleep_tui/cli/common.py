@@ -122,6 +122,8 @@ def _ask(loaded: LoadedConfig) -> None:
 
 def need_terminal() -> None:
     """Raises UsageError where no panel can be shown: Textual reads stdin and draws on stderr."""
+    if "TEXTUAL_DRIVER" in os.environ:
+        return  # a browser is at the other end, see `web`
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise UsageError(
             "The panel needs a terminal to read keys from and to draw on.",

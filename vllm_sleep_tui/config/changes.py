@@ -50,5 +50,6 @@ def launch_part(config: Config, name: str) -> tuple[object, ...]:
         model.aliases,
         model.vllm_command or config.vllm_command,
         model.sleep_backend,
+        model.kv_cache,
         model.api_key,
     )

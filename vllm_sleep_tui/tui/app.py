@@ -34,7 +34,7 @@ from vllm_sleep_tui.gateway.gateway import Post
 from vllm_sleep_tui.leaving import Leaving, leave_at_once
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.drawing.paint import cut, wrap
-from vllm_sleep_tui.tui.keys import KEYS
+from vllm_sleep_tui.tui.keys import keys_of
 from vllm_sleep_tui.tui.screens.dashboard import Dashboard
 from vllm_sleep_tui.tui.screens.dialogs import ThemeChooser
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
@@ -209,11 +209,12 @@ class PanelApp(App[None]):
         """
         if not isinstance(screen, Dashboard):
             return
-        dashboard = self.dashboard
-        for key in KEYS:
+        dashboard, snapshot = self.dashboard, self.fleet.snapshot()
+        keys = keys_of(read_only=snapshot.read_only)
+        for key in keys:
             yield SystemCommand(key.help, f"key {key.cap}", partial(dashboard.run_action, key.action))
-        for model in self.fleet.snapshot().models:
-            for key in filter(lambda key: key.named, KEYS):
+        for model in snapshot.models:
+            for key in filter(lambda key: key.named, keys):
                 words, does = key.named.replace("{}", model.name), partial(dashboard.act_on, model.name)
                 is_switch = key.action == "switch"
                 yield SystemCommand(words, model.source, partial(does, key.action), discover=is_switch)
@@ -281,12 +282,20 @@ class PanelApp(App[None]):
             self.dashboard.action_quit_panel()
 
 
-async def _run(loaded: LoadedConfig, state_dir: Path, agrees: Agrees, begin: str | None, hint: str) -> int:
-    marked = [name for name, model in loaded.config.models.items() if model.autostart]
+async def _run(
+    loaded: LoadedConfig,
+    state_dir: Path,
+    agrees: Agrees,
+    *,
+    read_only: bool,
+    begin: str | None,
+    hint: str,
+) -> int:
+    marked = [name for name, model in loaded.config.models.items() if model.autostart and not read_only]
     folders = (package_folder(), paths.config_dir() / "themes")
-    async with Fleet(loaded, state_dir, leads=True) as fleet:
+    async with Fleet(loaded, state_dir, leads=True, read_only=read_only) as fleet:
         post = Post(fleet, loaded.config.gateway or GatewayConfig())
-        if loaded.config.gateway is not None:
+        if loaded.config.gateway is not None and not read_only:
             post.start()
         app = PanelApp(
             fleet,
@@ -294,7 +303,7 @@ async def _run(loaded: LoadedConfig, state_dir: Path, agrees: Agrees, begin: str
             theme_folders=folders,
             autostart=marked,
             conversations=Conversations(state_dir, loaded.path, keeps=loaded.config.keep_conversations),
-            post=post,
+            post=None if read_only else post,
             watch=ConfigWatch(loaded, agrees),
             begin=begin,
             hint=hint,
@@ -341,10 +350,16 @@ def _say(words: str) -> None:
 
 
 def run_panel(
-    loaded: LoadedConfig, state_dir: Path, agrees: Agrees, *, begin: str | None = None, hint: str = ""
+    loaded: LoadedConfig,
+    state_dir: Path,
+    agrees: Agrees,
+    *,
+    read_only: bool = False,
+    begin: str | None = None,
+    hint: str = "",
 ) -> int:
     """Open the fleet, then the panel over it; servers outlive both. The exit code.
 
     `begin` is a model to start if no server runs yet, `hint` what to tell first.
     """
-    return asyncio.run(_run(loaded, state_dir, agrees, begin, hint))
+    return asyncio.run(_run(loaded, state_dir, agrees, read_only=read_only, begin=begin, hint=hint))

@@ -23,6 +23,8 @@ class Key:
     """What it does to one model, `{}` for its name, if the palette offers it for each by name."""
     is_first: bool = False
     """Heeded before the widget in focus hears it; a letter is text all the same where text is typed."""
+    changes: bool = False
+    """Whether it changes a server, or opens a port: a panel that only looks has no such key."""
 
     @property
     def cap(self) -> str:
@@ -38,8 +40,16 @@ KEYS: tuple[Key, ...] = (
         named="Switch to {}",
         help="Switch to the selected model",
         shown="⏎",
+        changes=True,
     ),
-    Key(key="s", action="sleep", short="sleep", named="Put {} to sleep", help="Put it to sleep at its level"),
+    Key(
+        key="s",
+        action="sleep",
+        short="sleep",
+        named="Put {} to sleep",
+        help="Put it to sleep at its level",
+        changes=True,
+    ),
     Key(
         key="0",
         action="sleep_at(0)",
@@ -47,6 +57,7 @@ KEYS: tuple[Key, ...] = (
         named="Put {} to sleep at level 0",
         help="Put it to sleep at level 0 (weights kept in VRAM)",
         in_footer=False,
+        changes=True,
     ),
     Key(
         key="1",
@@ -55,6 +66,7 @@ KEYS: tuple[Key, ...] = (
         named="Put {} to sleep at level 1",
         help="Put it to sleep at level 1 (weights kept in RAM)",
         in_footer=False,
+        changes=True,
     ),
     Key(
         key="2",
@@ -63,6 +75,7 @@ KEYS: tuple[Key, ...] = (
         named="Put {} to sleep at level 2",
         help="Put it to sleep at level 2 (weights read again)",
         in_footer=False,
+        changes=True,
     ),
     Key(
         key="w",
@@ -70,9 +83,10 @@ KEYS: tuple[Key, ...] = (
         short="wake",
         named="Wake {}",
         help="Wake it; others sleep first where it needs their room",
+        changes=True,
     ),
-    Key(key="u", action="start", short="start", named="Start {}", help="Start it"),
-    Key(key="x", action="stop", short="stop", named="Stop {}", help="Stop it (asks)"),
+    Key(key="u", action="start", short="start", named="Start {}", help="Start it", changes=True),
+    Key(key="x", action="stop", short="stop", named="Stop {}", help="Stop it (asks)", changes=True),
     Key(
         key="r",
         action="restart",
@@ -80,6 +94,7 @@ KEYS: tuple[Key, ...] = (
         named="Restart {}",
         help="Restart it (asks)",
         in_footer=False,
+        changes=True,
     ),
     Key(
         key="U",
@@ -87,9 +102,24 @@ KEYS: tuple[Key, ...] = (
         short="start all",
         help="Start all models; one that cannot start is left out and named",
         in_footer=False,
+        changes=True,
     ),
-    Key(key="S", action="sleep_all", short="sleep all", help="Put all models to sleep", in_footer=False),
-    Key(key="X", action="stop_all", short="stop all", help="Stop all models (asks)", in_footer=False),
+    Key(
+        key="S",
+        action="sleep_all",
+        short="sleep all",
+        help="Put all models to sleep",
+        in_footer=False,
+        changes=True,
+    ),
+    Key(
+        key="X",
+        action="stop_all",
+        short="stop all",
+        help="Stop all models (asks)",
+        in_footer=False,
+        changes=True,
+    ),
     Key(
         key="c",
         action="chat",
@@ -128,8 +158,9 @@ KEYS: tuple[Key, ...] = (
         short="endpoint",
         help="One endpoint for every client: its address and requests, open and close it",
         in_footer=False,
+        changes=True,
     ),
-    Key(key="b", action="bench", short="bench", help="Measure the switches between two models"),
+    Key(key="b", action="bench", short="bench", help="Measure the switches between two models", changes=True),
     Key(key="a", action="advice", short="advice", help="What to do with each model, and why"),
     Key(
         key="plus,equals_sign",
@@ -285,6 +316,15 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
     ("tab", "Next part of the screen"),
 )
 """Keys that widgets handle themselves."""
+
+
+CHANGING = frozenset(key.action.partition("(")[0] for key in KEYS if key.changes)
+"""The actions that a panel that only looks does not take."""
+
+
+def keys_of(*, read_only: bool) -> list[Key]:
+    """The keys that such a panel has."""
+    return [key for key in KEYS if not (read_only and key.changes)]
 
 
 def bindings() -> list[BindingType]:

@@ -22,7 +22,7 @@ from vllm_sleep_tui.fleet.events import FleetEvent, Kind
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot, Prediction
 from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.drawing.timeline import WINDOWS
-from vllm_sleep_tui.tui.keys import bindings
+from vllm_sleep_tui.tui.keys import CHANGING, bindings
 from vllm_sleep_tui.tui.screens.conversations import ConversationList
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Chooser, Help, Question
 from vllm_sleep_tui.tui.screens.events import EventScreen
@@ -165,7 +165,9 @@ class Dashboard(LookingScreen):
         return 0 if post is None else sum(ask.state == "waiting" for ask in post.view().asks)
 
     def _prediction(self) -> Prediction | None:
-        return None if self.selected is None else self.fleet.predict(self.selected)
+        if self.selected is None or self.fleet.snapshot().read_only:
+            return None
+        return self.fleet.predict(self.selected)
 
     async def _tick(self) -> None:
         self._ticks += 1
@@ -196,6 +198,7 @@ class Dashboard(LookingScreen):
         self._is_busy = moving or bool(view.running)
         self.readings.see(view.snapshot)
         self.query_one(TopBand).show(view)
+        self.query_one(BottomBand).show_keys(read_only=view.snapshot.read_only)
         self.query_one(MemoryPanel).show(view)
         self._table.show(view)
         self.query_one(Detail).show(view)
@@ -240,6 +243,12 @@ class Dashboard(LookingScreen):
         hint = _TYPING_HINT if self.query_one(ChatPane).input.has_focus else ""
         hint = _FINDING_HINT if self.query_one(FindInput).has_focus else hint
         self.query_one(BottomBand).show_typing(hint)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """A panel that only looks has no key that changes anything; the fleet refuses it besides."""
+        if action in CHANGING and self.fleet.snapshot().read_only:
+            return False
+        return super().check_action(action, parameters)
 
     # ── what the keys do to models ──────────────────────────────────────────────────────────────────────────
 
@@ -410,7 +419,7 @@ class Dashboard(LookingScreen):
     @work(exclusive=True, group="quit")
     async def action_quit_panel(self) -> None:
         """Leave: at once if nothing runs, else after asking what becomes of the servers."""
-        running = self.running_models()
+        running = [] if self.fleet.snapshot().read_only else self.running_models()
         background = self.background()
         if not running and not self.operations.running and not background:
             self.app.exit()
@@ -589,7 +598,7 @@ class Dashboard(LookingScreen):
             return
         if not kind:
             chooser = Chooser(f"Copy of {name}", list(copies.items()), "⏎ copies, esc does not")
-            chosen = await self.app.push_screen_wait(chooser)
+            chosen: str | None = await self.app.push_screen_wait(chooser)
             kind = chosen or ""
         if kind in copies:
             self._copy(copies[kind], f"the {kind} of {name}")
@@ -701,4 +710,4 @@ class Dashboard(LookingScreen):
 
     def action_help(self) -> None:
         """All keys."""
-        self.app.push_screen(Help())
+        self.app.push_screen(Help(read_only=self.fleet.snapshot().read_only))

@@ -15,7 +15,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Label, OptionList, Static
 from textual.widgets.option_list import Option
 
-from vllm_sleep_tui.tui.keys import ELSEWHERE, KEYS
+from vllm_sleep_tui.tui.keys import ELSEWHERE, keys_of
 from vllm_sleep_tui.tui.words import GLOSSARY
 
 ROOMY_WIDTH = 80
@@ -82,11 +82,15 @@ class Help(ModalScreen[None]):
         Binding("escape,q,question_mark", "dismiss", "close", show=False)
     ]
 
+    def __init__(self, *, read_only: bool = False) -> None:
+        super().__init__()
+        self._read_only = read_only
+
     def compose(self) -> ComposeResult:
         """The keys, then the words."""
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold", justify="right")
-        for key in KEYS:
+        for key in keys_of(read_only=self._read_only):
             table.add_row(Text(key.cap), Text(key.help))
         for cap, words in ELSEWHERE:
             table.add_row(Text(cap), Text(words))

@@ -12,7 +12,7 @@ from textual.geometry import Size
 from vllm_sleep_tui.fleet.snapshot import GpuSnapshot
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Shown, Span, cut_line, line_width, middle, spread
-from vllm_sleep_tui.tui.keys import KEYS, Key
+from vllm_sleep_tui.tui.keys import Key, keys_of
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.units import GIB, counted, gib_cell
 
@@ -73,10 +73,11 @@ class TopBand(Shown):
     """Product, hardware, what is wrong, who is awake, the time."""
 
     def draw(self, view: View, size: Size) -> list[Line]:
-        """The one line; the badge of a simulation is never dropped."""
-        badge: list[Span] = (
-            [(" SIMULATED ", "ink-warning on-warning bold"), ("  ", "")] if view.is_simulated else []
-        )
+        """The one line; what is simulated or only looks says so in any width."""
+        marks = ["SIMULATED"] * view.is_simulated + ["READ-ONLY"] * view.snapshot.read_only
+        badge: list[Span] = [
+            span for mark in marks for span in ((f" {mark} ", "ink-warning on-warning bold"), ("  ", ""))
+        ]
         product: list[Span] = [*badge, ("vllm-sleep-tui", "accent bold")]
         if view.bench:
             product += [("   ", ""), (view.bench, "warning")]
@@ -108,7 +109,14 @@ class BottomBand(Painted):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._typing = ""
+        self._read_only = False
         self._places: list[tuple[int, int, Key]] = []
+
+    def show_keys(self, *, read_only: bool) -> None:
+        """Which keys there are."""
+        if read_only != self._read_only:
+            self._read_only = read_only
+            self.repaint()
 
     def show_typing(self, hint: str) -> None:
         """While an input has the focus, letters are text: show its own keys instead."""
@@ -131,7 +139,7 @@ class BottomBand(Painted):
         return [tuple(spans)]
 
     def _keys_that_fit(self, width: int) -> list[Key]:
-        keys = [key for key in KEYS if key.in_footer]
+        keys = [key for key in keys_of(read_only=self._read_only) if key.in_footer]
         while sum(len(key.cap) + len(key.short) + 3 for key in keys) - 2 > width:
             droppable = [key for key in keys if key.key not in self.KEYS_THAT_STAY]
             if not droppable:

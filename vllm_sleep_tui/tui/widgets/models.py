@@ -132,8 +132,10 @@ def layout_for(width: int, longest_name: int, gpus: int = 1) -> Layout:
 def header(layout: Layout, shown: str) -> Line:
     """The titles of the columns; `shown` says which rows are, if not all."""
     numbers = "".join(right(column.title, column.width) for column in layout.columns)
-    names = left(f"model  {shown}".rstrip(), layout.name)
-    return ((" " * _MARK_WIDTH + names + left("state", layout.state) + numbers, "muted"),)
+    names = f"model  {shown}".rstrip()
+    state = "state" if len(names) < layout.name else ""
+    titles = left(left(names, layout.name) + state if state else names, layout.name + layout.state)
+    return ((" " * _MARK_WIDTH + titles + numbers, "muted"),)
 
 
 def swatch(view: View, name: str) -> str:
