@@ -236,11 +236,12 @@ def spread(values: list[float], factor: float = 1) -> dict[str, float]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--first", type=int, default=10, help="starts until the first screen")
+    parser.add_argument("--first", type=int, default=10, help="starts until the first screen; 0: none")
     parser.add_argument("--keys", type=int, default=200, help="keys of each kind; 0: none")
     parser.add_argument("--json", action="store_true", help="JSON instead of lines")
     given = parser.parse_args()
-    found = first_screens(given.first) | (keys(given.keys) if given.keys else {})
+    found = first_screens(given.first) if given.first else {}
+    found |= keys(given.keys) if given.keys else {}
     print(json.dumps(found, indent=2) if given.json else "\n".join(f"{k}: {v}" for k, v in found.items()))
 
 

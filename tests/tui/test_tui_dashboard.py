@@ -280,7 +280,7 @@ async def test_many_models_scroll_with_the_cursor(tmp_path: Path) -> None:
     fleet.now = msgspec.structs.replace(fleet.now, models=(*fleet.now.models, *more))
     async with panel(fleet, tmp_path, size=(80, 24)) as pilot:
         await pilot.press("end")
-        await until_seen(pilot, "▶ ▌ extra-29")
+        await until_seen(pilot, "▶ ▚ extra-29")
         await pilot.press("home")
         await until_seen(pilot, "▶ ▌ qwen")
 

@@ -133,8 +133,9 @@ def header(layout: Layout, shown: str) -> Line:
     """The titles of the columns; `shown` says which rows are, if not all."""
     numbers = "".join(right(column.title, column.width) for column in layout.columns)
     names = f"model  {shown}".rstrip()
-    state = "state" if len(names) < layout.name else ""
-    titles = left(left(names, layout.name) + state if state else names, layout.name + layout.state)
+    if len(names) < layout.name:  # else what is shown takes the place of a word that states do without
+        names = left(names, layout.name) + "state"
+    titles = left(names, layout.name + layout.state)
     return ((" " * _MARK_WIDTH + titles + numbers, "muted"),)
 
 
