@@ -45,11 +45,20 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     """Why it is vLLM's."""
     level: int | None = None
     """It sleeps at; told by the panel's alone."""
+    refused: str | None = None
+    """Why it sleeps on as it did, though it was asked to go deeper: the RAM was not to be had."""
+    last: dict[str, float] = {}
+    """Bytes and seconds of what it did last, by name."""
 
     @property
     def is_own(self) -> bool:
         """Whether the panel's sleep mode is at work in it."""
         return self.state == OWN
+
+    @property
+    def freed_bytes(self) -> int | None:
+        """VRAM that its last sleep gave up; None if it does not tell."""
+        return int(self.last["freed_bytes"]) if "freed_bytes" in self.last else None
 
 
 # ── ask ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -203,11 +212,18 @@ async def forget_weights(client: VllmClient, seconds: float) -> None:
         await _ask_workers(client, "panel_keep_weights", seconds, False)
 
 
-async def sleep_deeper(client: VllmClient, level: int, seconds: float) -> bool:
-    """From level 0 to 1 or 2 without a wake; whether all workers sleep at that level now."""
-    return all(
-        each.level == level for each in await _ask_workers(client, "panel_sleep_deeper", seconds, level)
-    )
+async def sleep_deeper(client: VllmClient, level: int, seconds: float) -> list[WorkerFacts]:
+    """From level 0 to 1 or 2 without a wake; who sleeps at another level, or lacks RAM, stays as it is."""
+    return await _ask_workers(client, "panel_sleep_deeper", seconds, level)
+
+
+def deepest(workers: Sequence[WorkerFacts]) -> int | None:
+    """The level from which all of these workers come back by one wake; None if one of them tells none.
+
+    What is at level 0 comes back by a wake from 1, and both by one from 2, which loads all weights again.
+    """
+    levels = [worker.level for worker in workers]
+    return None if None in levels else max((level or 0 for level in levels), default=None)
 
 
 async def _ask_workers(client: VllmClient, method: str, seconds: float, *args: Any) -> list[WorkerFacts]:

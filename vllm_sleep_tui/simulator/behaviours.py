@@ -40,6 +40,7 @@ class Fault(StrEnum):
     COUNTS_LATE = "counts_late"
     BACKEND_REFUSES = "backend_refuses"
     STALE_CHUNK = "stale_chunk"
+    NO_POOL = "no_pool"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +181,7 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "0.26, as panel_sleep, with VLLM_SLEEP_TUI_POOL",
     ),
     _fault(Fault.STALE_CHUNK, "memory that the pool lends cannot be mapped", "made up for tests"),
+    _fault(Fault.NO_POOL, "the RAM for the weights of a sleeper at level 0 is refused", "made up for tests"),
 )
 
 

@@ -50,6 +50,9 @@ class SleepState:
         self.is_own = is_own
         """Whether the panel's own sleep mode is in place of vLLM's."""
         self.keeps_weights_next = False
+        self._refused: str | None = None
+        """Why it was not put to a deeper level, last time it was asked."""
+        self._freed_bytes = 0
         self._memory = memory
         self._plan = plan
         self._settings = settings
@@ -98,7 +101,7 @@ class SleepState:
             self._memory.unmap(tag)
         if level == 2 and self.is_own:
             self._memory.unpin()
-        freed = before - self._memory.held
+        freed = self._freed_bytes = before - self._memory.held
         self._log.info("cumem.py:206", self._freed(freed, backed_up))
         if self._memory.used_by_others() > others:
             # vLLM compares what is free on the whole device, so a neighbour's growth during a sleep is taken
@@ -186,6 +189,10 @@ class SleepState:
             return
         others = self._memory.used_by_others()
         self._misbehave(Fault.SLEEP_HANGS, Fault.ENGINE_DIES_ON_SLEEP)
+        self._refused = None
+        if level == 1 and self._faults.use(Fault.NO_POOL):
+            self._refused = f"{self._plan.weights} bytes of RAM: Cannot allocate memory"
+            return
         if self.frees:
             self._release(level, others)
         self._level = level
@@ -194,7 +201,9 @@ class SleepState:
         """What a worker with the panel's extension answers."""
         if not self.is_own:
             return {"state": "stock", "why": "simulated"}
-        return {"state": "own", "why": "", "level": self._level if self.asleep else None}
+        level = self._level if self.asleep else None
+        facts = {"state": "own", "why": "", "level": level, "last": {"freed_bytes": self._freed_bytes}}
+        return facts | ({"refused": self._refused} if self._refused else {})
 
     def reload(self) -> None:
         """`reload_weights`: cures garbage, but not what level 3 did; raises OperationFailed."""

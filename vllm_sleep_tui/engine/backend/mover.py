@@ -171,6 +171,7 @@ class Mover:
         Raises RuntimeError without VRAM, with everything as it was, and may be asked again.
         """
         steps = _Steps()
+        self._keeps_weights_until = 0.0
         self._driver.begin()
         self._awake()
         chosen = [region for region in self._asleep if wakes(self._tag(region), tags, self._deferrable)]

@@ -21,6 +21,7 @@ from vllm_sleep_tui.engine import sleeping
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
 from vllm_sleep_tui.engine.serve_args import port_in
+from vllm_sleep_tui.engine.sleeping import deepest, worker_facts
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
 from vllm_sleep_tui.files import as_text
 from vllm_sleep_tui.fleet.keeper_client import KeeperStatus, is_kept, read_status
@@ -37,6 +38,7 @@ from vllm_sleep_tui.fleet.operations.end import (
     is_whole,
     stop_server,
 )
+from vllm_sleep_tui.fleet.operations.failures import Failure
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server
@@ -175,6 +177,8 @@ async def settle(model: Model, operation: Operation) -> None:
         else:
             if state is State.AWAKE:
                 await server.open_gate()
+            elif sleeping:
+                await after_deepening(server)
             model.write(intent=None)
     except OperationError as error:
         operation.tell(model.name, "failed", error.what)  # it is recorded as failed
@@ -182,12 +186,24 @@ async def settle(model: Model, operation: Operation) -> None:
 
 async def after_sleep(server: Server, *, sleeping: bool) -> None:
     """The sleep happened or it did not; both are fine."""
-    if not sleeping:
-        await server.undo_sleep()
-        return
     intent = server.model.record.intent
     level = intent.level if intent else None
+    if not sleeping:
+        await server.undo_sleep(level)
+        return
     server.model.enter(Event.SLEPT, level=1 if level is None else level)
+
+
+async def after_deepening(server: Server) -> None:
+    """A sleeper was asked to go from level 0 to another without a wake; its workers know how far it came."""
+    record = server.model.record
+    if record.intent is None or record.intent.level in (None, record.level):
+        return
+    try:
+        reached = deepest(await worker_facts(server.client, ASK_LIMIT))
+    except EngineError as error:
+        await server.fail(Failure.SILENT, error)
+    server.model.write(level=record.level if reached is None else reached)
 
 
 async def after_wake(server: Server, *, sleeping: bool) -> None:
@@ -306,7 +322,7 @@ async def ask(model: Model, operation: Operation) -> None:
 async def with_backend(record: Record, client: VllmClient) -> Record:
     """The record with whose sleep mode it is, as its workers say; vLLM's own does not know the question."""
     try:
-        facts = await sleeping.worker_facts(client, ASK_LIMIT)
+        facts = await worker_facts(client, ASK_LIMIT)
     except EngineError:
         facts = []
     is_own = bool(facts) and all(worker.is_own for worker in facts)

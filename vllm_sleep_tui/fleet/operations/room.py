@@ -22,6 +22,9 @@ from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, user_of
 from vllm_sleep_tui.units import GIB, gib
 
+LEAST_GONE = GIB // 2
+"""Bytes that a sleep must have given up to be seen, where nothing else is known of it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuMemory:
@@ -56,17 +59,22 @@ def read_memory(core: Core, gpus: set[int]) -> dict[int, GpuMemory]:
     }
 
 
-def has_gone(model: Model, before: GpuMemory, now: GpuMemory, gpu: int, level: int) -> bool | None:
-    """Whether a GPU shows the sleep, by our processes, else by the device; None if neither is known."""
+def has_gone(
+    model: Model, before: GpuMemory, now: GpuMemory, gpu: int, level: int, least: int = LEAST_GONE
+) -> bool | None:
+    """Whether a GPU shows the sleep, by our processes, else by the device; None if neither is known.
+
+    `least` are the bytes that a sleep at level 0 must have given up.
+    """
     held_before, held_now = before.held_by(model.record), now.held_by(model.record)
     if level == 0 and held_before is not None and held_now is not None:
-        return held_before - held_now >= GIB / 2  # the KV cache's: what stays is most of a large model
+        return held_before - held_now >= least  # the KV cache's: what stays is most of a large model
     if held_before is not None and held_now is not None:
         measured = model.footprint.asleep.get(str(gpu))
         return held_now <= (held_before / 2 if measured is None else measured * 1.1 + GIB / 4)
     if before.used is None or now.used is None:
         return None
-    return before.used - now.used >= GIB / 2
+    return before.used - now.used >= (least if level == 0 else LEAST_GONE)
 
 
 def needed_to_wake(model: Model, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
