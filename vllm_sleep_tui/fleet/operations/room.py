@@ -157,13 +157,13 @@ def share_of(model: Model, memory: Mapping[int, GpuMemory]) -> float | None:
 def shares_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[str, float | None]:
     """`share_of` each of these models, by name; the records of all are read once."""
     shares = {model.name: budget.fixed_utilization(model.config) for model in models}
-    return shares | {name: plan.share for name, plan in plans_of(models, memory).items()}
+    planned = [model for model in models if shares[model.name] is None]
+    return shares | {name: plan.share for name, plan in plans_of(planned, memory).items()}
 
 
 def plans_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[str, budget.Plan]:
-    """The planned shares of those of these models that have no share of their own, by name."""
-    planned = [model for model in models if budget.fixed_utilization(model.config) is None]
-    planned = [model for model in planned if model.config.gpus]
+    """The shares of these models, their own or planned, and whose weights have room beside them, by name."""
+    planned = [model for model in models if model.config.gpus]
     if not planned:
         return {}
     core = planned[0].core
@@ -177,11 +177,13 @@ def plans_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[s
     plans = {}
     for model in planned:
         totals = {gpu: total for gpu in model.config.gpus if (total := core.total(gpu)) is not None}
+        fixed = budget.fixed_utilization(model.config)
+        least = least_awake(model) if fixed is None else int(fixed * max(totals.values(), default=0))
         plan = budget.utilization(
-            model.name, core.config, totals, others, asleep, staying=staying, least=least_awake(model)
+            model.name, core.config, totals, others, asleep, staying=staying, least=least
         )
         if plan is not None:
-            plans[model.name] = plan
+            plans[model.name] = plan if fixed is None else plan._replace(share=fixed)
     return plans
 
 
