@@ -145,6 +145,9 @@ class Memory:
         self.write(address, bytes(short(size)))
         self.cleared += size
 
+    def free(self) -> int:
+        return self.gpu.room - self.gpu.used()
+
     def read(self, address: int, size: int) -> bytes:
         return b"".join(
             os.pread(self.pieces[at][1], short(self.pieces[at][0]), 0) for at in self._inside(address, size)
@@ -198,6 +201,8 @@ class Engine:
         self.chunks = Chunks(self.memory, self.holder)
         self.allocations: dict[int, Allocation] = {}
         self.cells: list[Any] = []
+        self.neighbour_grows: Callable[[], object] = lambda: None
+        """Called while it sleeps."""
         self.mover = Mover(self.allocations, self, ("weights", "kv_cache"))
         self.allocate(WEIGHTS, weights * BLOCK, "weights")
         for address in KV:
@@ -267,7 +272,8 @@ class Engine:
         pass
 
     def tidy(self) -> None:
-        pass
+        self.neighbour_grows()
+        self.chunks.make_up()
 
 
 @dataclass
@@ -473,6 +479,21 @@ def test_once_vllms_own_sleep_mode_takes_over_its_sleep_frees_what_was_lent(gpu:
 
 
 # ── whatever happens to the holder ───────────────────────────────────────────────────────────────────────
+
+
+def test_what_a_neighbour_takes_during_a_sleep_is_made_up_for_from_the_pool(gpu: Gpu, place: Place) -> None:
+    engine, _ = pair(gpu, place)
+    engine.mover.wake(None)
+    gpu.room = gpu.used() + CHUNK
+    neighbour = Memory(gpu)
+    gpu.memories.append(neighbour)
+    engine.neighbour_grows = lambda: neighbour.make(CHUNK, exportable=False)
+    free = engine.memory.free()
+    engine.mover.keep_weights()
+    engine.mover.sleep(1)
+    assert engine.memory.free() >= free  # or vLLM would end the sleep as failed
+    assert engine.mover.level == 0
+    assert place.ask(op="state")["free_bytes"] == 0
 
 
 def test_without_a_holder_the_driver_gives_and_takes(tmp_path: Path) -> None:

@@ -103,9 +103,10 @@ class SleepState:
             self._memory.unpin()
         freed = self._freed_bytes = before - self._memory.held
         self._log.info("cumem.py:206", self._freed(freed, backed_up))
-        if self._memory.used_by_others() > others:
+        if self._memory.used_by_others() - others > (freed if self.is_own else 0):
             # vLLM compares what is free on the whole device, so a neighbour's growth during a sleep is taken
-            # for its own; the engine does not survive the exception (h100/overlap.jsonl).
+            # for its own; the engine does not survive the exception (h100/overlap.jsonl). The panel's sleep
+            # mode makes up for it.
             self.crashes_on_request = True
             raise OperationFailed("Memory usage increased after sleeping.")
         if level > 1:
@@ -202,8 +203,9 @@ class SleepState:
         if not self.is_own:
             return {"state": "stock", "why": "simulated"}
         level = self._level if self.asleep else None
-        facts = {"state": "own", "why": "", "level": level, "last": {"freed_bytes": self._freed_bytes}}
-        return facts | ({"refused": self._refused} if self._refused else {})
+        refused = {"refused": self._refused} if self._refused else {}
+        last = {"freed_bytes": self._freed_bytes}
+        return {"state": "own", "why": "", "level": level, "last": last, **refused}
 
     def reload(self) -> None:
         """`reload_weights`: cures garbage, but not what level 3 did; raises OperationFailed."""

@@ -99,7 +99,7 @@ class Driver(Protocol):
         """Wait for all that was begun."""
 
     def tidy(self) -> None:
-        """Give what torch holds for later back to the driver."""
+        """A sleep ends: give what torch holds for later to the driver, and more where others took much."""
 
 
 class Mover:
