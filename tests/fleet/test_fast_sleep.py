@@ -176,7 +176,7 @@ async def test_a_sleeper_gives_up_its_weights_where_a_model_needs_the_room(box: 
     ("env", "why"),
     [
         (FITS | {"VLLM_SIM_FAULTS": "backend_refuses"}, "has no create_and_map"),
-        ({"VLLM_SIM_VERSION": "0.32.0"}, "has not been seen with it on a GPU"),
+        ({"VLLM_SIM_VERSION": "0.30.0"}, "has not been seen with it on a GPU"),
     ],
 )
 async def test_where_it_does_not_fit_vllms_own_is_used_and_that_is_said(
@@ -195,6 +195,26 @@ async def test_where_it_does_not_fit_vllms_own_is_used_and_that_is_said(
     checks = json.loads(verb(machine, "doctor", "--json").stdout)["checks"]
     check = next(check for check in checks if check["name"] == "a.sleep_backend")
     assert (check["verdict"], why in check["what"]) == ("warn", True)
+
+
+async def test_vllms_own_sleep_mode_has_a_level_0_from_0_31_on(box: MakeBox) -> None:
+    env = {"VLLM_SIM_VERSION": "0.33.0"}
+    async with box({"a": {"model": "sim/4GiB", "level": 0, "env": env}}).open() as fleet:
+        await fleet.start(["a"])
+        assert seen(fleet, "a").sleep_backend == "stock"
+        await fleet.sleep("a")
+        model = seen(fleet, "a")
+        assert (model.state, model.level, model.proof) == (State.ASLEEP, 0, "proven")
+        await until(lambda: 4 * GIB < (seen(fleet, "a").vram_bytes or 0) < 6 * GIB)
+        await fleet.wake("a")
+        assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.AWAKE, "proven")
+        for level in (1, 2):
+            await fleet.sleep("a", level=0)
+            await fleet.sleep("a", level=level)
+            assert seen(fleet, "a").level == level
+            await until(lambda: 0 < (seen(fleet, "a").vram_bytes or 0) < 2 * GIB)
+            await fleet.wake("a")
+            assert seen(fleet, "a").proof == "proven"
 
 
 async def test_stock_is_stock(box: MakeBox) -> None:

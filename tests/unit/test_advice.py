@@ -166,7 +166,7 @@ def test_level_0_is_told_with_what_it_keeps_what_it_leaves_and_how_fast_it_is() 
     advice = advise(H100, [qwen, phi])
     told = of(advice, "qwen").level_0
     assert told is not None
-    assert (told.beside, told.keeps_bytes) == (("phi",), gib(1.1))
+    assert (told.beside, told.resident) == (("phi",), gib(1.1))
     assert (told.stay, told.kv_tokens) == (("phi",), gib(50) // (112 * 1024))
     assert "beside phi: 1.1 GiB, and it wakes in 0.03 s (estimate)." in told.sentence
     assert "KV cache of 50.0 GiB, 468,114 tokens, beside the weights of phi" in told.sentence

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from vllm_sleep_tui.engine.backend.chunks import Chunks, Handle
 from vllm_sleep_tui.engine.backend.holder import Holder
 from vllm_sleep_tui.engine.backend.mover import Mover
 from vllm_sleep_tui.engine.backend.plan import BLOCK, CHUNK, SLACK, Digests, Region, whole_chunks
-from vllm_sleep_tui.fleet import pool_holder
+from vllm_sleep_tui.fleet import keeper, pool_holder
+from vllm_sleep_tui.fleet.pool import Pool
 
 GPU = "GPU-0"
 KV = (4 << 40, 6 << 40)
@@ -321,12 +323,14 @@ class Place:
 
     def lives(self) -> bool:
         """Whether a holder has the lock of its file."""
-        with (self.folder / f"{GPU}.holder").open() as file:
-            try:
+        try:
+            with (self.folder / f"{GPU}.holder").open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            pass  # it has ended, and left nothing
+        return False
 
     def unuse(self) -> None:
         """The last server has gone."""
@@ -680,6 +684,35 @@ def test_one_holder_lives_per_gpu_and_ends_when_nobody_uses_it(place: Place) -> 
     place.unuse()
     until(lambda: not place.lives())
     assert not (place.folder / f"{GPU}.sock").exists()
+
+
+def test_a_holder_that_ends_leaves_nothing_and_whoever_waited_for_its_file_gets_a_new_one(
+    place: Place,
+) -> None:
+    place.start()
+    (place.folder / f"{GPU}.lent-1").write_text("of an engine that is gone")
+    pool = Pool(GPU, place.folder)
+    with ThreadPoolExecutor(4) as threads:
+        joining = [threads.submit(pool.join) for _ in range(4)]
+        place.unuse()
+        joined = [each.result() for each in joining]
+    assert all(pool_holder.is_at(each, str(place.folder / f"{GPU}.users")) for each in joined)
+    for each in joined:
+        os.close(each)
+    until(lambda: not list(place.folder.iterdir()))
+
+
+def test_what_lies_in_tmp_is_marked_as_used_by_who_holds_it(place: Place, tmp_path: Path) -> None:
+    place.start()
+    guard = tmp_path / "server" / "guard"
+    guard.mkdir(parents=True)
+    (guard / "panel_guard.py").touch()
+    paths = [guard, guard / "panel_guard.py", place.folder / f"{GPU}.sock", place.folder / f"{GPU}.users"]
+    for path in paths:
+        os.utime(path, (0, 0))
+    keeper.keep_fresh(str(tmp_path / "server"))
+    pool_holder.keep_fresh(str(place.folder / GPU))
+    assert all(time.time() - path.stat().st_mtime < 60 for path in paths)
 
 
 def test_free_memory_that_nobody_comes_for_is_given_up(place: Place) -> None:

@@ -94,25 +94,28 @@ async def answered(
     return None if await is_sleeping(client, seconds) is asleep else await call()
 
 
-async def sleep_level(client: VllmClient, seconds: float, *, is_own: bool) -> int:
-    """The level of a sleeper: as our sleep mode says, else by vLLM's own gauge (0.12 and newer), else 1."""
-    if is_own:
-        facts = await worker_facts(client, seconds)
-        if facts and facts[0].level is not None:
-            return facts[0].level
-    return Page.read(await client.metrics(), 0.0).sleep_level or 1
+async def sleep_level(client: VllmClient, seconds: float, *, is_own: bool, otherwise: int = 1) -> int:
+    """The level of a sleeper: as our sleep mode says, else by vLLM's own gauge (0.12), else `otherwise`."""
+    if is_own and (level := deepest(await worker_facts(client, seconds))) is not None:
+        return level
+    return Page.read(await client.metrics(), 0.0).sleep_level or otherwise
 
 
 # ── sleep ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def sleep(client: VllmClient, level: int, seconds: float) -> None:
+async def sleep(client: VllmClient, level: int, seconds: float, *, is_own: bool) -> None:
     """The call; a call that got no answer has worked if the server sleeps. It is no proof of freed memory.
 
-    To vLLM level 0 is a sleep at level 1, of which the panel's sleep mode was told to leave the weights.
+    Level 0 of the panel's sleep mode is to vLLM a sleep at level 1, of which that was told to leave the
+    weights; without it vLLM is paused, which it calls level 0, and gives up its KV cache (0.31 and newer).
     Raises EngineRefused if the server refuses, another EngineError if it cannot be known.
     """
     asked = level or 1
+    if level == 0 and not is_own:
+        await answered(client, lambda: client.sleep(0, seconds), seconds, asleep=True)
+        await answered(client, lambda: client.release_kv_cache(seconds), seconds, asleep=True)
+        return
     reply = await answered(client, lambda: client.sleep(asked, seconds), seconds, asleep=True)
     if reply is None and not await is_sleeping(client, seconds):
         raise EngineSilent(f"it gave no answer to {SLEEP} and is awake.")
@@ -212,8 +215,14 @@ async def forget_weights(client: VllmClient, seconds: float) -> None:
         await _ask_workers(client, "panel_keep_weights", seconds, False)
 
 
-async def sleep_deeper(client: VllmClient, level: int, seconds: float) -> list[WorkerFacts]:
-    """From level 0 to 1 or 2 without a wake; who sleeps at another level, or lacks RAM, stays as it is."""
+async def sleep_deeper(client: VllmClient, level: int, seconds: float, *, is_own: bool) -> list[WorkerFacts]:
+    """From level 0 to 1 or 2 without a wake; who sleeps at another level, or lacks RAM, stays as it is.
+
+    vLLM's own sleep mode has no such word: there it has gone deeper, or refuses.
+    """
+    if not is_own:
+        await sleep(client, level, seconds, is_own=False)
+        return [WorkerFacts(level=level)]
     return await _ask_workers(client, "panel_sleep_deeper", seconds, level)
 
 

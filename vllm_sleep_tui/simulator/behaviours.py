@@ -121,6 +121,12 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "h100/contract.jsonl",
         "up to 0.24",
     ),
+    _rule(
+        "release_kv_cache",
+        "/release_kv_cache_memory gives up the KV cache, if paused, else 500; /sleep takes the rest later",
+        "vLLM's source, 0.31 to 0.33",
+        "from 0.31",
+    ),
     _rule("level_3", "level 3 answers 200 and garbage for good", "h100/contract.jsonl", "up to 0.31"),
     _rule("level_3_refused", "level 3 answers 400", "03-admin-sleep-pause.txt", "from 0.32"),
     _rule("empty_bodies", "/sleep and /wake_up answer an empty 200", "h100/contract.jsonl", "up to 0.31"),

@@ -184,6 +184,16 @@ class SleepState:
             return self._durations.own_weights()
         return self._durations.wake(tag, level=self._level or 1)
 
+    def release(self) -> None:
+        """vLLM's own level 0 (0.31): the KV cache alone; raises OperationFailed if any of it sleeps."""
+        if self.asleep:
+            raise OperationFailed("release_kv_cache_memory() requires all executor memory to be resident")
+        self._misbehave(Fault.SLEEP_HANGS, Fault.ENGINE_DIES_ON_SLEEP)
+        if self.frees:
+            self._memory.unmap("kv_cache")
+        self._level = 0
+        self.asleep = ["kv_cache"]
+
     def deepen(self, level: int) -> None:
         """The panel's sleep mode, asked by a worker's own method: from level 0 to 1 or 2, if it is there."""
         if self._level != 0 or not self.asleep:

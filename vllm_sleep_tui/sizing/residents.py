@@ -18,7 +18,7 @@ vLLM 0.26), without the other's sleep and the proof."""
 class Level0(msgspec.Struct, frozen=True, kw_only=True):
     """Level 0 for one model: asleep, its weights in VRAM; awake, the others'."""
 
-    keeps_bytes: int | None
+    resident: int | None
     """VRAM that its weights take on each of its GPUs while it sleeps so; None: they may not stay."""
     beside: tuple[str, ...]
     """The models that can be awake meanwhile."""
@@ -65,7 +65,7 @@ def level_0(figures: Figures, neighbours: Iterable[Figures]) -> Level0 | None:
     if figures.kv_note is not None:
         sentences.append(f"But {figures.kv_note}.")
     return Level0(
-        keeps_bytes=figures.resident,
+        resident=figures.resident,
         beside=beside,
         wake=wake,
         is_estimate=is_estimate,

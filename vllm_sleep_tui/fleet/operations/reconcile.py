@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from vllm_sleep_tui.engine import sleeping
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
 from vllm_sleep_tui.engine.serve_args import port_in
-from vllm_sleep_tui.engine.sleeping import deepest, worker_facts
+from vllm_sleep_tui.engine.sleeping import sleep_level, worker_facts
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
 from vllm_sleep_tui.files import as_text
 from vllm_sleep_tui.fleet.keeper_client import KeeperStatus, is_kept, read_status
@@ -195,15 +194,17 @@ async def after_sleep(server: Server, *, sleeping: bool) -> None:
 
 
 async def after_deepening(server: Server) -> None:
-    """A sleeper was asked to go from level 0 to another without a wake; its workers know how far it came."""
+    """A sleeper was asked to go from level 0 to another without a wake; it knows how far it came."""
     record = server.model.record
     if record.intent is None or record.intent.level in (None, record.level):
         return
     try:
-        reached = deepest(await worker_facts(server.client, ASK_LIMIT))
+        reached = await sleep_level(
+            server.client, ASK_LIMIT, is_own=server.is_own, otherwise=record.level or 0
+        )
     except EngineError as error:
         await server.fail(Failure.SILENT, error)
-    server.model.write(level=record.level if reached is None else reached)
+    server.model.write(level=reached)
 
 
 async def after_wake(server: Server, *, sleeping: bool) -> None:
@@ -302,7 +303,7 @@ async def ask(model: Model, operation: Operation) -> None:
         model.record = await with_backend(model.record, client)
     is_own, level = model.record.sleep_backend == "own", None
     if is_asleep:
-        level = await sleeping.sleep_level(client, ASK_LIMIT, is_own=is_own)
+        level = await sleep_level(client, ASK_LIMIT, is_own=is_own)
     await patiently(model, lambda: client.set_gate(is_asleep, GATE_LIMIT))
     # No transition: this is the state it has been in all along.
     model.write(

@@ -75,12 +75,18 @@ class NoLevel0Error(RefusedError):
     """Its sleep mode cannot leave the weights in VRAM."""
 
 
+def has_level_0(record: Record) -> bool:
+    """Whether this launch can give up its KV cache alone: by our sleep mode, or vLLM's own from 0.31 on."""
+    own_can = record.vllm_version is not None and capabilities(record.vllm_version).releases_cache
+    return bool(record.gpus) and (record.sleep_backend == "own" or own_can)
+
+
 def no_level_0(record: Record) -> tuple[str, str]:
     """What and cure: this launch's sleep mode cannot leave the weights in VRAM."""
     why = f": {record.sleep_backend_why}" if record.sleep_backend_why else ""
     return (
         f"{record.name} cannot sleep at level 0 (weights in VRAM): it runs on vLLM's own sleep mode{why}.",
-        "Sleep it at level 1 or 2; docs/fast-switch.md tells what our sleep mode needs.",
+        "Sleep it at level 1 or 2; our sleep mode can (docs/fast-switch.md), vLLM's own from 0.31 on.",
     )
 
 
@@ -107,6 +113,11 @@ class Server:
     def frees_memory(self) -> bool:
         """False for vLLM on the CPU, where sleep is a state and nothing else."""
         return bool(self.record.gpus)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it sleeps by our sleep mode."""
+        return self.record.sleep_backend == "own"
 
     def intend(self, phase: str, *, level: int | None = None, event: Event | None = None) -> None:
         """Write what is about to be done; with `event`, enter its state as well.
@@ -161,7 +172,7 @@ class Server:
     async def drain_for(self, level: int, *, force: bool, unless: Awaitable[object] | None) -> None:
         """Drain; the workers are told meanwhile if the weights are to stay. See `fall_asleep`."""
         began = time.monotonic()
-        wish = asyncio.ensure_future(self.keep_weights()) if level == 0 else None
+        wish = asyncio.ensure_future(self.keep_weights()) if level == 0 and self.is_own else None
         try:
             await self.drain(force=force)
             if unless is not None:
@@ -251,7 +262,7 @@ class Server:
         If the gate does not open, the intent stays to be settled.
         """
         left = self.record.intent
-        if level == 0:
+        if level == 0 and self.is_own:
             await sleeping.forget_weights(self.client, FACTS_LIMIT)
         with contextlib.suppress(EngineError):
             await self.set_gate(closed=False)
@@ -271,7 +282,9 @@ class Server:
             log = self.log_instead(before)
             with self.operation.timed("sleep"):
                 try:
-                    workers = await sleeping.sleep_deeper(self.client, level, self.limit())
+                    workers = await sleeping.sleep_deeper(
+                        self.client, level, self.limit(), is_own=self.is_own
+                    )
                 except EngineError as error:
                     await self.fail(Failure.SLEEP_REFUSED, error)
             reached = sleeping.deepest(workers)
@@ -307,7 +320,7 @@ class Server:
         """The call itself; seconds it took."""
         began = time.perf_counter()
         try:
-            await sleeping.sleep(self.client, level, self.limit())
+            await sleeping.sleep(self.client, level, self.limit(), is_own=self.is_own)
         except EngineRefused as error:
             await self.fail(Failure.SLEEP_REFUSED, error)
         except EngineError as error:
