@@ -28,6 +28,7 @@ DOOR = {
     "advice",
     "doctor",
     "conversations",
+    "pictures",
 }
 """What faces may use of `fleet`: itself, the questions that need no open fleet, the types of both."""
 FACE = BASE | {"paths", "config"} | {f"fleet.{module}" for module in DOOR}
@@ -47,7 +48,8 @@ ALLOWED: dict[str, set[str]] = {
     "bench": FACE,
     "tui": FACE | {"bench", "gateway", "leaving"},
     "gateway": FACE | {"engine.endpoints"},  # what a path is, which the guard knows
-    "cli": FACE | {"bench", "gateway", "leaving", "tui"},
+    "web": FACE | {"engine.endpoints"},  # the guard's rules for pages of other sites
+    "cli": FACE | {"bench", "gateway", "leaving", "tui", "web"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -17,6 +17,7 @@ import click
 from vllm_sleep_tui import __version__
 from vllm_sleep_tui.cli.common import (
     ReaderGoneError,
+    agreement,
     config_option,
     discard,
     load_config,
@@ -24,7 +25,7 @@ from vllm_sleep_tui.cli.common import (
     open_streams,
     say,
 )
-from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.errors import PanelError, UsageError
 from vllm_sleep_tui.files import private_dir, write_private
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.text import clean, one_line
@@ -47,6 +48,7 @@ VERBS: dict[str, str] = {
     "doctor": "doctor",
     "demo": "demo",
     "serve": "serve",
+    "web": "web",
     "advise": "advise",
     "orphans": "orphans",
 }
@@ -74,16 +76,22 @@ class Verbs(click.Group):
 
 @click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @config_option
+@click.option("--read-only", is_flag=True, help="A panel that only looks: it changes no server.")
 @click.version_option(__version__, prog_name="vllm-sleep-tui")
 @click.pass_context
-def command(ctx: click.Context) -> None:
+def command(ctx: click.Context, read_only: bool) -> None:
     """Switch between vLLM models that do not fit on the GPU together; without a verb: the panel."""
     if ctx.invoked_subcommand is None:
         need_terminal()
-        loaded = load_config(ctx)
+        loaded = load_config(ctx, only_looks=read_only)
         from vllm_sleep_tui.tui.app import run_panel
 
-        ctx.exit(run_panel(loaded, state_dir()))
+        ctx.exit(run_panel(loaded, state_dir(), agreement(ctx), read_only=read_only))
+    elif read_only:
+        raise UsageError(
+            f"--read-only is for the panel, not for `{ctx.invoked_subcommand}`.",
+            "Leave it out, or the verb; behind `web` it stands after it.",
+        )
 
 
 def run(arguments: Sequence[str]) -> int:

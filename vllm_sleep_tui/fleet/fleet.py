@@ -18,9 +18,11 @@ from collections.abc import (
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import msgspec
+
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.engine.serve_args import ServeArgs
-from vllm_sleep_tui.errors import CancelledByUser, OperationError
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError
 from vllm_sleep_tui.fleet.attached.backend import probe, prober
 from vllm_sleep_tui.fleet.attached.probe import QUICK
 from vllm_sleep_tui.fleet.backend import Backend, backend_of
@@ -33,9 +35,10 @@ from vllm_sleep_tui.fleet.observe.serving import ServingPoller
 from vllm_sleep_tui.fleet.observe.snapshotter import Snapshotter
 from vllm_sleep_tui.fleet.operations import groups
 from vllm_sleep_tui.fleet.operations.acquire import waiting_words
-from vllm_sleep_tui.fleet.operations.chat import answer
+from vllm_sleep_tui.fleet.operations.chat import answer, check_sees
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor, ended
 from vllm_sleep_tui.fleet.past import Past
+from vllm_sleep_tui.fleet.pictures import Picture
 from vllm_sleep_tui.fleet.server_log import ServerLog, log_of
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
@@ -63,7 +66,8 @@ OTHERS_SECONDS = 1.0
 class Fleet:
     """The models of one config; an async context manager whose end leaves the servers running.
 
-    With `leads` it tries to be the leader, who restarts, times idleness and looks for hangs.
+    With `leads` it tries to be the leader, who restarts, times idleness and looks for hangs. With `read_only`
+    it changes no server and no config: what would is refused, nothing is settled, nobody is led.
     Operations raise PanelError with what is wrong and what to do. Cancelling the task that awaits one stops
     it at its next safe point and raises CancelledByUser.
     """
@@ -74,16 +78,18 @@ class Fleet:
         state_dir: Path,
         *,
         leads: bool = False,
+        read_only: bool = False,
         limits: OperationLimits | None = None,
     ) -> None:
         self.loaded = loaded
         self.state_dir = state_dir
+        self.is_read_only = read_only
         self._core = Core(loaded, state_dir, limits)
         self._snapshotter = Snapshotter(self._core)
         self._sampler = Sampler(self._core.reader, self._core.simulated)
         self._watcher = Watcher(self._core)
         self._prober = prober(self._core)
-        self._leader = Leader(self._core) if leads else None
+        self._leader = Leader(self._core) if leads and not read_only else None
         self._serving = ServingPoller(self._core, keeps=lambda: self.is_leader)
         self._flushing: set[asyncio.Future[None]] = set()
         self._subscribers: set[asyncio.Event] = set()
@@ -94,10 +100,12 @@ class Fleet:
         self._core.on_written = self._wake_subscribers
         self._sampler.set_roots(self._snapshotter.roots())
         self._sampler.start()
-        self._watcher.start()
+        if not self.is_read_only:  # it settles, and ends what is left of servers
+            self._watcher.start()
         self._prober.start()
         if self._leader:
             self._leader.start()
+        if self._leader or self.is_read_only:
             self._serving.start()
         return self
 
@@ -121,7 +129,8 @@ class Fleet:
         self._sampler.set_roots(self._snapshotter.roots())
         notes = self._leader.notes if self._leader else ()
         notes += tuple(filter(None, [self.history_note]))
-        return self._snapshotter.snapshot(self._sampler.latest(), notes, self._serving.figures)
+        snapshot = self._snapshotter.snapshot(self._sampler.latest(), notes, self._serving.figures)
+        return msgspec.structs.replace(snapshot, read_only=True) if self.is_read_only else snapshot
 
     @property
     def is_leader(self) -> bool:
@@ -176,12 +185,15 @@ class Fleet:
             await self._leader.close()
 
     def predict(self, name: str) -> Prediction:
-        """What a switch to the model would do; refused where a record cannot be read."""
+        """What a switch to the model would do; refused without its record, or where nothing may change."""
         backend = backend_of(self._core.model(name))
         try:
-            return backend.predict(memory_in(self._sampler.latest().gpus), self._serving.figures)
-        except OperationError as error:
+            prediction = backend.predict(memory_in(self._sampler.latest().gpus), self._serving.figures)
+            if prediction.action != "nothing":
+                self._must_not_be_read_only(f"switch to {name}")
+        except (OperationError, RefusedError) as error:
             return Prediction(target=name, action="refused", sentence=error.what)
+        return prediction
 
     def waits(self, name: str) -> str | None:
         """What an operation on the model would do first: "waits for …"; None if it could begin at once."""
@@ -201,7 +213,7 @@ class Fleet:
 
     def log(self, name: str) -> ServerLog:
         """What the model's servers said; raises OperationError if its record cannot be read."""
-        return log_of(self._core.records, name)
+        return log_of(self._core.records, name, forgets=not self.is_read_only)
 
     # ── for who carries requests to the servers ──────────────────────────────────────────────────────────
 
@@ -210,9 +222,12 @@ class Fleet:
         return await self._backend(name).way()
 
     def served_names(self, name: str) -> tuple[str, ...]:
-        """What a request may call the model: its name, its aliases, its adapters."""
-        model = self._core.model_config(name)
-        return name, *model.aliases, *ServeArgs(model.args).adapters
+        """What a request may call the model: its name, its aliases."""
+        return name, *self._core.model_config(name).aliases
+
+    def adapters(self, name: str) -> tuple[str, ...]:
+        """The adapters that its server has, each asked for by its name."""
+        return tuple(ServeArgs(self._core.model_config(name).args).adapters)
 
     def want(self, names: Iterable[str]) -> None:
         """Say that requests wait for these models, for some seconds: nobody puts them away."""
@@ -224,6 +239,21 @@ class Fleet:
         return LeaderLock(self._core.records.folder.parent / self._core.records.path(what, "lock").name)
 
     # ── what can be done ─────────────────────────────────────────────────────────────────────────────────
+
+    def _must_not_be_read_only(self, what: str) -> None:
+        """The one place of that rule: all below asks here first."""
+        if self.is_read_only:
+            raise RefusedError(
+                f"This panel only looks: no {what} from here.",
+                "Open one without --read-only, or use the verbs.",
+            )
+
+    async def apply(self, text: str) -> None:
+        """Write this text, which `advice` led to, to the config file and go on with it."""
+        self._must_not_be_read_only("change of the config")
+        from vllm_sleep_tui.fleet.advice import apply_text  # as `advice`
+
+        self.reload(await asyncio.to_thread(apply_text, self.loaded, text, self.state_dir))
 
     async def start(
         self,
@@ -249,6 +279,7 @@ class Fleet:
     ) -> None:
         """Stop, then start; one that could not be started again is left as it is, and named in the end."""
         models = self._models(names)
+        self._must_not_be_read_only(f"restart of {', '.join(names)}")
         chosen, _ = await asyncio.to_thread(groups.startable, models)
         await self.stop([model.name for model in chosen], force=force, report=report)
         await self.start(names, report=report)
@@ -280,9 +311,17 @@ class Fleet:
         params: Mapping[str, Any] | None = None,
         report: Report | None = None,
     ) -> AsyncIterator[ChatEvent]:
-        """Stream an answer; a model that is not awake is switched to first. Close the iterator to stop it."""
+        """Stream an answer; a model that is not awake is switched to first. Close the iterator to stop it.
+
+        A message is OpenAI's, and may have `pictures` besides, as `pictures.said` makes one.
+        """
         async for event in answer(self, self._core.model(name), messages, params or {}, report):
             yield event
+
+    async def check_sees(self, name: str, pictures: Sequence[Picture]) -> None:
+        """Raises RefusedError if there are pictures and the model is known to read text alone."""
+        if pictures:
+            await asyncio.to_thread(check_sees, self._core.model(name), pictures)
 
     def _models(self, names: Sequence[str]) -> list[Model]:
         """A handle each; an unknown name is found when that one is operated on, and stops no other."""
@@ -339,6 +378,7 @@ class Fleet:
         work: Callable[[Operation], Awaitable[T]],
         skip: frozenset[StartPhase] = frozenset(),
     ) -> T:
+        self._must_not_be_read_only(f"{verb} of {target}")
         operation = Operation(verb, target, report, skip=skip)
         error: BaseException | None = None
         try:

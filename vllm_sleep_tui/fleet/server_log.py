@@ -52,11 +52,15 @@ class ServerLog:
             await self._forget()
 
 
-def log_of(records: RecordStore, name: str) -> ServerLog:
-    """The log of a model; raises OperationError if its record cannot be read."""
+def log_of(records: RecordStore, name: str, *, forgets: bool = True) -> ServerLog:
+    """The log of a model; raises OperationError if its record cannot be read.
+
+    Without `forgets` a look at it leaves the death that it tells of as it is, for the next who looks.
+    """
     record = records.read(name)
     path = path_of(record.log) if record.log else records.log_path(name)
-    return ServerLog(path, record.last_failure, lambda: _forget(records, name))
+    forget = (lambda: _forget(records, name)) if forgets else None
+    return ServerLog(path, record.last_failure, forget)
 
 
 async def _forget(records: RecordStore, name: str) -> None:

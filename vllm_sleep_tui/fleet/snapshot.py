@@ -208,6 +208,8 @@ class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     time: float = 0.0
     notes: tuple[str, ...] = ()
     """One line each on what cannot be known and why, such as "No NVML: …"."""
+    read_only: bool = False
+    """Whether who took it may only look."""
 
     def model(self, name: str) -> ModelSnapshot:
         """The model called `name`; KeyError if the config has none."""

@@ -19,8 +19,12 @@ class Key:
     shown: str = ""
     """The key as people know it, if Textual calls it otherwise."""
     in_footer: bool = True
+    named: str = ""
+    """What it does to one model, `{}` for its name, if the palette offers it for each by name."""
     is_first: bool = False
     """Heeded before the widget in focus hears it; a letter is text all the same where text is typed."""
+    changes: bool = False
+    """Whether it changes a server, or opens a port: a panel that only looks has no such key."""
 
     @property
     def cap(self) -> str:
@@ -29,37 +33,98 @@ class Key:
 
 
 KEYS: tuple[Key, ...] = (
-    Key(key="enter", action="switch", short="switch", help="Switch to the selected model", shown="⏎"),
-    Key(key="s", action="sleep", short="sleep", help="Put it to sleep at its level"),
+    Key(
+        key="enter",
+        action="switch",
+        short="switch",
+        named="Switch to {}",
+        help="Switch to the selected model",
+        shown="⏎",
+        changes=True,
+    ),
+    Key(
+        key="s",
+        action="sleep",
+        short="sleep",
+        named="Put {} to sleep",
+        help="Put it to sleep at its level",
+        changes=True,
+    ),
     Key(
         key="0",
         action="sleep_at(0)",
         short="level 0",
+        named="Put {} to sleep at level 0",
         help="Put it to sleep at level 0 (weights kept in VRAM)",
         in_footer=False,
+        changes=True,
     ),
     Key(
         key="1",
         action="sleep_at(1)",
         short="level 1",
+        named="Put {} to sleep at level 1",
         help="Put it to sleep at level 1 (weights kept in RAM)",
         in_footer=False,
+        changes=True,
     ),
     Key(
         key="2",
         action="sleep_at(2)",
         short="level 2",
+        named="Put {} to sleep at level 2",
         help="Put it to sleep at level 2 (weights read again)",
         in_footer=False,
+        changes=True,
     ),
-    Key(key="w", action="wake", short="wake", help="Wake it; others sleep first where it needs their room"),
-    Key(key="u", action="start", short="start", help="Start it"),
-    Key(key="x", action="stop", short="stop", help="Stop it (asks)"),
-    Key(key="r", action="restart", short="restart", help="Restart it (asks)", in_footer=False),
+    Key(
+        key="w",
+        action="wake",
+        short="wake",
+        named="Wake {}",
+        help="Wake it; others sleep first where it needs their room",
+        changes=True,
+    ),
+    Key(key="u", action="start", short="start", named="Start {}", help="Start it", changes=True),
+    Key(key="x", action="stop", short="stop", named="Stop {}", help="Stop it (asks)", changes=True),
+    Key(
+        key="r",
+        action="restart",
+        short="restart",
+        named="Restart {}",
+        help="Restart it (asks)",
+        in_footer=False,
+        changes=True,
+    ),
+    Key(
+        key="U",
+        action="start_all",
+        short="start all",
+        help="Start all models; one that cannot start is left out and named",
+        in_footer=False,
+        changes=True,
+    ),
+    Key(
+        key="S",
+        action="sleep_all",
+        short="sleep all",
+        help="Put all models to sleep",
+        in_footer=False,
+        changes=True,
+    ),
+    Key(
+        key="X",
+        action="stop_all",
+        short="stop all",
+        help="Stop all models (asks)",
+        in_footer=False,
+        changes=True,
+    ),
     Key(
         key="c",
         action="chat",
         short="chat",
+        named="Chat with {}",
         help="Chat with it; asleep, it is switched to first",
         is_first=True,
     ),
@@ -77,8 +142,15 @@ KEYS: tuple[Key, ...] = (
         help="Sort the models: by the config, state, GPU, VRAM, name",
         in_footer=False,
     ),
+    Key(
+        key="Y",
+        action="copy_of",
+        short="copy of",
+        help="Copy its URL, pid, command line or the cause of its failure",
+        in_footer=False,
+    ),
     Key(key="n", action="events", short="events", help="What happened: failures, restarts, who did what"),
-    Key(key="l", action="log", short="log", help="Follow its log"),
+    Key(key="l", action="log", short="log", named="Show the log of {}", help="Follow its log"),
     Key(key="g", action="gpus", short="GPUs", help="The GPUs: figures, their course, processes"),
     Key(
         key="e",
@@ -86,8 +158,9 @@ KEYS: tuple[Key, ...] = (
         short="endpoint",
         help="One endpoint for every client: its address and requests, open and close it",
         in_footer=False,
+        changes=True,
     ),
-    Key(key="b", action="bench", short="bench", help="Measure the switches between two models"),
+    Key(key="b", action="bench", short="bench", help="Measure the switches between two models", changes=True),
     Key(key="a", action="advice", short="advice", help="What to do with each model, and why"),
     Key(
         key="plus,equals_sign",
@@ -243,6 +316,15 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
     ("tab", "Next part of the screen"),
 )
 """Keys that widgets handle themselves."""
+
+
+CHANGING = frozenset(key.action.partition("(")[0] for key in KEYS if key.changes)
+"""The actions that a panel that only looks does not take."""
+
+
+def keys_of(*, read_only: bool) -> list[Key]:
+    """The keys that such a panel has."""
+    return [key for key in KEYS if not (read_only and key.changes)]
 
 
 def bindings() -> list[BindingType]:

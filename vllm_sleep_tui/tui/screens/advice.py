@@ -15,7 +15,7 @@ from textual.widgets import Static
 
 from vllm_sleep_tui.config.edit import difference
 from vllm_sleep_tui.errors import PanelError
-from vllm_sleep_tui.fleet.advice import AFTERWARDS, apply_text, proposed_text
+from vllm_sleep_tui.fleet.advice import AFTERWARDS, proposed_text
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, rule, wrap
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
@@ -154,7 +154,7 @@ class AdviceScreen(Screen[None]):
                 [Choice("y", "Write it", "write")],
             )
             if await self.app.push_screen_wait(question):
-                self._fleet.reload(await asyncio.to_thread(apply_text, loaded, text, self._fleet.state_dir))
+                await self._fleet.apply(text)
                 self.notify(f"Written. {AFTERWARDS}", markup=False, timeout=10)
                 self._reckon()
         except PanelError as error:

@@ -12,9 +12,9 @@ from textual.geometry import Size
 from vllm_sleep_tui.fleet.snapshot import GpuSnapshot
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Shown, Span, cut_line, line_width, middle, spread
-from vllm_sleep_tui.tui.keys import KEYS, Key
+from vllm_sleep_tui.tui.keys import Key, keys_of
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.units import GIB, gib_cell
+from vllm_sleep_tui.units import GIB, counted, gib_cell
 
 
 def hardware(gpus: tuple[GpuSnapshot, ...]) -> str:
@@ -30,10 +30,14 @@ def hardware(gpus: tuple[GpuSnapshot, ...]) -> str:
     return ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in kinds.items())
 
 
+_NAMED_AWAKE = 3
+"""More models awake than these are counted, not named."""
 ALARM = "ink-bad on-bad bold"
 """The one paint for what is wrong, used for nothing else."""
 LOW_RAM_SHARE = 0.05
 """Less of the RAM than this available: the next sleep, or any program, may get none."""
+LOW_VRAM_SHARE = 0.02
+"""Less of a GPU's memory than this free: what allocates next there, a graph or a longer batch, may die."""
 
 
 def alarms(view: View) -> list[str]:
@@ -46,7 +50,19 @@ def alarms(view: View) -> list[str]:
     total, available = host.ram_total_bytes, host.ram_available_bytes
     if total and available is not None and available < LOW_RAM_SHARE * total:
         words.append(f"RAM {gib_cell(total - available)}/{gib_cell(total)}")
+    full = [gpu for gpu in view.snapshot.gpus if _is_full(gpu)]
+    if len(full) > 1:
+        words.append(f"{len(full)} GPUs full")
+    elif full:
+        words.append(f"GPU {full[0].index} {gib_cell(full[0].used_bytes)}/{gib_cell(full[0].total_bytes)}")
+    if view.waiting:
+        words.append(f"{counted(view.waiting, 'request waits', 'requests wait')} (e)")
     return words
+
+
+def _is_full(gpu: GpuSnapshot) -> bool:
+    used, size = gpu.used_bytes, gpu.total_bytes
+    return used is not None and size is not None and size - used < LOW_VRAM_SHARE * size
 
 
 def _who(names: list[str]) -> str:
@@ -57,10 +73,11 @@ class TopBand(Shown):
     """Product, hardware, what is wrong, who is awake, the time."""
 
     def draw(self, view: View, size: Size) -> list[Line]:
-        """The one line; the badge of a simulation is never dropped."""
-        badge: list[Span] = (
-            [(" SIMULATED ", "ink-warning on-warning bold"), ("  ", "")] if view.is_simulated else []
-        )
+        """The one line; what is simulated or only looks says so in any width."""
+        marks = ["SIMULATED"] * view.is_simulated + ["READ-ONLY"] * view.snapshot.read_only
+        badge: list[Span] = [
+            span for mark in marks for span in ((f" {mark} ", "ink-warning on-warning bold"), ("  ", ""))
+        ]
         product: list[Span] = [*badge, ("vllm-sleep-tui", "accent bold")]
         if view.bench:
             product += [("   ", ""), (view.bench, "warning")]
@@ -76,6 +93,8 @@ class TopBand(Shown):
     def _awake(self, view: View) -> list[Span]:
         if not view.awake:
             return [("no model awake", "muted")]
+        if len(view.awake) > _NAMED_AWAKE:
+            return [("  ● ", "good"), (f"{len(view.awake)} models", "text bold"), (" awake", "good")]
         spans: list[Span] = []
         for model in view.awake:
             spans += [("  ● ", "good"), (model.name, "text bold")]
@@ -90,7 +109,14 @@ class BottomBand(Painted):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._typing = ""
+        self._read_only = False
         self._places: list[tuple[int, int, Key]] = []
+
+    def show_keys(self, *, read_only: bool) -> None:
+        """Which keys there are."""
+        if read_only != self._read_only:
+            self._read_only = read_only
+            self.repaint()
 
     def show_typing(self, hint: str) -> None:
         """While an input has the focus, letters are text: show its own keys instead."""
@@ -113,7 +139,7 @@ class BottomBand(Painted):
         return [tuple(spans)]
 
     def _keys_that_fit(self, width: int) -> list[Key]:
-        keys = [key for key in KEYS if key.in_footer]
+        keys = [key for key in keys_of(read_only=self._read_only) if key.in_footer]
         while sum(len(key.cap) + len(key.short) + 3 for key in keys) - 2 > width:
             droppable = [key for key in keys if key.key not in self.KEYS_THAT_STAY]
             if not droppable:

@@ -1,0 +1,125 @@
+"""The panel in a browser: who gets it, and that it is the panel."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+import psutil
+import pytest
+from browser import CHROMIUM, opened
+
+from vllm_sleep_tui.cli.demo import write_demo
+from vllm_sleep_tui.text import clean
+
+DEADLINE = 60.0
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`web --read-only` over the demo, and the link that it printed."""
+    config = write_demo(tmp_path / "demo", 40)
+    command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(config), "web", "--read-only"]
+    with subprocess.Popen(
+        command,
+        env=os.environ | {"XDG_STATE_HOME": str(tmp_path / "state")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+        process.kill()
+
+
+async def seen(tab: aiohttp.ClientWebSocketResponse, *texts: str) -> None:
+    """Wait until the panel has drawn all these texts."""
+    drawn = b""
+    async with asyncio.timeout(DEADLINE):
+        while not all(text in clean(drawn.decode(errors="replace")) for text in texts):
+            message = await tab.receive()
+            assert message.type in (aiohttp.WSMsgType.BINARY, aiohttp.WSMsgType.TEXT), clean(drawn.decode())
+            drawn += message.data if isinstance(message.data, bytes) else b""
+
+
+async def test_only_who_has_the_link_gets_a_panel_and_none_outlives_the_server(
+    server: tuple[subprocess.Popen[str], str],
+) -> None:
+    process, link = server
+    address, token = link.split("#token=")
+    port = urlsplit(address).port
+    assert urlsplit(address).hostname == "127.0.0.1"
+    assert {one.laddr.ip for one in psutil.Process(process.pid).net_connections("tcp")} == {"127.0.0.1"}
+    async with aiohttp.ClientSession() as session:
+        for headers in (
+            {"Host": f"evil.example:{port}"},
+            {"Origin": "http://evil.example"},
+            {"Origin": f"http://127.0.0.1:{(port or 0) + 1}"},
+            {"Origin": "null"},
+            {"Sec-Fetch-Site": "cross-site"},
+        ):
+            for path in ("", "page.js", f"ws/{token}?width=80&height=24"):
+                async with session.get(address + path, headers=headers) as answer:
+                    assert answer.status == 403, (headers, path)
+        for path in ("ws/", "ws/x", f"ws/{token[:-1]}", "static/../server.py"):
+            async with session.get(address + path) as answer:
+                assert answer.status in (403, 404), path
+        async with session.get(address) as answer:
+            page = await answer.text()
+            assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        assert token not in page
+        assert "https://" not in page
+        async with session.ws_connect(f"{address}ws/{token}?width=120&height=40") as tab:
+            await seen(tab, "READ-ONLY", "SIMULATED", "coder")
+            for odd in ("", "[]", "[1]", '["stdin"]', '["resize", {"width": "x"}]', "{", '["ping", 1]'):
+                await tab.send_str(odd)
+            await tab.send_str(json.dumps(["stdin", "?"]))
+            await seen(tab, "Follow its log")
+            await tab.send_str(json.dumps(["stdin", "\x1b"]))
+            await seen(tab, "READ-ONLY", "coder")  # the help is closed, and a q no part of the escape
+            await tab.send_str(json.dumps(["stdin", "q"]))
+            async with asyncio.timeout(DEADLINE):
+                while (await tab.receive()).type is not aiohttp.WSMsgType.CLOSE:
+                    pass
+        async with session.ws_connect(f"{address}ws/{token}?width=80&height=24") as tab:
+            await seen(tab, "READ-ONLY")
+            (panel,) = psutil.Process(process.pid).children()
+            assert token not in " ".join([*panel.cmdline(), *panel.environ().values()])
+            process.kill()  # nobody tells the panel: it sees the end of its pipe
+            await asyncio.to_thread(panel.wait, DEADLINE)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium-headless-shell")
+async def test_chromium_shows_it_takes_keys_and_asks_nobody_else(
+    server: tuple[subprocess.Popen[str], str], tmp_path: Path
+) -> None:
+    process, link = server
+    address = link.split("#")[0]
+    async with opened(link, tmp_path / "profile") as page:
+        await page.until(lambda: b"READ-ONLY" in page.received, "the panel")
+        await page.until(lambda: "coder" in clean(page.received.decode(errors="replace")), "its models")
+        assert await page.value("location.href") == address
+        page.received = b""
+        await page.press("?")
+        await page.until(
+            lambda: "Follow its log" in clean(page.received.decode(errors="replace")), "the help"
+        )
+        await page.picture(tmp_path / "browser.png")
+        assert {urlsplit(asked).netloc for asked in page.asked if "://" in asked} == {urlsplit(link).netloc}
+        process.terminate()
+        await page.until(lambda: process.poll() is not None, "the end of the server")
+        assert process.returncode == 0
+        words = "getComputedStyle(document.getElementById('ended')).display"
+        for _ in range(100):
+            if await page.value(words) == "block":
+                break
+            await page.read()
+        assert await page.value(words) == "block"
