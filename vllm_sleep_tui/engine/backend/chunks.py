@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
-from .plan import CHUNK, whole_chunks
+from .plan import CHUNK, SLACK, whole_chunks
 
 FREED_SECONDS = 0.3
 """For the driver to notice that the holder has given memory up."""
@@ -56,6 +56,9 @@ class Memory(Protocol):
     def clear(self, address: int, size: int) -> None:
         """Begin to write zeros there."""
 
+    def free(self) -> int:
+        """Bytes of the whole device that nobody has."""
+
 
 class Holder(Protocol):
     """See holder.py; nothing raises."""
@@ -93,6 +96,8 @@ class Chunks:
         self._unclear: list[tuple[int, int]] = []
         """What is mapped and was another's, by address and size."""
         self._has_holder = False
+        self._free = 0
+        """Of the device when the sleep or wake began."""
         self.figures: dict[str, float] = {}
         """Bytes of the sleep or wake that goes on: taken from the pool, created, given to it."""
 
@@ -100,6 +105,7 @@ class Chunks:
         """A sleep or a wake begins."""
         self.figures = {"taken_bytes": 0.0, "created_bytes": 0.0, "given_bytes": 0.0}
         self._counts = {}
+        self._free = self._memory.free()
         self._has_holder = self._holder.begin()
 
     def fetch(self, handles: Sequence[Handle]) -> None:
@@ -188,6 +194,16 @@ class Chunks:
         self._holder.note_lent(len(lent) * CHUNK)  # before the next engine has what is not mapped here now
         self.figures["given_bytes"] += self._holder.give(CHUNK, self._leaving) * CHUNK
         self._stock, self._leaving = [], []
+
+    def make_up(self) -> None:
+        """A sleep has ended: have the pool give up what it has if a neighbour took what was to be free.
+
+        vLLM fails a sleep after which the device has less free memory than before, whoever took it.
+        """
+        if self._memory.free() < self._free + SLACK // 2 and self._holder.shrink():
+            until = time.monotonic() + FREED_SECONDS
+            while self._memory.free() < self._free and time.monotonic() < until:
+                time.sleep(0.01)
 
     def let_go(self) -> None:
         """Leave the regions to vLLM's own functions: what those unmap must not live on by our descriptors."""

@@ -144,6 +144,8 @@ class CudaDriver:
     def tidy(self) -> None:
         """Of the caching allocator; the sleep pool is not its."""
         torch.cuda.empty_cache()
+        if self._chunks is not None:
+            self._chunks.make_up()
 
 
 def random_factors(seed: int, device: Any) -> Any:

@@ -99,7 +99,7 @@ class Driver(Protocol):
         """Wait for all that was begun."""
 
     def tidy(self) -> None:
-        """Give what torch holds for later back to the driver."""
+        """A sleep ends: give what torch holds for later to the driver, and more where others took much."""
 
 
 class Mover:
@@ -171,6 +171,7 @@ class Mover:
         Raises RuntimeError without VRAM, with everything as it was, and may be asked again.
         """
         steps = _Steps()
+        self._keeps_weights_until = 0.0
         self._driver.begin()
         self._awake()
         chosen = [region for region in self._asleep if wakes(self._tag(region), tags, self._deferrable)]

@@ -22,6 +22,9 @@ from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, user_of
 from vllm_sleep_tui.units import GIB, gib
 
+LEAST_GONE = GIB // 2
+"""Bytes that a sleep must have given up to be seen, where nothing else is known of it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuMemory:
@@ -56,17 +59,22 @@ def read_memory(core: Core, gpus: set[int]) -> dict[int, GpuMemory]:
     }
 
 
-def has_gone(model: Model, before: GpuMemory, now: GpuMemory, gpu: int, level: int) -> bool | None:
-    """Whether a GPU shows the sleep, by our processes, else by the device; None if neither is known."""
+def has_gone(
+    model: Model, before: GpuMemory, now: GpuMemory, gpu: int, level: int, least: int = LEAST_GONE
+) -> bool | None:
+    """Whether a GPU shows the sleep, by our processes, else by the device; None if neither is known.
+
+    `least` are the bytes that a sleep at level 0 must have given up.
+    """
     held_before, held_now = before.held_by(model.record), now.held_by(model.record)
     if level == 0 and held_before is not None and held_now is not None:
-        return held_before - held_now >= GIB / 2  # the KV cache's: what stays is most of a large model
+        return held_before - held_now >= least  # the KV cache's: what stays is most of a large model
     if held_before is not None and held_now is not None:
         measured = model.footprint.asleep.get(str(gpu))
         return held_now <= (held_before / 2 if measured is None else measured * 1.1 + GIB / 4)
     if before.used is None or now.used is None:
         return None
-    return before.used - now.used >= GIB / 2
+    return before.used - now.used >= (least if level == 0 else LEAST_GONE)
 
 
 def needed_to_wake(model: Model, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
@@ -149,13 +157,13 @@ def share_of(model: Model, memory: Mapping[int, GpuMemory]) -> float | None:
 def shares_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[str, float | None]:
     """`share_of` each of these models, by name; the records of all are read once."""
     shares = {model.name: budget.fixed_utilization(model.config) for model in models}
-    return shares | {name: plan.share for name, plan in plans_of(models, memory).items()}
+    planned = [model for model in models if shares[model.name] is None]
+    return shares | {name: plan.share for name, plan in plans_of(planned, memory).items()}
 
 
 def plans_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[str, budget.Plan]:
-    """The planned shares of those of these models that have no share of their own, by name."""
-    planned = [model for model in models if budget.fixed_utilization(model.config) is None]
-    planned = [model for model in planned if model.config.gpus]
+    """The shares of these models, their own or planned, and whose weights have room beside them, by name."""
+    planned = [model for model in models if model.config.gpus]
     if not planned:
         return {}
     core = planned[0].core
@@ -169,11 +177,13 @@ def plans_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[s
     plans = {}
     for model in planned:
         totals = {gpu: total for gpu in model.config.gpus if (total := core.total(gpu)) is not None}
+        fixed = budget.fixed_utilization(model.config)
+        least = least_awake(model) if fixed is None else int(fixed * max(totals.values(), default=0))
         plan = budget.utilization(
-            model.name, core.config, totals, others, asleep, staying=staying, least=least_awake(model)
+            model.name, core.config, totals, others, asleep, staying=staying, least=least
         )
         if plan is not None:
-            plans[model.name] = plan
+            plans[model.name] = plan if fixed is None else plan._replace(share=fixed)
     return plans
 
 

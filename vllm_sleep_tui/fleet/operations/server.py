@@ -29,6 +29,7 @@ from vllm_sleep_tui.fleet.operations.failures import CURES, Failure, may_wake_ag
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.room import (
+    LEAST_GONE,
     GpuMemory,
     check_ram,
     give_up,
@@ -74,12 +75,18 @@ class NoLevel0Error(RefusedError):
     """Its sleep mode cannot leave the weights in VRAM."""
 
 
+def has_level_0(record: Record) -> bool:
+    """Whether this launch can give up its KV cache alone: by our sleep mode, or vLLM's own from 0.31 on."""
+    own_can = record.vllm_version is not None and capabilities(record.vllm_version).releases_cache
+    return bool(record.gpus) and (record.sleep_backend == "own" or own_can)
+
+
 def no_level_0(record: Record) -> tuple[str, str]:
     """What and cure: this launch's sleep mode cannot leave the weights in VRAM."""
     why = f": {record.sleep_backend_why}" if record.sleep_backend_why else ""
     return (
         f"{record.name} cannot sleep at level 0 (weights in VRAM): it runs on vLLM's own sleep mode{why}.",
-        "Sleep it at level 1 or 2; docs/fast-switch.md tells what our sleep mode needs.",
+        "Sleep it at level 1 or 2; our sleep mode can (docs/fast-switch.md), vLLM's own from 0.31 on.",
     )
 
 
@@ -106,6 +113,11 @@ class Server:
     def frees_memory(self) -> bool:
         """False for vLLM on the CPU, where sleep is a state and nothing else."""
         return bool(self.record.gpus)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it sleeps by our sleep mode."""
+        return self.record.sleep_backend == "own"
 
     def intend(self, phase: str, *, level: int | None = None, event: Event | None = None) -> None:
         """Write what is about to be done; with `event`, enter its state as well.
@@ -150,9 +162,7 @@ class Server:
                     await self.drain_for(level, force=force, unless=unless)
             except BaseException:
                 before.cancel()
-                if level == 0:
-                    await sleeping.forget_weights(self.client, FACTS_LIMIT)
-                await self.undo_sleep()
+                await self.undo_sleep(level)
                 raise
             settled = await self.sleep_and_settle(level, pool, await before)
             reason, cure = self.kept_memory(settled)
@@ -162,7 +172,7 @@ class Server:
     async def drain_for(self, level: int, *, force: bool, unless: Awaitable[object] | None) -> None:
         """Drain; the workers are told meanwhile if the weights are to stay. See `fall_asleep`."""
         began = time.monotonic()
-        wish = asyncio.ensure_future(self.keep_weights()) if level == 0 else None
+        wish = asyncio.ensure_future(self.keep_weights()) if level == 0 and self.is_own else None
         try:
             await self.drain(force=force)
             if unless is not None:
@@ -246,9 +256,14 @@ class Server:
             await self.operation.pause(0.05)
             gate = await self.patiently(lambda: client.gate(GATE_LIMIT))
 
-    async def undo_sleep(self) -> None:
-        """Open the gate again and be awake as before; if it does not open, the intent stays to be settled."""
+    async def undo_sleep(self, level: int | None) -> None:
+        """Open the gate again and be awake as before the sleep at `level`, of which nobody shall know.
+
+        If the gate does not open, the intent stays to be settled.
+        """
         left = self.record.intent
+        if level == 0 and self.is_own:
+            await sleeping.forget_weights(self.client, FACTS_LIMIT)
         with contextlib.suppress(EngineError):
             await self.set_gate(closed=False)
             left = None
@@ -257,21 +272,31 @@ class Server:
     async def deepen(self, level: int) -> Memory:
         """From level 0 to 1 or 2 without a wake; raises RefusedError without RAM, else as `fall_asleep`.
 
-        The level is written before the call: whoever finds the record after a crash wakes it the longer way.
+        Without RAM it sleeps on as it did. The level that is meant stands in the intent alone until it is
+        reached: whoever finds that after a crash asks the workers.
         """
         pool = self.model.pinned_now()
         async with self.room_to_pin(level, pool):
             before = await self.read_memory()
             self.intend("sleep", level=level)
-            self.model.write(level=level)
             log = self.log_instead(before)
             with self.operation.timed("sleep"):
                 try:
-                    deeper = await sleeping.sleep_deeper(self.client, level, self.limit())
+                    workers = await sleeping.sleep_deeper(
+                        self.client, level, self.limit(), is_own=self.is_own
+                    )
                 except EngineError as error:
                     await self.fail(Failure.SLEEP_REFUSED, error)
-            if not deeper:
-                await self.fail(Failure.SLEEP_REFUSED, "its workers do not sleep at one level.")
+            reached = sleeping.deepest(workers)
+            if reached is None:
+                await self.fail(Failure.SLEEP_REFUSED, "its workers do not tell how they sleep.")
+            self.model.write(level=reached)
+            if refused := next((worker.refused for worker in workers if worker.refused), None):
+                self.model.write(intent=None)
+                raise RefusedError(
+                    f"{self.name} cannot move its weights to RAM: {refused[:MAX_WHY]}.",
+                    "Free RAM, or sleep it at level 2; it sleeps on with its weights in VRAM.",
+                )
             with self.operation.timed("settle"):
                 settled = await self.settle(before, level, log)
             self.remember_sleep("", 0.0, {}, settled, self.model.pinned_now(), level)
@@ -295,7 +320,7 @@ class Server:
         """The call itself; seconds it took."""
         began = time.perf_counter()
         try:
-            await sleeping.sleep(self.client, level, self.limit())
+            await sleeping.sleep(self.client, level, self.limit(), is_own=self.is_own)
         except EngineRefused as error:
             await self.fail(Failure.SLEEP_REFUSED, error)
         except EngineError as error:
@@ -330,9 +355,12 @@ class Server:
         if not self.frees_memory:
             return Settled(None, {}, {})
         deadline, sleepers = time.monotonic() + self.core.limits.settle, 0
+        least, has_asked = LEAST_GONE, level != 0
         while True:
             now = await self.read_memory()
-            gone = [has_gone(self.model, before[gpu], now[gpu], gpu, level) for gpu in self.record.gpus]
+            gone = [
+                has_gone(self.model, before[gpu], now[gpu], gpu, level, least) for gpu in self.record.gpus
+            ]
             if None in gone:
                 if log is None or time.monotonic() > deadline:
                     return Settled(Verdict.UNVERIFIED, {}, now)
@@ -342,7 +370,17 @@ class Server:
             elif all(gone) or time.monotonic() > deadline:
                 left = {gpu: held for gpu, m in now.items() if (held := m.held_by(self.record)) is not None}
                 return Settled(Verdict.PROVEN if all(gone) else Verdict.UNVERIFIED, left, now)
+            if not has_asked:
+                least, has_asked = await self.told_gone(), True
             await asyncio.sleep(SETTLE_POLL)
+
+    async def told_gone(self) -> int:
+        """What must be seen gone after a sleep at level 0: of a small KV cache half of what it tells."""
+        with contextlib.suppress(EngineError):
+            workers = await sleeping.worker_facts(self.client, FACTS_LIMIT)
+            told = [worker.freed_bytes // 2 for worker in workers if worker.freed_bytes is not None]
+            return min([LEAST_GONE, *told])
+        return LEAST_GONE
 
     def kept_memory(self, settled: Settled) -> tuple[str | None, str | None]:
         """What to tell of a sleep after which the memory was seen to be still held; None of any other."""

@@ -25,7 +25,7 @@ from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.ports import choose_port
 from vllm_sleep_tui.fleet.operations.reconcile import lives
 from vllm_sleep_tui.fleet.operations.room import GpuMemory, own_level, refuse_without_room
-from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Memory, Server, no_level_0
+from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Memory, Server, has_level_0, no_level_0
 from vllm_sleep_tui.fleet.operations.start import PortRaceError, Start, check_startable
 from vllm_sleep_tui.fleet.peer_checks import check_own
 from vllm_sleep_tui.fleet.server_keys import key_of
@@ -269,7 +269,7 @@ class Supervised:
                 f"{self.name} was started without sleep mode (`level: none`).",
                 "Set `level: auto` and restart it.",
             )
-        if level == 0 and record.sleep_backend != "own":
+        if level == 0 and not has_level_0(record):
             raise RefusedError(*no_level_0(record))
         never = never_level2(model.config, record.vllm_version, model.base)
         if level == 2 and never:
