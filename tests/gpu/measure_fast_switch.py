@@ -47,6 +47,8 @@ MODELS = {name: variable for name, variable in (STOCK | FAST).items() if variabl
 TURN = [name for name in FAST if name in MODELS]
 """The fast ones as they take turns; there may be a third one."""
 SWITCHES = 3
+REST_SECONDS = 0.1
+"""Before each switch of whatever kind: what the last one left to be written is written by then."""
 LOOK_SECONDS = 1.5
 
 
@@ -111,8 +113,9 @@ class Run:
         self.rows.append(row)
         self.note(**row)
 
-    def by_hand(self, leaving: str, target: str) -> None:
+    async def by_hand(self, leaving: str, target: str) -> None:
         """The same calls without the panel."""
+        await asyncio.sleep(REST_SECONDS)
         old, new = RawServer(self.store.read(leaving)), RawServer(self.store.read(target))
         try:
             began = time.perf_counter()
@@ -124,6 +127,7 @@ class Run:
 
     async def by_panel(self, how: str, target: str) -> None:
         """One switch."""
+        await asyncio.sleep(REST_SECONDS)
         began = time.perf_counter()
         ledger = await self.fleet.switch(target)
         known = {name: seconds for name, seconds in ledger.phases.items() if seconds is not None}
@@ -133,8 +137,8 @@ class Run:
         """Three switches each way of every kind."""
         await self.fleet.switch("sa")
         for _ in range(SWITCHES):
-            self.by_hand("sa", "sb")
-            self.by_hand("sb", "sa")
+            await self.by_hand("sa", "sb")
+            await self.by_hand("sb", "sa")
         for target in ("sb", "sa") * SWITCHES:
             await self.by_panel("vLLM's own", target)
         await self.fleet.switch("oa")
