@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vllm_sleep_tui.cli.common import config_option, draw, json_option, load_config, put, put_json, say
+from vllm_sleep_tui.cli.common import (
+    complete_model,
+    config_option,
+    draw,
+    json_option,
+    load_config,
+    put,
+    put_json,
+    say,
+)
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, UsageError
 from vllm_sleep_tui.fleet.snapshot import cut_words
@@ -31,7 +40,7 @@ _READ_BYTES = 65536
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_model)
 @click.argument("prompt", required=False)
 @click.option("-c", "--continue", "goes_on", is_flag=True, help="Go on with the model's last conversation.")
 @click.option("--system", metavar="TEXT", help="What the model is told before everything else.")
