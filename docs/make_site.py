@@ -86,9 +86,7 @@ def takes(value: dict[str, Any]) -> str:
         return " or ".join(kinds)
     if "$ref" in value:
         name = str(value["$ref"]).rpartition("/")[2]
-        return {"Args": "a mapping"}.get(
-            name := value["$ref"].rpartition("/")[2], name.removesuffix("Config")
-        )
+        return {"Args": "a mapping"}.get(name, name.removesuffix("Config"))
     if "enum" in value:
         return ", ".join(f"`{one}`" for one in value["enum"])
     if "examples" in value:
