@@ -1,9 +1,9 @@
 """Every screen of the panel in every size that counts, dark and light, from one run of the demo.
 
-python -m screenshots.every --out DIR [--sizes 60x20,80x24,120x40,200x60] [--themes night,day] [--speed 20]
+python -m screenshots.every --out DIR [--sizes 60x20,80x24,120x40,200x60] [--themes night,day] [--png]
 
-Each picture is an SVG, a PNG where resvg-py is installed, and the same as text. A picture must show what it is a
-picture of: exits 1 and names those that do not. Some minutes; the set is to be looked at, not to be kept.
+Each picture is an SVG, and the same as text. A picture must show what it is a picture of: exits 1 and names
+those that do not. The set is to be looked at, not to be kept.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import html
+import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -46,7 +48,10 @@ class Camera:
         into: Path,
         sizes: Sequence[tuple[int, int]],
         themes: Sequence[str],
+        *,
+        png: bool,
     ) -> None:
+        self._png = png
         self._app, self._pilot, self._into = app, pilot, into
         self._sizes, self._themes = sizes, themes
         self.taken = 0
@@ -61,7 +66,7 @@ class Camera:
                 await self._pilot.resize_terminal(width, height)
                 await self._pilot.pause(0.2)
                 folder, picture = self._into / theme, f"{name}-{width}x{height}"
-                text = text_of(write(self._app, folder, picture))
+                text = text_of(write(self._app, folder, picture, png=self._png))
                 (folder / f"{picture}.txt").write_text(text + "\n", encoding="utf-8")
                 self.taken += 1
                 if missing := [words for words in shows if words not in text]:
@@ -139,11 +144,14 @@ async def _story(camera: Camera, app: PanelApp, pilot: Pilot[None], fleet: Fleet
         await pilot.pause(0.2)
     pid = fleet.snapshot().model("qwen").pid
     assert pid is not None
-    await fleet.stop(["qwen"], force=True)
-    await camera.take("stopped", "qwen", "stopped")
+    os.kill(pid, signal.SIGKILL)
+    await until(pilot, lambda: state("qwen") is State.FAILED)
+    await camera.take("failed", "failed", "SIGKILL")
 
 
-async def make(into: Path, sizes: Sequence[tuple[int, int]], themes: Sequence[str], speed: float) -> Camera:
+async def make(
+    into: Path, sizes: Sequence[tuple[int, int]], themes: Sequence[str], speed: float, *, png: bool
+) -> Camera:
     """Run the demo headless and take all pictures."""
     with tempfile.TemporaryDirectory(prefix="vst-") as folder:
         state = Path(folder) / "state"
@@ -154,7 +162,7 @@ async def make(into: Path, sizes: Sequence[tuple[int, int]], themes: Sequence[st
             try:
                 async with app.run_test(size=(120, 40)) as pilot:
                     await pilot.pause(0.5)
-                    camera = Camera(app, pilot, into, sizes, themes)
+                    camera = Camera(app, pilot, into, sizes, themes, png=png)
                     await _story(camera, app, pilot, fleet)
             finally:
                 await app.operations.close()
@@ -170,9 +178,10 @@ def main() -> None:
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--themes", default=THEMES)
     parser.add_argument("--speed", type=float, default=20.0, help="how many times faster than measured")
+    parser.add_argument("--png", action="store_true", help="PNG too, by resvg-py, which takes seconds each")
     given = parser.parse_args()
     sizes = [(int(one.split("x")[0]), int(one.split("x")[1])) for one in given.sizes.split(",")]
-    camera = asyncio.run(make(given.out, sizes, given.themes.split(","), given.speed))
+    camera = asyncio.run(make(given.out, sizes, given.themes.split(","), given.speed, png=given.png))
     print(f"{camera.taken} pictures in {given.out}, {len(camera.faults)} of them wrong")
     if camera.faults:
         sys.exit("\n".join(camera.faults))

@@ -39,19 +39,23 @@ async def until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
         await pilot.pause(0.05)
 
 
-def write(app: PanelApp, into: Path, name: str) -> str:
+def write(app: PanelApp, into: Path, name: str, *, png: bool = True) -> str:
     """Write what is seen as SVG, and as PNG where resvg-py is installed; the SVG."""
     into.mkdir(parents=True, exist_ok=True)
     svg = app.export_screenshot(title="")
     (into / f"{name}.svg").write_text(svg, encoding="utf-8")
-    if importlib.util.find_spec("resvg_py") is None:
-        return svg
+    if png and importlib.util.find_spec("resvg_py") is not None:
+        (into / f"{name}.png").write_bytes(drawn(svg))
+    return svg
+
+
+def drawn(svg: str, width: int | None = None) -> bytes:
+    """The picture as PNG, as wide as it is or so many pixels."""
     import resvg_py
 
     fonts = [str(path) for path in sorted(FONT.glob("DejaVuSansMono*.ttf"))]
-    drawn = svg.replace("Fira Code", "DejaVu Sans Mono") if fonts else svg
-    (into / f"{name}.png").write_bytes(bytes(resvg_py.svg_to_bytes(svg_string=drawn, font_files=fonts)))
-    return svg
+    named = svg.replace("Fira Code", "DejaVu Sans Mono") if fonts else svg
+    return bytes(resvg_py.svg_to_bytes(svg_string=named, width=width, font_files=fonts))
 
 
 async def _story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str], Awaitable[None]]) -> None:

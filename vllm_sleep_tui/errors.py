@@ -9,6 +9,8 @@ PanelError             one line on what is wrong, one on what to do; exit code 1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vllm_sleep_tui.text import one_line
 
 
@@ -21,9 +23,13 @@ class PanelError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: str, cure: str = "") -> None:
+    def __init__(
+        self, what: str, cure: str = "", *, by_model: Mapping[str, PanelError] | None = None
+    ) -> None:
         self.what = one_line(what)
         self.cure = one_line(cure)
+        self.by_model = dict(by_model or {})
+        """Of an operation on several models: what went wrong with each; the others are done."""
         super().__init__(self.what)
 
 

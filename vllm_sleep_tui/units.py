@@ -15,6 +15,11 @@ UNKNOWN = "?"
 """For the panel, where NONE says that there is nothing; elsewhere NONE stands for both."""
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """So many of something: 1 model, 12 models; `plural` where an s does not make it."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 # ── bytes ───────────────────────────────────────────────────────────────────────────────────────────────
 
 

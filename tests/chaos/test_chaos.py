@@ -9,12 +9,12 @@ from tests.chaos.storm import Storm
 SEED = 20261123
 
 
-async def test_sixty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
+async def test_thirty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
     storm = Storm(tmp_path, SEED)
     try:
-        tally = await storm.run(60)
+        tally = await storm.run(30)
     finally:
         await storm.close()
     assert tally.problems == []
-    assert tally.total == 60
+    assert tally.total == 30
     assert set(tally.kills) == {"verb", "leader", "standby", "keeper", "server", "engine", "holder"}

@@ -95,15 +95,50 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(line: CommandLine, tmp_
             [*COMMAND, "--config", str(config), "chat", "far"], environment, 80, 24, controlling=True
         )
         try:
-            terminal.wait_for("far> ")
+            terminal.wait_for("far>")
             for _ in range(2):
-                terminal.press("hello\n")
+                terminal.press("hello\r")
                 terminal.wait_for("word1")
                 terminal.press("\x03")
-                terminal.wait_for("Stopped.", "far> ")
+                terminal.wait_for("Stopped.", "far>")
             terminal.press("\x04")
             assert terminal.end() == 0
         finally:
             terminal.close()
         kept = CommandLine(config, tmp_path / "state")("conversations", "list", "word1")
         assert kept.endswith("far  hello\n")
+
+
+def test_the_line_editor_takes_pastes_long_lines_and_earlier_questions(line: CommandLine) -> None:
+    """Three pasted lines are one question, 6,004 characters stay 6,004, and what was typed is not lost."""
+    command = [*COMMAND, "--config", str(line.config), "chat", "qwen", "-c"]
+    environment = line.environment | {"XDG_STATE_HOME": str(line.state_home), "TERM": "xterm-256color"}
+
+    def asked_of(terminal: Terminal, keys: str, shown: str) -> None:
+        terminal.press(keys)
+        terminal.wait_for(shown, "tok/s")
+
+    terminal = Terminal(command, environment, 80, 24, controlling=True)
+    try:
+        terminal.wait_for("qwen>")
+        asked_of(terminal, "\x1b[200~one\rtwo\rthree\x1b[201~\r", "“one two three”")
+        asked_of(terminal, "first\nsecond\x1b\rthird\r", "“first second third”")
+        asked_of(terminal, "a" * 6004 + "\r", "aaaa”")
+        terminal.press("not this\x03")
+        asked_of(terminal, "this\r", "“this”")
+        terminal.press("\x04")
+        assert terminal.end() == 0
+    finally:
+        terminal.close()
+    terminal = Terminal(command, environment, 80, 24, controlling=True)
+    try:
+        terminal.wait_for("qwen>")
+        asked_of(terminal, "\x1b[A\x1b[A\x15again\r", "again”")  # two back, and its end put away
+        terminal.press("\x04")
+        assert terminal.end() == 0
+    finally:
+        terminal.close()
+    number = line("conversations", "list").split()[0]
+    turns = json.loads(line("conversations", "show", number, "--json"))["turns"]
+    asked = [turn["text"] for turn in turns if turn["role"] == "user"]
+    assert asked == ["one\ntwo\nthree", "first\nsecond\nthird", "a" * 6004, "this", "again"]

@@ -14,6 +14,7 @@ import pytest
 
 from tests.fleet.beside import record_of, record_path
 from tests.fleet.conftest import GIB, Box, inject, seen, until
+from tests.unit.made_checkpoints import PHI, QWEN, SMOLLM, write_model
 from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet.states import State
 
@@ -103,6 +104,43 @@ async def test_weights_stay_by_themselves_where_there_is_room_and_the_longest_id
         await fleet.switch("a")
         await fleet.sleep("a")
         assert seen(fleet, "a").level == 1
+
+
+async def test_shares_leave_room_for_the_weights_of_sleepers_and_each_keeps_its_kv_cache(
+    box: MakeBox, tmp_path: Path
+) -> None:
+    files = {"a": QWEN, "b": SMOLLM, "c": PHI}
+    models = {name: fast(str(write_model(tmp_path / name, config))) for name, config in files.items()}
+    models["c"]["args"] = {"max-model-len": 4096}  # four contexts take 6 GiB, its weights 7.5
+    machine = box(models)
+    async with machine.open() as fleet:
+        await fleet.start(["a", "b", "c"])
+        await fleet.stop(["a", "b"])  # as they started, nobody knew whose sleep mode the others would have
+        await fleet.start(["a", "b"])
+        for name in ("c", "a", "b"):  # those that a start put to sleep come up from RAM, once
+            await fleet.switch(name)
+        for name in ("a", "c", "b"):
+            await fleet.switch(name)
+            others = [seen(fleet, other) for other in files if other != name]
+            assert [(other.state, other.level) for other in others] == [(State.ASLEEP, 0)] * 2
+            assert seen(fleet, name).proof == "proven"
+
+
+async def test_a_kv_cache_that_cannot_be_had_is_told(box: MakeBox, tmp_path: Path) -> None:
+    model = str(write_model(tmp_path / "phi", PHI))
+    machine = box(
+        {
+            "a": fast(model, kv_cache="20GiB"),
+            "b": fast(model, kv_cache="9GiB", args={"gpu-memory-utilization": 0.6}),
+        }
+    )
+    async with machine.open() as fleet:
+        await fleet.start(["a"], report=machine.report)
+        await fleet.sleep("a")
+        await fleet.start(["b"], report=machine.report)
+    told = {each.model: each.detail for each in machine.progress if each.phase == "kv cache"}
+    assert "20GiB does not fit, about" in told["a"]
+    assert "its args say gpu-memory-utilization" in told["b"]
 
 
 async def test_a_level_that_the_config_names_is_kept_though_there_is_room(box: MakeBox) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from tests.fleet.conftest import Box
 from tests.fleet.random_operations import RandomOperations
 from tests.fleet.watch import Watch
@@ -17,12 +15,11 @@ SEED = 20261123
 MakeBox = Callable[..., Box]
 
 
-@pytest.mark.timeout(1200)  # 25 sequences of several operations
-async def test_twenty_five_random_sequences_break_nothing(tmp_path: Path) -> None:
-    tally = await RandomOperations(tmp_path, SEED).run(25)
+async def test_twelve_random_sequences_break_nothing(tmp_path: Path) -> None:
+    tally = await RandomOperations(tmp_path, SEED).run(12)
     assert tally.problems == []
-    assert tally.sequences == 25
-    assert tally.ends["done"] > 25
+    assert tally.sequences == 12
+    assert tally.ends["done"] > 12
 
 
 async def test_the_watch_sees_two_models_of_one_gpu_that_are_moved_at_once(box: MakeBox) -> None:

@@ -194,7 +194,7 @@ def test_serve_that_stops_its_models_drops_what_it_was_to_start_and_leaves_other
     served: Callable[..., Served],
 ) -> None:
     models = {"a": {"model": "sim/1GiB", "autostart": True}, "b": {"model": "sim/4GiB"}}
-    here = served(models, speed="0.4")
+    here = served(models, speed="1.5")
     theirs = here.verb("start", "b")
     while here.look("b").pid is None:
         assert theirs.poll() is None

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import anthropic
 import httpx
@@ -102,3 +107,23 @@ def test_an_agent_that_alternates_two_models_and_others_beside_it(here: Gated) -
     counted = httpx.get(f"{here.base}/metrics").text
     assert 'status="200"' in counted
     assert 'status="5' not in counted
+
+
+def test_an_agent_with_tools_of_its_own_decides_with_one_model_and_does_with_the_other(here: Gated) -> None:
+    """As MCP has it: the tool server, a process of its own, asks the other model through the same gateway."""
+    said = json.loads(agent(here, turns=6).communicate(timeout=90)[0])
+    assert len(said) == 6
+    assert all(text.startswith("b: ") and len(text) > 3 for text in said), said
+    broken_off = agent(here, turns=1000)
+    here.until(lambda: len(here.requests()) == 1)
+    broken_off.send_signal(signal.SIGINT)
+    broken_off.communicate(timeout=60)
+    here.until(lambda: not here.requests())
+    counted = httpx.get(f"{here.base}/metrics").text
+    assert 'status="5' not in counted, counted
+
+
+def agent(here: Gated, turns: int) -> subprocess.Popen[str]:
+    script = str(Path(__file__).with_name("mcp_agent.py"))
+    command = [sys.executable, script, here.base, "a", "b", str(turns)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

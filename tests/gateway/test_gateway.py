@@ -164,6 +164,41 @@ def test_keys_have_models_and_limits(gated: MakeGated, tmp_path: Path) -> None:
     assert "sekret" not in here.log.read_text()
 
 
+def test_an_alias_of_a_reloaded_config_is_one_of_a_server_that_was_launched_before(gated: MakeGated) -> None:
+    here = gated()
+    assert here.chat("a").status_code == 200
+    content = json.loads(here.config.read_text())
+    content["models"]["a"]["aliases"] = ["new name"]
+    here.config.write_text(json.dumps(content))
+    here.processes[0].send_signal(signal.SIGHUP)
+    here.until(lambda: "new name" in here.states())
+    for name in ("new name", "new-name", "new name"):
+        answer = here.chat(name)
+        assert (answer.status_code, answer.json().get("model")) == (200, "a"), answer.text
+    assert here.chat("nobody").status_code == 404
+
+
+def test_what_is_not_carried_says_what_to_do_instead(gated: MakeGated) -> None:
+    here = gated()
+    stored = httpx.get(f"{here.url}/responses/resp_1")
+    assert stored.status_code == 404
+    assert "/MODEL/v1/responses/resp_1" in stored.json()["error"]["message"]
+    here.verb("start", "a")
+    assert (
+        "not served here" not in httpx.get(f"{here.base}/a/v1/responses/resp_1").text
+    )  # the server's own answer
+    upgrade = {
+        "connection": "upgrade",
+        "upgrade": "websocket",
+        "sec-websocket-key": "x",
+        "sec-websocket-version": "13",
+    }
+    for headers in ({}, upgrade):
+        speech = httpx.get(f"{here.url}/realtime", headers=headers)
+        assert speech.status_code == 501
+        assert "own port" in speech.json()["error"]["message"]
+
+
 def test_a_longer_body_than_allowed_is_refused(gated: MakeGated) -> None:
     here = gated(max_body="1MiB")
     whole = here.chat("a", "x" * 2_000_000)

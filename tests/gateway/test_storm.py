@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.gateway.conftest import MakeGated
-from tests.gateway.storm import MODELS, Outcome, storm
+from tests.gateway.storm import BOUND, MODELS, Outcome, storm
 
 
 def test_every_request_is_answered_by_its_model_or_refused_while_things_are_killed(gated: MakeGated) -> None:
@@ -14,5 +14,6 @@ def test_every_request_is_answered_by_its_model_or_refused_while_things_are_kill
     outcome = Outcome()
     asyncio.run(storm(here, outcome, requests=120, kills=3, seed=5))
     assert outcome.wrong == []
+    assert max(outcome.took) <= BOUND
     assert sum(outcome.statuses.values()) == 120
     assert outcome.statuses[200] > 60

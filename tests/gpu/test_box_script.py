@@ -21,7 +21,7 @@ from vllm_sleep_tui.bench.plan import Mode
 from vllm_sleep_tui.bench.results import Run, read
 
 HERE = Path(__file__).parent
-REPEATS, WAKES = 1, 4
+REPEATS, WAKES = 1, 2
 SECONDS = 300
 
 

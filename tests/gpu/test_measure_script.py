@@ -104,3 +104,34 @@ def test_the_script_of_the_fast_sleep_mode_measures_every_kind(tmp_path: Path) -
     assert min(map(min, garbage)) > 1
     assert {line["state"] for line in lines if "killed" in line} == {"failed"}
     assert (lines[-1]["memory"], lines[-1]["gpu_used"]) == ("stopped", [0])
+
+
+def test_the_agents_loop_goes_on_where_it_stopped_and_counts_each_turn_once(tmp_path: Path) -> None:
+    simulated = {
+        "VLLM_GPU_COMMAND": f"{sys.executable} -m vllm_sleep_tui.simulator",
+        "VLLM_GPU_MODEL_A": "sim/1GiB",
+        "VLLM_GPU_MODEL_B": "sim/7GiB",
+        "VLLM_SIM_TIMES": "instant",
+        "VLLM_SIM_VERSION": "0.26.0",
+        "VLLM_SLEEP_TUI_POOL": str(tmp_path / "pool"),
+    }
+    lines = tmp_path / "agent-loop.jsonl"
+    before = [{"kind": "both", "turn": 0, "model": "a", "first": 0.1, "seconds": 0.2}]
+    before += [{"kind": kind, "turn": turn, "model": kind, "first": 0.1, "seconds": 0.2}
+               for kind in "ab" for turn in range(2)]  # fmt: skip
+    lines.write_text("".join(json.dumps(line) + "\n" for line in before) + '{"kind": "bo')
+    script = str(SCRIPT.with_name("agent_loop.py"))
+    done = subprocess.run(
+        [sys.executable, script, "--out", str(tmp_path), "--turns", "2", "--simulated", "80GiB"],
+        env=os.environ | simulated,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    turns = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert turns[:-1] == before
+    assert (turns[-1]["kind"], turns[-1]["turn"], turns[-1]["model"]) == ("both", 1, "b")
+    assert json.loads((tmp_path / "agent-loop-gateway.json").read_text())["asleep"] == {"a": 0}
+    assert "the change to a adds" in json.loads((tmp_path / "agent-loop.json").read_text())

@@ -3,9 +3,9 @@
 python3.11 tests/install/wheel.py [--out DIR]
 
 With uv and pipx, which come from the package index into a folder of this run; on each Python from 3.11 to
-3.14 that is on the machine. Installed, it must know its version and show the demo's models, and on the newest
-Python switch between two of them. Exits 1 at the first thing that is wrong; says what took how long, and
-which Pythons there are not.
+3.14 that is on the machine. Installed, it must know its version and show the demo's models, and on the
+newest Python switch between two of them. Exits 1 at the first thing that is wrong; says what took how long,
+and which Pythons there are not.
 """
 
 from __future__ import annotations

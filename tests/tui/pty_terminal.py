@@ -89,9 +89,11 @@ class Terminal:
             os.close(side)
 
     def press(self, keys: str) -> None:
-        """Type."""
+        """Type, as fast as the terminal takes it."""
         self.written = b""
-        os.write(self._main, keys.encode())
+        rest = keys.encode()
+        while rest:
+            rest = rest[os.write(self._main, rest) :]
 
     def end(self, limit: float = DEADLINE) -> int:
         """The exit code, once the program has ended by itself."""

@@ -10,10 +10,11 @@ from typing import Any
 import msgspec
 
 from vllm_sleep_tui.config.load import LoadedConfig, load
-from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.errors import PanelError, RefusedError
 from vllm_sleep_tui.fleet.advice import Advice, apply_text
 from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.past import Past
+from vllm_sleep_tui.fleet.pictures import Picture
 from vllm_sleep_tui.fleet.server_log import ServerLog
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
@@ -151,6 +152,7 @@ class ScriptedFleet:
         self.outcome: Callable[[], object] = lambda: TIMES
         self.steps: list[Progress] = []
         self.cancelled: list[str] = []
+        self.blind: set[str] = set()
         self.answers: dict[str, list[ChatEvent | float | PanelError]] = {}
         self.asked: list[tuple[str, list[dict[str, Any]]]] = []
         self.logs = logs
@@ -248,6 +250,10 @@ class ScriptedFleet:
     async def switch(self, name: str, *, force: bool = False, report: Any = None) -> SwitchTimes:
         await self._operate("switch", name, report=report)
         return TIMES
+
+    async def check_sees(self, name: str, pictures: Sequence[Picture]) -> None:
+        if pictures and name in self.blind:
+            raise RefusedError(f"{name} reads text alone.", "Ask a model that sees.")
 
     async def chat(
         self, name: str, messages: list[dict[str, Any]], *, params: Any = None, report: Any = None

@@ -10,7 +10,8 @@ import pytest
 from screen_text import lines_of, panel, text_of, until, until_seen
 from scripted_fleet import NOW, ScriptedFleet, four_models, gib, starting
 
-from vllm_sleep_tui.errors import RefusedError
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.errors import OperationError, RefusedError
 from vllm_sleep_tui.fleet.snapshot import HostSnapshot, LastFailure, Progress
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.screens.dashboard import Dashboard
@@ -50,7 +51,7 @@ async def test_a_stopped_model_holds_nothing_and_an_unknown_figure_is_a_question
 
 async def test_enter_says_before_what_it_would_do_and_the_cursor_chooses_the_model(tmp_path: Path) -> None:
     async with panel(ScriptedFleet(), tmp_path) as pilot:
-        await until_seen(pilot, "qwen is awake already.")
+        await until_seen(pilot, "Chat with qwen")
         await pilot.press("down")
         await until_seen(
             pilot, "enter → phi  ≈ 0.53 s", "then wakes phi.", "71.0 after enter", "Chat with phi"
@@ -100,6 +101,38 @@ async def test_stop_and_restart_ask_first_and_enter_alone_does_nothing(
         await pilot.press("y")
         await until(pilot, lambda: fleet.calls == [(verb, "qwen")], verb)
         fleet.gate.set()
+
+
+async def test_all_are_started_slept_and_stopped_by_one_key_each_and_who_cannot_start_is_named(
+    tmp_path: Path,
+) -> None:
+    fleet = ScriptedFleet()
+    fleet.gate.set()
+    fleet.change("coder", state=State.FAILED)
+    wrong = {
+        "vision": RefusedError("vision: no such folder.", "Name another."),
+        "coder": RefusedError("No GPU 7."),
+    }
+
+    def leave_out() -> object:
+        raise OperationError("vision: no such folder. Also: No GPU 7.", by_model=wrong)
+
+    async with panel(fleet, tmp_path) as pilot:
+        fleet.outcome = leave_out
+        await pilot.press("U")
+        # Who is awake comes first: the first one named ends awake.
+        await until(pilot, lambda: fleet.calls == [("start", "qwen", "coder", "vision")], "the start")
+        await until_seen(pilot, "2 models left out", "vision, coder")
+        fleet.outcome = lambda: None
+        assert "!" in line_with(lines_of(pilot.app), "▌ vision")
+        await pilot.press("end")
+        await until_seen(pilot, "starting vision did not work", "Name another.")
+        await pilot.press("S")
+        await until(pilot, lambda: fleet.calls[1:] == [("sleep", "qwen", None)], "the sleep")
+        await pilot.press("X")
+        await until_seen(pilot, "Stop 2 models?")
+        await pilot.press("y")
+        await until(pilot, lambda: fleet.calls[2:] == [("stop", "qwen"), ("stop", "phi")], "the stops")
 
 
 async def test_a_long_step_shows_its_phase_its_detail_and_how_far_it_is(tmp_path: Path) -> None:
@@ -316,6 +349,45 @@ async def test_the_palette_switches_to_a_model_by_name(tmp_path: Path) -> None:
         fleet.gate.set()
 
 
+async def test_the_palette_knows_every_action_of_every_model_and_copies_what_there_is_of_it(
+    tmp_path: Path,
+) -> None:
+    fleet = ScriptedFleet()
+    fleet.change("vision", state=State.FAILED, reason="No room.", cure="Stop qwen.")
+    config = tmp_path / "vllm-sleep-tui.yaml"
+    config.write_text("models: {qwen: {model: a/b}}")
+    fleet.loaded = load(config)
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("ctrl+p", *"wake phi")
+        await until_seen(pilot, "Wake phi")
+        await pilot.press("enter")
+        await until(pilot, lambda: fleet.calls == [("wake", "phi")], "the wake")
+        fleet.gate.set()
+        await pilot.press("ctrl+p", *"cause of vis")
+        await until_seen(pilot, "Copy the cause of vision")
+        await pilot.press("enter")
+        await until(pilot, lambda: pilot.app.clipboard == "No room. Stop qwen.", "the copy")
+        await pilot.press("home", "Y")
+        await until_seen(pilot, "Copy of qwen", "http://127.0.0.1:8004/v1")
+        await pilot.press("down", "enter")
+        await until(pilot, lambda: pilot.app.clipboard == "4004", "the pid")
+
+
+async def test_the_head_says_which_gpu_is_full(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    full = msgspec.structs.replace(fleet.now.gpus[0], used_bytes=gib(79.0))
+    fleet.now = msgspec.structs.replace(fleet.now, gpus=(full,))
+    async with panel(fleet, tmp_path) as pilot:
+        await until_seen(pilot, " GPU 0 79.0/79.6 ")
+
+
+async def test_a_long_toast_takes_a_few_lines_of_a_low_terminal(tmp_path: Path) -> None:
+    async with panel(ScriptedFleet(), tmp_path, size=(80, 24)) as pilot:
+        pilot.app.notify(" ".join(f"word-{number}" for number in range(200)), title="Long")
+        await until_seen(pilot, "Long", "word-0", " …")
+        assert sum("word-" in line for line in lines_of(pilot.app)) == 4
+
+
 async def test_quitting_asks_when_servers_run_and_leaves_them_on_l(tmp_path: Path) -> None:
     fleet = ScriptedFleet()
     async with panel(fleet, tmp_path) as pilot:
@@ -408,7 +480,7 @@ async def test_an_operation_cancelled_before_its_first_step_is_over(tmp_path: Pa
     async with panel(fleet, tmp_path) as pilot:
         dashboard = pilot.app.screen
         assert isinstance(dashboard, Dashboard)
-        dashboard.begin("phi", "waking", lambda report: fleet.wake("phi", report=report))
+        dashboard.begin("phi", "waking {}", lambda report: fleet.wake("phi", report=report))
         assert dashboard.operations.cancel("phi") == "phi"
         await until_seen(pilot, "Stopped waking phi.")
         assert fleet.calls == []

@@ -31,10 +31,10 @@ async def test_an_operation_that_ends_before_it_was_noted_is_over_and_the_next_m
         return None
 
     with eager_tasks():
-        assert operations.begin("b", verb="switching to", work=at_once, ended=ends)
+        assert operations.begin("b", verb="switching to {}", work=at_once, ended=ends)
         await operations.settled(["b"])
         assert operations.running == {}
-        assert operations.begin("b", verb="waking", work=at_once, ended=ends)
+        assert operations.begin("b", verb="waking {}", work=at_once, ended=ends)
         await operations.settled(["b"])
     assert ends.seen == [("b", None), ("b", None)]
 
@@ -48,7 +48,7 @@ async def test_what_an_operation_tells_before_its_first_wait_is_kept() -> None:
         await gate.wait()
 
     with eager_tasks():
-        operations.begin("b", verb="switching to", work=work, ended=Ends())
+        operations.begin("b", verb="switching to {}", work=work, ended=Ends())
         assert operations.running["b"].progress == waits
         gate.set()
         await operations.settled(["b"])
@@ -62,9 +62,9 @@ async def test_an_operation_that_was_replaced_tells_nothing_any_more() -> None:
         reports.append(report)
         await asyncio.Event().wait()
 
-    operations.begin("b", verb="switching to", work=work, ended=ends)
+    operations.begin("b", verb="switching to {}", work=work, ended=ends)
     await asyncio.sleep(0)
-    operations.begin("b", verb="stopping", work=work, ended=ends, replaces=True)
+    operations.begin("b", verb="stopping {}", work=work, ended=ends, replaces=True)
     reports[0](Progress(model="b", operation="switch", phase="wake"))
     assert operations.running["b"].progress is None
     operations.cancel("b")

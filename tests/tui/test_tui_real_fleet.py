@@ -16,6 +16,7 @@ from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.app import PanelApp
+from vllm_sleep_tui.tui.state.config_watch import ConfigWatch
 from vllm_sleep_tui.tui.theme import package_folder
 
 SPEED = 40
@@ -137,3 +138,26 @@ async def test_what_an_answer_costs_is_said_and_asked_and_a_sleep_meanwhile_drai
         await until_seen(pilot, "woke in", "tok/s")
         assert "cut off" not in text_of(pilot.app)  # it was heard to its end
         await until_seen(pilot, "phi: asleep L1")  # which the chat tells, too
+
+
+async def test_a_config_that_changes_on_disk_is_heeded_with_what_changed_told_and_a_wrong_one_is_not(
+    demo: LoadedConfig, tmp_path: Path
+) -> None:
+    written = demo.path.read_text()
+    async with Fleet(demo, tmp_path / "state") as fleet:
+        watch = ConfigWatch(demo, lambda _: True)
+        app = PanelApp(fleet, state_dir=tmp_path / "state", theme_folders=[package_folder()], watch=watch)
+        async with app.run_test(size=(120, 40), notifications=True) as pilot:
+            await until_seen(pilot, "▌ big")
+            await pilot.press("end")
+            await until_seen(pilot, "Chat with big")
+            demo.path.write_text(written.replace("  big:", "  large:"))
+            await until_seen(pilot, "large is new", "big is no longer in the config", "▌ large")
+            await until_seen(pilot, "Chat with qwen")  # the selected one is gone
+            app.clear_notifications()
+            demo.path.write_text(written.replace("gpus: [0, 1]", "gpus: [0, 7"))
+            await until_seen(pilot, "The old one holds.", "▌ large")
+            app.clear_notifications()
+            demo.path.write_text(written)
+            await until_seen(pilot, "large is no longer in the config", "▌ big")
+        await app.operations.close()

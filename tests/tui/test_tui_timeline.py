@@ -169,11 +169,11 @@ async def test_in_a_low_terminal_the_timeline_takes_the_place_of_the_detail_whil
     fleet: ScriptedFleet, tmp_path: Path
 ) -> None:
     async with panel(fleet, tmp_path, size=LOW) as pilot:
-        await until_seen(pilot, "qwen is awake already.")
+        await until_seen(pilot, "example/qwen")
         assert "last 10 minutes" not in text_of(pilot.app)
         await pilot.press("tab", "left", "left")
         await until_told(pilot, "● qwen      ·", "  requests ", "  tokens ", "prove 26 ms")
-        assert "qwen is awake already." not in text_of(pilot.app)
+        assert "example/qwen" not in text_of(pilot.app)
         await pilot.press("down")
         await until_told(pilot, "phi  ◐ asleep L1")
         await pilot.press("escape")

@@ -79,6 +79,12 @@ def test_values_merged_from_an_anchor_count(tmp_path: Path) -> None:
 ONE = "models:\n  qwen:\n    model: Qwen/Qwen3-0.6B\n"
 
 MISTAKES = {
+    "kv cache without a unit": (
+        ONE + "    kv_cache: 20\n",
+        4,
+        "models.qwen.kv_cache: must be an amount of memory, such as 20GiB",
+    ),
+    "kv cache of nothing": (ONE + "    kv_cache: 0GiB\n", 4, "kv_cache: an amount of memory must be more"),
     "unknown top key": ("modles: {}\n", 1, "modles: unknown key; the nearest known one is models"),
     "unknown model key": (
         ONE + "    gpu: [0]\n",

@@ -1,9 +1,11 @@
 """The plan, over generated machines."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sleep_tui.sizing.budget import MARGIN
+from vllm_sleep_tui.config.types import Config, ModelConfig
+from vllm_sleep_tui.sizing.budget import MARGIN, Plan, utilization
 from vllm_sleep_tui.sizing.placement import Neighbour, Room, make_room
 
 GIB = 2**30
@@ -119,3 +121,48 @@ def test_weights_of_the_longest_idle_give_way_to_those_used_last_and_to_nobody_e
     assert room.free == {0: 10 * GIB}
     room = make_room({0: 9 * GIB}, {0: 0}, [last, resting("newer", 4, 10.0)])
     assert (room.sleeps, room.keeps, room.gives_way) == (("last",), frozenset(), frozenset())
+
+
+# ── shares ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shared(levels: dict[str, object], staying: dict[str, int], least: int | None) -> Plan:
+    """The plan for `a` on an 80 GiB card beside the other models."""
+    models = {name: ModelConfig(model="m", level=level) for name, level in levels.items()}
+    plan = utilization(
+        "a", Config(models=models), {0: 80 * GIB}, {}, {}, staying=staying, least=least and least * GIB
+    )
+    assert plan is not None
+    return plan
+
+
+def test_as_many_sleepers_keep_their_weights_as_leave_a_model_its_least() -> None:
+    auto = dict.fromkeys("abcd", "auto")
+    sizes = {"b": 8 * GIB, "c": 30 * GIB, "d": 2 * GIB}
+    everybody, two, nobody = (shared(auto, sizes, least) for least in (20, 50, 72))
+    assert (set(everybody.stay), two.stay, nobody.stay) == (set("bcd"), ("d", "b"), ())
+    assert nobody.share == shared(auto, {}, 72).share
+    assert 80 * GIB * (nobody.share - two.share) == pytest.approx(10 * GIB, abs=GIB)
+
+
+def test_where_nobody_knows_what_a_model_needs_it_is_cut_for_none_but_level_0() -> None:
+    levels = {"a": "auto", "b": "auto", "c": 0}
+    sizes = {"b": 4 * GIB, "c": 30 * GIB}
+    assert shared(levels, sizes, None).stay == ("c",)
+    assert shared(levels, sizes, 50).stay == ("b",)
+    assert shared(levels, sizes, 42).stay == ("c",)  # the person wants it
+
+
+@given(
+    st.dictionaries(st.sampled_from("bcde"), st.integers(1, 60)),
+    st.integers(1, 80),
+    st.sampled_from(["auto", 0]),
+)
+def test_a_share_never_falls_below_the_least_for_company(
+    sizes: dict[str, int], least: int, level: str | int
+) -> None:
+    levels = {"a": "auto", **dict.fromkeys("bcde", level)}
+    staying = {name: size * GIB for name, size in sizes.items()}
+    alone, together = shared(levels, {}, least), shared(levels, staying, least)
+    assert together.share >= min(alone.share, least / 80 - 0.001)
+    assert together.share <= alone.share

@@ -126,7 +126,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("hostile") / "c.yaml"
 
 
-@settings(max_examples=1500)
+@settings(max_examples=600)
 @given(FILES)
 @example({"models": {"a": {"model": "x/y", "args": {"gpu-memory-utilization": 10**400}}}})
 @example({"models": {"a": {"model": "x/y", "args": {"gpu-memory-utilization": float("nan")}}}})
@@ -143,7 +143,7 @@ def test_no_generated_config_ends_in_anything_but_a_config_or_its_error(path: Pa
     read(path)
 
 
-@settings(max_examples=1500)
+@settings(max_examples=600)
 @given(
     st.lists(
         st.tuples(

@@ -57,7 +57,7 @@ METRIC = st.one_of(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(LOGS, st.none() | st.integers(-70, 300))
 @example("Model loading took 1..2 GiB", None)
 @example("Model loading took . GiB", None)
@@ -87,7 +87,7 @@ def test_any_bytes_of_a_log_are_lines(tmp_path_factory: pytest.TempPathFactory, 
             assert "\n" not in line
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(st.lists(METRIC, max_size=8).map("\n".join), st.lists(METRIC, max_size=8).map("\n".join))
 @example('b_bucket{le="1"} NaN\nb_bucket{le="+Inf"} 5', "")
 def test_any_metrics_can_be_read_and_reckoned_with(before: str, now: str) -> None:

@@ -28,6 +28,7 @@ DOOR = {
     "advice",
     "doctor",
     "conversations",
+    "pictures",
 }
 """What faces may use of `fleet`: itself, the questions that need no open fleet, the types of both."""
 FACE = BASE | {"paths", "config"} | {f"fleet.{module}" for module in DOOR}

@@ -17,6 +17,7 @@ import click
 from vllm_sleep_tui import __version__
 from vllm_sleep_tui.cli.common import (
     ReaderGoneError,
+    agreement,
     config_option,
     discard,
     load_config,
@@ -87,7 +88,7 @@ def command(ctx: click.Context, read_only: bool) -> None:
         loaded = load_config(ctx, only_looks=read_only)
         from vllm_sleep_tui.tui.app import run_panel
 
-        ctx.exit(run_panel(loaded, state_dir(), read_only=read_only))
+        ctx.exit(run_panel(loaded, state_dir(), agreement(ctx), read_only=read_only))
     elif read_only:
         raise UsageError(
             f"--read-only is for the panel, not for `{ctx.invoked_subcommand}`.",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +17,7 @@ from vllm_sleep_tui.cli.common import (
     config_option,
     draw,
     json_option,
+    json_text,
     load_config,
     put,
     put_json,
@@ -24,6 +25,7 @@ from vllm_sleep_tui.cli.common import (
 )
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, UsageError
+from vllm_sleep_tui.fleet.pictures import Picture, look_at, marked, pictures_in, said
 from vllm_sleep_tui.fleet.snapshot import cut_words
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.paths import state_dir
@@ -31,12 +33,14 @@ from vllm_sleep_tui.text import Cleaner, clean, one_line
 from vllm_sleep_tui.units import hundredths, milliseconds
 
 if TYPE_CHECKING:
+    from vllm_sleep_tui.cli.line_editor import LineEditor
     from vllm_sleep_tui.fleet.conversations import Conversations
     from vllm_sleep_tui.fleet.fleet import Fleet
 
 MEASURED = ("finish_reason", "prompt_tokens", "completion_tokens", "switch_seconds", "ttft")
 """What is kept of the events beside the text."""
-_READ_BYTES = 65536
+EARLIER = 500
+"""Questions that ↑ goes back to."""
 
 
 @click.command()
@@ -44,6 +48,14 @@ _READ_BYTES = 65536
 @click.argument("prompt", required=False)
 @click.option("-c", "--continue", "goes_on", is_flag=True, help="Go on with the model's last conversation.")
 @click.option("--system", metavar="TEXT", help="What the model is told before everything else.")
+@click.option(
+    "--image",
+    "images",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A picture to ask about; more than once for several.",
+)
 @click.option("--no-switch", "stays", is_flag=True, help="Fail if the model is not awake.")
 @click.option("--temperature", type=click.FloatRange(0), help="0 is the likeliest word each time.")
 @click.option("--max-tokens", type=click.IntRange(1), help="The longest answer.")
@@ -57,6 +69,7 @@ def chat(
     prompt: str | None,
     goes_on: bool,
     system: str | None,
+    images: tuple[Path, ...],
     stays: bool,
     temperature: float | None,
     max_tokens: int | None,
@@ -67,13 +80,17 @@ def chat(
 
     What stands on stdin follows PROMPT, as in: cat FILE | vllm-sleep-tui chat NAME "Summarise:".
     On a terminal without PROMPT it is a conversation, until Ctrl-D; Ctrl-C stops an answer. A conversation is
-    kept, and a single question with -c.
+    kept, and a single question with -c. In a conversation @FILE in a question shows a picture.
     """
     loaded = load_config(ctx)
     loaded.model(name)
     given = _joined(prompt, "" if sys.stdin.isatty() else _read_all())
+    pictures = look_at(images)
     if given is not None:
         _check(given, name)
+        given = marked(given, pictures)
+    elif pictures:
+        raise UsageError("--image needs a PROMPT.", "In a conversation write @FILE in a question.")
     params = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     asking = Asking(
         name=name,
@@ -88,9 +105,15 @@ def chat(
     try:
         talk = Talk(store, name, goes_on=goes_on)
         if given is None:
-            with_fleet(loaded, lambda fleet: _converse(fleet, asking, talk))
+            from vllm_sleep_tui.cli.line_editor import LineEditor  # with prompt_toolkit
+
+            editor = LineEditor(f"{name}> ", store.questions(EARLIER).result())
+            with editor.quiet():
+                with_fleet(loaded, lambda fleet: _converse(fleet, asking, talk, editor, as_json=as_json))
             return
-        answer = with_fleet(loaded, lambda fleet: _ask(fleet, asking, talk, given, aloud=not as_json))
+        answer = with_fleet(
+            loaded, lambda fleet: _ask(fleet, asking, talk, given, pictures, aloud=not as_json)
+        )
     finally:
         store.close()
         if store.note:
@@ -121,26 +144,33 @@ class Talk:
         turns = () if kept is None else store.turns(kept.id).result()
         self._handle = Handle(name, None if kept is None else kept.id, len(turns))
         self._number = len(turns)
-        self._said = [
-            {"role": turn.role, "content": turn.text} for turn in turns if turn.text and not turn.is_dropped
+        self._said: list[dict[str, Any]] = [
+            said(turn.text, turn.pictures)
+            if turn.role == "user"
+            else {"role": turn.role, "content": turn.text}
+            for turn in turns
+            if turn.text and not turn.is_dropped
         ]
 
-    def messages(self, question: str, system: str | None) -> list[dict[str, Any]]:
+    def messages(
+        self, question: str, pictures: tuple[Picture, ...], system: str | None
+    ) -> list[dict[str, Any]]:
         """What the model is told."""
-        first = [] if system is None else [{"role": "system", "content": system}]
-        return [*first, *self._said, {"role": "user", "content": question}]
 
-    def add(self, question: str, answer: dict[str, Any], name: str) -> None:
+        first = [] if system is None else [{"role": "system", "content": system}]
+        return [*first, *self._said, said(question, pictures)]
+
+    def add(self, question: str, pictures: tuple[Picture, ...], answer: dict[str, Any], name: str) -> None:
         """Keep a question with what was answered."""
         from vllm_sleep_tui.fleet.conversations import KeptTurn
 
         text = clean(answer["text"])
-        self._said += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        self._said += [said(question, pictures), {"role": "assistant", "content": text}]
         now = time.time()
         figures = {field: answer[field] for field in MEASURED}
         reasoning = clean(answer.get("reasoning", ""))
         for turn in (
-            KeptTurn(role="user", text=question, at=now),
+            KeptTurn(role="user", text=question, at=now, pictures=pictures),
             KeptTurn(role="assistant", text=text, at=now, model=name, reasoning=reasoning, **figures),
         ):
             self._store.keep(self._handle, self._number, turn)
@@ -176,28 +206,24 @@ def _check(prompt: str, name: str) -> None:
         ) from None
 
 
-async def _converse(fleet: Fleet, asking: Asking, talk: Talk) -> None:
-    """Questions from the terminal, each with what was said before, until Ctrl-D; Ctrl-C stops an answer."""
+async def _converse(fleet: Fleet, asking: Asking, talk: Talk, editor: LineEditor, *, as_json: bool) -> None:
+    """Questions from the terminal, each with what was said before, until Ctrl-D.
+
+    Ctrl-C stops an answer, puts away what was typed, and ends nothing.
+    """
     loop = asyncio.get_running_loop()
-    outer = asyncio.current_task()
-    answering: asyncio.Task[dict[str, Any]] | None = None
+    answering: asyncio.Task[None] | None = None
 
     def interrupt() -> None:
         if answering is not None and not answering.done():
             answering.cancel()
-        elif outer is not None:
-            outer.cancel()
 
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    while True:
-        say(f"{asking.name}> ", nl=False)
-        line = await _read_line()
-        if not line:
-            say("")
-            return
-        if not line.strip():
+    say("alt+⏎ or ctrl+j begins a line, ctrl+c stops an answer, ctrl+d leaves.")
+    while (question := await editor.read()) is not None:
+        if not question:
             continue
-        answering = asyncio.create_task(_ask(fleet, asking, talk, line.strip(), aloud=True))
+        answering = asyncio.create_task(_answered(fleet, asking, talk, question, as_json=as_json))
         await asyncio.wait({answering})
         if answering.cancelled() or isinstance(error := answering.exception(), CancelledByUser):
             say("\nStopped.")
@@ -208,22 +234,23 @@ async def _converse(fleet: Fleet, asking: Asking, talk: Talk) -> None:
             raise error
 
 
-async def _read_line() -> str:
-    """A line of the terminal; empty at its end. Not in a thread: one that waits for input cannot be ended."""
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    descriptor = sys.stdin.fileno()
-    loop.add_reader(descriptor, readable.set)
-    try:
-        await readable.wait()
-        return os.read(descriptor, _READ_BYTES).decode(errors="replace")
-    except OSError:  # the terminal is gone
-        return ""
-    finally:
-        loop.remove_reader(descriptor)
+async def _answered(fleet: Fleet, asking: Asking, talk: Talk, question: str, *, as_json: bool) -> None:
+    """One question of a conversation, with the pictures that it names, and its answer; as JSON on a line."""
+    pictures = await asyncio.to_thread(pictures_in, question)
+    answer = await _ask(fleet, asking, talk, question, pictures, aloud=not as_json)
+    if as_json:
+        put(json_text({"version": 1, "model": asking.name, **answer}))
 
 
-async def _ask(fleet: Fleet, asking: Asking, talk: Talk, question: str, *, aloud: bool) -> dict[str, Any]:
+async def _ask(
+    fleet: Fleet,
+    asking: Asking,
+    talk: Talk,
+    question: str,
+    pictures: tuple[Picture, ...],
+    *,
+    aloud: bool,
+) -> dict[str, Any]:
     """Stream one answer; what it was and took, in seconds. Raises OperationError if it breaks off.
 
     What was said until then, by whatever end, is kept.
@@ -241,7 +268,7 @@ async def _ask(fleet: Fleet, asking: Asking, talk: Talk, question: str, *, aloud
         )
     was_started = before not in (State.AWAKE, State.ASLEEP)
     began = time.monotonic()
-    messages = talk.messages(question, asking.system)
+    messages = talk.messages(question, pictures, asking.system)
     try:
         async for event in fleet.chat(name, messages, params=asking.params, report=Reporter()):
             texts.append(event.text)
@@ -259,7 +286,7 @@ async def _ask(fleet: Fleet, asking: Asking, talk: Talk, question: str, *, aloud
         if any(thoughts):
             answer["reasoning"] = "".join(thoughts)
         if any(texts):
-            talk.add(question, answer, name)
+            talk.add(question, pictures, answer, name)
     if aloud:
         put(cleaner.end())
         say(_timings(answer, was_started=was_started))

@@ -90,6 +90,11 @@ def is_agreed(loaded: LoadedConfig) -> bool:
     return not _is_here(loaded) or trusted(loaded.found, loaded.agreement(), state_dir())
 
 
+def agreement(ctx: click.Context) -> Callable[[LoadedConfig], bool]:
+    """Whether the file of this command, when it has changed, may be heeded without asking again."""
+    return is_agreed if given_config(ctx) is None else lambda _: True
+
+
 def _is_here(loaded: LoadedConfig) -> bool:
     """Whether it is the file that is found in the current folder: by its name there, wherever a link leads.
 

@@ -76,7 +76,7 @@ def demo(folder: Path | None, speed: float | None) -> None:
     path = write_demo(home, PANEL_SPEED if speed is None else speed)
     from vllm_sleep_tui.tui.app import run_panel
 
-    click.get_current_context().exit(run_panel(load(path), private_dir(home / "state")))
+    click.get_current_context().exit(run_panel(load(path), private_dir(home / "state"), lambda _: True))
 
 
 def write_demo(folder: Path, speed: float) -> Path:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 from vllm_sleep_tui.cli.common import config_option, given_config, is_agreed, load_config
+from vllm_sleep_tui.config.changes import changes
 from vllm_sleep_tui.config.load import LoadedConfig, load
-from vllm_sleep_tui.config.types import Config
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import RUNNING, State
@@ -205,40 +205,12 @@ class Headless:
         if not self._is_named and not is_agreed(loaded):
             log.error("reload: %s was found, not named, and has changed. The old config holds.", loaded.found)
             return
-        old, new = self._loaded.config, loaded.config
-        running = {model.name: model for model in fleet.snapshot().models if model.state in RUNNING}
-        for name, model in running.items():
-            if name not in new.models:
-                log.warning(
-                    "reload: %s is no longer in the config; its server (pid %s) is left running, "
-                    "`orphans --end` ends it",
-                    name,
-                    model.pid,
-                )
-            elif launch_part(new, name) != launch_part(old, name):
-                log.warning("reload: %s changed and needs a restart: `restart %s`", name, name)
-        if new.simulated_gpus != old.simulated_gpus:
-            log.warning("reload: simulated_gpus changed, which only a new serve heeds")
+        running = {model.name: model.pid for model in fleet.snapshot().models if model.state in RUNNING}
+        for change in changes(self._loaded.config, loaded.config, running):
+            log.log(logging.WARNING if change.needs_care else logging.INFO, "reload: %s", change.sentence)
         self._loaded = loaded
         fleet.reload(loaded)
-        log.info("reload: done, %d models", len(new.models))
-
-
-def launch_part(config: Config, name: str) -> tuple[object, ...]:
-    """What of the config the running server of a model was launched with."""
-    model = config.models[name]
-    return (
-        model.model,
-        model.gpus,
-        model.level,
-        model.args,
-        model.env,
-        model.port,
-        model.aliases,
-        model.vllm_command or config.vllm_command,
-        model.sleep_backend,
-        model.api_key,
-    )
+        log.info("reload: done, %d models", len(loaded.config.models))
 
 
 def line_of(model: ModelSnapshot) -> str:

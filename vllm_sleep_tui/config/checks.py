@@ -56,6 +56,7 @@ def check(document: Document, config: Config) -> None:
         _check_gpus(document, key, model, simulated=len(config.simulated_gpus))
         for field in ("sleep_after", "stop_after"):
             _check_unit(document, (*key, "idle", field), getattr(model.idle, field), parse_duration)
+        _check_unit(document, (*key, "kv_cache"), model.kv_cache, parse_bytes)
     for index, gpu in enumerate(config.simulated_gpus):
         _check_unit(document, ("simulated_gpus", index, "memory"), gpu.memory, parse_bytes)
     _check_ports(document, config)
@@ -147,7 +148,7 @@ def _check_source(document: Document, key: Key, model: ModelConfig) -> None:
     if model.level == 0:
         wrong = "the weights of a server that is not started here cannot stay in VRAM"
         raise document.error((*key, "level"), wrong, "Write 1 or 2.")
-    for field in ("args", "env_file", "env", "port", "autostart", "vllm_command", "aliases"):
+    for field in ("args", "env_file", "env", "port", "autostart", "vllm_command", "aliases", "kv_cache"):
         if getattr(model, field):
             wrong = "has no effect on a server that is not started here"
             raise document.error((*key, field), wrong, "Remove it.")

@@ -42,6 +42,7 @@ _EXPECTED = {
     "gpus": "a list of GPU numbers from 0, such as [0]",
     "level": "auto, 0, 1, 2 or none",
     "sleep_backend": "auto or stock",
+    "kv_cache": "an amount of memory, such as 20GiB",
     "args": "a mapping of flags to values, such as {max-model-len: 8192}, or a list of words",
     "env": "a mapping of names to text, or a list such as [NAME=value]",
     "env_file": "the name of a file, or a list of them",

@@ -60,6 +60,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     level: Annotated[Level, Meta(description="Sleep level; none: stop and start instead.")] = "auto"
     sleep_backend: Annotated[SleepBackend, Meta(description="stock: vLLM's own sleep mode.")] = "auto"
     """auto: our own backend where it fits this vLLM, see docs/fast-switch.md."""
+    kv_cache: Annotated[Memory, Meta(description="Kept for it on each GPU, whoever sleeps there.")] | None = (
+        None
+    )
+    """What its KV cache is not cut below for sleepers that keep their weights in VRAM."""
     args: Annotated[dict[str, Any], Meta(description="Flags of `vllm serve` without the dashes.")] = {}
     """Flags of `vllm serve` by their long names without dashes, each with its text, or texts, as written."""
     env: Annotated[dict[str, str], Meta(description="Environment of this server; ${VAR} is filled in.")] = {}

@@ -22,9 +22,12 @@ from vllm_sleep_tui.engine.failures import (
 REQUEST = "POST /v1/chat/completions"
 NO_TEMPLATE = "you must provide a chat template"
 NO_CHAT = "does not support Chat Completions"
+NOT_MULTIMODAL = "is not a multimodal model"
+"""vLLM 0.24 to 0.32 (source; recorded on 0.32): 400 before anything is looked at."""
 TEMPLATE_CURE = (
     "Add `chat-template: FILE` (Jinja) to its `args:` and restart it, or take its instruct version."
 )
+SEES_CURE = "Ask a model that sees, or leave the pictures out."
 OPEN, CLOSE = "<think>", "</think>"
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 """An event holds some tokens; what goes on for longer without an end is no stream of events."""
@@ -75,6 +78,12 @@ def chat_body(messages: Sequence[Mapping[str, Any]], model: str, params: Mapping
     return msgspec.json.encode(
         {"model": model, "messages": messages, **params, "stream": True, "stream_options": usage}
     )
+
+
+def with_pictures(text: str, urls: Sequence[str]) -> list[dict[str, Any]]:
+    """A message's content with pictures, each a `data:` URL."""
+    said = [{"type": "text", "text": text}] if text else []
+    return [*said, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
 
 
 class Thinking:
@@ -137,6 +146,8 @@ def refusal(error: EngineError) -> EngineError:
         return EngineError(
             "The model has no chat template, so vLLM cannot make a prompt of a chat.", TEMPLATE_CURE
         )
+    if NOT_MULTIMODAL in error.message:
+        return EngineError("This model reads text alone: its server takes no pictures.", SEES_CURE)
     # Its server has routes for its own task alone (vLLM 0.24 to 0.32, source).
     if NO_CHAT in error.message or (error.status == 404 and error.message == "Not Found"):
         return EngineError(

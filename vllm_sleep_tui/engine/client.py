@@ -155,6 +155,11 @@ class VllmClient:
         """Close every connection."""
         await self._wire.aclose()
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether a call was answered before: the first one of a process takes 60 ms longer."""
+        return self._wire.has_answered
+
     async def health(self, timeout: float = 2) -> bool:
         """Whether `/health` answers 200 in time; never raises. True says nothing about a frozen engine."""
         try:

@@ -8,10 +8,11 @@ from vllm_sleep_tui.engine.guard import (
     INFERENCE,
     is_inference,
     is_read_only,
+    is_stored,
     why_foreign,
 )
 
-__all__ = ["GATE_CLOSED", "INFERENCE", "is_inference", "is_read_only", "why_foreign"]
+__all__ = ["GATE_CLOSED", "INFERENCE", "is_inference", "is_read_only", "is_stored", "why_foreign"]
 
 HEALTH = "/health"
 VERSION = "/version"

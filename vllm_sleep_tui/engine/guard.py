@@ -296,7 +296,12 @@ def _unlisted(scope: Scope, trusted: bool) -> str:
 
 def is_inference(path: str) -> bool:
     """Whether a closed gate refuses it."""
-    return path in INFERENCE or STORED_RESPONSE.match(path) is not None
+    return path in INFERENCE or is_stored(path)
+
+
+def is_stored(path: str) -> bool:
+    """Whether it is an answer that the server has kept."""
+    return STORED_RESPONSE.match(path) is not None
 
 
 def is_read_only(path: str) -> bool:

@@ -89,6 +89,11 @@ class ServeArgs:
         return self._number("kv-cache-memory-bytes")
 
     @property
+    def sizes_its_cache(self) -> str | None:
+        """The flag by which a person has said how large the KV cache is; None if it is left to us."""
+        return next((name for name in ("kv-cache-memory-bytes", UTILIZATION) if self._text(name)), None)
+
+    @property
     def kv_width(self) -> int:
         """Bytes of one number in the KV cache."""
         return 1 if (self._text("kv-cache-dtype") or "").startswith("fp8") else 2

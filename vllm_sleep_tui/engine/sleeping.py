@@ -6,7 +6,9 @@ caller adds to a step, its record of the intent and its clock, is the context th
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +16,7 @@ import msgspec
 
 from vllm_sleep_tui.engine.endpoints import SLEEP
 from vllm_sleep_tui.engine.failures import (
+    EngineError,
     EngineRefused,
     EngineSilent,
     EngineTimeout,
@@ -29,6 +32,8 @@ T = TypeVar("T")
 Step = Callable[[str], AbstractContextManager[None]]
 """Goes round one step of a wake from level 2: "weights", "reload", "kv_cache", "reset"."""
 OWN = "own"
+ALONG_SECONDS = 0.003
+"""From sending a wake until the engine has it: a question after that is answered when the wake is done."""
 
 
 class WorkerFacts(msgspec.Struct, frozen=True):
@@ -107,19 +112,23 @@ async def sleep(client: VllmClient, level: int, seconds: float) -> None:
 # ── wake ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def wake(client: VllmClient, level: int, seconds: float, step: Step, *, quick: float) -> None:
+async def wake(
+    client: VllmClient, level: int, seconds: float, step: Step, *, quick: float, asks_along: bool = False
+) -> None:
     """Wake a sleeper of `level`; `quick` is the limit of the one call that moves no weights.
 
+    With `asks_along` it is asked whether it is awake while it wakes: for vLLM whose reply does not tell.
     Raises StillAsleep if it answers well and sleeps on, EngineRefused if it refuses.
     """
     if level == 2:
-        await _wake_from_2(client, seconds, step, quick)
+        await _wake_from_2(client, seconds, step, quick, asks_along=asks_along)
     else:
-        reply = await answered(client, lambda: client.wake_up(timeout=seconds), seconds, asleep=False)
-        await _check_awake(client, reply, seconds)
+        await _wake_the_last(client, (), seconds, asks_along=asks_along)
 
 
-async def _wake_from_2(client: VllmClient, seconds: float, step: Step, quick: float) -> None:
+async def _wake_from_2(
+    client: VllmClient, seconds: float, step: Step, quick: float, *, asks_along: bool
+) -> None:
     """The four steps that vLLM wants from its client; any of them may be repeated after a crash."""
     with step("weights"):
         await answered(client, lambda: client.wake_up(("weights",), timeout=seconds), seconds, asleep=False)
@@ -128,12 +137,35 @@ async def _wake_from_2(client: VllmClient, seconds: float, step: Step, quick: fl
             client, lambda: client.collective_rpc("reload_weights", seconds), seconds, asleep=False
         )
     with step("kv_cache"):
-        reply = await answered(
-            client, lambda: client.wake_up(("kv_cache",), timeout=seconds), seconds, asleep=False
-        )
-        await _check_awake(client, reply, seconds)
+        await _wake_the_last(client, ("kv_cache",), seconds, asks_along=asks_along)
     with step("reset"):
         await client.reset_prefix_cache(quick)
+
+
+async def _wake_the_last(
+    client: VllmClient, tags: Sequence[str], seconds: float, *, asks_along: bool
+) -> None:
+    """Wake what sleeps still; raises StillAsleep unless everything is awake then."""
+    along = asyncio.ensure_future(_is_awake_soon(client, seconds)) if asks_along else None
+    try:
+        reply = await answered(client, lambda: client.wake_up(tags, timeout=seconds), seconds, asleep=False)
+        # It was asleep before: that it is awake is true of now. That it sleeps may be of before the wake.
+        if along is not None and await along:
+            return
+        await _check_awake(client, reply, seconds)
+    finally:
+        if along is not None:
+            along.cancel()
+            await asyncio.gather(along, return_exceptions=True)
+
+
+async def _is_awake_soon(client: VllmClient, seconds: float) -> bool:
+    """Whether it is known to be awake, asked while it wakes; never raises an EngineError."""
+    await asyncio.sleep(ALONG_SECONDS)
+    try:
+        return not await client.is_sleeping(seconds)
+    except EngineError:
+        return False
 
 
 async def _check_awake(client: VllmClient, reply: WakeReply | None, seconds: float) -> None:
@@ -163,6 +195,12 @@ async def worker_facts(client: VllmClient, seconds: float) -> list[WorkerFacts]:
 async def keep_weights(client: VllmClient, seconds: float) -> list[WorkerFacts]:
     """Have the sleep that comes now give up the KV cache alone (level 0), of each worker that is our own."""
     return await _ask_workers(client, "panel_keep_weights", seconds)
+
+
+async def forget_weights(client: VllmClient, seconds: float) -> None:
+    """Take that back: the sleep does not come. Without an answer it is forgotten ten seconds later."""
+    with contextlib.suppress(EngineError):
+        await _ask_workers(client, "panel_keep_weights", seconds, False)
 
 
 async def sleep_deeper(client: VllmClient, level: int, seconds: float) -> bool:

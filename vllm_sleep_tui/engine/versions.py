@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from vllm_sleep_tui.engine.backend.fit import PROVEN
+
 Release = tuple[int, int]
 
 SLEEP_FROM: Release = (0, 24)
@@ -24,6 +26,10 @@ class Capabilities:
     retry_wake: bool
     """On one GPU a wake that ran out of memory may be asked for again once there is room. From 0.26 (source);
     0.24 answers 500 `invalid argument` for ever after (h100/contract.jsonl). Several GPUs: never."""
+    own_sleep: bool
+    """Whether the panel's own sleep mode puts itself in place of vLLM's."""
+    wake_tells: bool
+    """The answer to a wake tells whether everything is awake. From 0.32 (WakeReply); others are asked."""
     note: str | None = None
     """What a person should know about running this version, as a sentence."""
 
@@ -42,6 +48,8 @@ def capabilities(version: str) -> Capabilities:
     return Capabilities(
         why_not=too_old if release < SLEEP_FROM else None,
         retry_wake=release >= (0, 26),
+        own_sleep="{}.{}".format(*release) in PROVEN,
+        wake_tells=release >= (0, 32),
         note=_note(version, read),
     )
 

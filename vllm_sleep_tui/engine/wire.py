@@ -79,6 +79,8 @@ class Wire:
 
         self._pool, self._single = pool(8), pool(0)
         self._fresh_until = 0.0
+        self.has_answered = False
+        """Whether anything came back yet: the first call of a process pays for imports and connections."""
 
     async def call(
         self,
@@ -125,13 +127,22 @@ class Wire:
                 if not repeatable:
                     raise
                 # The kept connection had been closed; once more on a new one.
-        return await _exchange(self._single, request)
+        return await self._exchange(self._single, request)
 
     async def _on_kept(self, request: httpcore.Request) -> Answer:
         self._fresh_until = 0.0
-        answer = await _exchange(self._pool, request)
+        answer = await self._exchange(self._pool, request)
         if answer.status == 200:
             self._fresh_until = asyncio.get_running_loop().time() + FRESH_SECONDS
+        return answer
+
+    async def _exchange(self, pool: httpcore.AsyncConnectionPool, request: httpcore.Request) -> Answer:
+        response = await pool.handle_async_request(request)
+        try:
+            answer = Answer(response.status, await _read(response))
+        finally:
+            await response.aclose()
+        self.has_answered = True
         return answer
 
     async def stream(
@@ -252,14 +263,6 @@ def _name(request: httpcore.Request) -> str:
 def _stream_of(response: httpcore.Response) -> AsyncIterator[bytes]:
     assert isinstance(response.stream, AsyncIterable)
     return aiter(response.stream)
-
-
-async def _exchange(pool: httpcore.AsyncConnectionPool, request: httpcore.Request) -> Answer:
-    response = await pool.handle_async_request(request)
-    try:
-        return Answer(response.status, await _read(response))
-    finally:
-        await response.aclose()
 
 
 async def _read(response: httpcore.Response) -> bytes:

@@ -19,6 +19,7 @@ import msgspec
 
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.files import as_text, read_regular
+from vllm_sleep_tui.fleet.pictures import Picture
 from vllm_sleep_tui.text import clean, one_line
 from vllm_sleep_tui.units import date_and_time
 
@@ -64,6 +65,8 @@ class KeptTurn(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     tokens_per_s: float | None = None
+    pictures: tuple[Picture, ...] = ()
+    """What a question showed: where they lay and their digests, not what is in them."""
     is_dropped: bool = False
     """Another question or answer took its place: the model is not told of it any more."""
 
@@ -249,6 +252,20 @@ class Conversations:
 
         return self._worker.submit(self._asked, act, None)
 
+    def questions(self, count: int) -> Future[list[str]]:
+        """The last `count` different questions of all conversations, the first one first."""
+
+        def act(connection: sqlite3.Connection) -> list[str]:
+            rows = connection.execute(
+                "SELECT json_extract(turn, '$.text'), MAX(json_extract(turn, '$.at')) AS at FROM turns"
+                " JOIN conversations ON id = conversation WHERE config = ?"
+                " AND json_extract(turn, '$.role') = 'user' GROUP BY 1 ORDER BY at DESC LIMIT ?",
+                (self._config, count),
+            )
+            return [text for text, _ in rows][::-1]
+
+        return self._worker.submit(self._asked, act, [])
+
     def turns(self, id: int) -> Future[tuple[KeptTurn, ...]]:
         """All that was said in one, in order."""
         return self._worker.submit(self._asked, lambda connection: _turns(connection, id), ())
@@ -331,6 +348,7 @@ def as_markdown(whole: Whole) -> str:
         if turn.reasoning:
             parts.append("\n".join(f"> {line}".rstrip() for line in turn.reasoning.splitlines()))
         parts.append(turn.text)
+        parts += [f"*{picture.words}*" for picture in turn.pictures]
         if turn.error:
             parts.append(f"*{turn.error}*")
     return clean("\n\n".join(parts) + "\n")

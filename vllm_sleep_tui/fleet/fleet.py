@@ -35,9 +35,10 @@ from vllm_sleep_tui.fleet.observe.serving import ServingPoller
 from vllm_sleep_tui.fleet.observe.snapshotter import Snapshotter
 from vllm_sleep_tui.fleet.operations import groups
 from vllm_sleep_tui.fleet.operations.acquire import waiting_words
-from vllm_sleep_tui.fleet.operations.chat import answer
+from vllm_sleep_tui.fleet.operations.chat import answer, check_sees
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor, ended
 from vllm_sleep_tui.fleet.past import Past
+from vllm_sleep_tui.fleet.pictures import Picture
 from vllm_sleep_tui.fleet.server_log import ServerLog, log_of
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
@@ -221,9 +222,12 @@ class Fleet:
         return await self._backend(name).way()
 
     def served_names(self, name: str) -> tuple[str, ...]:
-        """What a request may call the model: its name, its aliases, its adapters."""
-        model = self._core.model_config(name)
-        return name, *model.aliases, *ServeArgs(model.args).adapters
+        """What a request may call the model: its name, its aliases."""
+        return name, *self._core.model_config(name).aliases
+
+    def adapters(self, name: str) -> tuple[str, ...]:
+        """The adapters that its server has, each asked for by its name."""
+        return tuple(ServeArgs(self._core.model_config(name).args).adapters)
 
     def want(self, names: Iterable[str]) -> None:
         """Say that requests wait for these models, for some seconds: nobody puts them away."""
@@ -307,9 +311,17 @@ class Fleet:
         params: Mapping[str, Any] | None = None,
         report: Report | None = None,
     ) -> AsyncIterator[ChatEvent]:
-        """Stream an answer; a model that is not awake is switched to first. Close the iterator to stop it."""
+        """Stream an answer; a model that is not awake is switched to first. Close the iterator to stop it.
+
+        A message is OpenAI's, and may have `pictures` besides, as `pictures.said` makes one.
+        """
         async for event in answer(self, self._core.model(name), messages, params or {}, report):
             yield event
+
+    async def check_sees(self, name: str, pictures: Sequence[Picture]) -> None:
+        """Raises RefusedError if there are pictures and the model is known to read text alone."""
+        if pictures:
+            await asyncio.to_thread(check_sees, self._core.model(name), pictures)
 
     def _models(self, names: Sequence[str]) -> list[Model]:
         """A handle each; an unknown name is found when that one is operated on, and stops no other."""

@@ -35,8 +35,11 @@ from vllm_sleep_tui.gateway.upstream import Address, Answer, Upstream, UpstreamE
 FIRST_COMMENT = 2.0
 """Seconds that a stream waits before its client hears that it is alive; until then it gets a true status."""
 COMMENT_SECONDS = 5.0
-ATTEMPTS = 5
-"""How often a request waits anew because its model was not awake after all."""
+PAUSES = (0.0, 0.1, 0.3, 1.0, 2.0, 2.0, 2.0)
+"""Seconds before a request waits anew because its model was not awake after all; then it is refused.
+
+A server that has just died is awake in its record until somebody has looked.
+"""
 BODIES_HELD = 8
 """How many of the longest bodies may be held at once."""
 MAX_ERROR = 1024 * 1024
@@ -45,6 +48,8 @@ NOT_FORWARDED = frozenset(
     b"expect authorization x-api-key proxy-authorization cookie origin referer".split()
 )
 OURS = b"x-panel-"
+REALTIME = "/v1/realtime"
+"""vLLM's path for speech, by WebSocket."""
 NOT_RETURNED = frozenset(b"connection keep-alive transfer-encoding trailer upgrade x-panel-gate".split())
 log = logging.getLogger(__name__)
 
@@ -61,6 +66,8 @@ class App:
         longest = parse_bytes(config.max_body)
         self._store = Store(longest, BODIES_HELD * longest)
         self._upstreams: dict[str, tuple[str, Upstream]] = {}
+        self._unheard: set[tuple[str, str]] = set()
+        """Aliases that a launch does not know, as it is older than they are."""
         self.names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,8 +102,15 @@ class App:
             return
         client = self._clients.who(scope["headers"])
         target, rest = self.names.split(path)
-        if method == "POST" and (endpoints.is_inference(rest) or endpoints.is_read_only(rest)):
+        is_stored = endpoints.is_stored(rest.removesuffix("/cancel"))
+        if is_stored and target is None and len(self.names.models) > 1:
+            message = f"This path does not say which model has kept it: ask for /MODEL{rest[:200]} instead."
+            raise Refusal(HTTPStatus.NOT_FOUND, message)
+        if is_stored or (method == "POST" and (endpoints.is_inference(rest) or endpoints.is_read_only(rest))):
             await self._post(rest, target, client, scope, receive, send)
+        elif any(name == b"upgrade" for name, _ in scope["headers"]) or rest == REALTIME:
+            message = "No WebSockets are served here: connect to the model's own port, which the panel shows."
+            raise Refusal(HTTPStatus.NOT_IMPLEMENTED, message)
         elif method == "GET" and target is None:
             await self._page(path, client, send)
         elif method == "GET" and rest == endpoints.MODELS and target is not None:
@@ -225,17 +239,17 @@ class App:
         if endpoints.is_inference(ask.path):
             turn = self._desk.enter(ask)
         deadline = asyncio.get_running_loop().time() + self._give_up
-        for _ in range(ATTEMPTS):
+        for pause in (*PAUSES, None):
             if turn is not None and not turn.done():
                 await self._waited(turn, deadline, ask, out)
             elif turn is not None:
                 turn.result()
             way = await self._way(ask)
-            if way is None:
-                turn = self._again(ask)
-                continue
-            answer = await self._sent(ask, body, scope, way)
+            answer = None if way is None else await self._sent(ask, body, scope, way)
             if answer is None:
+                if pause is None:
+                    break
+                await asyncio.sleep(pause)
                 turn = self._again(ask)
                 continue
             self._store.release(body.content, body.size)
@@ -275,7 +289,21 @@ class App:
 
     async def _sent(self, ask: Ask, body: Body, scope: Scope, way: Way) -> Answer | None:
         """Send the request and get the head of its answer; None if the model was not awake after all."""
-        served = ask.target.served if way.served == ask.target.model else way.served
+        served, launch = ask.target.served, way.launch
+        if way.served != ask.target.model or (launch, served) in self._unheard:
+            served = way.served
+        answer = await self._sent_as(served, ask, body, scope, way)
+        is_alias = served != way.served and not ask.target.is_adapter
+        if answer is not None and answer.status == HTTPStatus.NOT_FOUND and is_alias:
+            # An alias that the config got after this server was launched: it has the model's name.
+            answer.close()
+            answer = await self._sent_as(way.served, ask, body, scope, way)
+            if answer is not None and answer.status != HTTPStatus.NOT_FOUND:
+                self._unheard.add((launch, served))
+        return answer
+
+    async def _sent_as(self, served: str, ask: Ask, body: Body, scope: Scope, way: Way) -> Answer | None:
+        """The same, for the model by the name that its server has for it."""
         if body.model is not None and body.model != served:
             body.rename(served)
         upstream = self._upstream(ask.target.model, way)
@@ -314,7 +342,8 @@ def request_head(scope: Scope, path: str, way: Way, length: int) -> bytes:
     parts = urlsplit(way.url)
     query = b"?" + scope["query_string"] if scope["query_string"] else b""
     target = parts.path.encode() + path.encode("latin-1") + query
-    lines = [b"POST %b HTTP/1.1" % target, b"host: " + parts.netloc.encode()]
+    method = scope["method"].encode()
+    lines = [b"%b %b HTTP/1.1" % (method, target), b"host: " + parts.netloc.encode()]
     lines += [
         b"%b: %b" % (name, value)
         for name, value in scope["headers"]

@@ -135,7 +135,9 @@ class Store:
 
 
 async def understand(content: bytearray, content_type: bytes) -> Body:
-    """What a body asks for; raises Refusal if it is no JSON object, nor a form."""
+    """What a body asks for; raises Refusal if it is no JSON object, nor a form, nor empty."""
+    if not content:
+        return Body(content, 0, None, streams=False, is_form=False)
     if content_type.lower().startswith(b"multipart/form-data"):
         found = FORM_MODEL.search(content)
         model = found[1].decode(errors="replace") if found else None

@@ -33,6 +33,8 @@ LOOK_SECONDS = 0.5
 """Between two looks at the models."""
 SURE_SECONDS = 2.0
 """After a switch the memory that is known may be older than it: whoever shares a GPU counts as in the way."""
+WAKE_GUESSES = {0: 0.2, 1: 1.0}
+"""Seconds of a wake that was never measured, by level: who is awake is to be left for it soon."""
 PAUSES = (2.0, 10.0, 60.0)
 """After switches to a model that failed in a row, in seconds."""
 MOVING = frozenset({State.STARTING, State.FALLING_ASLEEP, State.WAKING, State.STOPPING})
@@ -79,6 +81,10 @@ class Desk:
         self._turns: dict[Ask, asyncio.Future[None]] = {}
         self._ways: dict[str, Way] = {}
         self._states: dict[str, State] = {}
+        self._levels: dict[str, int | None] = {}
+        """Of those that sleep."""
+        self._took: dict[tuple[str, int | None], float] = {}
+        """What a switch to a model took here, by the level that it slept at; None: it was started."""
         self._failures: dict[str, int] = {}
         self._reasons: dict[str, Refusal] = {}
         self._switching: dict[str, asyncio.Task[None]] = {}
@@ -111,9 +117,7 @@ class Desk:
         if self._timer is not None:
             self._timer.cancel()
         for lane in self._scheduler.lanes.values():
-            self._refuse(
-                lane, Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "The gateway is ending.", retry_after=5)
-            )
+            self._refuse(lane, self._ending())
         for task in self._switching.values():
             task.cancel()
         await asyncio.gather(*self._switching.values(), return_exceptions=True)
@@ -125,7 +129,7 @@ class Desk:
         queue is full."""
         lane = self._scheduler.lane(ask.target.model)
         if not self._is_open:
-            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "The gateway is ending.", retry_after=5)
+            raise self._ending()
         now = asyncio.get_running_loop().time()
         if not self._scheduler.lets_in(lane.name) and self._scheduler.waiting >= self._config.queue:
             message = f"{self._scheduler.waiting} requests wait, as many as may (`gateway: {{queue: …}}`)."
@@ -137,7 +141,9 @@ class Desk:
         return self._wait(ask, lane)
 
     def bounce(self, ask: Ask) -> asyncio.Future[None]:
-        """Its model was not awake after all: it waits again."""
+        """Its model was not awake after all: it waits again. Raises Refusal when the gateway ends."""
+        if not self._is_open:
+            raise self._ending()
         ask.began = None
         self._ways.pop(ask.target.model, None)
         self._scheduler.bounced(ask)
@@ -157,6 +163,9 @@ class Desk:
         if way is None:
             way = self._ways[model] = await self._fleet.way(model)
         return way
+
+    def _ending(self) -> Refusal:
+        return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "The gateway is ending.", retry_after=5)
 
     def _wait(self, ask: Ask, lane: Lane) -> asyncio.Future[None]:
         future = self._turns[ask] = asyncio.get_running_loop().create_future()
@@ -192,6 +201,7 @@ class Desk:
 
     async def _switch(self, switch: Switch) -> None:
         name, loop = switch.name, asyncio.get_running_loop()
+        level = self._levels.get(name)
         lane = self._scheduler.lane(name)
         log.info("gateway: switches to %s, %d waiting", name, len(lane.waiting))
         began, refusal = loop.time(), None
@@ -217,7 +227,7 @@ class Desk:
         if refusal is None:
             self._failures.pop(name, None)
             self._reasons.pop(name, None)
-            lane.cost = now - began
+            self._took[name, level] = now - began
         else:
             failures = self._failures[name] = self._failures.get(name, 0) + 1
             refusal.retry_after = PAUSES[min(failures, len(PAUSES)) - 1]
@@ -256,6 +266,7 @@ class Desk:
         now = asyncio.get_running_loop().time()
         models = self._fleet.snapshot().models
         self._states = {model.name: model.state for model in models}
+        self._levels = {model.name: model.level for model in models}
         if any(_answers(model) for model in models):
             self._used_at = time.monotonic()  # by whoever goes past this to a model's own port, too
         for model in models:
@@ -301,8 +312,10 @@ class Desk:
         lane.leaves = frozenset(known if is_sure else known | {other.name for other in near})
         if prediction.seconds is not None:
             lane.cost = prediction.seconds
-        elif lane.cost <= 0:
-            lane.cost = UNKNOWN_COST
+        else:
+            level = self._levels.get(lane.name)
+            guess = UNKNOWN_COST if level is None else WAKE_GUESSES.get(level, UNKNOWN_COST)
+            lane.cost = self._took.get((lane.name, level), guess)
         settled = is_sure and not self._switching and not MOVING & set(self._states.values())
         if prediction.action == "refused" and settled:
             self._refuse(lane, Refusal(HTTPStatus.SERVICE_UNAVAILABLE, prediction.sentence, retry_after=10))

@@ -116,7 +116,10 @@ class Gateway:
 
     def _names(self) -> Names:
         models = self._fleet.loaded.config.models
-        return Names({name: self._fleet.served_names(name) for name in models})
+        return Names(
+            {name: self._fleet.served_names(name) for name in models},
+            {name: self._fleet.adapters(name) for name in models},
+        )
 
 
 class Post:
@@ -130,6 +133,7 @@ class Post:
         self._note = NOT_OPEN
         self._task: asyncio.Task[None] | None = None
         self._closing = 0
+        self._ending: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to try for the seat."""
@@ -164,7 +168,7 @@ class Post:
     @property
     def is_closing(self) -> bool:
         """Whether it is on its way out."""
-        return self._closing > 0
+        return self._closing > 0 or self._ending is not None
 
     async def close(self) -> None:
         """Close it and leave the seat."""
@@ -189,7 +193,7 @@ class Post:
                     await self._close_gateway()
                 who = self._seat.who()
                 self._tell(f"another process has it (pid {who.pid})" if who else "another process has it")
-            elif self._gateway is None and not self._closing:  # who closes still has the port
+            elif self._gateway is None and not self.is_closing:  # who closes still has the port
                 gateway = Gateway(self._fleet, self._config)
                 try:
                     await gateway.open()
@@ -211,13 +215,16 @@ class Post:
             log.warning("gateway: %s", note)
 
     async def _close_gateway(self) -> None:
+        """Until it is closed, whoever began that: who is cancelled meanwhile leaves it closing."""
         if self._gateway is not None:
             gateway, self._gateway = self._gateway, None
-            self._closing += 1
-            try:
-                await gateway.close()
-            finally:
-                self._closing -= 1
+            self._ending = asyncio.create_task(gateway.close())
+            self._ending.add_done_callback(self._ended)
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
+
+    def _ended(self, _: object) -> None:
+        self._ending = None
 
 
 def _listen(config: GatewayConfig) -> socket.socket:

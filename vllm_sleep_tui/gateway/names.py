@@ -23,18 +23,27 @@ class Target:
     model: str
     served: str
     """What its server is to be asked for: an adapter's name, or one of the model's."""
+    is_adapter: bool = False
 
 
 class Names:
     """Every name of every model."""
 
-    def __init__(self, served: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self, served: Mapping[str, Sequence[str]], adapters: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         whole: dict[str, set[Target]] = {}
         dashed: dict[str, set[Target]] = {}
-        for model, names in served.items():
-            for name in (model, *names):
-                whole.setdefault(name, set()).add(Target(model, name))
-                dashed.setdefault(_ODD.sub("-", name), set()).add(Target(model, name))
+        targets = [Target(model, name) for model, names in served.items() for name in (model, *names)]
+        targets += [
+            Target(model, name, is_adapter=True)
+            for model, names in (adapters or {}).items()
+            for name in names
+            if name not in served.get(model, ())
+        ]
+        for target in targets:
+            whole.setdefault(target.served, set()).add(target)
+            dashed.setdefault(_ODD.sub("-", target.served), set()).add(target)
         # A model's own name is its own; two may have an adapter of one name, or names that differ in signs.
         whole |= {model: {Target(model, model)} for model in served}
         self._known = dashed | whole

@@ -105,7 +105,7 @@ class Upstream:
 
     def _keep(self, connection: _Connection) -> None:
         now = asyncio.get_running_loop().time()
-        if self._is_closed or not connection.is_reusable or len(self._idle) >= KEPT:
+        if self._is_closed or connection.is_paused or not connection.is_reusable or len(self._idle) >= KEPT:
             connection.abort()
             return
         self._idle.append((now, connection))
@@ -171,10 +171,10 @@ class _Connection(asyncio.Protocol):
         self._can_write: asyncio.Future[None] | None = None
         self._parts: deque[bytes] = deque()
         self._buffered = 0
-        self._is_paused = False
         self._failure: str | None = None
         self._has_head = False
         self._head_bytes = 0
+        self.is_paused = False
         self.is_complete = True
         self.is_reusable = True
         self.is_open = True
@@ -238,9 +238,9 @@ class _Connection(asyncio.Protocol):
     def on_body(self, part: bytes) -> None:
         self._parts.append(part)
         self._buffered += len(part)
-        if self._buffered > HIGH_WATER and not self._is_paused and self._transport is not None:
+        if self._buffered > HIGH_WATER and not self.is_paused and self._transport is not None:
             self._transport.pause_reading()
-            self._is_paused = True
+            self.is_paused = True
         self._wake()
 
     def on_message_complete(self) -> None:
@@ -271,6 +271,8 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._has_head = self.is_complete = self.has_heard = False
         self._head_bytes, self.headers = 0, []
+        self._parts.clear()  # of an answer that nobody read to its end
+        self._buffered = 0
         if len(body) == 1 and len(body[0]) < 65536:
             self._transport.write(head + body[0])
             return
@@ -296,9 +298,9 @@ class _Connection(asyncio.Protocol):
         part = self._parts.popleft() if len(self._parts) == 1 else b"".join(self._parts)
         self._parts.clear()
         self._buffered = 0
-        if self._is_paused and self._transport is not None and self.is_open:
+        if self.is_paused and self._transport is not None and self.is_open:
             self._transport.resume_reading()
-            self._is_paused = False
+            self.is_paused = False
         return part
 
     def abort(self) -> None:

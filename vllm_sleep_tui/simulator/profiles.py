@@ -50,6 +50,14 @@ def architecture(model: str) -> str:
     return next((found for part, found in ARCHITECTURES.items() if part in name), "LlamaForCausalLM")
 
 
+def sees(model: str) -> bool:
+    """Whether the model takes pictures: by a folder's config.json, else by its name."""
+    config = Path(model) / "config.json"
+    if config.is_file():
+        return b'"vision_config"' in config.read_bytes()
+    return re.search(r"vision|-vl\b|pixtral|llava|gemma-3", model, re.IGNORECASE) is not None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """What one rank holds on its GPU, in bytes; a sleeper keeps only `residual`."""

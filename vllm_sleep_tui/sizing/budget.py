@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from vllm_sleep_tui.config.types import Config, ModelConfig
 from vllm_sleep_tui.engine.serve_args import ServeArgs
@@ -25,24 +26,51 @@ def fixed_utilization(model: ModelConfig) -> float | None:
     return ServeArgs(model.args).utilization
 
 
+class Plan(NamedTuple):
+    """A planned share, and for whose weights there is room beside it."""
+
+    share: float
+    stay: tuple[str, ...]
+    """The neighbours that may sleep at level 0 while the model is awake, as far as their GPUs are its own."""
+
+
 def utilization(
-    name: str, config: Config, totals: Mapping[int, int], others: Mapping[int, int], asleep: Mapping[str, int]
-) -> float | None:
+    name: str,
+    config: Config,
+    totals: Mapping[int, int],
+    others: Mapping[int, int],
+    asleep: Mapping[str, int],
+    *,
+    staying: Mapping[str, int] | None = None,
+    least: int | None = None,
+) -> Plan | None:
     """The share of each GPU that `name` may take, so that all its neighbours' residues still fit.
 
     `totals` and `others` are bytes by GPU index (`others`: held by processes that are none of ours),
     `asleep` what each model was measured to leave behind, in bytes. None if a GPU's size is not known.
+
+    `staying` are the bytes that the weights of neighbours take on each of their GPUs if they sleep at level
+    0: room is left for as many as leave this one `least` bytes, those of `level: 0` first, then the smallest.
+    Where `least` is not known there is room for those of `level: 0` alone.
     """
     model = config.models[name]
-    share = HIGHEST_UTILIZATION
+    if not set(model.gpus) <= totals.keys():
+        return None
+    room = {}
     for gpu in model.gpus:
-        if gpu not in totals:
-            return None
         neighbours = [key for key, other in config.models.items() if key != name and gpu in other.gpus]
         residues = sum(asleep.get(key, asleep_guess(config.models[key].gpus)) for key in neighbours)
-        room = totals[gpu] - others.get(gpu, 0) - residues - AWAKE_OVERHEAD - MARGIN
-        share = min(share, room / totals[gpu])
-    return max(LOWEST_UTILIZATION, math.floor(share * 1000) / 1000)
+        room[gpu] = totals[gpu] - others.get(gpu, 0) - residues - AWAKE_OVERHEAD - MARGIN
+    stay = []
+    guests = {key: size for key, size in (staying or {}).items() if key != name}
+    for key in sorted(guests, key=lambda key: (config.models[key].level != 0, guests[key])):
+        shared = [gpu for gpu in model.gpus if gpu in config.models[key].gpus]
+        is_bound = config.models[key].level == 0 and least is None
+        if shared and (is_bound or all(room[gpu] - guests[key] >= (least or math.inf) for gpu in shared)):
+            stay.append(key)
+            room |= {gpu: room[gpu] - guests[key] for gpu in shared}
+    share = min([HIGHEST_UTILIZATION, *(room[gpu] / totals[gpu] for gpu in model.gpus)])
+    return Plan(max(LOWEST_UTILIZATION, math.floor(share * 1000) / 1000), tuple(stay))
 
 
 def awake_estimate(share: float | None, total: int) -> int:

@@ -126,7 +126,7 @@ def estimate(
     args = ServeArgs(model.args)
     length = args.max_model_len or checkpoint.max_length
     per_gpu = _weights_per_gpu(checkpoint, layout, spread_out)
-    context = checkpoint.kv_bytes(length, width=args.kv_width, ranks=layout.tensor_ranks) if length else None
+    context = _context(args, checkpoint, layout)
     figures = Estimate(
         architecture=checkpoint.architecture,
         task=checkpoint.task,
@@ -137,8 +137,8 @@ def estimate(
         weights_bytes=checkpoint.weights_bytes if spread_out is None else spread_out.weights,
         weights_per_gpu=per_gpu,
         kv_bytes_per_token=checkpoint.kv_bytes(1, width=args.kv_width, ranks=layout.tensor_ranks),
-        context_bytes=_per_stage(context, layout),
-        floor_per_gpu=_floor(per_gpu, _per_stage(context, layout)),
+        context_bytes=context,
+        floor_per_gpu=_floor(per_gpu, context),
         asleep_per_gpu=_residue(model, checkpoint, layout),
         pinned_bytes=None if spread_out is None else spread_out.pinned,
         unknown=dict(checkpoint.unknown),
@@ -169,6 +169,15 @@ def estimated_weights(model: ModelConfig, base: Path) -> int | None:
         return None
     spread_out = _spread(checkpoint.folder, _stamp(checkpoint.folder), layout_of(model, checkpoint))
     return checkpoint.weights_bytes if spread_out is None else spread_out.weights
+
+
+def context_of(model: ModelConfig, base: Path) -> int | None:
+    """KV cache of one context of the longest length that is served, on each GPU; None if not known."""
+    try:
+        checkpoint = checkpoint_of(model, base)
+    except UsageError:
+        return None
+    return _context(ServeArgs(model.args), checkpoint, layout_of(model, checkpoint))
 
 
 def layout_of(
@@ -236,7 +245,10 @@ def _weights_per_gpu(checkpoint: Checkpoint, layout: Layout, spread_out: Spread 
     return None if checkpoint.weights_bytes is None else checkpoint.weights_bytes // layout.gpus
 
 
-def _per_stage(size: int | None, layout: Layout) -> int | None:
+def _context(args: ServeArgs, checkpoint: Checkpoint, layout: Layout) -> int | None:
+    """KV cache of one context of full length on each GPU."""
+    length = args.max_model_len or checkpoint.max_length
+    size = checkpoint.kv_bytes(length, width=args.kv_width, ranks=layout.tensor_ranks) if length else None
     return None if size is None else size // layout.pipeline_ranks
 
 

@@ -13,7 +13,7 @@ from vllm_sleep_tui.sizing.figures import Figures, Machine
 from vllm_sleep_tui.units import GIB, gib
 
 COMFORT = 4.0
-"""Full contexts that a model should keep to be cut down for company."""
+"""Full contexts that a model should keep to be cut down for company, awake or with its weights in VRAM."""
 
 
 class Sharing(msgspec.Struct, frozen=True, kw_only=True):

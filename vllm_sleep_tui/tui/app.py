@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,12 @@ from textual.app import App, SystemCommand
 from textual.driver import Driver
 from textual.drivers.linux_driver import LinuxDriver
 from textual.filter import LineFilter
+from textual.notifications import SeverityLevel
 from textual.screen import Screen
 from textual.theme import Theme
 
 from vllm_sleep_tui import files, paths
+from vllm_sleep_tui.config.changes import changes
 from vllm_sleep_tui.config.types import GatewayConfig
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.files import read_regular
@@ -29,15 +32,19 @@ from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.gateway.gateway import Post
 from vllm_sleep_tui.leaving import Leaving, leave_at_once
 from vllm_sleep_tui.text import clean
+from vllm_sleep_tui.tui.drawing.paint import cut, wrap
 from vllm_sleep_tui.tui.keys import keys_of
 from vllm_sleep_tui.tui.screens.dashboard import Dashboard
 from vllm_sleep_tui.tui.screens.dialogs import ThemeChooser
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
 from vllm_sleep_tui.tui.state.clipboard import to_tmux, words
+from vllm_sleep_tui.tui.state.config_watch import Agrees, ConfigWatch
+from vllm_sleep_tui.tui.state.copies import KINDS
 from vllm_sleep_tui.tui.state.operations import Operations
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.terminal import CLEANED, PanelDriver
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, textual_theme
+from vllm_sleep_tui.units import counted
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.config.load import LoadedConfig
@@ -45,6 +52,10 @@ if TYPE_CHECKING:
 
 READING_SECONDS = 1.0
 MAX_MEMORY = 2**16
+_TOAST_WIDTH, _TOAST_SHARE = 54, 6
+"""Cells of a toast's text, and the part of the screen's height that its lines may take."""
+_TOLD_CHANGES = 4
+"""So many changes of the config fit into a toast."""
 
 
 class Remembered(msgspec.Struct):
@@ -70,6 +81,7 @@ class PanelApp(App[None]):
         autostart: Sequence[str] = (),
         conversations: Conversations | None = None,
         post: Post | None = None,
+        watch: ConfigWatch | None = None,
     ) -> None:
         self._files, self._complaints = load_themes(theme_folders)
         super().__init__()
@@ -78,6 +90,7 @@ class PanelApp(App[None]):
         self.conversations = conversations or Conversations(state_dir)
         self.post = post
         """The gateway, open or not."""
+        self._watch = watch
         self.is_told_to_leave = False
         """By a signal or the terminal's end, and not by the person."""
         self._memory = state_dir / "panel.json"
@@ -104,6 +117,7 @@ class PanelApp(App[None]):
         self.dashboard = Dashboard(self.fleet, self.operations, self.conversations)
         self.push_screen(self.dashboard)
         self.set_interval(READING_SECONDS, self._keep_reading)
+        self.set_interval(READING_SECONDS, self._look_at_config)
         for complaint in self._complaints:
             self.notify(complaint, severity="warning", timeout=12, markup=False)
         if self._autostart:
@@ -113,6 +127,37 @@ class PanelApp(App[None]):
         """The course of the GPUs' figures has no gaps where a screen was looked at that shows none."""
         if not isinstance(self.screen, (Dashboard, GpuScreen)):
             self.dashboard.readings.see(self.fleet.snapshot())
+
+    async def _look_at_config(self) -> None:
+        """Go on with a config that was changed on disk, and say what is another than before."""
+        if self._watch is None or not self._watch.has_changed():
+            return
+        try:
+            loaded = await self._watch.read()
+        except PanelError as error:
+            words = f"{error.what}\n{error.cure}\nThe old one holds.".replace("\n\n", "\n")
+            self.notify(words, title="The config changed", severity="error", timeout=12, markup=False)
+            return
+        old, new = self.fleet.loaded.config, loaded.config
+        models = self.fleet.snapshot().models
+        running = {model.name: model.pid for model in models if model.state in RUNNING}
+        found = changes(old, new, running)
+        self.fleet.reload(loaded)
+        if self.post is not None and new.gateway is not None:
+            await self.post.reload(new.gateway)
+            if not self.post.is_started:
+                self.post.start()
+        elif self.post is not None and old.gateway is not None:
+            await self.post.close()
+        if found:
+            words = "\n".join(change.sentence for change in found[:_TOLD_CHANGES])
+            more = len(found) - _TOLD_CHANGES
+            words += f"\nand {counted(more, 'more change')}" if more > 0 else ""
+            severity: SeverityLevel = (
+                "warning" if any(change.needs_care for change in found) else "information"
+            )
+            self.notify(words, title="The config changed", severity=severity, timeout=12, markup=False)
+        self.dashboard.changed()
 
     def _recolor(self, theme: Theme) -> None:
         if theme.name not in self._files:
@@ -142,26 +187,39 @@ class PanelApp(App[None]):
             self._remember_theme(chosen)
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        """The palette: what the keys do, and a switch to each model by name."""
+        """The palette: what the keys do, and what can be done to each model, by its name.
+
+        With nothing typed only the keys and the switches are offered: the rest is models times actions.
+        """
         if not isinstance(screen, Dashboard):
             return
-        snapshot = self.fleet.snapshot()
-        for key in keys_of(read_only=snapshot.read_only):
-            yield SystemCommand(key.help, f"key {key.cap}", self._runner(key.action))
-        for model in () if snapshot.read_only else snapshot.models:
-            yield SystemCommand(f"Switch to {model.name}", model.source, self._switcher(model.name))
+        dashboard, snapshot = self.dashboard, self.fleet.snapshot()
+        keys = keys_of(read_only=snapshot.read_only)
+        for key in keys:
+            yield SystemCommand(key.help, f"key {key.cap}", partial(dashboard.run_action, key.action))
+        for model in snapshot.models:
+            for key in filter(lambda key: key.named, keys):
+                words, does = key.named.replace("{}", model.name), partial(dashboard.act_on, model.name)
+                is_switch = key.action == "switch"
+                yield SystemCommand(words, model.source, partial(does, key.action), discover=is_switch)
+            for kind in KINDS:
+                does = partial(dashboard.act_on, model.name, f"copy_of('{kind}')")
+                yield SystemCommand(f"Copy the {kind} of {model.name}", model.source, does, discover=False)
 
-    def _runner(self, action: str) -> Callable[[], Awaitable[None]]:
-        async def run() -> None:
-            await self.dashboard.run_action(action)
-
-        return run
-
-    def _switcher(self, name: str) -> Callable[[], None]:
-        def switch() -> None:
-            self.dashboard.switch_to(name)
-
-        return switch
+    def notify(
+        self,
+        message: str,
+        *,
+        title: str = "",
+        severity: SeverityLevel = "information",
+        timeout: float | None = None,
+        markup: bool = True,
+    ) -> None:
+        """A toast of a few lines: what it covers is looked at too, and all of it stands elsewhere."""
+        lines, room = wrap(message, _TOAST_WIDTH), max(2, self.size.height // _TOAST_SHARE)
+        if len(lines) > room:
+            message = "\n".join([*lines[: room - 1], f"{cut(lines[room - 1], _TOAST_WIDTH - 2)} …"])
+        super().notify(message, title=title, severity=severity, timeout=timeout, markup=markup)
 
     def copy_to_clipboard(self, text: str, what: str = "the selection") -> None:
         """Copy a text, and say how far it is known to have come."""
@@ -188,8 +246,10 @@ class PanelApp(App[None]):
 
     def abandon(self) -> None:
         """In another thread: give the terminal back because the process ends now; says what that cuts off."""
-        waiting, cut = self.operations.waiting(), list(self.operations.running)
-        cut = [f"{self.operations.running[name].verb} {name}" for name in cut if name not in waiting]
+        waiting = self.operations.waiting()
+        cut = [
+            running.doing for name, running in list(self.operations.running.items()) if name not in waiting
+        ]
         words = f"Left while {', '.join(cut)}: whoever comes next carries it on." if cut else "Left."
         words += f" {_dropped(waiting)}" if waiting else ""
         if isinstance(self._driver, PanelDriver):
@@ -206,7 +266,7 @@ class PanelApp(App[None]):
             self.dashboard.action_quit_panel()
 
 
-async def _run(loaded: LoadedConfig, state_dir: Path, *, read_only: bool) -> int:
+async def _run(loaded: LoadedConfig, state_dir: Path, agrees: Agrees, *, read_only: bool) -> int:
     marked = [name for name, model in loaded.config.models.items() if model.autostart and not read_only]
     folders = (package_folder(), paths.config_dir() / "themes")
     async with Fleet(loaded, state_dir, leads=True, read_only=read_only) as fleet:
@@ -220,6 +280,7 @@ async def _run(loaded: LoadedConfig, state_dir: Path, *, read_only: bool) -> int
             autostart=marked,
             conversations=Conversations(state_dir, loaded.path, keeps=loaded.config.keep_conversations),
             post=None if read_only else post,
+            watch=ConfigWatch(loaded, agrees),
         )
         loop = asyncio.get_running_loop()
         Leaving(
@@ -262,6 +323,6 @@ def _say(words: str) -> None:
         print(words, file=sys.stderr)  # noqa: T201
 
 
-def run_panel(loaded: LoadedConfig, state_dir: Path, *, read_only: bool = False) -> int:
+def run_panel(loaded: LoadedConfig, state_dir: Path, agrees: Agrees, *, read_only: bool = False) -> int:
     """Open the fleet, then the panel over it; servers outlive both. The exit code."""
-    return asyncio.run(_run(loaded, state_dir, read_only=read_only))
+    return asyncio.run(_run(loaded, state_dir, agrees, read_only=read_only))

@@ -64,6 +64,8 @@ class Palette:
     def _color(self, name: str) -> Color:
         if name[0] == "m" and name[1:].isdigit():
             return self._models[int(name[1:]) % len(self._models)]
+        if name[0] == "#":  # a picture's own
+            return Color.parse(name)
         return self._colors[name]
 
     def _style(self, paint: str) -> Style:

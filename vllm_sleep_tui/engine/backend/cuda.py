@@ -79,7 +79,8 @@ class CudaDriver:
         return self._chunks.figures
 
     def let_go(self) -> None:
-        """Of the descriptors of chunks."""
+        """Of the descriptors of chunks; the copies of the last wake have ended then."""
+        torch.cuda.synchronize()
         if self._chunks is not None:
             self._chunks.let_go()
 
@@ -126,6 +127,14 @@ class CudaDriver:
             for at, part in pool.parts(offset, length):
                 target = _view((address + at - offset, part), "|u1", 1)
                 target.copy_(_host(pool, at, part), non_blocking=True)
+
+    def order(self) -> None:
+        """By the stream on which this thread, which runs the model, works; other streams wait for that."""
+        if self._chunks is not None:
+            self._chunks.clear()
+        for stream in (torch.cuda.current_stream(), torch.cuda.default_stream()):
+            stream.wait_stream(self._copying)
+            stream.wait_stream(self._clearing)
 
     def finish(self) -> None:
         """Wait for both side streams."""

@@ -2,7 +2,8 @@
 
 Weights hardly ever change, so their copy in RAM is kept over wakes, and a sleep copies only the blocks whose
 digest differs from that of the copy. What has no copy to bring back (the KV cache) is given up first, so that
-the driver cleans it while the rest is looked at; at a wake the copies run while the next region is mapped.
+the driver cleans it while the rest is looked at; at a wake the copies run while the next region is mapped,
+and on after it: only the GPU waits for them.
 """
 
 from __future__ import annotations
@@ -55,9 +56,16 @@ class Driver(Protocol):
         """These regions will be mapped: have ready what other engines left for them."""
 
     def map(self, handle: Handle, *, clear: bool) -> None:
-        """Give a region its memory, and begin to clear what was another's; RuntimeError if there is none.
+        """Give a region its memory; RuntimeError if there is none.
 
-        Without `clear` all of it is overwritten by a copy that begins now.
+        With `clear`, what of it was another's is cleared by `order`; without, a copy that begins now
+        overwrites all of it.
+        """
+
+    def order(self) -> None:
+        """Begin to clear; that and the copies come before whatever this worker asks of the GPU later.
+
+        Nobody waits for them here: the answer to a wake and the next question come meanwhile.
         """
 
     def unmap(self, handle: Handle) -> None:
@@ -120,9 +128,9 @@ class Mover:
         """RAM held for the copies."""
         return self._pool.size if self._pool else 0
 
-    def keep_weights(self) -> None:
+    def keep_weights(self, keep: bool = True) -> None:
         """Let the sleep that comes now, not one that comes later, go to level 0, whatever vLLM calls it."""
-        self._keeps_weights_until = time.monotonic() + KEEP_SECONDS
+        self._keeps_weights_until = time.monotonic() + KEEP_SECONDS if keep else 0.0
 
     def sleep(self, level: int) -> tuple[int, int]:
         """Sleep at `level`, also from level 0 to 1 or 2; bytes of VRAM given up, and of them kept in RAM.
@@ -179,8 +187,8 @@ class Mover:
                     assert self._pool is not None
                     self._driver.restore(self._pool, self._layout.offsets[region], *region)
             steps.take("map")
-            self._driver.finish()
-            steps.take("copy")
+            self._driver.order()
+            steps.take("order")
         except RuntimeError:
             self._undo(mapped)
             raise

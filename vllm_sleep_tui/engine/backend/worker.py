@@ -17,11 +17,11 @@ class PanelWorker:
             return {"state": "stock", "why": plugin.State.why}
         return Sleeper.existing().facts()
 
-    def panel_keep_weights(self) -> dict[str, Any]:
-        """Let the next sleep, whatever its level is called, give up the KV cache alone (level 0)."""
+    def panel_keep_weights(self, keep: bool = True) -> dict[str, Any]:
+        """Let the next sleep, whatever its level is called, give up the KV cache alone (level 0), or not."""
         facts = self.panel_sleep_facts()
         if facts["state"] == "own":
-            Sleeper.existing().mover.keep_weights()
+            Sleeper.existing().mover.keep_weights(keep)
         return facts
 
     def panel_sleep_deeper(self, level: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished, reconcile
-from vllm_sleep_tui.fleet.operations.room import give_up, have_holders, plan_for
+from vllm_sleep_tui.fleet.operations.room import give_up, have_holders, plan_for, read_memory
 from vllm_sleep_tui.fleet.snapshot import WAITING
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import Holder, LockBusyError, cure_for, describe, hold, holder
@@ -38,13 +38,14 @@ def others_on(model: Model) -> list[Model]:
 
 @contextlib.asynccontextmanager
 async def connecting(models: Iterable[Model]) -> AsyncIterator[set[asyncio.Future[object]]]:
-    """Connections to the servers that run, being opened meanwhile; what is not open at the end is let go.
+    """First calls of this process to the servers that run; what is not answered at the end is let go.
 
-    The first call of a process takes 60 ms: it would be paid between the closed gate and the sleep.
+    The first call takes 60 ms: it would be paid between the closed gate and the sleep.
     """
     running = [model for model in models if model.record.state in (State.AWAKE, State.ASLEEP)]
+    clients = [model.client() for model in running if model.record.launch]
     opening: set[asyncio.Future[object]] = {
-        asyncio.ensure_future(model.client().gate(GATE_LIMIT)) for model in running if model.record.launch
+        asyncio.ensure_future(client.gate(GATE_LIMIT)) for client in clients if not client.is_warm
     }
     try:
         yield opening
@@ -70,6 +71,14 @@ async def idle_of(model: Model) -> dict[str, tuple[float, bool]]:
         for other, gate in zip(awake, gates, strict=True)
         if not isinstance(gate, BaseException)
     }
+
+
+async def plan(model: Model) -> Room:
+    """Who must make room for the model, by what is measured now."""
+    idle, memory = await asyncio.gather(
+        idle_of(model), asyncio.to_thread(read_memory, model.core, set(model.config.gpus))
+    )
+    return plan_for(model, memory=memory, idle=idle)
 
 
 def is_awake(model: Model) -> bool:
@@ -121,7 +130,7 @@ async def acquire(
             for each in touched:
                 await reconcile(each, operation)
             model.read()  # it may have been reconciled by another handle
-            room = plan_for(model, idle=await idle_of(model)) if make_room else NO_ROOM_NEEDED
+            room = await plan(model) if make_room else NO_ROOM_NEEDED
             needed = {*room.leaving, *(awake_on(model) if make_room else ())}
             if needed <= names:
                 if opening:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from vllm_sleep_tui.engine.chat import Thinking, refusal
+from vllm_sleep_tui.engine.chat import SEES_CURE, Thinking, refusal, with_pictures
 from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
-from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.errors import PanelError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.backend import backend_of
 from vllm_sleep_tui.fleet.model import Model
+from vllm_sleep_tui.fleet.pictures import Picture, data_url
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, Report, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.sizing.vision import takes_pictures
 
 UNFINISHED = "The server ended the answer without saying that it is whole."
 FIRST_LIMIT = 300.0
@@ -34,8 +37,13 @@ async def answer(
     params: Mapping[str, Any],
     report: Report | None,
 ) -> AsyncIterator[ChatEvent]:
-    """The pieces of an answer; what goes wrong in the middle comes as the last event's `error`."""
+    """The pieces of an answer; what goes wrong in the middle comes as the last event's `error`.
+
+    A message may have `pictures`, which are read now. Raises PanelError before anything is switched if they
+    cannot be sent.
+    """
     name, backend = model.name, backend_of(model)
+    messages = await asyncio.to_thread(_sendable, model, messages)
     if await backend.state() is not State.AWAKE:
         ledger = await switcher.switch(name, report=report)
         yield ChatEvent(model=name, switch_seconds=ledger.total, switch_times=ledger)
@@ -74,6 +82,36 @@ async def answer(
     context = None if failed is not None else await _context(client, served)
     if text or reasoning or context or failed is not None:
         yield ChatEvent(model=name, text=text, reasoning=reasoning, error=failed, context_tokens=context)
+
+
+def check_sees(model: Model, pictures: Sequence[Picture]) -> None:
+    """Raises RefusedError if there are pictures and the model is known to read text alone."""
+    if pictures and takes_pictures(model.config, model.base) is False:
+        raise RefusedError(f"{model.name} reads text alone: its checkpoint has no part that sees.", SEES_CURE)
+
+
+def _sendable(model: Model, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages as a server takes them; raises PanelError if the last one's pictures cannot be sent.
+
+    Of an earlier one the model is told that its picture is not there any more.
+    """
+    sendable: list[Mapping[str, Any]] = []
+    for message in messages:
+        pictures: Sequence[Picture] = message.get("pictures", ())
+        if not pictures:
+            sendable.append(message)
+            continue
+        check_sees(model, pictures)
+        text, urls = message["content"], []
+        for picture in pictures:
+            try:
+                urls.append(data_url(picture))
+            except UsageError:
+                if message is messages[-1]:
+                    raise
+                text += "\n(A picture that was here is not there any more.)"
+        sendable.append({"role": message["role"], "content": with_pictures(text, urls)})
+    return sendable
 
 
 async def _context(client: VllmClient, served: str) -> int | None:

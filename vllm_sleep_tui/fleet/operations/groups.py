@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError
 from vllm_sleep_tui.fleet.backend import Backend, backend_of
@@ -27,8 +27,11 @@ async def start_all(models: Sequence[Model], operation: Operation) -> None:
     results = await asyncio.gather(
         *(start_group(group, operation) for group in groups(chosen)), return_exceptions=True
     )
-    failed = [error for result in results for error in (result if isinstance(result, list) else [result])]
-    raise_worst([*errors, *failed])
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        errors |= result
+    raise_several(errors)
 
 
 async def stop_all(models: Sequence[Model], operation: Operation, force: bool) -> None:
@@ -40,28 +43,34 @@ async def stop_all(models: Sequence[Model], operation: Operation, force: bool) -
     results = await asyncio.gather(
         *(backend_of(model).stop(operation, force=force) for model in chosen), return_exceptions=True
     )
-    raise_worst([*errors, *results])
+    for model, result in zip(chosen, results, strict=True):
+        if isinstance(result, PanelError) and not isinstance(result, CancelledByUser):
+            errors[model.name] = result
+        elif result is not None:
+            raise result
+    raise_several(errors)
 
 
-def startable(models: Sequence[Model]) -> tuple[list[Model], list[PanelError]]:
+def startable(models: Sequence[Model]) -> tuple[list[Model], dict[str, PanelError]]:
     """The models that the config lets start, and why the others cannot; raises that if none can."""
     return sifted(models, lambda backend: backend.check_startable())
 
 
-def sifted(models: Sequence[Model], check: Callable[[Backend], None]) -> tuple[list[Model], list[PanelError]]:
+def sifted(
+    models: Sequence[Model], check: Callable[[Backend], None]
+) -> tuple[list[Model], dict[str, PanelError]]:
     """The models that pass `check`, and what it raised for the others; raises that if none passes."""
     chosen: list[Model] = []
-    errors: list[PanelError] = []
+    errors: dict[str, PanelError] = {}
     for model in models:
         try:
             check(backend_of(model))
         except PanelError as error:
-            errors.append(error)
+            errors[model.name] = error
         else:
             chosen.append(model)
     if errors and not chosen:
-        first = errors[0]
-        raise type(first)(with_others(errors), first.cure)
+        raise_several(errors, type(next(iter(errors.values()))))
     return chosen, errors
 
 
@@ -79,9 +88,10 @@ def groups(models: Sequence[Model]) -> list[list[Model]]:
     return [sorted(members, key=list(models).index) for _, members in divided]
 
 
-async def start_group(models: Sequence[Model], operation: Operation) -> list[BaseException]:
-    """Start the last first, so that the first is the one that stays awake; go on after a failure."""
-    errors: list[BaseException] = []
+async def start_group(models: Sequence[Model], operation: Operation) -> dict[str, PanelError]:
+    """Start the last first, so that the first is the one that stays awake; go on after a failure, and say
+    what each was."""
+    errors: dict[str, PanelError] = {}
     first = models[0]
     for model in reversed(models):
         if model is not first and model.config.level == "none":
@@ -92,24 +102,20 @@ async def start_group(models: Sequence[Model], operation: Operation) -> list[Bas
         except CancelledByUser:
             raise
         except PanelError as error:
-            errors.append(error)
+            errors[model.name] = error
     if first.read().state is State.ASLEEP:
-        await backend_of(first).switch(operation.part(first.name))
+        try:
+            await backend_of(first).switch(operation.part(first.name))
+        except CancelledByUser:
+            raise
+        except PanelError as error:
+            errors[first.name] = error
     return errors
 
 
-def raise_worst(errors: Sequence[BaseException | None]) -> None:
-    """Raise what went wrong: the first of them, with the others named."""
-    real = [error for error in errors if error is not None]
-    for error in real:
-        if not isinstance(error, PanelError) or isinstance(error, CancelledByUser):
-            raise error
-    if real:
-        expected = [error for error in real if isinstance(error, PanelError)]
-        raise OperationError(with_others(expected), expected[0].cure)
-
-
-def with_others(errors: Sequence[PanelError]) -> str:
-    """What is wrong first, and after it, each once, what else is."""
-    first, *rest = dict.fromkeys(error.what for error in errors)
-    return f"{first}{''.join(f' Also: {what}' for what in rest)}"
+def raise_several(errors: Mapping[str, PanelError], kind: type[PanelError] = OperationError) -> None:
+    """Raise what went wrong, if anything did: the first of it, with what is wrong with the others."""
+    if errors:
+        first, *rest = dict.fromkeys(error.what for error in errors.values())
+        cure = next(iter(errors.values())).cure
+        raise kind(f"{first}{''.join(f' Also: {what}' for what in rest)}", cure, by_model=errors)

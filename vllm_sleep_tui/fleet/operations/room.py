@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from vllm_sleep_tui.config.load import parse_bytes
+from vllm_sleep_tui.engine.serve_args import ServeArgs
+from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.levels import installed_version, never_level2
 from vllm_sleep_tui.fleet.model import Model
-from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.states import RUNNING, State
 from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.sizing import budget
-from vllm_sleep_tui.sizing.estimate import estimated_weights
+from vllm_sleep_tui.sizing.estimate import ACTIVATIONS, context_of, estimated_weights
 from vllm_sleep_tui.sizing.placement import Neighbour, Room, make_room
+from vllm_sleep_tui.sizing.sharing import COMFORT
 from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, user_of
 from vllm_sleep_tui.units import GIB, gib
@@ -145,26 +149,84 @@ def share_of(model: Model, memory: Mapping[int, GpuMemory]) -> float | None:
 def shares_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[str, float | None]:
     """`share_of` each of these models, by name; the records of all are read once."""
     shares = {model.name: budget.fixed_utilization(model.config) for model in models}
-    planned = [model for model in models if shares[model.name] is None and model.config.gpus]
+    return shares | {name: plan.share for name, plan in plans_of(models, memory).items()}
+
+
+def plans_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[str, budget.Plan]:
+    """The planned shares of those of these models that have no share of their own, by name."""
+    planned = [model for model in models if budget.fixed_utilization(model.config) is None]
+    planned = [model for model in planned if model.config.gpus]
     if not planned:
-        return shares
+        return {}
     core = planned[0].core
     everybody = core.readable()
-    asleep = {}
-    for model in everybody:
-        left = model.footprint.asleep
-        if model.config.level == 0:
-            asleep[model.name] = max((asleep_bytes(model, gpu, 0) for gpu in model.config.gpus), default=0)
-        elif left:
-            asleep[model.name] = max(left.values())
+    asleep = {model.name: max(left.values()) for model in everybody if (left := model.footprint.asleep)}
+    staying = {model.name: size for model in everybody if (size := resident_weights(model))}
     others = {}
     for gpu, now in memory.items():
         ours = [held_here(model, now, gpu) for model in everybody]
         others[gpu] = max(0, (now.used or 0) - sum(ours))
+    plans = {}
     for model in planned:
         totals = {gpu: total for gpu in model.config.gpus if (total := core.total(gpu)) is not None}
-        shares[model.name] = budget.utilization(model.name, core.config, totals, others, asleep)
-    return shares
+        plan = budget.utilization(
+            model.name, core.config, totals, others, asleep, staying=staying, least=least_awake(model)
+        )
+        if plan is not None:
+            plans[model.name] = plan
+    return plans
+
+
+def resident_weights(model: Model) -> int | None:
+    """What its weights take on each GPU beside what any sleeper leaves, if they may stay there; else None.
+
+    They may at `level: auto` and 0 on our own sleep mode: as its launch tells, else its vLLM's version.
+    """
+    config, record = model.config, model.record
+    weights = weights_of(model)
+    if config.level not in ("auto", 0) or not config.gpus or not weights or config.sleep_backend == "stock":
+        return None
+    version = record.vllm_version if record.state in RUNNING else installed_version(model)
+    is_own = (
+        record.sleep_backend == "own" if record.state in RUNNING else capabilities(version or "?").own_sleep
+    )
+    return weights // len(config.gpus) if is_own else None
+
+
+def least_awake(model: Model) -> int | None:
+    """What it is not cut below on each GPU for the weights of sleepers; None if that is not known.
+
+    Its weights, what vLLM computes in, and the KV cache that the config asks for, else four full contexts.
+    """
+    weights, cache = weights_of(model), kv_floor(model)
+    if weights is None or cache is None:
+        return None
+    return weights // max(1, len(model.config.gpus)) + ACTIVATIONS + cache
+
+
+def kv_floor(model: Model) -> int | None:
+    """What its KV cache is not cut below on each GPU; None if the size of a context is not known."""
+    if model.config.kv_cache is not None:
+        return parse_bytes(model.config.kv_cache)
+    context = context_of(model.config, model.base)
+    return None if context is None else int(COMFORT * context)
+
+
+def kv_cache_note(model: Model, share: float | None) -> str | None:
+    """Why the `kv_cache` that the config asks for is not what it gets, in words; None if it is."""
+    if model.config.kv_cache is None or not model.config.gpus:
+        return None
+    if (flag := ServeArgs(model.config.args).sizes_its_cache) is not None:
+        return f"its args say {flag}, so kv_cache: {model.config.kv_cache} changes nothing"
+    least, totals = least_awake(model), [model.core.total(gpu) for gpu in model.config.gpus]
+    if least is None or share is None or None in totals:
+        return None
+    missing = least - min(int(share * (total or 0)) for total in totals)
+    asked = parse_bytes(model.config.kv_cache)
+    if missing <= 0:
+        return None
+    left = gib(max(0, asked - missing))
+    return f"kv_cache: {model.config.kv_cache} does not fit, about {left} are left for it"
 
 
 def plan_for(

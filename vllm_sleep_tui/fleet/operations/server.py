@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 import msgspec
 
@@ -20,6 +20,7 @@ from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
 from vllm_sleep_tui.engine.logs import MAX_WHY, LogTail, sleepers_in
 from vllm_sleep_tui.engine.proof import Verdict
 from vllm_sleep_tui.engine.serve_args import ServeArgs
+from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
 from vllm_sleep_tui.fleet.model import Model
@@ -52,6 +53,21 @@ FACTS_LIMIT = 10.0
 T = TypeVar("T")
 MoreRoom = Callable[[], Awaitable[None]]
 """Puts the others on the model's GPUs to sleep."""
+Memory = Mapping[int, GpuMemory]
+"""Of GPUs by index, as it is now."""
+WISH_SECONDS = 5.0
+"""A server that was told to keep its weights is told again if its drain took longer: it forgets after 10."""
+
+
+class Settled(NamedTuple):
+    """What was seen after a sleep."""
+
+    verdict: str | None
+    """None where there is no memory to free."""
+    left: Mapping[int, int]
+    """Bytes that it holds still, by GPU index, where known."""
+    memory: Memory
+    """Of its GPUs."""
 
 
 class NoLevel0Error(RefusedError):
@@ -116,12 +132,12 @@ class Server:
 
     async def fall_asleep(
         self, level: int, *, force: bool = False, unless: Awaitable[object] | None = None
-    ) -> None:
-        """Drain, sleep, see the memory gone; raises OperationError and leaves the model failed if vLLM fails.
+    ) -> Memory:
+        """Drain, sleep, see the memory gone; how its GPUs' memory is then.
 
-        Raises RefusedError before anything is done if level 1 has no RAM, and CancelledByUser if the person
-        asked for the end while it was draining; the model is awake then, its gate open. So it is if `unless`,
-        awaited between drain and sleep, raises.
+        Raises OperationError and leaves the model failed if vLLM fails; RefusedError before anything is done
+        if level 1 has no RAM; CancelledByUser if the person asked for the end while it was draining: it is
+        awake then, its gate open. So it is if `unless`, awaited between drain and sleep, raises.
         """
         pool = self.model.pinned_now()
         async with self.room_to_pin(level, pool):
@@ -131,18 +147,35 @@ class Server:
             before = asyncio.ensure_future(self.read_memory())
             try:
                 with self.operation.timed("drain"):
-                    await self.drain(force=force)
-                    if unless is not None:
-                        await unless
-                if level == 0:
-                    await self.keep_weights()
+                    await self.drain_for(level, force=force, unless=unless)
             except BaseException:
                 before.cancel()
+                if level == 0:
+                    await sleeping.forget_weights(self.client, FACTS_LIMIT)
                 await self.undo_sleep()
                 raise
-            verdict, left = await self.sleep_and_settle(level, pool, await before)
-            reason, cure = self.kept_memory(verdict, left)
-            self.model.enter(Event.SLEPT, level=level, proof=verdict, reason=reason, cure=cure)
+            settled = await self.sleep_and_settle(level, pool, await before)
+            reason, cure = self.kept_memory(settled)
+            self.model.enter(Event.SLEPT, level=level, proof=settled.verdict, reason=reason, cure=cure)
+            return settled.memory
+
+    async def drain_for(self, level: int, *, force: bool, unless: Awaitable[object] | None) -> None:
+        """Drain; the workers are told meanwhile if the weights are to stay. See `fall_asleep`."""
+        began = time.monotonic()
+        wish = asyncio.ensure_future(self.keep_weights()) if level == 0 else None
+        try:
+            await self.drain(force=force)
+            if unless is not None:
+                await unless
+            if wish is not None:
+                await wish
+                if time.monotonic() - began > WISH_SECONDS:
+                    await self.keep_weights()
+        except BaseException:
+            if wish is not None:
+                wish.cancel()
+                await asyncio.gather(wish, return_exceptions=True)
+            raise
 
     def level_2_risk(self) -> str | None:
         """What level 2 would lose of it, in words."""
@@ -175,11 +208,8 @@ class Server:
             return {}
         return await asyncio.to_thread(read_memory, self.core, set(self.record.gpus))
 
-    async def sleep_and_settle(
-        self, level: int, pool: int, before: Mapping[int, GpuMemory]
-    ) -> tuple[str | None, dict[int, int]]:
-        """The call, and the memory seen gone: the verdict, None where there is no memory to free, and what
-        is left by GPU index.
+    async def sleep_and_settle(self, level: int, pool: int, before: Mapping[int, GpuMemory]) -> Settled:
+        """The call, and the memory seen gone.
 
         `pool` is the bytes of RAM that were pinned `before`, when the GPUs' memory was read.
         """
@@ -188,11 +218,10 @@ class Server:
         with self.operation.timed("sleep"):
             seconds = await self.call_sleep(level)
         with self.operation.timed("settle"):
-            verdict, left = await self.settle(before, level, log)
+            settled = await self.settle(before, level, log)
         what = "sleep1-first" if level == 1 and not pool else f"sleep{level}"
-        asleep = left if verdict == Verdict.PROVEN else {}
-        self.remember_sleep(what, seconds, before, asleep, pool or self.model.pinned_now(), level)
-        return verdict, left
+        self.remember_sleep(what, seconds, before, settled, pool or self.model.pinned_now(), level)
+        return settled
 
     async def prime(self) -> None:
         """One sleep and wake while starting, so that the first real switch need not pin RAM.
@@ -225,7 +254,7 @@ class Server:
             left = None
         self.model.enter(Event.SLEEP_UNDONE, intent=left)
 
-    async def deepen(self, level: int) -> None:
+    async def deepen(self, level: int) -> Memory:
         """From level 0 to 1 or 2 without a wake; raises RefusedError without RAM, else as `fall_asleep`.
 
         The level is written before the call: whoever finds the record after a crash wakes it the longer way.
@@ -244,17 +273,11 @@ class Server:
             if not deeper:
                 await self.fail(Failure.SLEEP_REFUSED, "its workers do not sleep at one level.")
             with self.operation.timed("settle"):
-                verdict, left = await self.settle(before, level, log)
-            self.remember_sleep(
-                "",
-                0.0,
-                {},
-                left if verdict == Verdict.PROVEN else {},
-                self.model.pinned_now(),
-                level,
-            )
-            reason, cure = self.kept_memory(verdict, left)
-            self.model.write(intent=None, proof=verdict, reason=reason, cure=cure)
+                settled = await self.settle(before, level, log)
+            self.remember_sleep("", 0.0, {}, settled, self.model.pinned_now(), level)
+            reason, cure = self.kept_memory(settled)
+            self.model.write(intent=None, proof=settled.verdict, reason=reason, cure=cure)
+            return settled.memory
 
     async def keep_weights(self) -> None:
         """Tell each worker that the sleep that comes now gives up the KV cache alone.
@@ -298,36 +321,34 @@ class Server:
             return None
         return log
 
-    async def settle(
-        self, before: Mapping[int, GpuMemory], level: int, log: LogTail | None
-    ) -> tuple[str | None, dict[int, int]]:
-        """Poll until the memory is seen gone: the verdict, and bytes left by GPU index where known.
+    async def settle(self, before: Mapping[int, GpuMemory], level: int, log: LogTail | None) -> Settled:
+        """Poll until the memory is seen gone.
 
         By our processes, else by the device's change; where neither is known, by what each worker has written
         into the `log`: vLLM's own account.
         """
         if not self.frees_memory:
-            return None, {}
+            return Settled(None, {}, {})
         deadline, sleepers = time.monotonic() + self.core.limits.settle, 0
         while True:
             now = await self.read_memory()
             gone = [has_gone(self.model, before[gpu], now[gpu], gpu, level) for gpu in self.record.gpus]
             if None in gone:
                 if log is None or time.monotonic() > deadline:
-                    return Verdict.UNVERIFIED, {}
+                    return Settled(Verdict.UNVERIFIED, {}, now)
                 sleepers += sleepers_in(log.read_new())
                 if sleepers >= len(self.record.gpus):
-                    return Verdict.PROVEN, {}
+                    return Settled(Verdict.PROVEN, {}, now)
             elif all(gone) or time.monotonic() > deadline:
                 left = {gpu: held for gpu, m in now.items() if (held := m.held_by(self.record)) is not None}
-                return (Verdict.PROVEN if all(gone) else Verdict.UNVERIFIED), left
+                return Settled(Verdict.PROVEN if all(gone) else Verdict.UNVERIFIED, left, now)
             await asyncio.sleep(SETTLE_POLL)
 
-    def kept_memory(self, verdict: str | None, left: Mapping[int, int]) -> tuple[str | None, str | None]:
+    def kept_memory(self, settled: Settled) -> tuple[str | None, str | None]:
         """What to tell of a sleep after which the memory was seen to be still held; None of any other."""
-        if verdict != Verdict.UNVERIFIED or not left:
+        if settled.verdict != Verdict.UNVERIFIED or not settled.left:
             return None, None
-        what = " and ".join(f"{gib(size)} on GPU {gpu}" for gpu, size in left.items())
+        what = " and ".join(f"{gib(size)} on GPU {gpu}" for gpu, size in settled.left.items())
         reason, cure = CURES[Failure.MEMORY_KEPT].told(what)
         self.operation.tell(self.name, "settle", reason)
         return reason, cure
@@ -337,13 +358,14 @@ class Server:
         what: str,
         seconds: float,
         before: Mapping[int, GpuMemory],
-        asleep: Mapping[int, int],
+        settled: Settled,
         pinned: int,
         level: int,
     ) -> None:
         """Keep what this sleep showed: VRAM before and after, the pinned pool, seconds."""
         awake = {str(gpu): held for gpu, m in before.items() if (held := m.held_by(self.record))}
-        left = {str(gpu): held for gpu, held in asleep.items()}
+        is_proven = settled.verdict == Verdict.PROVEN
+        left = {str(gpu): held for gpu, held in settled.left.items()} if is_proven else {}
 
         def change(known: Footprint) -> Footprint:
             known = known.with_time(what, seconds) if what else known
@@ -358,31 +380,31 @@ class Server:
 
     async def step_aside(
         self, *, force: bool, unless: Awaitable[object] | None = None, keep_weights: bool = False
-    ) -> None:
+    ) -> Memory:
         """Make room, the way its level says, unless `unless` raises before it is too late.
 
-        `keep_weights`: there is room for them, so its KV cache is enough.
+        `keep_weights`: there is room for them, so its KV cache is enough. How its GPUs' memory is then.
         """
         record = self.record
         if record.state is State.ASLEEP and record.level == 0:
-            await self.give_up_weights()
-        elif record.state is State.AWAKE and record.resolved_level == "none":
+            return await self.give_up_weights()
+        if record.state is State.AWAKE and record.resolved_level == "none":
             await self.stop(force=force, unless=unless)
         elif record.state is State.AWAKE:
             if keep_weights:
                 with contextlib.suppress(NoLevel0Error):  # vLLM's own sleep mode, by now
-                    await self.fall_asleep(0, force=force, unless=unless)
-                    return
-            await self.fall_asleep(own_level(record), force=force, unless=unless)
+                    return await self.fall_asleep(0, force=force, unless=unless)
+            return await self.fall_asleep(own_level(record), force=force, unless=unless)
+        return {}
 
-    async def give_up_weights(self) -> None:
+    async def give_up_weights(self) -> Memory:
         """A sleeper at level 0 moves its weights to RAM, or gives them up where the RAM is short."""
         try:
-            await self.deepen(1)
+            return await self.deepen(1)
         except RefusedError:
             if never_level2(self.model.config, self.record.vllm_version, self.model.base):
                 raise
-            await self.deepen(2)
+            return await self.deepen(2)
 
     async def stop(self, *, force: bool, unless: Awaitable[object] | None = None) -> None:
         """Close the gate, let answers finish unless forced, end the server, see its memory gone.
@@ -409,15 +431,16 @@ class Server:
 
     # ── wake ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def wake(self, more_room: MoreRoom | None = None) -> None:
+    async def wake(self, more_room: MoreRoom | None = None, seen: Memory | None = None) -> None:
         """Wake, prove, open the gate; raises RefusedError without room or way in, OperationError if it fails.
 
-        `more_room` is made if vLLM runs out of memory all the same and may be asked again.
+        `more_room` is made if vLLM runs out of memory all the same and may be asked again; `seen` is the
+        memory of GPUs now, as far as it is known.
         """
         if is_cut_off(self.record):
             what, cure = cut_off_words(self.record)
             raise RefusedError(f"{self.name}: {what}", cure)
-        memory = await self.read_memory()
+        memory = await self.memory_after(seen or {})
         if self.shortage(memory) is not None:
             await asyncio.to_thread(give_up, self.core, self.record.gpus)
             memory = await self.read_memory()
@@ -429,7 +452,12 @@ class Server:
         await self.leave_room(memory, level)
         await self.bring_back(level, more_room)
         seconds = time.perf_counter() - began
-        verdict = await self.prove()
+        # What of the pool nobody has taken is given up beside the proof, not after it.
+        giving_up = asyncio.ensure_future(asyncio.to_thread(give_up, self.core, self.record.gpus))
+        try:
+            verdict = await self.prove()
+        finally:
+            await giving_up
         await self.open_gate()
         self.model.remember(lambda known: known.with_time(f"wake{level}", seconds))
         self.model.enter(
@@ -437,6 +465,10 @@ class Server:
             proof=verdict,
             last_switch=self.operation.ledger(),
         )
+
+    async def memory_after(self, seen: Memory) -> Memory:
+        """The memory of the model's GPUs as it was `seen` when others had made room, else as it is now."""
+        return seen if seen.keys() >= set(self.record.gpus) else await self.read_memory()
 
     def check_room(self, memory: Mapping[int, GpuMemory]) -> None:
         """Raises RefusedError if the VRAM is not there: a wake without room wedges the engine (vLLM 0.24)."""
@@ -464,7 +496,12 @@ class Server:
             try:
                 with self.operation.timed("wake"):
                     await sleeping.wake(
-                        self.client, level, self.limit(), self.step, quick=self.core.limits.call
+                        self.client,
+                        level,
+                        self.limit(),
+                        self.step,
+                        quick=self.core.limits.call,
+                        asks_along=not capabilities(self.record.vllm_version or "").wake_tells,
                     )
                 return
             except EngineRefused as error:

@@ -39,7 +39,7 @@ from vllm_sleep_tui.fleet.operations.end import TMP_PREFIX, cause_in_log, fail, 
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.ports import CURE, choose_port, taken
-from vllm_sleep_tui.fleet.operations.room import give_up, read_memory, share_of, weights_of
+from vllm_sleep_tui.fleet.operations.room import give_up, kv_cache_note, read_memory, share_of, weights_of
 from vllm_sleep_tui.fleet.operations.server import Server
 from vllm_sleep_tui.fleet.pool import folder as pool_folder
 from vllm_sleep_tui.fleet.pool import joined
@@ -264,6 +264,9 @@ class Start:
         pools = self.model.core.pools(config.gpus)
         await asyncio.to_thread(give_up, self.model.core, config.gpus)  # vLLM counts it as taken
         memory = await asyncio.to_thread(read_memory, self.model.core, set(config.gpus))
+        share = share_of(self.model, memory)
+        if note := kv_cache_note(self.model, share):
+            self.operation.tell(self.name, "kv cache", note)
         tmp_dir = Path(tempfile.mkdtemp(prefix=Path(TMP_PREFIX).name, dir=Path(TMP_PREFIX).parent))
         spec = ServeSpec(
             command=self.model.vllm_command,
@@ -273,7 +276,7 @@ class Start:
             args=config.args,
             env=config.env,
             gpus=config.gpus,
-            utilization=share_of(self.model, memory),
+            utilization=share,
             guard_dir=tmp_dir / "guard",
             tmp_dir=tmp_dir,
             socket=tmp_dir / "panel.sock",

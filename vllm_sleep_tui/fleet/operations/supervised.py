@@ -25,7 +25,7 @@ from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.ports import choose_port
 from vllm_sleep_tui.fleet.operations.reconcile import lives
 from vllm_sleep_tui.fleet.operations.room import GpuMemory, own_level, refuse_without_room
-from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server, no_level_0
+from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Memory, Server, no_level_0
 from vllm_sleep_tui.fleet.operations.start import PortRaceError, Start, check_startable
 from vllm_sleep_tui.fleet.peer_checks import check_own
 from vllm_sleep_tui.fleet.server_keys import key_of
@@ -102,8 +102,8 @@ class Supervised:
                 model.write(last_failure=None)
             refuse_without_room(model, room)
             try:
-                await self.clear(room, operation, force=force)
-                await self.bring_up(operation)
+                seen = await self.clear(room, operation, force=force)
+                await self.bring_up(operation, seen=seen)
             except PanelError as error:
                 error.cure = f"{error.cure} {self.who_left(room)}".strip()
                 raise
@@ -124,8 +124,11 @@ class Supervised:
             if state in (State.ASLEEP, State.STOPPED)
         )
 
-    async def clear(self, room: Room, operation: Operation, *, force: bool) -> None:
-        """Put the plan's models to sleep; the target shows that it is being switched to meanwhile."""
+    async def clear(self, room: Room, operation: Operation, *, force: bool) -> Memory:
+        """Put the plan's models to sleep; the target shows that it is being switched to meanwhile.
+
+        The memory of GPUs as it was seen after that; of others, or of none, it is not known.
+        """
         model = self.model
         model.write(
             intent=Intent(
@@ -137,28 +140,33 @@ class Supervised:
             )
         )
         responds = asyncio.ensure_future(self.check_responds())
+        seen: Memory = {}
         try:
             for leaving in room.leaving:
                 operation.checkpoint()
                 server = Server(model.core.model(leaving), operation)
+                seen = {}
                 with suppress(RefusedError) if leaving in room.gives_way else nullcontext():
-                    await server.step_aside(force=force, unless=responds, keep_weights=leaving in room.keeps)
+                    keeps = leaving in room.keeps
+                    seen = await server.step_aside(force=force, unless=responds, keep_weights=keeps)
             await responds
             operation.checkpoint()
-            await self.clear_more(room, operation)
+            return await self.clear_more(room, operation, seen)
         except BaseException:
             responds.cancel()
             model.read()
             model.write(intent=None)
             raise
 
-    async def clear_more(self, room: Room, operation: Operation) -> None:
+    async def clear_more(self, room: Room, operation: Operation, seen: Memory) -> Memory:
         """Have weights that were to stay give way, should they take more than was reckoned with."""
         model = self.model
         target = Server(model, operation)
-        for name in sorted(room.keeps):
-            if model.record.state is State.ASLEEP and target.shortage(await target.read_memory()):
-                await Server(model.core.model(name), operation).step_aside(force=False)
+        for name in sorted(room.keeps) if model.record.state is State.ASLEEP else ():
+            seen = await target.memory_after(seen)
+            if target.shortage(seen):
+                seen = await Server(model.core.model(name), operation).step_aside(force=False)
+        return seen
 
     async def check_responds(self) -> None:
         """Hear from a sleeper before others sleep for it; raises OperationError if it is silent."""
@@ -166,8 +174,13 @@ class Supervised:
             client = self.model.client()
             await patiently(self.model, lambda: client.gate(GATE_LIMIT))
 
-    async def bring_up(self, operation: Operation, *, died_from: State | None = None) -> None:
-        """Wake the sleeper or start the stopped one, see `Start.run`; the room for it has been made."""
+    async def bring_up(
+        self, operation: Operation, *, died_from: State | None = None, seen: Memory | None = None
+    ) -> None:
+        """Wake the sleeper or start the stopped one, see `Start.run`; the room for it has been made.
+
+        `seen` is the memory of GPUs now, as far as it is known.
+        """
         model = self.model
         if model.read().state is not State.ASLEEP:
             try:
@@ -183,7 +196,7 @@ class Supervised:
                 await Server(other, operation).step_aside(force=False)
 
         try:
-            await Server(model, operation).wake(more_room)
+            await Server(model, operation).wake(more_room, seen or {})
         except (RefusedError, CancelledByUser):
             model.write(intent=None)
             raise

@@ -11,7 +11,7 @@ from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line, Span, cut_line, line_width
 from vllm_sleep_tui.tui.words import LOOKS, phases_of, state_words
-from vllm_sleep_tui.units import UNKNOWN, time_of_day, time_sum, took
+from vllm_sleep_tui.units import UNKNOWN, counted, time_of_day, time_sum, took
 
 
 class Window(NamedTuple):
@@ -211,8 +211,7 @@ class Sum(NamedTuple):
         """`3 requests · 412 tokens`; empty if there was nothing."""
         if not self.requests and not self.tokens:
             return ""
-        noun = "request" if self.requests == 1 else "requests"
-        return f"{self.requests:,} {noun} · {self.tokens:,} tokens"
+        return f"{counted(self.requests, 'request')} · {counted(self.tokens, 'token')}"
 
 
 def sum_of(entries: Sequence[Served]) -> Sum:

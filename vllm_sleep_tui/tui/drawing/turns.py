@@ -10,6 +10,7 @@ from vllm_sleep_tui.tui.drawing.code import Code
 from vllm_sleep_tui.tui.drawing.document import Document
 from vllm_sleep_tui.tui.drawing.flow import BLANK, Flow, Growing, PlainRow, Row
 from vllm_sleep_tui.tui.drawing.paint import Line
+from vllm_sleep_tui.tui.drawing.preview import Preview
 from vllm_sleep_tui.units import took
 
 THOUGHT_BEFORE: Line = (("┆ ", "faint"),)
@@ -56,16 +57,19 @@ class Turn:
 class Question(Turn):
     """What the person asked."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, shows: Sequence[Preview] = ()) -> None:
         super().__init__("you", "muted")
         self.text = text
         """As it was typed."""
+        self.pictures = tuple(preview.picture for preview in shows)
+        self._previews = shows
         self._shown = Growing("text")
         self._shown.feed(clean(text))
 
     def _sections(self, width: int) -> list[list[Row]]:
         self._shown.lay(width)
-        return [self._head(), self._shown.rows]
+        previews = [row for preview in self._previews for row in preview.rows(width)]
+        return [self._head(), self._shown.rows, previews]
 
 
 class Notice(Turn):

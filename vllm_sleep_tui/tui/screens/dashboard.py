@@ -25,11 +25,12 @@ from vllm_sleep_tui.tui.drawing.timeline import WINDOWS
 from vllm_sleep_tui.tui.keys import CHANGING, bindings
 from vllm_sleep_tui.tui.screens.advice import AdviceScreen
 from vllm_sleep_tui.tui.screens.conversations import ConversationList
-from vllm_sleep_tui.tui.screens.dialogs import Choice, Help, ModelChooser, Question
+from vllm_sleep_tui.tui.screens.dialogs import Choice, Chooser, Help, Question
 from vllm_sleep_tui.tui.screens.events import EventScreen
 from vllm_sleep_tui.tui.screens.gpus import GpuScreen
 from vllm_sleep_tui.tui.screens.logs import show_log
 from vllm_sleep_tui.tui.screens.looking import LookingScreen
+from vllm_sleep_tui.tui.state.copies import copies_of
 from vllm_sleep_tui.tui.state.editor import edited
 from vllm_sleep_tui.tui.state.operations import Operations, Running, Trouble, Work
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
@@ -42,9 +43,12 @@ from vllm_sleep_tui.tui.widgets.detail import Detail
 from vllm_sleep_tui.tui.widgets.memory import MemoryPanel
 from vllm_sleep_tui.tui.widgets.models import FindInput, ModelTable
 from vllm_sleep_tui.tui.widgets.timeline import Timeline
-from vllm_sleep_tui.units import gib
+from vllm_sleep_tui.units import counted, gib
 
-if TYPE_CHECKING:  # imported by `action_bench`
+if TYPE_CHECKING:
+    from vllm_sleep_tui.gateway.gateway import Post
+
+    # imported by `action_bench`
     from vllm_sleep_tui.tui.state.bench_runner import BenchRunner
 
 
@@ -129,6 +133,9 @@ class Dashboard(LookingScreen):
     def view(self) -> View:
         """This moment."""
         snapshot = self.fleet.snapshot()
+        names = [model.name for model in snapshot.models]
+        if self.selected is not None and self.selected not in names:  # the config names it no longer
+            self._table.selected = next(iter(names), None)
         return View(
             snapshot=snapshot,
             selected=self.selected,
@@ -136,8 +143,9 @@ class Dashboard(LookingScreen):
             waits=None if self.selected is None else self.fleet.waits(self.selected),
             past=self._past.latest,
             tokens=self.readings.tokens(),
+            waiting=self._waiting(),
             bench="" if self._bench is None else self._bench.words(),
-            running=dict(self.operations.running),
+            running={name: one for name, one in self.operations.running.items() if name in names},
             troubles=self._troubles(snapshot),
         )
 
@@ -149,6 +157,11 @@ class Dashboard(LookingScreen):
             for name, trouble in self.operations.troubles.items()
             if name in models and trouble.stands(models[name], now)
         }
+
+    def _waiting(self) -> int:
+        """The requests that wait in the gateway, if it is open here."""
+        post: Post | None = getattr(self.app, "post", None)
+        return 0 if post is None else sum(ask.state == "waiting" for ask in post.view().asks)
 
     def _prediction(self) -> Prediction | None:
         if self.selected is None or self.fleet.snapshot().read_only:
@@ -238,20 +251,26 @@ class Dashboard(LookingScreen):
 
     # ── what the keys do to models ──────────────────────────────────────────────────────────────────────────
 
-    def begin(self, model: str, verb: str, work: Work, *, replaces: bool = False) -> None:
+    def begin(self, model: str, verb: str, work: Work, *, others: int = 0, replaces: bool = False) -> None:
         """Start an operation, or say that the model is busy."""
-        if not self.operations.begin(model, verb=verb, work=work, ended=self._ended, replaces=replaces):
-            busy = self.operations.running[model].verb
-            self.notify(f"Already {busy} {model}; escape stops that.", severity="warning", markup=False)
+        begins = self.operations.begin
+        if not begins(model, verb=verb, work=work, ended=self._ended, others=others, replaces=replaces):
+            busy = self.operations.running[model].doing
+            self.notify(f"Already {busy}; escape stops that.", severity="warning", markup=False)
         self.changed()
 
     def _ended(self, running: Running, error: PanelError | None) -> None:
-        if error is not None:
+        if error is not None and running.others and error.by_model:
+            left_out = ", ".join(error.by_model)
+            text = f"{left_out}: their rows (!) say why. The others are done."
+            title = f"{counted(len(error.by_model), 'model')} left out"
+            self.notify(text, title=title, severity="error", timeout=12, markup=False)
+        elif error is not None:
             text = f"{error.what}\n{error.cure}" if error.cure else error.what
-            title = f"{running.verb.capitalize()} {running.model} did not work"
+            title = f"{running.doing[:1].upper()}{running.doing[1:]} did not work"
             self.notify(text, title=title, severity="error", timeout=12, markup=False)
         elif running.cancelled:
-            self.notify(f"Stopped {running.verb} {running.model}.", markup=False)
+            self.notify(f"Stopped {running.doing}.", markup=False)
         if self.is_attached:
             self.changed()
 
@@ -270,37 +289,79 @@ class Dashboard(LookingScreen):
         if snapshot.model(name).state is State.AWAKE and not moving:
             self.notify(f"{name} is awake.", markup=False)
             return
-        self.begin(name, "switching to", lambda report: self.fleet.switch(name, report=report))
+        self.begin(name, "switching to {}", lambda report: self.fleet.switch(name, report=report))
 
     def action_sleep(self) -> None:
         """Put it to sleep at its own level."""
         if (name := self.selected) is not None:
-            self.begin(name, "putting to sleep", lambda report: self.fleet.sleep(name, report=report))
+            self.sleep(name)
+
+    def sleep(self, name: str) -> None:
+        """Put a model to sleep at its own level."""
+        self.begin(name, "putting {} to sleep", lambda report: self.fleet.sleep(name, report=report))
 
     def action_sleep_at(self, level: int) -> None:
         """Put it to sleep at a level."""
         if (name := self.selected) is not None:
             self.begin(
                 name,
-                f"putting to sleep at level {level}",
+                f"putting {{}} to sleep at level {level}",
                 lambda report: self.fleet.sleep(name, level=level, report=report),
             )
 
     def action_wake(self) -> None:
         """Wake it beside the others."""
         if (name := self.selected) is not None:
-            self.begin(name, "waking", lambda report: self.fleet.wake(name, report=report))
+            self.begin(name, "waking {}", lambda report: self.fleet.wake(name, report=report))
 
     def action_start(self) -> None:
         """Start it."""
         if (name := self.selected) is not None:
-            self.start_all([name])
+            self.start([name])
 
-    def start_all(self, names: Sequence[str]) -> None:
+    def start(self, names: Sequence[str]) -> None:
         """Start models; the fleet takes them one after the other where they share a GPU."""
-        first, rest = names[0], len(names) - 1
-        verb = "starting" if not rest else f"starting {rest} more and"
-        self.begin(first, verb, lambda report: self.fleet.start(list(names), report=report))
+        first, others = names[0], len(names) - 1
+        self.begin(
+            first, "starting {}", lambda report: self.fleet.start(list(names), report=report), others=others
+        )
+
+    def action_start_all(self) -> None:
+        """Start every model that does not run; who is awake now is awake in the end."""
+        models = [model for model in self.fleet.snapshot().models if not model.is_external]
+        down = [model.name for model in models if model.state in {State.STOPPED, State.FAILED}]
+        if not down:
+            self.notify("Every model runs, or is on its way.", markup=False)
+            return
+        # The first of those that share a GPU is the one that ends awake.
+        awake = [model.name for model in models if model.state is State.AWAKE]
+        self.start([*awake, *down])
+
+    def action_sleep_all(self) -> None:
+        """Put every model that is awake to sleep, each at its own level."""
+        awake = [model.name for model in self.fleet.snapshot().models if model.state is State.AWAKE]
+        if not awake:
+            self.notify("No model is awake.", markup=False)
+        for name in awake:
+            self.sleep(name)
+
+    @work
+    async def action_stop_all(self) -> None:
+        """Stop every model, after a question."""
+        running = self.running_models()
+        if not running:
+            self.notify("Every model is stopped already.", markup=False)
+            return
+        held = sum(model.vram_bytes or 0 for model in self.fleet.snapshot().models)
+        text = (
+            f"{', '.join(running)}: {gib(held)} of VRAM are given back, and each loads anew when it starts."
+        )
+        choices = [Choice("y", "Stop all", "stop")]
+        if await self.app.push_screen_wait(
+            Question(f"Stop {counted(len(running), 'model')}?", text, choices)
+        ):
+            for name in running:
+                self.stop(name)
 
     @work
     async def action_stop(self) -> None:
@@ -315,10 +376,11 @@ class Dashboard(LookingScreen):
         text = f"{gain}The next start loads the model anew, which takes far longer than waking it."
         choices = [Choice("y", f"Stop {model.name}", "stop")]
         if await self.app.push_screen_wait(Question(f"Stop {model.name}?", text, choices)):
-            self._stop(model.name)
+            self.stop(model.name)
 
-    def _stop(self, name: str) -> None:
-        self.begin(name, "stopping", lambda report: self.fleet.stop([name], report=report), replaces=True)
+    def stop(self, name: str) -> None:
+        """Stop a model; what is under way on it is broken off."""
+        self.begin(name, "stopping {}", lambda report: self.fleet.stop([name], report=report), replaces=True)
 
     @work
     async def action_restart(self) -> None:
@@ -330,7 +392,7 @@ class Dashboard(LookingScreen):
         choices = [Choice("y", f"Restart {model.name}", "restart")]
         if await self.app.push_screen_wait(Question(f"Restart {model.name}?", text, choices)):
             name = model.name
-            self.begin(name, "restarting", lambda report: self.fleet.restart([name], report=report))
+            self.begin(name, "restarting {}", lambda report: self.fleet.restart([name], report=report))
 
     @work
     async def ask_autostart(self, names: Sequence[str]) -> None:
@@ -341,7 +403,7 @@ class Dashboard(LookingScreen):
         text = f"The config marks them with autostart: {', '.join(stopped)}."
         choices = [Choice("y", "Start", "start")]
         if await self.app.push_screen_wait(Question("Start models?", text, choices)):
-            self.start_all(stopped)
+            self.start(stopped)
 
     def background(self) -> str:
         """A benchmark ends with the panel."""
@@ -363,7 +425,7 @@ class Dashboard(LookingScreen):
             return
         text = f"Running: {', '.join(running)}." if running else "No server runs."
         for operation in self.operations.running.values():
-            text += f"\nStill {operation.verb} {operation.model}: leaving stops that at its next safe point."
+            text += f"\nStill {operation.doing}: leaving stops that at its next safe point."
         text += f"\n{background}" if background else ""
         choices = [Choice("l", "Leave them running", "leave"), Choice("s", "Stop them", "stop")]
         answer = await self.app.push_screen_wait(Question("Quit the panel?", text, choices))
@@ -374,7 +436,7 @@ class Dashboard(LookingScreen):
 
     async def _stop_all(self, names: Sequence[str]) -> None:
         for name in names:
-            self._stop(name)
+            self.stop(name)
         await self.operations.settled(names)
         if not any(name in self.operations.troubles for name in names):
             self.app.exit()
@@ -415,9 +477,8 @@ class Dashboard(LookingScreen):
             )
             return
         models = [(name, cost_words(self.fleet.predict(name)) or "is awake") for name in others]
-        if (
-            other := await self.app.push_screen_wait(ModelChooser("Ask another model the same", models))
-        ) is not None:
+        chooser = Chooser("Ask another model the same", models, "⏎ asks, esc does not")
+        if (other := await self.app.push_screen_wait(chooser)) is not None:
             self.add_class("-chatting")
             chat.ask_another(other)
 
@@ -524,6 +585,30 @@ class Dashboard(LookingScreen):
             self._copy(text, "the code")
         else:
             self.notify("There is no block of code in sight.", markup=False)
+
+    @work
+    async def action_copy_of(self, kind: str = "") -> None:
+        """Something of the selected model, asked which, to the clipboard."""
+        if (name := self.selected) is None:
+            return
+        copies = await copies_of(self.fleet, name)
+        if not copies:
+            self.notify(f"{name} does not run: there is nothing of it to copy.", markup=False)
+            return
+        if not kind:
+            chooser = Chooser(f"Copy of {name}", list(copies.items()), "⏎ copies, esc does not")
+            chosen: str | None = await self.app.push_screen_wait(chooser)
+            kind = chosen or ""
+        if kind in copies:
+            self._copy(copies[kind], f"the {kind} of {name}")
+        elif kind:
+            self.notify(f"{name} has no {kind} now.", markup=False)
+
+    async def act_on(self, name: str, action: str) -> None:
+        """Do what a key does, on this model."""
+        self._table.selected = name
+        await self.run_action(action)
+        self.changed()
 
     def _copy(self, text: str, what: str) -> None:
         app: Any = self.app

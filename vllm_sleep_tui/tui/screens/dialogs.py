@@ -103,8 +103,8 @@ class Help(ModalScreen[None]):
             yield Static(table)
 
 
-class ModelChooser(ModalScreen[str | None]):
-    """One of these models, each with a word on what choosing it does."""
+class Chooser(ModalScreen[str | None]):
+    """One of these names, each with a word beside it."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss", "cancel", show=False),
@@ -112,19 +112,20 @@ class ModelChooser(ModalScreen[str | None]):
         Binding("k", "step(-1)", "previous", show=False),
     ]
 
-    def __init__(self, title: str, models: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, title: str, names: Sequence[tuple[str, str]], hint: str) -> None:
         super().__init__()
         self._title_text = title
-        self._models = models
+        self._names = names
+        self._hint = hint
 
     def compose(self) -> ComposeResult:
-        """One line a model."""
+        """One line a name."""
         with Vertical(classes="dialog") as box:
             box.border_title = Text(self._title_text).markup
-            box.border_subtitle = "⏎ asks, esc does not"
+            box.border_subtitle = self._hint
             options = [
                 Option(Text.assemble((name, "bold"), f"  {words}"), id=str(number))
-                for number, (name, words) in enumerate(self._models)
+                for number, (name, words) in enumerate(self._names)
             ]
             yield OptionList(*options)
 
@@ -134,12 +135,12 @@ class ModelChooser(ModalScreen[str | None]):
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """That one."""
-        self.dismiss(self._models[event.option_index][0])
+        self.dismiss(self._names[event.option_index][0])
 
     def action_step(self, step: int) -> None:
-        """The next model, round and round."""
+        """The next name, round and round."""
         options = self.query_one(OptionList)
-        options.highlighted = ((options.highlighted or 0) + step) % len(self._models)
+        options.highlighted = ((options.highlighted or 0) + step) % len(self._names)
 
 
 class ThemeChooser(ModalScreen[str | None]):

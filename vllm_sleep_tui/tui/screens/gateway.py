@@ -13,7 +13,7 @@ from textual.widgets import Static
 
 from vllm_sleep_tui.text import one_line
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left, right
-from vllm_sleep_tui.units import UNKNOWN, time_text
+from vllm_sleep_tui.units import UNKNOWN, counted, time_text
 
 if TYPE_CHECKING:  # with an HTTP server, for who opens it
     from vllm_sleep_tui.gateway.asks import AskView
@@ -49,9 +49,8 @@ class Requests(Painted):
         lines = [cut_line(head, size.width)]
         if view.is_open:
             running = sum(ask.state == "running" for ask in view.asks)
-            figures = (
-                f"{running} answered, {len(view.asks) - running} waiting, {view.switches} switches caused"
-            )
+            caused = counted(view.switches, "switch", "switches")
+            figures = f"{running} answered, {len(view.asks) - running} waiting, {caused} caused"
             lines.append(cut_line([(figures, "text")], size.width))
         lines += [
             cut_line([(left(name, 20), "text"), (url, "muted")], size.width) for name, url in self._ports

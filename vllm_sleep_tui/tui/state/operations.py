@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from vllm_sleep_tui.errors import CancelledByUser, PanelError
 from vllm_sleep_tui.fleet.snapshot import WAITING, ModelSnapshot, Progress, Report
+from vllm_sleep_tui.units import counted
 
 CLOSE_SECONDS = 30.0
 """How long leaving waits for operations to reach a safe point."""
@@ -26,11 +27,23 @@ class Running:
 
     model: str
     verb: str
-    """What is being done, for a person: switching to, putting to sleep …"""
+    """What is being done, for a person, `{}` for the model: switching to {}, putting {} to sleep …"""
     since: float
     """UTC seconds."""
+    others: int = 0
+    """So many more models that the same operation is about."""
     progress: Progress | None = None
     cancelled: bool = False
+
+    @property
+    def doing(self) -> str:
+        """What is being done, with the model's name."""
+        return self.verb.replace("{}", self.model) + self.and_others
+
+    @property
+    def and_others(self) -> str:
+        """The other models it is about, in words."""
+        return f" and {counted(self.others, 'other')}" if self.others else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +54,8 @@ class Trouble:
     of the model itself is in its record.
     """
 
-    verb: str
+    doing: str
+    """What was tried, with the model's name."""
     what: str
     cure: str
     at: float
@@ -83,12 +97,14 @@ class Operations:
         """Names the operation that each model has under way; a report or an end of another one is late."""
         self._others: set[asyncio.Task[Any]] = set()
 
-    def begin(self, model: str, *, verb: str, work: Work, ended: Ended, replaces: bool = False) -> bool:
+    def begin(
+        self, model: str, *, verb: str, work: Work, ended: Ended, others: int = 0, replaces: bool = False
+    ) -> bool:
         """Start an operation; False if the model has one under way and this one does not replace it."""
         before = self._tasks.get(model)
         if before is not None and not replaces:
             return False
-        self.running[model] = Running(model=model, verb=verb, since=time.time())
+        self.running[model] = Running(model=model, verb=verb, since=time.time(), others=others)
         self.troubles.pop(model, None)
         mark = self._marks[model] = object()
         task = self.spawn(self._run(model, mark, before, work))
@@ -148,8 +164,7 @@ class Operations:
         error = None if raised is None else expected(raised)
         del self._tasks[model]
         running = self.running.pop(model)
-        if error is not None:
-            self.troubles[model] = Trouble(
-                verb=running.verb, what=error.what, cure=error.cure, at=time.time()
-            )
+        for name, wrong in ({} if error is None else error.by_model or {model: error}).items():
+            doing = running.verb.replace("{}", name)
+            self.troubles[name] = Trouble(doing=doing, what=wrong.what, cure=wrong.cure, at=time.time())
         ended(running, error)

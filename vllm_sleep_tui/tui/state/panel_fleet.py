@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.past import Past
+from vllm_sleep_tui.fleet.pictures import Picture
 from vllm_sleep_tui.fleet.server_log import ServerLog
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
@@ -112,4 +113,8 @@ class PanelFleet(Protocol):
         report: Report | None = None,
     ) -> AsyncIterator[ChatEvent]:
         """Stream an answer, after a switch if the model is asleep."""
+        ...
+
+    async def check_sees(self, name: str, pictures: Sequence[Picture]) -> None:
+        """Raise RefusedError if the model is known to take no pictures."""
         ...

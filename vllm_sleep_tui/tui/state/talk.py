@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
 
 from vllm_sleep_tui.fleet.conversations import Conversations, Handle, KeptTurn
+from vllm_sleep_tui.fleet.pictures import said
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, cut_words
 from vllm_sleep_tui.tui.drawing.paint import Line
+from vllm_sleep_tui.tui.drawing.preview import Preview
 from vllm_sleep_tui.tui.drawing.turns import Answer, Notice, Question, Turn
 from vllm_sleep_tui.units import took
 
@@ -109,7 +112,9 @@ class Entry:
                 is_dropped=self.is_dropped,
             )
         assert isinstance(turn, Question)
-        return KeptTurn(role="user", text=turn.text, at=self.at, is_dropped=self.is_dropped)
+        return KeptTurn(
+            role="user", text=turn.text, at=self.at, pictures=turn.pictures, is_dropped=self.is_dropped
+        )
 
 
 class Talk:
@@ -147,16 +152,16 @@ class Talk:
     def messages(self) -> list[dict[str, Any]]:
         """What the model is told: questions with what was answered; one that got no word is left out."""
         told: list[dict[str, Any]] = []
-        asked: str | None = None
+        asked: Question | None = None
         for entry in self._shown():
             turn = entry.turn
             if isinstance(turn, Question):
-                asked = turn.text
+                asked = turn
             elif isinstance(turn, Answer) and asked is not None and turn.text:
-                told += [{"role": "user", "content": asked}, {"role": "assistant", "content": turn.text}]
+                told += [said(asked.text, asked.pictures), {"role": "assistant", "content": turn.text}]
                 asked = None
         if asked is not None:
-            told.append({"role": "user", "content": asked})
+            told.append(said(asked.text, asked.pictures))
         return told
 
     def tokens_used(self, more: str = "") -> int | None:
@@ -169,9 +174,11 @@ class Talk:
 
     # ── what is added ────────────────────────────────────────────────────────────────────────────────────
 
-    def ask(self, text: str, model: str, paint: str, *, was_started: bool) -> Entry:
-        """Add a question and an empty answer to it."""
-        self._add(Entry(Question(text)))
+    def ask(
+        self, text: str, model: str, paint: str, *, was_started: bool, shows: Sequence[Preview] = ()
+    ) -> Entry:
+        """Add a question, with the pictures that it shows, and an empty answer to it."""
+        self._add(Entry(Question(text, shows)))
         entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started))
         self._add(entry)
         return entry
@@ -184,6 +191,12 @@ class Talk:
         entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started))
         self._add(entry)
         return entry
+
+    @property
+    def asked(self) -> str | None:
+        """The last question that was not replaced, as it was typed."""
+        shown = [entry.turn for entry in self._shown()]
+        return next((turn.text for turn in reversed(shown) if isinstance(turn, Question)), None)
 
     def last_question(self) -> list[dict[str, Any]]:
         """What the model was told when it was asked last; empty if nothing was answered."""
@@ -269,7 +282,7 @@ class Talk:
 
 def _turn(kept: KeptTurn, colors: dict[str, str]) -> Turn:
     if kept.role == "user":
-        return Question(kept.text)
+        return Question(kept.text, [Preview(picture) for picture in kept.pictures])
     model = kept.model or "?"
     answer = Answer(model, colors.get(model, "muted"))
     answer.restore(kept.text, kept.reasoning, kept.thought_seconds)

@@ -23,6 +23,8 @@ class View:
     past: Past = field(default_factory=Past)
     tokens: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Generated tokens per second of each model that served lately, the last few seconds, the latest last."""
+    waiting: int = 0
+    """Requests that wait in this panel's gateway."""
     bench: str = ""
     """How far the panel's benchmark is; empty while none runs."""
     running: Mapping[str, Running] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Shown, Span, cut_line, line_width, middle, spread
 from vllm_sleep_tui.tui.keys import Key, keys_of
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.units import GIB, gib_cell
+from vllm_sleep_tui.units import GIB, counted, gib_cell
 
 
 def hardware(gpus: tuple[GpuSnapshot, ...]) -> str:
@@ -30,10 +30,14 @@ def hardware(gpus: tuple[GpuSnapshot, ...]) -> str:
     return ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in kinds.items())
 
 
+_NAMED_AWAKE = 3
+"""More models awake than these are counted, not named."""
 ALARM = "ink-bad on-bad bold"
 """The one paint for what is wrong, used for nothing else."""
 LOW_RAM_SHARE = 0.05
 """Less of the RAM than this available: the next sleep, or any program, may get none."""
+LOW_VRAM_SHARE = 0.02
+"""Less of a GPU's memory than this free: what allocates next there, a graph or a longer batch, may die."""
 
 
 def alarms(view: View) -> list[str]:
@@ -46,7 +50,19 @@ def alarms(view: View) -> list[str]:
     total, available = host.ram_total_bytes, host.ram_available_bytes
     if total and available is not None and available < LOW_RAM_SHARE * total:
         words.append(f"RAM {gib_cell(total - available)}/{gib_cell(total)}")
+    full = [gpu for gpu in view.snapshot.gpus if _is_full(gpu)]
+    if len(full) > 1:
+        words.append(f"{len(full)} GPUs full")
+    elif full:
+        words.append(f"GPU {full[0].index} {gib_cell(full[0].used_bytes)}/{gib_cell(full[0].total_bytes)}")
+    if view.waiting:
+        words.append(f"{counted(view.waiting, 'request waits', 'requests wait')} (e)")
     return words
+
+
+def _is_full(gpu: GpuSnapshot) -> bool:
+    used, size = gpu.used_bytes, gpu.total_bytes
+    return used is not None and size is not None and size - used < LOW_VRAM_SHARE * size
 
 
 def _who(names: list[str]) -> str:
@@ -77,6 +93,8 @@ class TopBand(Shown):
     def _awake(self, view: View) -> list[Span]:
         if not view.awake:
             return [("no model awake", "muted")]
+        if len(view.awake) > _NAMED_AWAKE:
+            return [("  ● ", "good"), (f"{len(view.awake)} models", "text bold"), (" awake", "good")]
         spans: list[Span] = []
         for model in view.awake:
             spans += [("  ● ", "good"), (model.name, "text bold")]

@@ -14,9 +14,11 @@ from textual.timer import Timer
 
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.conversations import Conversations
+from vllm_sleep_tui.fleet.pictures import pictures_in
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Prediction, Progress, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line
+from vllm_sleep_tui.tui.drawing.preview import Preview, looked_at
 from vllm_sleep_tui.tui.drawing.turns import Answer
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
 from vllm_sleep_tui.tui.state.operations import Operations, expected
@@ -208,16 +210,29 @@ class ChatPane(Vertical):
 
         One that is asked `again` takes the place of the last question and its answer, and not before.
         """
-        if self._is_free(name) and await self._agrees(name):
+        shows = await self._shows(name, text) if self._is_free(name) else None
+        if shows is not None and await self._agrees(name):
             # The same prompt found room before.
             fits = again or await self._fits(name, self._talks[name], text)
             if fits and self._is_free(name):  # while it was asked about, nothing else began
                 if again:
                     self._take_back(self._talks[name])
-                self._ask(name, self._talks[name], text)
+                self._ask(name, self._talks[name], text, shows)
                 return
         if not again:
             self.input.give_back(text)
+
+    async def _shows(self, name: str, text: str) -> list[Preview] | None:
+        """The pictures that a question names; None if they cannot be sent, and the person is told why."""
+        if "@" not in text:
+            return []
+        try:
+            pictures = await asyncio.to_thread(pictures_in, text)
+            await self._fleet.check_sees(name, pictures)
+            return await asyncio.to_thread(lambda: [looked_at(picture) for picture in pictures])
+        except PanelError as error:
+            self.notify(f"{error.what}\n{error.cure}", severity="warning", markup=False)
+            return None
 
     def _is_free(self, name: str) -> bool:
         """Whether a model may be asked now; if not, the person is told."""
@@ -268,11 +283,11 @@ class ChatPane(Vertical):
             self.transcript.show(talk.turns, _HINT)
         return answer is not None
 
-    def _ask(self, name: str, talk: Talk, text: str) -> None:
+    def _ask(self, name: str, talk: Talk, text: str, shows: list[Preview]) -> None:
         view = self._view
         assert view is not None
         was_started = view.snapshot.model(name).state not in (State.AWAKE, State.ASLEEP)
-        entry = talk.ask(text, name, view.colors[name], was_started=was_started)
+        entry = talk.ask(text, name, view.colors[name], was_started=was_started, shows=shows)
         self.input.earlier = talk.questions
         self._shown(talk)
         if talk is self._talk:
@@ -418,11 +433,9 @@ class ChatPane(Vertical):
         talk = self._talk
         if talk is None or not self._is_free(talk.handle.model):
             return None
-        asked = [turn["content"] for turn in talk.messages() if turn["role"] == "user"]
-        if not asked:
+        if talk.asked is None:
             self.notify("Nothing was asked yet.", markup=False)
-            return None
-        return str(asked[-1])
+        return talk.asked
 
     def _take_back(self, talk: Talk) -> None:
         talk.drop_last()

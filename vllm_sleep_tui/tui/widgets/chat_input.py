@@ -9,9 +9,11 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import TextArea
 
+from vllm_sleep_tui.fleet.pictures import dropped
+
 
 class ChatInput(TextArea):
-    """Enter sends; alt+enter and ctrl+j begin a line; a pasted text keeps its lines.
+    """Enter sends; alt+enter and ctrl+j begin a line; a pasted text keeps its lines; @FILE shows a picture.
 
     In the first line ↑ goes to earlier questions, in the last one ↓ comes back from them.
     """
@@ -53,6 +55,13 @@ class ChatInput(TextArea):
             return
         event.prevent_default()
         event.stop()
+
+    async def _on_paste(self, event: events.Paste) -> None:
+        """A picture that is dropped on the terminal comes as its path: it becomes a mark."""
+        if (marks := dropped(event.text)) is not None:
+            event.prevent_default()  # else the text area's own handler is called next
+            event.stop()
+            self.insert(f"{marks} ")
 
     def _recalls(self, key: str) -> bool:
         """Go through what was asked; False if the key does not do that where the cursor is."""

@@ -12,7 +12,7 @@ from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, cut, cut_line, r
 from vllm_sleep_tui.tui.state.operations import Running
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.words import PARTS_OF_WAKE, phases_of
-from vllm_sleep_tui.units import clock, time_sum, took
+from vllm_sleep_tui.units import clock, counted, time_sum, took
 
 _INDENT = "  "
 _START = [phase.value for phase in StartPhase]
@@ -53,7 +53,7 @@ def trouble_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:
     trouble = view.troubles.get(model.name)
     if trouble is None or (model.reason and model.reason in trouble.what):
         return []
-    lines = [rule([(f"{trouble.verb} {model.name} did not work", "bad bold")], width)]
+    lines = [rule([(f"{trouble.doing} did not work", "bad bold")], width)]
     lines += _wrapped(trouble.what, width, "text")
     return lines + (_wrapped(trouble.cure, width, "accent") if trouble.cure else [])
 
@@ -83,9 +83,11 @@ def _running(view: View, running: Running, width: int) -> list[Line]:
     eta = model.operation.eta if model.operation else None
     elapsed = view.snapshot.time - running.since
     color = view.colors[running.model]
+    before, _, after = running.verb.partition("{}")
     title: list[Span] = [
-        (f"{running.verb} ", "warning bold"),
+        (before, "warning bold"),
         (running.model, f"{color} bold"),
+        (after + running.and_others, "warning bold"),
         (f"  {_times(elapsed, eta)}", "muted"),
     ]
     if running.cancelled:
@@ -134,11 +136,11 @@ def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
     """What enter would do, with its numbers."""
     color = view.colors.get(prediction.target, "text")
     title: list[Span] = [("enter → ", "accent bold"), (prediction.target, f"{color} bold")]
-    if prediction.seconds is not None and prediction.action not in {"nothing", "refused"}:
+    if prediction.seconds is not None and prediction.action != "refused":
         title.append((f"  ≈ {took(prediction.seconds)}", "text bold"))
     paint = "warning" if prediction.action == "refused" else "text"
     lines = [rule(title, width), *_wrapped(prediction.sentence, width, paint)]
-    if view.waits is not None and prediction.action not in {"nothing", "refused"}:
+    if view.waits is not None and prediction.action != "refused":
         lines += _wrapped(f"First it {view.waits}.", width, "warning")
     return lines
 
@@ -237,7 +239,7 @@ def _today(past: Past) -> str:
 
 
 def _switches(count: int) -> str:
-    return "1 switch" if count == 1 else f"{count} switches"
+    return counted(count, "switch", "switches")
 
 
 def serving_lines(model: ModelSnapshot, width: int) -> list[Line]:
@@ -260,7 +262,7 @@ def serving_lines(model: ModelSnapshot, width: int) -> list[Line]:
     if serving.prefix_hit_share is not None:
         words.append(f"prefix hits {serving.prefix_hit_share * 100:.0f} %")
     if serving.cached_tokens:
-        words.append(f"{serving.cached_tokens:,} tokens cached")
+        words.append(f"{counted(serving.cached_tokens, 'token')} cached")
     return _wrapped(" · ".join(words), width, "text") if words else []
 
 
@@ -296,8 +298,10 @@ class Detail(Shown):
         sections = [failure_lines(model, width), trouble_lines(view, model, width)]
         sections.append(running_lines(view, model, width))
         # While the model is on its way, what happens now is the answer to what enter would do.
-        if view.prediction is not None and model.state in SETTLED and model.name not in view.running:
-            sections.append(enter_lines(view, view.prediction, width))
+        prediction = view.prediction
+        is_told = model.state in SETTLED and model.name not in view.running
+        if prediction is not None and is_told and prediction.action != "nothing":
+            sections.append(enter_lines(view, prediction, width))
         airy = self.app.size.height >= AIRY_HEIGHT
         is_tall = airy and width >= TALL_WIDTH
         last = last_switch_lines(view, model, width, is_tall=is_tall)
