@@ -2,8 +2,8 @@
 
 python -m screenshots.film [--size 100x30] [--theme night] [--speed 1] [--out screenshots/switch.webp]
 
-Needs resvg-py and Pillow. Each frame is what the panel showed, and stays for as long as it did; at speed 1 the
-switch takes as long as one was measured to. Starting the models, which is not filmed, takes minutes then.
+Needs resvg-py and Pillow. Each frame is what the panel showed, and stays for as long as it did; at speed 1
+the switch takes as long as one was measured to. Starting the models, which is not filmed, takes minutes then.
 """
 
 from __future__ import annotations
