@@ -52,6 +52,8 @@ VERBS: dict[str, str] = {
     "web": "web",
     "advise": "advise",
     "orphans": "orphans",
+    "completion": "completion",
+    "man": "man",
 }
 """Verb → the module of this folder that holds it."""
 INTERRUPTED = 130
