@@ -267,9 +267,6 @@ class Engine:
     def restore(self, pool: Ram, offset: int, address: int, length: int) -> None:
         self.memory.write(address, bytes(pool[short(offset) : short(offset + length)]))
 
-    def order(self) -> None:
-        self.chunks.clear()
-
     def finish(self) -> None:
         pass
 

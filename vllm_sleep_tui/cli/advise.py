@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from vllm_sleep_tui.cli.common import (
+    complete_model,
     config_option,
     confirm,
     given_config,
@@ -38,7 +39,7 @@ from vllm_sleep_tui.units import KIB, gib, time_text
 
 
 @click.command()
-@click.argument("names", metavar="[NAME…]", nargs=-1)
+@click.argument("names", metavar="[NAME…]", nargs=-1, shell_complete=complete_model)
 @click.option(
     "--apply", "is_applied", is_flag=True, help="Write it to the config, after showing what changes."
 )

@@ -93,8 +93,6 @@ class Chunks:
         """Descriptors of chunks that were taken and are not placed yet."""
         self._leaving: list[int] = []
         """Descriptors of chunks that are not mapped any more."""
-        self._unclear: list[tuple[int, int]] = []
-        """What is mapped and was another's, by address and size."""
         self._has_holder = False
         self._free = 0
         """Of the device when the sleep or wake began."""
@@ -118,7 +116,7 @@ class Chunks:
         self._stock += self._holder.take(CHUNK, sum(counts))
 
     def map(self, handle: Handle, *, clear: bool) -> None:
-        """Give a region its memory; `clear` is to clear what was another's, unless it is overwritten anyway.
+        """Give a region its memory, and begin to clear what was another's unless it is overwritten anyway.
 
         Raises RuntimeError and leaves nothing.
         """
@@ -146,6 +144,8 @@ class Chunks:
                 end += length
             self._memory.allow(address, size)
             taken = sum(CHUNK for descriptor in placed if descriptor is not None)
+            if taken and clear:
+                self._memory.clear(address, edge - address)
         except RuntimeError:
             if end > address:
                 self._memory.remove(address, end - address)
@@ -154,24 +154,12 @@ class Chunks:
             raise
         ctypes.c_uint64.from_address(cell).value = first
         self._mapped[address, size] = placed
-        if taken and clear:
-            self._unclear.append((address, edge - address))
         self.figures["taken_bytes"] += taken
         self.figures["created_bytes"] += size - taken
-
-    def clear(self) -> None:
-        """Begin to clear what was mapped and was another's; raises RuntimeError.
-
-        Once all is mapped: CUDA maps nothing while it clears.
-        """
-        for address, size in self._unclear:
-            self._memory.clear(address, size)
-        self._unclear = []
 
     def unmap(self, handle: Handle, unmap: Callable[[Handle], object]) -> None:
         """Unmap a region by vLLM's own function, with its chunks ready for the next engine."""
         _, size, address, _ = handle
-        self._unclear = [part for part in self._unclear if part[0] != address]
         for number, descriptor in enumerate(self._mapped.pop((address, size), [])):
             if descriptor is None and self._has_holder:
                 with contextlib.suppress(RuntimeError):  # then the driver gets it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_sleep_tui.config.load import parse_bytes
@@ -12,6 +12,7 @@ from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.levels import installed_version, never_level2
 from vllm_sleep_tui.fleet.model import Model
+from vllm_sleep_tui.fleet.pool import Pool
 from vllm_sleep_tui.fleet.states import RUNNING, State
 from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.sizing import budget
@@ -48,6 +49,10 @@ class GpuMemory:
     def free(self) -> int | None:
         """Bytes that nobody holds."""
         return None if self.total is None or self.used is None else self.total - self.used
+
+
+Memory = Mapping[int, GpuMemory]
+"""Of GPUs by index, as it was at one moment; of others it is not known."""
 
 
 def read_memory(core: Core, gpus: set[int]) -> dict[int, GpuMemory]:
@@ -94,11 +99,15 @@ def give_up(core: Core, gpus: Collection[int]) -> None:
         pool.give_up()
 
 
-def have_holders(core: Core, gpus: Collection[int]) -> None:
-    """Have holders of the pools that servers may use, should one have died: without, switches are slower."""
-    for pool in core.pools(gpus).values():
-        if pool.is_used():
-            pool.start_holder()
+def without_holder(core: Core, gpus: Collection[int]) -> list[Pool]:
+    """The pools that servers may use and whose holder has died: without one, switches are slower."""
+    return [pool for pool in core.pools(gpus).values() if pool.holder() is None and pool.is_used()]
+
+
+def have_holders(pools: Iterable[Pool]) -> None:
+    """Have holders for these; blocks for as long as a Python takes to start."""
+    for pool in pools:
+        pool.start_holder()
 
 
 def give_up_for_weights(model: Model, memory: Mapping[int, GpuMemory], level: int) -> None:

@@ -31,6 +31,7 @@ from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.room import (
     LEAST_GONE,
     GpuMemory,
+    Memory,
     check_ram,
     give_up,
     give_up_for_weights,
@@ -54,10 +55,8 @@ FACTS_LIMIT = 10.0
 T = TypeVar("T")
 MoreRoom = Callable[[], Awaitable[None]]
 """Puts the others on the model's GPUs to sleep."""
-Memory = Mapping[int, GpuMemory]
-"""Of GPUs by index, as it is now."""
-WISH_SECONDS = 5.0
-"""A server that was told to keep its weights is told again if its drain took longer: it forgets after 10."""
+LONG_DRAIN = 1.0
+"""Seconds after which what was asked and told before a drain is asked and told again."""
 
 
 class Settled(NamedTuple):
@@ -143,9 +142,14 @@ class Server:
     # ── sleep ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def fall_asleep(
-        self, level: int, *, force: bool = False, unless: Awaitable[object] | None = None
+        self,
+        level: int,
+        *,
+        force: bool = False,
+        unless: Awaitable[object] | None = None,
+        seen: Memory | None = None,
     ) -> Memory:
-        """Drain, sleep, see the memory gone; how its GPUs' memory is then.
+        """Drain, sleep, see the memory gone: it was as `seen` just now; how its GPUs' memory is then.
 
         Raises OperationError and leaves the model failed if vLLM fails; RefusedError before anything is done
         if level 1 has no RAM; CancelledByUser if the person asked for the end while it was draining: it is
@@ -156,7 +160,7 @@ class Server:
             self.intend("drain", level=level, event=Event.SLEEP)
             if level == 2 and (risk := self.level_2_risk()):
                 self.operation.tell(self.name, "drain", f"level 2: {risk}; the wake is proven")
-            before = asyncio.ensure_future(self.read_memory())
+            began, before = time.monotonic(), asyncio.ensure_future(self.memory_after(seen or {}))
             try:
                 with self.operation.timed("drain"):
                     await self.drain_for(level, force=force, unless=unless)
@@ -164,7 +168,10 @@ class Server:
                 before.cancel()
                 await self.undo_sleep(level)
                 raise
-            settled = await self.sleep_and_settle(level, pool, await before)
+            waited = time.monotonic() - began > LONG_DRAIN
+            settled = await self.sleep_and_settle(
+                level, pool, await (self.read_memory() if waited else before)
+            )
             reason, cure = self.kept_memory(settled)
             self.model.enter(Event.SLEPT, level=level, proof=settled.verdict, reason=reason, cure=cure)
             return settled.memory
@@ -179,8 +186,8 @@ class Server:
                 await unless
             if wish is not None:
                 await wish
-                if time.monotonic() - began > WISH_SECONDS:
-                    await self.keep_weights()
+                if time.monotonic() - began > LONG_DRAIN:
+                    await self.keep_weights()  # it forgets after some seconds
         except BaseException:
             if wish is not None:
                 wish.cancel()
@@ -230,7 +237,8 @@ class Server:
         with self.operation.timed("settle"):
             settled = await self.settle(before, level, log)
         what = "sleep1-first" if level == 1 and not pool else f"sleep{level}"
-        self.remember_sleep(what, seconds, before, settled, pool or self.model.pinned_now(), level)
+        pinned = pool if pool or level == 0 else self.model.pinned_now()
+        self.remember_sleep(what, seconds, before, settled, pinned, level)
         return settled
 
     async def prime(self) -> None:
@@ -417,11 +425,17 @@ class Server:
     # ── makes room, stops ────────────────────────────────────────────────────────────────────────────────
 
     async def step_aside(
-        self, *, force: bool, unless: Awaitable[object] | None = None, keep_weights: bool = False
+        self,
+        *,
+        force: bool,
+        unless: Awaitable[object] | None = None,
+        keep_weights: bool = False,
+        seen: Memory | None = None,
     ) -> Memory:
         """Make room, the way its level says, unless `unless` raises before it is too late.
 
-        `keep_weights`: there is room for them, so its KV cache is enough. How its GPUs' memory is then.
+        `keep_weights`: there is room for them, so its KV cache is enough. `seen` is the memory of GPUs just
+        now, as far as it is known; it returns how it is then.
         """
         record = self.record
         if record.state is State.ASLEEP and record.level == 0:
@@ -431,8 +445,8 @@ class Server:
         elif record.state is State.AWAKE:
             if keep_weights:
                 with contextlib.suppress(NoLevel0Error):  # vLLM's own sleep mode, by now
-                    return await self.fall_asleep(0, force=force, unless=unless)
-            return await self.fall_asleep(own_level(record), force=force, unless=unless)
+                    return await self.fall_asleep(0, force=force, unless=unless, seen=seen)
+            return await self.fall_asleep(own_level(record), force=force, unless=unless, seen=seen)
         return {}
 
     async def give_up_weights(self) -> Memory:
@@ -505,7 +519,7 @@ class Server:
         )
 
     async def memory_after(self, seen: Memory) -> Memory:
-        """The memory of the model's GPUs as it was `seen` when others had made room, else as it is now."""
+        """The memory of the model's GPUs as it was `seen` just now, else as it is now."""
         return seen if seen.keys() >= set(self.record.gpus) else await self.read_memory()
 
     def check_room(self, memory: Mapping[int, GpuMemory]) -> None:
