@@ -18,6 +18,21 @@ load_general_plugins()
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory as Factory
 print(Factory.get_backend_class("panel").__name__, Factory.get_backend_class("cumem").__name__)
 """
+REGISTERED = """
+import inspect
+from panel_sleep import plugin
+from vllm.device_allocator import sleep_mode_backend as found
+assert plugin._register(found.SleepModeBackendFactory, fits=True) == []
+backends = [found.SleepModeBackendFactory.get_backend_class(name) for name in ("panel", "cumem")]
+assert all(issubclass(each, found.SleepModeBackend) and not inspect.isabstract(each) for each in backends)
+methods = [name for name, _ in inspect.getmembers(found.CuMemBackend, inspect.isfunction)]
+assert all(
+    list(inspect.signature(getattr(backends[0], name)).parameters)
+    == list(inspect.signature(getattr(found.CuMemBackend, name)).parameters)
+    for name in methods if name != "__init__"
+), methods
+print(*(each.__name__ for each in backends))
+"""
 DIGESTS = """
 import random, torch
 from panel_sleep.cuda import ROWS, WORDS, block_digests, random_factors
@@ -68,6 +83,11 @@ def test_vllm_finds_it_and_without_a_gpu_both_names_lead_to_vllms_own(tmp_path: 
     line = next(line for line in done.stderr.splitlines() if "panel-sleep-backend" in line)
     word = json.loads(line.partition("panel-sleep-backend ")[2])
     assert (word["state"], word["why"]) == ("stock", "this vLLM does not run on an NVIDIA GPU")
+
+
+def test_where_it_fits_vllms_registry_makes_ours_under_both_names(tmp_path: Path) -> None:
+    done = run(REGISTERED, tmp_path)
+    assert done.stdout.split()[-2:] == ["PanelBackend", "PanelBackend"], done.stderr
 
 
 def test_no_two_changes_cancel_out_in_a_digest(tmp_path: Path) -> None:

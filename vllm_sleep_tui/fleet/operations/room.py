@@ -199,17 +199,19 @@ def plans_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[s
 def resident_weights(model: Model) -> int | None:
     """What its weights take on each GPU beside what any sleeper leaves, if they may stay there; else None.
 
-    They may at `level: auto` and 0 on our own sleep mode: as its launch tells, else its vLLM's version.
+    They may at `level: auto` on our own sleep mode, and at 0 on vLLM's as well where that can.
     """
-    config, record = model.config, model.record
-    weights = weights_of(model)
-    if config.level not in ("auto", 0) or not config.gpus or not weights or config.sleep_backend == "stock":
+    config, weights = model.config, weights_of(model)
+    if config.level not in ("auto", 0) or not config.gpus or not weights:
         return None
-    version = record.vllm_version if record.state in RUNNING else installed_version(model)
-    is_own = (
-        record.sleep_backend == "own" if record.state in RUNNING else capabilities(version or "?").own_sleep
-    )
-    return weights // len(config.gpus) if is_own else None
+    record, version = model.record, installed_version(model)
+    able = capabilities(version or "?")
+    if record.state in RUNNING:
+        is_own = record.sleep_backend == "own"
+    else:
+        is_own = able.own_sleep and config.sleep_backend == "auto"
+    may_stay = is_own or (config.level == 0 and version is not None and able.releases_cache)
+    return weights // len(config.gpus) if may_stay else None
 
 
 def least_awake(model: Model) -> int | None:
