@@ -16,7 +16,7 @@ from tests.fleet.beside import model_of, record_of, record_path
 from tests.fleet.conftest import GIB, Box, inject, seen, until
 from tests.unit.made_checkpoints import PHI, QWEN, SMOLLM, write_model
 from vllm_sleep_tui.engine.sleeping import keep_weights
-from vllm_sleep_tui.errors import OperationError, RefusedError
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError
 from vllm_sleep_tui.fleet.states import Event, State
 from vllm_sleep_tui.fleet.store.records import Intent
 from vllm_sleep_tui.telemetry.processes import ProcessId
@@ -313,6 +313,21 @@ async def test_a_panel_that_dies_before_its_sleep_at_level_0_leaves_no_wish(box:
         intent = Intent(operation="sleep a", phase="drain", since=0.0, actor=dead, level=0)
         model.enter(Event.SLEEP, intent=intent)
         await until(lambda: seen(fleet, "a").state is State.AWAKE)
+        await fleet.sleep("a", level=1)
+        await until(lambda: 0 < (seen(fleet, "a").vram_bytes or 0) < GIB)  # its weights have left
+
+
+async def test_a_sleep_at_level_0_that_is_cancelled_while_it_drains_leaves_no_wish(box: MakeBox) -> None:
+    async with box({"a": fast("sim/1GiB")}).open() as fleet:
+        await fleet.start(["a"])
+        long = fleet.chat("a", [{"role": "user", "content": "Go on."}], params={"max_tokens": 2000})
+        await anext(long)
+        asking = asyncio.ensure_future(fleet.sleep("a", level=0))
+        await until(lambda: seen(fleet, "a").state is State.FALLING_ASLEEP)
+        asking.cancel()
+        with pytest.raises(CancelledByUser):
+            await asking
+        await long.aclose()
         await fleet.sleep("a", level=1)
         await until(lambda: 0 < (seen(fleet, "a").vram_bytes or 0) < GIB)  # its weights have left
 
