@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ from vllm_sleep_tui.cli.demo import write_demo
 
 
 @contextmanager
-def opened(*words: str) -> Iterator[Terminal]:
+def opened(*words: str, **variables: str) -> Iterator[Terminal]:
     environment = {
         **os.environ,
         "TERM": "xterm-256color",
         "COLORTERM": "truecolor",
+        **variables,
     }
     program = Terminal([sys.executable, "-m", "vllm_sleep_tui", *words], environment, 80, 24)
     try:
@@ -53,3 +55,15 @@ def test_a_signal_ends_the_panel_cleanly(tmp_path: Path, number: signal.Signals)
         terminal.process.send_signal(number)
         assert terminal.end() == 0
         assert b"\x1b[?1049l" in terminal.written
+
+
+@pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "xterm", "COLORTERM": ""}])
+def test_without_colours_and_with_16_the_state_is_told_by_glyph_and_word(
+    tmp_path: Path, variables: dict[str, str]
+) -> None:
+    config = write_demo(tmp_path / "demo", 40)
+    with opened("--config", str(config), **variables) as terminal:
+        terminal.wait_for("▶ ▌ qwen", "○ stopped", "0.0 / 24.0 GiB")
+        colors = set(re.findall(rb"\x1b\[[0-9;]*?[34]8;2;(\d+);(\d+);(\d+)m", terminal.written))
+        grey = all(len(set(color)) == 1 for color in colors)
+        assert grey if "NO_COLOR" in variables else not colors

@@ -142,10 +142,15 @@ class RecordStore:
         private_dir(self.folder)
         self.config = as_text(config_path.resolve())
         self._suffix = hashlib.sha256(self.config.encode()).hexdigest()[:8]
+        self._paths: dict[tuple[str, str], Path] = {}
+        """Made once each: with 64 models half of what a look at the fleet takes."""
 
     def path(self, name: str, kind: str = "json") -> Path:
         """The file of a model: ``json`` the record, ``lock`` its lock, ``keeper`` its keeper's word."""
-        return self.folder / f"{file_name(name)}-{self._suffix}.{kind}"
+        path = self._paths.get((name, kind))
+        if path is None:
+            path = self._paths[name, kind] = self.folder / f"{file_name(name)}-{self._suffix}.{kind}"
+        return path
 
     def read(self, name: str) -> Record:
         """The model's record, or a stopped one if there is none; what is broken or no file is set aside.

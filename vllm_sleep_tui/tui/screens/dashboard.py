@@ -118,13 +118,12 @@ class Dashboard(LookingScreen):
         self.set_class(height < LOW_HEIGHT, "-low")
         # The timeline is the first thing to go, what a key would do the last; but with its cursor out the
         # timeline is what is looked at.
-        self._fit_timeline()
+        self._fit_timeline(len(self.fleet.snapshot().models))
         words = f"The panel needs {MIN_WIDTH}×{MIN_HEIGHT} at least; this terminal has {width}×{height}."
         self.query_one("#too-small", Static).update(words)
 
-    def _fit_timeline(self) -> None:
+    def _fit_timeline(self, models: int) -> None:
         timeline = self.query_one(Timeline)
-        models = len(self.fleet.snapshot().models)
         rows = min(models, self.size.height // 3)
         self.set_class(models > rows, "-many")
         spare = self.size.height - TIMELINE_HEIGHT - rows - timeline.lanes
@@ -204,7 +203,7 @@ class Dashboard(LookingScreen):
         self.query_one(Detail).show(view)
         timeline = self.query_one(Timeline)
         timeline.show(view)
-        self._fit_timeline()
+        self._fit_timeline(len(view.snapshot.models))
         self._past.look(view.snapshot, timeline.window.seconds)
         self.query_one(ChatPane).show(view)
 

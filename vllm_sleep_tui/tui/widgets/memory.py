@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import zip_longest
 
 from textual.geometry import Size
+from textual.timer import Timer
 
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
@@ -23,6 +24,7 @@ from vllm_sleep_tui.tui.drawing.bars import (
     stacked,
 )
 from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, cut, left, line_width, right, spread
+from vllm_sleep_tui.tui.drawing.slide import Slide
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.words import short_command
 from vllm_sleep_tui.units import GIB, UNKNOWN, gib_cell, gib_number
@@ -35,6 +37,7 @@ _NAMED, _NAMED_WIDTH = 3, 22
 """How many strangers on a GPU are named, and in how many cells."""
 _ONE_A_LINE = 4
 """So many GPUs have a line each where lines are few; more stand side by side."""
+STEP_SECONDS = 0.05
 SHOWN = GIB // 20
 """What rounds to 0.0 GiB is nobody's stretch of a bar."""
 
@@ -106,7 +109,9 @@ def _free_words(used: int | None, total: int | None) -> list[Part]:
     return [Part(f"free {gib_number(total - used)}", total - used, "faint", FREE)]
 
 
-def gpu_lines(view: View, gpu: GpuSnapshot, width: int, *, compact: bool) -> list[Line]:
+def gpu_lines(
+    view: View, gpu: GpuSnapshot, width: int, *, compact: bool, slide: Slide | None = None
+) -> list[Line]:
     """The bar of a GPU, and below it who is who and what the card reads."""
     name = left(f"GPU {gpu.index}", _NAME_WIDTH)
     if gpu.used_bytes is None or gpu.total_bytes is None:
@@ -120,7 +125,11 @@ def gpu_lines(view: View, gpu: GpuSnapshot, width: int, *, compact: bool) -> lis
     totals = totals.removesuffix(" GiB").replace(" ", "") if is_narrow else totals
     total_width = _NARROW_TOTAL if is_narrow else _TOTAL_WIDTH
     room = width - _NAME_WIDTH - total_width
-    bar = stacked(parts, gpu.total_bytes, room, mark=after)
+    drawn = parts
+    if slide is not None and slide.is_under_way:
+        total = gpu.total_bytes
+        drawn = [part._replace(size=total * slide.share((gpu.index, _whose(part)))) for part in parts]
+    bar = stacked(drawn, gpu.total_bytes, room, mark=after)
     first: Line = (
         (name, "text bold"),
         *bar,
@@ -129,6 +138,11 @@ def gpu_lines(view: View, gpu: GpuSnapshot, width: int, *, compact: bool) -> lis
     if compact:
         return [first]
     return [first, _below(_unlabelled(parts, gpu.total_bytes, room), gpu, after, width)]
+
+
+def _whose(part: Part) -> str:
+    """Whose stretch it is: its label without the figure."""
+    return part.label.rpartition(" ")[0]
 
 
 def _unlabelled(parts: list[Part], total: int, width: int) -> list[Part]:
@@ -188,6 +202,27 @@ class MemoryPanel(Shown):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.border_title = "Memory"
+        self._slide = Slide()
+        self._timer: Timer | None = None
+
+    def show(self, view: View) -> None:
+        """Show this moment; bars that changed much slide there, unless TEXTUAL_ANIMATIONS is none."""
+        goal = {
+            (gpu.index, _whose(part)): part.size / gpu.total_bytes
+            for gpu in view.snapshot.gpus
+            if gpu.total_bytes
+            for part in gpu_parts(gpu, view.snapshot.models, view.colors)
+        }
+        slides = self._slide.go(goal, at_once=self.app.animation_level == "none")
+        super().show(view)
+        if slides and self._timer is None:
+            self._timer = self.set_interval(STEP_SECONDS, self._step)
+
+    def _step(self) -> None:
+        self.repaint()
+        if not self._slide.is_under_way and self._timer is not None:
+            self._timer.stop()
+            self._timer = None
 
     def draw(self, view: View, size: Size) -> list[Line]:
         """The bars and the notes on what cannot be known."""
@@ -198,12 +233,15 @@ class MemoryPanel(Shown):
         if compact and len(view.snapshot.gpus) > _ONE_A_LINE:
             # Half as wide and half as many lines, so that models have room below.
             half = (width - 2) // 2
-            bars = [line for gpu in view.snapshot.gpus for line in gpu_lines(view, gpu, half, compact=True)]
+            bars = [line for gpu in view.snapshot.gpus for line in self._bar(view, gpu, half, compact=True)]
             for first, second in zip_longest(bars[::2], bars[1::2], fillvalue=()):
                 lines.append((*first, ("  ", ""), *second))
         else:
             for gpu in view.snapshot.gpus:
-                lines += gpu_lines(view, gpu, width, compact=compact)
+                lines += self._bar(view, gpu, width, compact=compact)
         lines += ram_lines(view, size.width, compact=compact)
         lines += [((cut(note, size.width), "warning"),) for note in view.snapshot.notes]
         return lines
+
+    def _bar(self, view: View, gpu: GpuSnapshot, width: int, *, compact: bool) -> list[Line]:
+        return gpu_lines(view, gpu, width, compact=compact, slide=self._slide)

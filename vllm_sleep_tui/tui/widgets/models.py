@@ -144,9 +144,8 @@ def swatch(view: View, name: str) -> str:
     return _SWATCHES[view.places[name] // COLORS % len(_SWATCHES)]
 
 
-def row(view: View, model: ModelSnapshot, layout: Layout, *, is_focused: bool) -> Line:
+def row(view: View, model: ModelSnapshot, layout: Layout, *, is_selected: bool, is_focused: bool) -> Line:
     """One model: its colour in a swatch, its state in the state's colour, everything else quiet."""
-    is_selected = model.name == view.selected
     ground = " on-panel" if is_selected else ""
     look = LOOKS[model.state]
     state = state_words(model.state, model.level)
@@ -278,7 +277,7 @@ class ModelTable(Shown, can_focus=True):
         last = self._first + max(1, size.height - 1)
         seen = rows[self._first : last]
         lines = [
-            row(view, each, layout, is_focused=self.has_focus)
+            row(view, each, layout, is_selected=each.name == self.selected, is_focused=self.has_focus)
             if isinstance(each, ModelSnapshot)
             else _group_line(each, models, size.width)
             for each in seen
@@ -324,6 +323,7 @@ class ModelTable(Shown, can_focus=True):
 
     def _select(self, name: str | None) -> None:
         self.selected = name
+        self.repaint()  # at once; what the rest of the screen says of it takes a look at the fleet
         self.post_message(self.Selected())
 
     def on_click(self, event: events.Click) -> None:
