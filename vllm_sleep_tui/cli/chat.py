@@ -15,6 +15,7 @@ import click
 
 from vllm_sleep_tui.cli.asking import asked_with, asking_options
 from vllm_sleep_tui.cli.common import (
+    complete_model,
     config_option,
     draw,
     json_option,
@@ -35,6 +36,7 @@ from vllm_sleep_tui.units import hundredths, milliseconds
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.cli.line_editor import LineEditor
+    from vllm_sleep_tui.config.load import LoadedConfig
     from vllm_sleep_tui.config.parameters import Parameters
     from vllm_sleep_tui.fleet.conversations import Conversations
     from vllm_sleep_tui.fleet.fleet import Fleet
@@ -46,8 +48,9 @@ EARLIER = 500
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_model)
 @click.argument("prompt", required=False)
+@click.argument("others", nargs=-1, metavar="")
 @click.option("-c", "--continue", "goes_on", is_flag=True, help="Go on with the model's last conversation.")
 @click.option(
     "--image",
@@ -59,6 +62,18 @@ EARLIER = 500
 )
 @click.option("--no-switch", "stays", is_flag=True, help="Fail if the model is not awake.")
 @asking_options
+@click.option(
+    "--prompts",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Ask each NAME … the prompts of a file: one a line, or objects in a .jsonl.",
+)
+@click.option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where the answers to --prompts go; what is there is not asked again.",
+)
 @json_option
 @config_option
 @click.pass_context
@@ -67,6 +82,9 @@ def chat(
     /,
     name: str,
     prompt: str | None,
+    others: tuple[str, ...],
+    prompts: Path | None,
+    out: Path | None,
     goes_on: bool,
     images: tuple[Path, ...],
     stays: bool,
@@ -78,9 +96,20 @@ def chat(
     What stands on stdin follows PROMPT, as in: cat FILE | vllm-sleep-tui chat NAME "Summarise:".
     On a terminal without PROMPT it is a conversation, until Ctrl-D; Ctrl-C stops an answer. A conversation is
     kept, and a single question with -c. In a conversation @FILE in a question shows a picture.
+    With --prompts several models are asked: vllm-sleep-tui chat --prompts FILE NAME NAME.
     """
     loaded = load_config(ctx)
     loaded.model(name)
+    if prompts is not None:
+        if goes_on or images:
+            raise UsageError("--prompts goes with neither -c nor --image.", "Leave them out.")
+        _ask_all(loaded, (name, *filter(None, (prompt, *others))), prompts, out, options, stays, as_json)
+        return
+    if others or out is not None:
+        raise UsageError(
+            "More than one word follows the name." if others else "--out goes with --prompts.",
+            f'Quote the prompt: vllm-sleep-tui chat {name} "Why is it so?"',
+        )
     given = _joined(prompt, "" if sys.stdin.isatty() else _read_all())
     pictures = look_at(images)
     if given is not None:
@@ -112,6 +141,30 @@ def chat(
             say(store.note)
     if as_json:
         put_json({"version": 1, "model": name, **answer})
+
+
+def _ask_all(
+    loaded: LoadedConfig,
+    names: Sequence[str],
+    prompts: Path,
+    out: Path | None,
+    options: dict[str, Any],
+    stays: bool,
+    as_json: bool,
+) -> None:
+    """The prompts of a file to each of the models."""
+    from vllm_sleep_tui.cli.evaluation import ask_all  # a single question does without
+    from vllm_sleep_tui.config.parameters import Parameters
+    from vllm_sleep_tui.fleet.conversations import Conversations
+
+    store = Conversations(state_dir(), loaded.path, keeps=False)
+    try:
+        asked = asked_with(loaded, store, options, Parameters())  # presets of the panel are in it
+    finally:
+        store.close()
+    ask_all(
+        loaded, names, prompts, out, system=asked.system, params=asked.body(), stays=stays, as_json=as_json
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

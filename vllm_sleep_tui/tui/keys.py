@@ -233,7 +233,14 @@ KEYS: tuple[Key, ...] = (
         key="d",
         action="duel",
         short="duel",
-        help="Ask another model the last question, too, and compare",
+        help="Ask another model the last question, too, and see both answers side by side",
+        in_footer=False,
+    ),
+    Key(
+        key="D",
+        action="side_by_side",
+        short="compare",
+        help="The last two answers to one question side by side",
         in_footer=False,
     ),
     Key(

@@ -9,16 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from markdown_it import MarkdownIt
-from markdown_it.rules_inline import StateInline
-from markdown_it.token import Token
 from rich.cells import cell_len
 
 from vllm_sleep_tui.tui.drawing.code import Code
 from vllm_sleep_tui.tui.drawing.flow import BLANK, TAB, Flow, PlainRow, Row, breaks, slice_of, width_of
 from vllm_sleep_tui.tui.drawing.paint import Line, Span
+
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
+    from markdown_it.rules_inline import StateInline
+    from markdown_it.token import Token
 
 _ESCAPABLE = "*_`#|~<>+-.!"
 """Of the characters that a backslash may take the meaning from, those that are no part of formulas."""
@@ -49,6 +52,8 @@ def _escape(state: StateInline, silent: bool) -> bool:
 
 @cache
 def _parser() -> MarkdownIt:
+    from markdown_it import MarkdownIt  # a tenth of a second, which a panel that opens has better use for
+
     parser = MarkdownIt("commonmark", {"html": False})
     parser.enable(["table", "strikethrough"])
     parser.disable(["html_block", "html_inline", "entity", "reference"])

@@ -236,6 +236,11 @@ class Answer(Turn):
         """Tell above it what came before the first word."""
         self._above = lines
 
+    @property
+    def above(self) -> Sequence[Line]:
+        """What is told above it."""
+        return self._above
+
     def fold(self) -> None:
         """Hide the reasoning, or show it."""
         self.is_folded = not self.is_folded

@@ -157,6 +157,12 @@ class Talk:
         return next((entry for entry in reversed(self._shown()) if isinstance(entry.turn, Question)), None)
 
     @property
+    def asked(self) -> str | None:
+        """The last question that was not replaced, as it was typed."""
+        entry = self.last_asked
+        return entry.turn.text if entry is not None and isinstance(entry.turn, Question) else None
+
+    @property
     def answer(self) -> Answer | None:
         """The last answer."""
         entry = self.last
@@ -223,23 +229,21 @@ class Talk:
         self._add(entry)
         return entry
 
-    @property
-    def asked(self) -> str | None:
-        """The last question that was not replaced, as it was typed."""
-        shown = [entry.turn for entry in self._shown()]
-        return next((turn.text for turn in reversed(shown) if isinstance(turn, Question)), None)
-
     def last_question(self) -> list[dict[str, Any]]:
         """What the model was told when it was asked last; empty if nothing was answered."""
         told = self.messages()
         asked = [at for at, turn in enumerate(told) if turn["role"] == "user"]
         return told[: asked[-1] + 1] if asked and told[-1]["role"] != "user" else []
 
+    def pair(self) -> tuple[Entry, Entry] | None:
+        """The last two answers to one question; None if there are no two."""
+        pair = [entry for entry in self._shown()[-2:] if isinstance(entry.turn, Answer)]
+        return (pair[0], pair[1]) if len(pair) == 2 else None
+
     def compare(self) -> str:
         """How the last two answers to one question differ, in words; empty if there are no two."""
-        shown = self._shown()
-        pair = [entry for entry in shown[-2:] if isinstance(entry.turn, Answer)]
-        if len(pair) < 2:
+        pair = self.pair()
+        if pair is None:
             return ""
         texts = [entry.turn.text.split() for entry in pair if isinstance(entry.turn, Answer)]
         same = (

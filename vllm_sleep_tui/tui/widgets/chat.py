@@ -22,6 +22,7 @@ from vllm_sleep_tui.tui.drawing.preview import Preview, looked_at
 from vllm_sleep_tui.tui.drawing.turns import Answer
 from vllm_sleep_tui.tui.screens.chances import ChancesScreen
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
+from vllm_sleep_tui.tui.screens.duel import DuelScreen
 from vllm_sleep_tui.tui.screens.parameters import ParametersScreen
 from vllm_sleep_tui.tui.state.operations import Operations, expected
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
@@ -342,6 +343,16 @@ class ChatPane(Vertical):
         self.transcript.to_end()
         task = self._operations.spawn(self._stream(other, talk, entry, messages))
         self._follow(other, talk, entry, task, "")
+        self.side_by_side()
+
+    def side_by_side(self) -> None:
+        """The last two answers to one question beside each other."""
+        talk = self._talk
+        question = None if talk is None else talk.asked
+        if talk is None or question is None or (pair := talk.pair()) is None:
+            self.notify("One question has to be answered by two models first (d).", markup=False)
+            return
+        self.app.push_screen(DuelScreen(question, pair))
 
     async def _stream(
         self, name: str, talk: Talk, entry: Entry, messages: list[dict[str, Any]]
