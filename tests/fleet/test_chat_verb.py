@@ -33,8 +33,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     """The demo with one model awake."""
     folder = tmp_path_factory.mktemp("chat")
     config = write_demo(folder, 1000)
-    calls = "{enable-auto-tool-choice: true, tool-call-parser: hermes, "
-    config.write_text(config.read_text().replace("args: {", f"args: {calls}", 1) + PRESETS)
+    config.write_text(config.read_text() + PRESETS)
     made = CommandLine(config, folder / "state")
     made("start", "qwen")
     yield made
