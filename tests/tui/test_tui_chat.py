@@ -177,9 +177,9 @@ async def test_on_a_narrow_screen_the_chat_takes_the_place_of_the_models_and_giv
         assert "Chat with" not in text_of(pilot.app)
         await pilot.press("c", "h")
         await until_seen(pilot, "Chat with qwen")
-        assert "enter → qwen" not in text_of(pilot.app)
+        assert "last switch to qwen" not in text_of(pilot.app)
         await pilot.press("escape", "escape")
-        await until_seen(pilot, "enter → qwen")
+        await until_seen(pilot, "last switch to qwen")
 
 
 async def test_a_very_long_answer_is_shown_to_its_end(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ class PanelApp(App[None]):
 
     def _keep_reading(self) -> None:
         """The course of the GPUs' figures has no gaps where a screen was looked at that shows none."""
-        if not isinstance(self.screen, (Dashboard, GpuScreen)):
+        if self.screen_stack and not isinstance(self.screen, (Dashboard, GpuScreen)):  # none while it ends
             self.dashboard.readings.see(self.fleet.snapshot())
 
     def _import_rest(self) -> None:
