@@ -108,7 +108,7 @@ def _as_json(advice: Advice, estimates: dict[str, Estimate]) -> dict[str, Any]:
 def _lines(advice: Advice, estimates: dict[str, Estimate]) -> list[str]:
     """The same for people."""
     width = max((len(model.name) for model in advice.models), default=0)
-    lines = [_model_line(model, width) for model in advice.models]
+    lines = [line for model in advice.models for line in _model_lines(model, width)]
     if advice.gpus:
         lines += [""] if lines else []
         lines += [line for gpu in advice.gpus for line in _gpu_lines(gpu)]
@@ -118,8 +118,11 @@ def _lines(advice: Advice, estimates: dict[str, Estimate]) -> list[str]:
     return lines
 
 
-def _model_line(model: ModelAdvice, width: int) -> str:
-    return f"{model.name.ljust(width)}  {model.verdict.ljust(13)}  {model.why}"
+def _model_lines(model: ModelAdvice, width: int) -> list[str]:
+    lines = [f"{model.name.ljust(width)}  {model.verdict.ljust(13)}  {model.why}"]
+    if model.level_0 is not None:
+        lines.append(f"{' ' * (width + 17)}{model.level_0.sentence}")
+    return lines
 
 
 def _gpu_lines(gpu: GpuAdvice) -> list[str]:
