@@ -124,7 +124,7 @@ async def _story(camera: Camera, app: PanelApp, pilot: Pilot[None], fleet: Fleet
     await camera.take("looking-back", "SIMULATED")
     await pilot.press("escape", "slash", *"co")
     await camera.take("finding", "coder")
-    await pilot.press("escape", "x")
+    await pilot.press("escape", "home", "x")
     await pilot.pause(0.3)
     await camera.take("question", "Stop qwen?")
     await pilot.press("escape")
@@ -144,6 +144,7 @@ async def _story(camera: Camera, app: PanelApp, pilot: Pilot[None], fleet: Fleet
         await pilot.pause(0.2)
     pid = fleet.snapshot().model("qwen").pid
     assert pid is not None
+    await pilot.press("home")
     os.kill(pid, signal.SIGKILL)
     await until(pilot, lambda: state("qwen") is State.FAILED)
     await camera.take("failed", "failed", "SIGKILL")

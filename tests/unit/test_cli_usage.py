@@ -195,3 +195,8 @@ def test_a_panel_without_a_terminal_is_refused_with_what_to_use_instead(
 ) -> None:
     written(home)  # with stdin at its end, a panel would spin unseen
     assert_two_lines(run(*arguments), 2, "needs a terminal", "`serve`")
+
+
+def test_only_looking_is_for_the_panel(home: Path) -> None:
+    written(home)
+    assert_two_lines(run("--read-only", "stop", "--all"), 2, "--read-only is for the panel", "behind `web`")
