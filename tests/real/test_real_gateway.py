@@ -44,7 +44,7 @@ def test_two_models_behind_one_address(tmp_path: Path, free_port: Callable[[], i
             use(client, port)
         with anthropic.Anthropic(base_url=base, api_key="none", max_retries=0) as claude:
             use_anthropics(claude)
-        for text in mcp_agent.run(base, "smollm2", "tiny", turns=4):
+        for text in mcp_agent.run(base, "smollm2", "tiny", turns=2):
             assert text.startswith("tiny: "), text
         said = use_llm(base, tmp_path, ("smollm2", "tiny"))
         assert said[0] == said[-1]
