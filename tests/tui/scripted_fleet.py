@@ -155,6 +155,7 @@ class ScriptedFleet:
         self.blind: set[str] = set()
         self.answers: dict[str, list[ChatEvent | float | PanelError]] = {}
         self.asked: list[tuple[str, list[dict[str, Any]]]] = []
+        self.asked_with: list[dict[str, Any] | None] = []
         self.logs = logs
 
     def snapshot(self) -> FleetSnapshot:
@@ -259,6 +260,7 @@ class ScriptedFleet:
         self, name: str, messages: list[dict[str, Any]], *, params: Any = None, report: Any = None
     ) -> AsyncIterator[ChatEvent]:
         self.asked.append((name, messages))
+        self.asked_with.append(params)
         for step in self.steps:
             report(step)
         for piece in self.answers.get(name, []):

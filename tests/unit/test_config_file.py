@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_sleep_tui.config.load import LoadedConfig, load, parse_bytes, parse_duration
+from vllm_sleep_tui.config.parameters import Parameters
 from vllm_sleep_tui.config.types import (
     Config,
     GatewayConfig,
@@ -92,6 +93,16 @@ MISTAKES = {
         "models.qwen.gpu: unknown key; the nearest known one is gpus",
     ),
     "unknown idle key": (ONE + "    idle:\n      sleep: 10m\n", 5, "models.qwen.idle.sleep: unknown key"),
+    "a preset out of its range": (
+        ONE + "presets:\n  wild:\n    top_p: 2\n",
+        6,
+        "presets.wild.top_p: must be a number above 0 and up to 1, not 2",
+    ),
+    "a schema that is no file": (
+        ONE + "presets:\n  json:\n    schema: nowhere.json\n",
+        6,
+        "presets.json.schema: cannot be read: ",
+    ),
     "unknown gateway key": (
         ONE + "gateway:\n  prot: 1\n",
         5,
@@ -252,6 +263,7 @@ FILES: dict[type[msgspec.Struct], str] = {
     GatewayConfig: "models: {a: {model: x}}\ngateway: {@: [[[]]]}\n",
     GatewayKeyConfig: "models: {a: {model: x}}\ngateway: {keys: [{@: [[[]]]}]}\n",
     SimulatedGpuConfig: "models: {a: {model: x}}\nsimulated_gpus: [{@: [[[]]]}]\n",
+    Parameters: "models: {a: {model: x}}\npresets: {exact: {@: [[[]]]}}\n",
 }
 """For each kind of mapping a file with one, in which `@` is a key, with a value that no key takes."""
 KEYS = [(kind, key) for kind in FILES for key in kind.__struct_fields__ if (kind, key) != (Config, "models")]

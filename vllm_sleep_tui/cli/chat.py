@@ -6,13 +6,16 @@ import asyncio
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from vllm_sleep_tui.cli.asking import asked_with, asking_options
 from vllm_sleep_tui.cli.common import (
+    complete_model,
     config_option,
     draw,
     json_option,
@@ -25,7 +28,7 @@ from vllm_sleep_tui.cli.common import (
 from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, UsageError
 from vllm_sleep_tui.fleet.pictures import Picture, look_at, marked, pictures_in, said
-from vllm_sleep_tui.fleet.snapshot import cut_words
+from vllm_sleep_tui.fleet.snapshot import CallDelta, TokenChance, cut_words
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.text import Cleaner, clean, one_line
@@ -33,6 +36,8 @@ from vllm_sleep_tui.units import hundredths, milliseconds
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.cli.line_editor import LineEditor
+    from vllm_sleep_tui.config.load import LoadedConfig
+    from vllm_sleep_tui.config.parameters import Parameters
     from vllm_sleep_tui.fleet.conversations import Conversations
     from vllm_sleep_tui.fleet.fleet import Fleet
 
@@ -43,10 +48,10 @@ EARLIER = 500
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_model)
 @click.argument("prompt", required=False)
+@click.argument("others", nargs=-1, metavar="")
 @click.option("-c", "--continue", "goes_on", is_flag=True, help="Go on with the model's last conversation.")
-@click.option("--system", metavar="TEXT", help="What the model is told before everything else.")
 @click.option(
     "--image",
     "images",
@@ -56,33 +61,55 @@ EARLIER = 500
     help="A picture to ask about; more than once for several.",
 )
 @click.option("--no-switch", "stays", is_flag=True, help="Fail if the model is not awake.")
-@click.option("--temperature", type=click.FloatRange(0), help="0 is the likeliest word each time.")
-@click.option("--max-tokens", type=click.IntRange(1), help="The longest answer.")
-@click.option("--seed", type=int, help="The same seed, the same answer, as far as the server can.")
+@asking_options
+@click.option(
+    "--prompts",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Ask each NAME … the prompts of a file: one a line, or objects in a .jsonl.",
+)
+@click.option(
+    "--out",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where the answers to --prompts go; what is there is not asked again.",
+)
 @json_option
 @config_option
 @click.pass_context
 def chat(
     ctx: click.Context,
+    /,
     name: str,
     prompt: str | None,
+    others: tuple[str, ...],
+    prompts: Path | None,
+    out: Path | None,
     goes_on: bool,
-    system: str | None,
     images: tuple[Path, ...],
     stays: bool,
-    temperature: float | None,
-    max_tokens: int | None,
-    seed: int | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Ask a model.
 
     What stands on stdin follows PROMPT, as in: cat FILE | vllm-sleep-tui chat NAME "Summarise:".
     On a terminal without PROMPT it is a conversation, until Ctrl-D; Ctrl-C stops an answer. A conversation is
     kept, and a single question with -c. In a conversation @FILE in a question shows a picture.
+    With --prompts several models are asked: vllm-sleep-tui chat --prompts FILE NAME NAME.
     """
     loaded = load_config(ctx)
     loaded.model(name)
+    if prompts is not None:
+        if goes_on or images:
+            raise UsageError("--prompts goes with neither -c nor --image.", "Leave them out.")
+        _ask_all(loaded, (name, *filter(None, (prompt, *others))), prompts, out, options, stays, as_json)
+        return
+    if others or out is not None:
+        raise UsageError(
+            "More than one word follows the name." if others else "--out goes with --prompts.",
+            f'Quote the prompt: vllm-sleep-tui chat {name} "Why is it so?"',
+        )
     given = _joined(prompt, "" if sys.stdin.isatty() else _read_all())
     pictures = look_at(images)
     if given is not None:
@@ -90,19 +117,14 @@ def chat(
         given = marked(given, pictures)
     elif pictures:
         raise UsageError("--image needs a PROMPT.", "In a conversation write @FILE in a question.")
-    params = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    asking = Asking(
-        name=name,
-        system=system,
-        params={key: value for key, value in params.items() if value is not None},
-        stays=stays,
-    )
     keeps = loaded.config.keep_conversations and (goes_on or given is None)
     from vllm_sleep_tui.fleet.conversations import Conversations  # with SQLite
 
     store = Conversations(state_dir(), loaded.path, keeps=keeps)
     try:
         talk = Talk(store, name, goes_on=goes_on)
+        talk.parameters = asked_with(loaded, store, options, talk.parameters)
+        asking = Asking(name=name, system=talk.parameters.system, params=talk.parameters.body(), stays=stays)
         if given is None:
             from vllm_sleep_tui.cli.line_editor import LineEditor  # with prompt_toolkit
 
@@ -119,6 +141,30 @@ def chat(
             say(store.note)
     if as_json:
         put_json({"version": 1, "model": name, **answer})
+
+
+def _ask_all(
+    loaded: LoadedConfig,
+    names: Sequence[str],
+    prompts: Path,
+    out: Path | None,
+    options: dict[str, Any],
+    stays: bool,
+    as_json: bool,
+) -> None:
+    """The prompts of a file to each of the models."""
+    from vllm_sleep_tui.cli.evaluation import ask_all  # a single question does without
+    from vllm_sleep_tui.config.parameters import Parameters
+    from vllm_sleep_tui.fleet.conversations import Conversations
+
+    store = Conversations(state_dir(), loaded.path, keeps=False)
+    try:
+        asked = asked_with(loaded, store, options, Parameters())  # presets of the panel are in it
+    finally:
+        store.close()
+    ask_all(
+        loaded, names, prompts, out, system=asked.system, params=asked.body(), stays=stays, as_json=as_json
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +186,10 @@ class Talk:
 
         self._store = store
         kept = store.latest(name).result() if goes_on else None
-        turns = () if kept is None else store.turns(kept.id).result()
-        self._handle = Handle(name, None if kept is None else kept.id, len(turns))
+        whole = None if kept is None else store.whole(kept.id).result()
+        turns = () if whole is None else whole.turns
+        asked = None if whole is None else whole.parameters
+        self._handle = Handle(name, None if kept is None else kept.id, len(turns), asked)
         self._number = len(turns)
         self._said: list[dict[str, Any]] = [
             said(turn.text, turn.pictures)
@@ -150,6 +198,15 @@ class Talk:
             for turn in turns
             if turn.text and not turn.is_dropped
         ]
+
+    @property
+    def parameters(self) -> Parameters:
+        """How the model is asked."""
+        return self._handle.parameters
+
+    @parameters.setter
+    def parameters(self, parameters: Parameters) -> None:
+        self._store.keep_parameters(self._handle, parameters)
 
     def messages(
         self, question: str, pictures: tuple[Picture, ...], system: str | None
@@ -161,16 +218,29 @@ class Talk:
 
     def add(self, question: str, pictures: tuple[Picture, ...], answer: dict[str, Any], name: str) -> None:
         """Keep a question with what was answered."""
-        from vllm_sleep_tui.fleet.conversations import KeptTurn
+        from vllm_sleep_tui.fleet.conversations import KeptCall, KeptTurn
 
         text = clean(answer["text"])
-        self._said += [said(question, pictures), {"role": "assistant", "content": text}]
+        if text:
+            self._said += [said(question, pictures), {"role": "assistant", "content": text}]
+        calls = tuple(KeptCall(**call) for call in answer.get("tool_calls", ()))
+        asked = self.parameters
         now = time.time()
         figures = {field: answer[field] for field in MEASURED}
         reasoning = clean(answer.get("reasoning", ""))
         for turn in (
             KeptTurn(role="user", text=question, at=now, pictures=pictures),
-            KeptTurn(role="assistant", text=text, at=now, model=name, reasoning=reasoning, **figures),
+            KeptTurn(
+                role="assistant",
+                text=text,
+                at=now,
+                model=name,
+                reasoning=reasoning,
+                calls=calls,
+                chances=tuple(answer.get("logprobs", ())),
+                parameters=asked,
+                **figures,
+            ),
         ):
             self._store.keep(self._handle, self._number, turn)
             self._number += 1
@@ -257,19 +327,21 @@ async def _ask(
     name = asking.name
     texts: list[str] = []
     thoughts: list[str] = []
+    calls: dict[int, dict[str, str]] = {}
+    chances: list[TokenChance] = []
     cleaner = Cleaner()
     answer: dict[str, Any] = dict.fromkeys(("text", *MEASURED))
     before = {model.name: model.state for model in fleet.snapshot().models}[name]
-    if asking.stays and before is not State.AWAKE:
-        raise OperationError(
-            f"{name} is {before.value}, and --no-switch leaves it so.",
-            f"Switch: vllm-sleep-tui switch {name}",
-        )
     was_started = before not in (State.AWAKE, State.ASLEEP)
     began = time.monotonic()
     messages = talk.messages(question, pictures, asking.system)
     try:
-        async for event in fleet.chat(name, messages, params=asking.params, report=Reporter()):
+        stream = fleet.chat(
+            name, messages, params=asking.params, report=Reporter(), switches=not asking.stays
+        )
+        async for event in stream:
+            _add_calls(calls, event.calls)
+            chances += event.chances
             texts.append(event.text)
             thoughts.append(event.reasoning)
             if aloud:
@@ -284,16 +356,30 @@ async def _ask(
         answer |= {"text": "".join(texts), "seconds": time.monotonic() - began}
         if any(thoughts):
             answer["reasoning"] = "".join(thoughts)
-        if any(texts):
+        if calls:
+            answer["tool_calls"] = list(calls.values())
+        if chances:
+            answer["logprobs"] = chances
+        if any(texts) or calls:
             talk.add(question, pictures, answer, name)
     if aloud:
-        put(cleaner.end())
+        put(cleaner.end(), nl=any(texts) or not calls)
+        for call in calls.values():
+            put(f"⚙ {one_line(call['name'])} {one_line(call['arguments'])}")
         say(_timings(answer, was_started=was_started))
     if answer["finish_reason"] == "abort":
         raise OperationError(f"{name} was stopped or put to sleep in the middle of its answer.", "Ask again.")
     if cut := cut_words(answer["finish_reason"]):
         say(f"The answer is {cut}.")
     return answer
+
+
+def _add_calls(calls: dict[int, dict[str, str]], deltas: Sequence[CallDelta]) -> None:
+    """Take pieces of what the model calls."""
+    for delta in deltas:
+        call = calls.setdefault(delta.index, {"id": delta.id, "name": "", "arguments": ""})
+        call["name"] += delta.name
+        call["arguments"] += delta.arguments
 
 
 def _timings(answer: dict[str, Any], *, was_started: bool) -> str:

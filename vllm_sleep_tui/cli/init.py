@@ -33,6 +33,8 @@ MAX_SOURCE = 2**20
 """Bytes of what `--from` reads."""
 WEIGHTS_SHARE = 0.8
 """Of a GPU's memory: more weights than that leave no room for a KV cache."""
+CPU_SHARE = 0.3
+"""Of the RAM for each model on the CPU: vLLM's own 0.92 is seldom free, and nothing there makes room."""
 EXAMPLE = "Qwen/Qwen3-0.6B"
 SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_NAME}"
 
@@ -215,7 +217,11 @@ def _model_lines(name: str, model: CachedModel, gpus: Sequence[GpuReading]) -> l
     size = f"{gib(model.bytes)} of weights" if model.bytes else "an example, fetched at its first start"
     lines = [f"  {_quoted(name)}:", f"    model: {_quoted(model.name)}  # {size}"]
     if not gpus:
-        return [*lines, "    gpus: []  # no GPU was found: vLLM on the CPU, where sleeping frees no memory"]
+        return [
+            *lines,
+            "    gpus: []  # no GPU was found: vLLM on the CPU, where sleeping frees no memory",
+            f"    args: {{gpu-memory-utilization: {CPU_SHARE:g}}}  # of the RAM, which vLLM takes on the CPU",
+        ]
     count = gpus_needed(model.bytes, gpus) or 1
     lines.append(f"    gpus: {[gpu.index for gpu in gpus[:count]]}")
     if count > 1:

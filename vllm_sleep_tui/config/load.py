@@ -13,6 +13,8 @@ from typing import Any
 import msgspec
 
 from vllm_sleep_tui.config.checks import check, check_names, own_key
+from vllm_sleep_tui.config.parameters import EXPECTED as OF_A_PRESET
+from vllm_sleep_tui.config.parameters import ParameterError, Parameters, parameters
 from vllm_sleep_tui.config.types import (
     Config,
     GatewayConfig,
@@ -66,9 +68,11 @@ _EXPECTED = {
     "return_to": "the name of a model",
     "return_after": "a time such as 10m",
     "max_body": "an amount of memory, such as 64MiB",
+    "presets": "a mapping of names to ways to ask, such as {exact: {temperature: 0}}",
     "simulated_gpus": "a list of mappings, such as [{name: Demo, memory: 24GiB}]",
     "name": "text",
     "memory": "an amount of memory, such as 24GiB",
+    **OF_A_PRESET,
 }
 """What each key of the file takes, in words; `test_a_value_of_the_wrong_kind_…` asks for every one."""
 _CLIENTS_MODELS = "a list of names of models, such as [qwen]"
@@ -166,13 +170,15 @@ def _convert(document: Document) -> Config:
         cure = "Add one, as in models: {qwen: {model: Qwen/Qwen3-0.6B}}"
         raise document.error(("models",), "no model is named", cure)
     check_names(document, models)
-    apart = ("models", "gateway")
+    apart = ("models", "gateway", "presets")
     rest = {key: value for key, value in written.items() if key not in apart and not is_null(value)}
     values = typed(fill_in(document, (), rest))
     for index, gpu in enumerate(_items(document, ("simulated_gpus",), values.get("simulated_gpus"))):
         _struct(document, ("simulated_gpus", index), gpu, SimulatedGpuConfig)
     if not is_null(written.get("gateway")):
         values["gateway"] = _gateway(document, written["gateway"])
+    presets = {} if is_null(written.get("presets")) else _mapping(document, ("presets",), written["presets"])
+    values["presets"] = {name: _preset(document, name, preset) for name, preset in presets.items()}
     complete = {name: _model(document, name, model) for name, model in models.items()}
     config: Config = _built(document, (), {**values, "models": {}}, Config)
     return msgspec.structs.replace(config, models=complete)
@@ -203,6 +209,17 @@ def _model(document: Document, name: str, value: Any) -> ModelConfig:
                 raise document.error((*key, "gpus", index), wrong, cure)
     model: ModelConfig = _built(document, key, values, ModelConfig)
     return model
+
+
+def _preset(document: Document, name: str, value: Any) -> Parameters:
+    key: Key = ("presets", name)
+    written = _mapping(document, key, value)
+    _check_keys(document, key, written, Parameters)
+    given = {part: item for part, item in written.items() if not is_null(item)}
+    try:
+        return parameters(typed(fill_in(document, key, given)), document.path.resolve().parent)
+    except ParameterError as error:
+        raise document.error((*key, error.name), error.wrong, error.cure) from None
 
 
 def _gateway(document: Document, value: Any) -> GatewayConfig:

@@ -43,6 +43,9 @@ def schema(tables: Sequence[FlagTable] = ()) -> Schema:
     model = described["$defs"]["ModelConfig"]
     model["oneOf"] = [{"required": ["model"]}, {"required": ["url"]}]
     words = {"type": "array", "items": {"type": ["string", "number", "boolean"]}}
+    asked = described["$defs"]["Parameters"]["properties"]
+    for name in ("stop", "schema", "tools"):
+        asked[name] = {"anyOf": [asked[name], {"type": "string"}]}
     described["$defs"]["Args"] = _args(tables)
     args = {"$ref": "#/$defs/Args"}
     for name, mapping in (("args", args), ("env", {"type": "object"}), ("env_file", {"type": "string"})):

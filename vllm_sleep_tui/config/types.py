@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from vllm_sleep_tui.config.parameters import Parameters
+
 CONFIG_NAME = "vllm-sleep-tui.yaml"
 SCHEMA_NAME = "vllm-sleep-tui.schema.json"
 
@@ -35,8 +37,8 @@ Memory = Annotated[str, Meta(pattern=_MEMORY, examples=["24GiB"])]
 class IdleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long a model may be idle, counted from the end of its last answer."""
 
-    sleep_after: Duration | None = None
-    stop_after: Duration | None = None
+    sleep_after: Annotated[Duration | None, Meta(description="Then it sleeps.")] = None
+    stop_after: Annotated[Duration | None, Meta(description="Then it is stopped.")] = None
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -136,6 +138,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     gateway: GatewayConfig | None = None
     keep_conversations: Annotated[bool, Meta(description="Whether chats outlive the panel.")] = True
     """In `conversations.db` of the state folder."""
+    presets: Annotated[dict[str, Parameters], Meta(description="Ways to ask, by name, for the chat.")] = {}
     simulated_gpus: tuple[SimulatedGpuConfig, ...] = ()
 
 

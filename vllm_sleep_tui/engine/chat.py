@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_sleep_tui.engine.answers import CallDelta, TokenChance
 from vllm_sleep_tui.engine.failures import (
     NOT_JSON,
     EngineError,
@@ -41,20 +42,40 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
 
     text: str = ""
     reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
+    chances: tuple[TokenChance, ...] = ()
+    """Of each token, where `logprobs` were asked for."""
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     error: str | None = None
 
 
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Call(msgspec.Struct):
+    index: int = 0
+    id: str | None = None
+    function: _Function | None = None
+
+
+class _Logprobs(msgspec.Struct):
+    content: tuple[TokenChance, ...] | None = None
+
+
 class _Delta(msgspec.Struct):
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None  # its name up to vLLM 0.14
+    tool_calls: tuple[_Call, ...] | None = None
 
 
 class _Choice(msgspec.Struct):
     delta: _Delta = msgspec.field(default_factory=_Delta)
+    logprobs: _Logprobs | None = None
     finish_reason: str | None = None
 
 
@@ -217,7 +238,22 @@ def _delta(payload: bytes) -> ChatDelta:
     return ChatDelta(
         text=choice.delta.content or "",
         reasoning=choice.delta.reasoning or choice.delta.reasoning_content or "",
+        calls=_calls(choice.delta.tool_calls) if choice.delta.tool_calls else (),
+        chances=(choice.logprobs.content or ()) if choice.logprobs is not None else (),
         finish_reason=choice.finish_reason,
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
+    )
+
+
+def _calls(calls: tuple[_Call, ...]) -> tuple[CallDelta, ...]:
+    functions = [(call, call.function or _Function()) for call in calls]
+    return tuple(
+        CallDelta(
+            index=call.index,
+            id=call.id or "",
+            name=function.name or "",
+            arguments=function.arguments or "",
+        )
+        for call, function in functions
     )

@@ -17,9 +17,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.config.parameters import Parameters
+from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.files import as_text, read_regular
 from vllm_sleep_tui.fleet.pictures import Picture
+from vllm_sleep_tui.fleet.snapshot import TokenChance
 from vllm_sleep_tui.text import clean, one_line
 from vllm_sleep_tui.units import date_and_time
 
@@ -35,16 +37,29 @@ MAX_IMPORT = 256 * 1024 * 1024
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS conversations (
     id INTEGER PRIMARY KEY AUTOINCREMENT, config TEXT NOT NULL, model TEXT NOT NULL, title TEXT NOT NULL,
-    begun REAL NOT NULL, changed REAL NOT NULL);
+    begun REAL NOT NULL, changed REAL NOT NULL, parameters TEXT NOT NULL DEFAULT '{}');
 CREATE TABLE IF NOT EXISTS turns (
     conversation INTEGER NOT NULL REFERENCES conversations (id) ON DELETE CASCADE, number INTEGER NOT NULL,
     turn TEXT NOT NULL, PRIMARY KEY (conversation, number)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS presets (
+    config TEXT NOT NULL, name TEXT NOT NULL, parameters TEXT NOT NULL, PRIMARY KEY (config, name))
+    WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS conversations_by_model ON conversations (config, model, changed);
 """
+_ADDED = "ALTER TABLE conversations ADD COLUMN parameters TEXT NOT NULL DEFAULT '{}'"
+"""What a file of a version that knew no parameters lacks."""
 _LISTED = (
     "SELECT id, model, title, begun, changed, "
     "(SELECT COUNT(*) FROM turns WHERE conversation = id) FROM conversations"
 )
+
+
+class KeptCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a model called, as it came; the arguments are JSON unless the model made a mistake."""
+
+    name: str
+    arguments: str
+    id: str = ""
 
 
 class KeptTurn(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -56,6 +71,11 @@ class KeptTurn(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: str | None = None
     """Who answered."""
     reasoning: str = ""
+    calls: tuple[KeptCall, ...] = ()
+    chances: tuple[TokenChance, ...] = ()
+    """Of each token, where `logprobs` were asked for."""
+    parameters: Parameters = Parameters()
+    """What it was asked with."""
     thought_seconds: float | None = None
     finish_reason: str | None = None
     error: str | None = None
@@ -92,6 +112,8 @@ class Whole(msgspec.Struct, frozen=True, kw_only=True):
     begun: Moment
     changed: Moment
     turns: tuple[KeptTurn, ...]
+    parameters: Parameters = Parameters()
+    """What is asked with from here on."""
     version: int = 1
 
 
@@ -101,9 +123,13 @@ class Handle:
     `turns` is how many of it were read, where it is gone on with.
     """
 
-    def __init__(self, model: str, id: int | None = None, turns: int = 0) -> None:
+    def __init__(
+        self, model: str, id: int | None = None, turns: int = 0, parameters: Parameters | None = None
+    ) -> None:
         self.model = model
         self.id = id
+        self.parameters = parameters or Parameters()
+        """What its next question is asked with; `Conversations.keep_parameters` changes them."""
         self.known = set(range(turns))
         """The numbers of the turns that were read or written here; others are another process's."""
 
@@ -180,8 +206,9 @@ class Conversations:
         before = connection.execute("SELECT title FROM conversations WHERE id = ?", (handle.id,)).fetchone()
         title = one_line(turn.text)[:TITLE_LENGTH] if before is None else before[0]
         made = connection.execute(
-            "INSERT INTO conversations (config, model, title, begun, changed) VALUES (?, ?, ?, ?, ?)",
-            (self._config, handle.model, title, turn.at, turn.at),
+            "INSERT INTO conversations (config, model, title, begun, changed, parameters)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (self._config, handle.model, title, turn.at, turn.at, _written(handle.parameters)),
         )
         connection.execute(
             "INSERT INTO turns SELECT ?, number, turn FROM turns WHERE conversation = ? AND number < ?",
@@ -189,8 +216,24 @@ class Conversations:
         )
         return made.lastrowid
 
+    def keep_parameters(self, handle: Handle, parameters: Parameters) -> None:
+        """Ask with these from now on."""
+        handle.parameters = parameters
+        if self.keeps:
+            with contextlib.suppress(RuntimeError):
+                self._worker.submit(self._write_parameters, handle, parameters)
+
+    def _write_parameters(self, handle: Handle, parameters: Parameters) -> None:
+        statement = "UPDATE conversations SET parameters = ? WHERE id = ?"
+        if handle.id is not None:  # else its first turn writes them
+            self._asked(
+                lambda connection: connection.execute(statement, (_written(parameters), handle.id)), None
+            )
+
     def rename(self, id: int, title: str) -> Future[bool]:
-        """Give it another title; False if there is none of that id."""
+        """Give it another title; False if there is none of that id. Raises UsageError for an empty one."""
+        if not one_line(title):
+            raise UsageError("The title is empty.", "Write at least one character that can be seen.")
         return self._change("UPDATE conversations SET title = ? WHERE id = ?", one_line(title), id)
 
     def delete(self, id: int) -> Future[bool]:
@@ -208,8 +251,16 @@ class Conversations:
 
         def act(connection: sqlite3.Connection) -> int | None:
             made = connection.execute(
-                "INSERT INTO conversations (config, model, title, begun, changed) VALUES (?, ?, ?, ?, ?)",
-                (self._config, whole.model, one_line(whole.title), whole.begun, whole.changed),
+                "INSERT INTO conversations (config, model, title, begun, changed, parameters)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    self._config,
+                    whole.model,
+                    one_line(whole.title),
+                    whole.begun,
+                    whole.changed,
+                    _written(whole.parameters),
+                ),
             )
             rows = [
                 (made.lastrowid, number, msgspec.json.encode(turn).decode())
@@ -222,11 +273,12 @@ class Conversations:
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────
 
-    def listed(self, words: str = "") -> Future[list[Kept]]:
-        """The conversations, the latest first; with `words` those whose title or turns hold them all."""
+    def listed(self, words: str = "", most: int = -1) -> Future[list[Kept]]:
+        """The latest `most` conversations, or all; with `words` those whose title or turns hold them all."""
 
         def act(connection: sqlite3.Connection) -> list[Kept]:
-            query, values = f"{_LISTED} WHERE config = ?", [self._config]
+            query = f"{_LISTED} WHERE config = ?"
+            values: list[str | int] = [self._config]
             for word in one_line(words).split():
                 query += (
                     " AND (title LIKE ? ESCAPE '\\' OR model LIKE ? ESCAPE '\\'"
@@ -234,9 +286,8 @@ class Conversations:
                     " AND json_extract(turn, '$.text') LIKE ? ESCAPE '\\'))"
                 )
                 values += [f"%{_escaped(word)}%"] * 3
-            return [
-                _kept(row) for row in connection.execute(f"{query} ORDER BY changed DESC, id DESC", values)
-            ]
+            query += " ORDER BY changed DESC, id DESC LIMIT ?"
+            return [_kept(row) for row in connection.execute(query, [*values, most])]
 
         return self._worker.submit(self._asked, act, [])
 
@@ -278,15 +329,39 @@ class Conversations:
             if row is None:
                 return None
             kept = _kept(row)
+            asked = connection.execute("SELECT parameters FROM conversations WHERE id = ?", (id,)).fetchone()
             return Whole(
                 model=kept.model,
                 title=kept.title,
                 begun=kept.begun,
                 changed=kept.changed,
                 turns=_turns(connection, id),
+                parameters=msgspec.json.decode(asked[0], type=Parameters),
             )
 
         return self._worker.submit(self._asked, act, None)
+
+    # ── presets ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def presets(self) -> Future[dict[str, Parameters]]:
+        """Those that were given a name in the panel, in the order of their names."""
+
+        def act(connection: sqlite3.Connection) -> dict[str, Parameters]:
+            query = "SELECT name, parameters FROM presets WHERE config = ? ORDER BY name"
+            rows = connection.execute(query, (self._config,))
+            return {name: msgspec.json.decode(text, type=Parameters) for name, text in rows}
+
+        return self._worker.submit(self._asked, act, {})
+
+    def keep_preset(self, name: str, parameters: Parameters) -> Future[bool]:
+        """Keep a preset, in place of one of that name; False if it cannot be kept."""
+
+        def act(connection: sqlite3.Connection) -> bool:
+            values = (self._config, name, _written(parameters))
+            connection.execute("INSERT OR REPLACE INTO presets VALUES (?, ?, ?)", values)
+            return True
+
+        return self._worker.submit(self._guarded, act, False)
 
     # ── on the thread ────────────────────────────────────────────────────────────────────────────────────
 
@@ -318,6 +393,7 @@ class Conversations:
                 connection.execute("PRAGMA secure_delete = ON")
                 connection.execute("PRAGMA foreign_keys = ON")
                 connection.executescript(_SCHEMA)
+                _complete(connection)
             except BaseException:
                 connection.close()
                 raise
@@ -345,9 +421,13 @@ def as_markdown(whole: Whole) -> str:
             continue
         who = "You" if turn.role == "user" else turn.model or whole.model
         parts.append(f"## {who}")
+        if turn.parameters != Parameters():
+            parts.append(f"*{turn.parameters.words()}*")
         if turn.reasoning:
             parts.append("\n".join(f"> {line}".rstrip() for line in turn.reasoning.splitlines()))
-        parts.append(turn.text)
+        if turn.text:
+            parts.append(turn.text)
+        parts += [f"Calls `{call.name}`:\n\n```json\n{call.arguments}\n```" for call in turn.calls]
         parts += [f"*{picture.words}*" for picture in turn.pictures]
         if turn.error:
             parts.append(f"*{turn.error}*")
@@ -386,3 +466,16 @@ def _kept(row: Sequence[Any]) -> Kept:
 def _turns(connection: sqlite3.Connection, id: int) -> tuple[KeptTurn, ...]:
     rows = connection.execute("SELECT turn FROM turns WHERE conversation = ? ORDER BY number", (id,))
     return tuple(msgspec.json.decode(row[0], type=KeptTurn) for row in rows)
+
+
+def _written(parameters: Parameters) -> str:
+    return msgspec.json.encode(parameters).decode()
+
+
+def _complete(connection: sqlite3.Connection) -> None:
+    """Give a file of an earlier version what it lacks."""
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")  # two processes must not both find it missing
+        columns = [row[1] for row in connection.execute("PRAGMA table_info(conversations)")]
+        if "parameters" not in columns:
+            connection.execute(_ADDED)

@@ -310,12 +310,15 @@ class Fleet:
         *,
         params: Mapping[str, Any] | None = None,
         report: Report | None = None,
+        switches: bool = True,
     ) -> AsyncIterator[ChatEvent]:
-        """Stream an answer; a model that is not awake is switched to first. Close the iterator to stop it.
+        """Stream an answer; a model that is not awake is switched to first, or refused without `switches`.
 
-        A message is OpenAI's, and may have `pictures` besides, as `pictures.said` makes one.
+        Close the iterator to stop it. A message is OpenAI's, and may have `pictures` besides, as
+        `pictures.said` makes one.
         """
-        async for event in answer(self, self._core.model(name), messages, params or {}, report):
+        model = self._core.model(name)
+        async for event in answer(self, model, messages, params or {}, report, switches=switches):
             yield event
 
     async def check_sees(self, name: str, pictures: Sequence[Picture]) -> None:

@@ -10,6 +10,9 @@ from socket import socket
 
 import msgspec
 
+from vllm_sleep_tui.engine.answers import Alternative as Alternative
+from vllm_sleep_tui.engine.answers import CallDelta as CallDelta
+from vllm_sleep_tui.engine.answers import TokenChance as TokenChance
 from vllm_sleep_tui.fleet.states import RUNNING, StartPhase, State
 from vllm_sleep_tui.sizing.budget import ram_margin
 from vllm_sleep_tui.text import one_line
@@ -108,6 +111,8 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """auto, 1, 2 or none."""
     resolved_level: str | None = None
     """What `auto` became at start: 1, 2 or none."""
+    kv_cache: str | None = None
+    """What its KV cache is not cut below, as the config says it."""
     sleep_backend: str | None = None
     """own: our sleep mode; stock: vLLM's; None where it is not known."""
     sleep_backend_why: str | None = None
@@ -290,6 +295,8 @@ class ChatEvent(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     text: str = ""
     reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
+    chances: tuple[TokenChance, ...] = ()
     finish_reason: str | None = None
     error: str | None = None
     prompt_tokens: int | None = None

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
-from vllm_sleep_tui.simulator import generation, http, messages
+from vllm_sleep_tui.simulator import calls, generation, http, messages
 from vllm_sleep_tui.simulator.behaviours import Fault
 from vllm_sleep_tui.simulator.client import EngineDead, Generation
 from vllm_sleep_tui.simulator.http import Answer, HttpError, Request
@@ -200,7 +200,14 @@ class Inference:
             chat=chat,
             include_usage=bool(stream_options.get("include_usage")),
             continuous_usage=bool(stream_options.get("continuous_usage_stats")),
+            calls=list(calls.call_events(body["tools"], question)) if self._calls(body) and chat else [],
+            alternatives=body.get("top_logprobs", 0) if chat and body.get("logprobs") else None,
         )
+
+    def _calls(self, body: Mapping[str, Any]) -> bool:
+        """Whether the model calls its tools: it was started to, and nobody told it not to."""
+        started = "enable_auto_tool_choice" in self._server.options.given
+        return started and bool(body.get("tools")) and body.get("tool_choice") != "none"
 
     def _free_id(self, id_: str) -> str:
         return id_ if id_ not in self._engine.generations else f"{id_}-{uuid.uuid4().hex[:8]}"
@@ -319,6 +326,9 @@ class Inference:
                 finish = message["finish"]
                 for event in self._token_events(wanted, created, begun, message):
                     yield event
+                if wanted.calls and begun.made > len(wanted.calls):
+                    finish = "tool_calls"
+                    self._engine.abort(begun.id)
             self._engine.generations.pop(begun.id, None)
             if wanted.include_usage:
                 usage = {"usage": _usage(wanted, begun.made), "system_fingerprint": self._fingerprint}
@@ -339,11 +349,20 @@ class Inference:
         before = begun.made - len(texts)
         for place, text in enumerate(texts or [""]):
             last = finish if place >= len(texts) - 1 else None
+            if wanted.calls and before + place >= len(wanted.calls):
+                last = "tool_calls"
             extra = {"system_fingerprint": self._fingerprint} if last and not wanted.include_usage else {}
             choice = _text_choice(text, last, chat=wanted.chat)
+            if wanted.calls:
+                piece = wanted.calls[before + place : before + place + 1]
+                choice["delta"] = {"content": None, "tool_calls": piece} if piece else {}
+            elif wanted.alternatives is not None and text:
+                choice["logprobs"] = calls.chances(text, wanted.alternatives)
             events.append(
                 self._event(wanted, created, [choice], min(begun.made, before + place + 1), **extra)
             )
+            if last == "tool_calls":
+                break
         return events
 
     def _event(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_sleep_tui.simulator import generation, profiles
@@ -31,6 +31,10 @@ class Wanted:
     chat: bool
     include_usage: bool
     continuous_usage: bool
+    calls: list[dict[str, object]] = field(default_factory=list)
+    """What is called instead of an answer in words, an entry a token."""
+    alternatives: int | None = None
+    """Of each token, where `logprobs` are asked for."""
 
 
 def max_tokens(body: Mapping[str, Any], length: int, prompt: int) -> int:

@@ -233,7 +233,14 @@ KEYS: tuple[Key, ...] = (
         key="d",
         action="duel",
         short="duel",
-        help="Ask another model the last question, too, and compare",
+        help="Ask another model the last question, too, and see both answers side by side",
+        in_footer=False,
+    ),
+    Key(
+        key="D",
+        action="side_by_side",
+        short="compare",
+        help="The last two answers to one question side by side",
         in_footer=False,
     ),
     Key(
@@ -282,6 +289,21 @@ KEYS: tuple[Key, ...] = (
         short="go on",
         help="Have an answer that was cut gone on with",
         shown="^t",
+        in_footer=False,
+    ),
+    Key(
+        key="p,ctrl+s",
+        action="chat_parameters",
+        short="how to ask",
+        help="How the model is asked: system prompt, temperature, seed, stop, JSON schema, presets",
+        shown="p ^s",
+        in_footer=False,
+    ),
+    Key(
+        key="i",
+        action="chat_chances",
+        short="chances",
+        help="How likely each token of the answer was, and what else might have stood there",
         in_footer=False,
     ),
     Key(

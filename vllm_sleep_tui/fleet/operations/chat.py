@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_sleep_tui.engine.chat import SEES_CURE, Thinking, refusal, with_pictures
-from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
-from vllm_sleep_tui.errors import PanelError, RefusedError, UsageError
+from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.backend import backend_of
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.pictures import Picture, data_url
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, Report, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.sizing.vision import takes_pictures
+
+if TYPE_CHECKING:  # with httpx, which a panel that is opening does without
+    from vllm_sleep_tui.engine.client import VllmClient
 
 UNFINISHED = "The server ended the answer without saying that it is whole."
 FIRST_LIMIT = 300.0
@@ -36,15 +38,23 @@ async def answer(
     messages: Sequence[Mapping[str, Any]],
     params: Mapping[str, Any],
     report: Report | None,
+    *,
+    switches: bool = True,
 ) -> AsyncIterator[ChatEvent]:
     """The pieces of an answer; what goes wrong in the middle comes as the last event's `error`.
 
     A message may have `pictures`, which are read now. Raises PanelError before anything is switched if they
-    cannot be sent.
+    cannot be sent. Without `switches` a model that is not awake raises OperationError; one that falls asleep
+    after that look is woken by nobody: its gate turns the request away.
     """
     name, backend = model.name, backend_of(model)
     messages = await asyncio.to_thread(_sendable, model, messages)
-    if await backend.state() is not State.AWAKE:
+    if (state := await backend.state()) is not State.AWAKE:
+        if not switches:
+            raise OperationError(
+                f"{name} is {state.value}, and --no-switch leaves it so.",
+                f"Switch: vllm-sleep-tui switch {name}",
+            )
         ledger = await switcher.switch(name, report=report)
         yield ChatEvent(model=name, switch_seconds=ledger.total, switch_times=ledger)
     began, first = time.monotonic(), True
@@ -55,7 +65,7 @@ async def answer(
     try:
         async for delta in stream:
             ttft = None
-            if first and (delta.text or delta.reasoning):
+            if first and (delta.text or delta.reasoning or delta.calls):
                 ttft, first = time.monotonic() - began, False
             text, reasoning = thinking.feed(delta)
             finish = delta.finish_reason or finish
@@ -63,6 +73,8 @@ async def answer(
                 model=name,
                 text=text,
                 reasoning=reasoning,
+                calls=delta.calls,
+                chances=delta.chances,
                 finish_reason=delta.finish_reason,
                 prompt_tokens=delta.prompt_tokens,
                 completion_tokens=delta.completion_tokens,

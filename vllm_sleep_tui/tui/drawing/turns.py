@@ -5,7 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from vllm_sleep_tui.text import Cleaner, clean
+import msgspec
+
+from vllm_sleep_tui.fleet.conversations import KeptTurn
+from vllm_sleep_tui.fleet.snapshot import CallDelta, TokenChance
+from vllm_sleep_tui.text import Cleaner, clean, one_line
 from vllm_sleep_tui.tui.drawing.code import Code
 from vllm_sleep_tui.tui.drawing.document import Document
 from vllm_sleep_tui.tui.drawing.flow import BLANK, Flow, Growing, PlainRow, Row
@@ -14,6 +18,7 @@ from vllm_sleep_tui.tui.drawing.preview import Preview
 from vllm_sleep_tui.units import took
 
 THOUGHT_BEFORE: Line = (("┆ ", "faint"),)
+CALL_BEFORE: Line = (("  ", ""),)
 
 
 class FoldRow(PlainRow):
@@ -84,6 +89,60 @@ class Notice(Turn):
         return [Flow(self._line).rows(width)]
 
 
+class Call:
+    """What a model calls: the arguments grow as they come, and are shown as they were written."""
+
+    def __init__(self, name: str = "", arguments: str = "", id: str = "") -> None:
+        self.id = id
+        self._name = [name]
+        self._arguments = [arguments]
+        self._cleaner = Cleaner()
+        self._shown = Growing("accent", before=CALL_BEFORE)
+        self._shown.feed(arguments)
+
+    @property
+    def name(self) -> str:
+        """Of the function."""
+        return one_line("".join(self._name))
+
+    @property
+    def arguments(self) -> str:
+        """As far as they came, cleaned."""
+        return "".join(self._arguments)
+
+    def add(self, delta: CallDelta) -> None:
+        """Take a piece."""
+        self.id = self.id or delta.id
+        self._name.append(delta.name)
+        self._take(self._cleaner.feed(delta.arguments))
+
+    def end(self) -> None:
+        """No more comes."""
+        self._take(self._cleaner.end())
+
+    def _take(self, text: str) -> None:
+        if text:
+            self._arguments.append(text)
+            self._shown.feed(text)
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with the arguments once they are there; empty where nothing is."""
+        try:
+            read = msgspec.json.decode(self.arguments)
+        except (msgspec.DecodeError, RecursionError):
+            return "the arguments are no JSON"
+        return "" if isinstance(read, dict) else "the arguments are no JSON object"
+
+    def rows(self, width: int, *, is_over: bool) -> list[Row]:
+        """Its name, and the arguments below it."""
+        self._shown.lay(width)
+        head: Line = (("⚙ ", "accent"), ("calls ", "muted"), (self.name or "?", "text bold"))
+        if is_over and (fault := self.fault):
+            head = (*head, (f" · {fault}", "warning"))
+        return [*Flow(head).rows(width), *(self._shown.rows if self.arguments else [])]
+
+
 class Answer(Turn):
     """What a model answers; `add` takes pieces as they come, `flush` has them shown."""
 
@@ -102,6 +161,10 @@ class Answer(Turn):
         self._thought: Growing | None = None
         self._unshown_thought = ""
         self._words = 0
+        self.chances: list[TokenChance] = []
+        """Of each token, where they were asked for."""
+        self._calls: dict[int, Call] = {}
+        self._has_calls_to_show = False
         self._above: Sequence[Line] = ()
         self._below: Sequence[Line] = ()
 
@@ -114,6 +177,17 @@ class Answer(Turn):
     def reasoning(self) -> str:
         """What was thought so far, cleaned."""
         return "".join(self._reasoning)
+
+    @property
+    def calls(self) -> list[Call]:
+        """What it calls, in order."""
+        return list(self._calls.values())
+
+    def call(self, deltas: Sequence[CallDelta]) -> None:
+        """Take pieces of calls; they are shown with the next `flush`."""
+        for delta in deltas:
+            self._calls.setdefault(delta.index, Call()).add(delta)
+            self._has_calls_to_show = True
 
     def add(self, text: str, reasoning: str = "") -> None:
         """Take a piece; it is shown with the next `flush`."""
@@ -132,8 +206,9 @@ class Answer(Turn):
 
     def flush(self) -> bool:
         """Have it shown; False if nothing came."""
+        has_calls, self._has_calls_to_show = self._has_calls_to_show, False
         if not self._unshown and not self._unshown_thought:
-            return False
+            return has_calls
         text, self._unshown = self._unshown, ""
         thought, self._unshown_thought = self._unshown_thought, ""
         self._document.feed(text)
@@ -145,6 +220,8 @@ class Answer(Turn):
     def end(self) -> None:
         """No more comes."""
         self._take(self._cleaners[0].end(), self._cleaners[1].end())
+        for call in self.calls:
+            call.end()
         if self._began is not None and self.thought_seconds is None:
             self.thought_seconds = time.monotonic() - self._began
         self.flush()
@@ -158,6 +235,11 @@ class Answer(Turn):
     def say_above(self, *lines: Line) -> None:
         """Tell above it what came before the first word."""
         self._above = lines
+
+    @property
+    def above(self) -> Sequence[Line]:
+        """What is told above it."""
+        return self._above
 
     def fold(self) -> None:
         """Hide the reasoning, or show it."""
@@ -183,6 +265,8 @@ class Answer(Turn):
         tail = self._document.tail
         gap: list[Row] = [BLANK] if self._reasoning and (self._document.rows or tail) else []
         bottom: list[Row] = []
+        for call in self.calls:
+            bottom += call.rows(width, is_over=self.is_over)
         for line in self._below:
             bottom += Flow(line).rows(width)
         return [top, thought, gap, self._document.rows, tail, bottom]
@@ -193,11 +277,13 @@ class Answer(Turn):
         seconds = "" if self.thought_seconds is None else f" for {took(self.thought_seconds)}"
         return f"thought{seconds} · {self._words} words"
 
-    def restore(self, text: str, reasoning: str, thought_seconds: float | None) -> None:
+    def restore(self, kept: KeptTurn) -> None:
         """Put in what was said in an earlier run."""
+        text, reasoning, self.thought_seconds = kept.text, kept.reasoning, kept.thought_seconds
+        self.chances = list(kept.chances)
+        self._calls = {at: Call(call.name, call.arguments, call.id) for at, call in enumerate(kept.calls)}
         self._text, self._reasoning = [text], [reasoning] if reasoning else []
         self._words = len(reasoning.split())
-        self.thought_seconds = thought_seconds
         self._document.feed(text)
         self._document.end()
         self.is_over = True

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
 
-from vllm_sleep_tui.fleet.conversations import Conversations, Handle, KeptTurn
+from vllm_sleep_tui.config.parameters import Parameters
+from vllm_sleep_tui.fleet.conversations import Conversations, Handle, KeptCall, KeptTurn
 from vllm_sleep_tui.fleet.pictures import said
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, cut_words
 from vllm_sleep_tui.tui.drawing.paint import Line
@@ -18,6 +19,7 @@ from vllm_sleep_tui.units import took
 
 MOST_WORDS = 600
 """Of answers that are compared: it takes the square of that."""
+NOT_CALLED = "This was not carried out: nobody here runs tools."
 CHARACTERS_A_TOKEN = 3.0
 """Of what was not counted yet: on the safe side for English."""
 
@@ -43,7 +45,7 @@ class Pace:
         """Take the figures of one event."""
         now = time.monotonic()
         self.is_new = False
-        if event.text or event.reasoning:
+        if event.text or event.reasoning or event.calls:
             self.first = self.first or now
             self.last = now
         self.switch_seconds = self.switch_seconds if event.switch_seconds is None else event.switch_seconds
@@ -77,10 +79,13 @@ class Entry:
     error: str | None = None
     cure: str = ""
     is_dropped: bool = False
+    parameters: Parameters = field(default_factory=Parameters)
+    """What an answer was asked with."""
 
     def note(self) -> list[Line]:
         """How an answer went, in lines below it."""
-        words, cut = self.pace.words(), cut_words(self.pace.finish_reason)
+        words = " · ".join(filter(None, (self.pace.words(), self.parameters.words())))
+        cut = cut_words(self.pace.finish_reason)
         lines: list[Line] = []
         if words or cut:
             lines.append(((words, "muted"), (" · " if words and cut else "", "muted"), (cut, "warning")))
@@ -101,6 +106,11 @@ class Entry:
                 at=self.at,
                 model=turn.model,
                 reasoning=turn.reasoning,
+                calls=tuple(
+                    KeptCall(name=call.name, arguments=call.arguments, id=call.id) for call in turn.calls
+                ),
+                chances=tuple(turn.chances),
+                parameters=self.parameters,
                 thought_seconds=turn.thought_seconds,
                 finish_reason=pace.finish_reason,
                 error=self.error,
@@ -120,8 +130,14 @@ class Entry:
 class Talk:
     """A conversation with `model`, kept by `store`; `turns` is what is shown."""
 
-    def __init__(self, store: Conversations, model: str, id: int | None = None) -> None:
-        self.handle = Handle(model, id)
+    def __init__(
+        self,
+        store: Conversations,
+        model: str,
+        id: int | None = None,
+        parameters: Parameters | None = None,
+    ) -> None:
+        self.handle = Handle(model, id, parameters=parameters)
         self.turns: list[Turn] = []
         self.row_at_top: int | None = None
         """Where the person was; None: at the end."""
@@ -134,6 +150,17 @@ class Talk:
     def last(self) -> Entry | None:
         """The last answer that was not replaced."""
         return next((entry for entry in reversed(self._shown()) if isinstance(entry.turn, Answer)), None)
+
+    @property
+    def last_asked(self) -> Entry | None:
+        """The last question that was not replaced, whether or not anything was answered."""
+        return next((entry for entry in reversed(self._shown()) if isinstance(entry.turn, Question)), None)
+
+    @property
+    def asked(self) -> str | None:
+        """The last question that was not replaced, as it was typed."""
+        entry = self.last_asked
+        return entry.turn.text if entry is not None and isinstance(entry.turn, Question) else None
 
     @property
     def answer(self) -> Answer | None:
@@ -149,16 +176,26 @@ class Talk:
     def _shown(self) -> list[Entry]:
         return [entry for entry in self._entries if not entry.is_dropped]
 
+    @property
+    def parameters(self) -> Parameters:
+        """What the next question is asked with."""
+        return self.handle.parameters
+
+    @parameters.setter
+    def parameters(self, parameters: Parameters) -> None:
+        self._store.keep_parameters(self.handle, parameters)
+
     def messages(self) -> list[dict[str, Any]]:
         """What the model is told: questions with what was answered; one that got no word is left out."""
-        told: list[dict[str, Any]] = []
+        system = self.parameters.system
+        told: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         asked: Question | None = None
         for entry in self._shown():
             turn = entry.turn
             if isinstance(turn, Question):
                 asked = turn
-            elif isinstance(turn, Answer) and asked is not None and turn.text:
-                told += [said(asked.text, asked.pictures), {"role": "assistant", "content": turn.text}]
+            elif isinstance(turn, Answer) and asked is not None and (answered := _answered(turn)):
+                told += [said(asked.text, asked.pictures), *answered]
                 asked = None
         if asked is not None:
             told.append(said(asked.text, asked.pictures))
@@ -179,7 +216,7 @@ class Talk:
     ) -> Entry:
         """Add a question, with the pictures that it shows, and an empty answer to it."""
         self._add(Entry(Question(text, shows)))
-        entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started))
+        entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started), parameters=self.parameters)
         self._add(entry)
         return entry
 
@@ -188,26 +225,25 @@ class Talk:
 
         What was answered first is what is gone on with.
         """
-        entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started))
+        entry = Entry(Answer(model, paint), pace=Pace(was_started=was_started), parameters=self.parameters)
         self._add(entry)
         return entry
-
-    @property
-    def asked(self) -> str | None:
-        """The last question that was not replaced, as it was typed."""
-        shown = [entry.turn for entry in self._shown()]
-        return next((turn.text for turn in reversed(shown) if isinstance(turn, Question)), None)
 
     def last_question(self) -> list[dict[str, Any]]:
         """What the model was told when it was asked last; empty if nothing was answered."""
         told = self.messages()
-        return told[:-1] if told and told[-1]["role"] == "assistant" else []
+        asked = [at for at, turn in enumerate(told) if turn["role"] == "user"]
+        return told[: asked[-1] + 1] if asked and told[-1]["role"] != "user" else []
+
+    def pair(self) -> tuple[Entry, Entry] | None:
+        """The last two answers to one question; None if there are no two."""
+        pair = [entry for entry in self._shown()[-2:] if isinstance(entry.turn, Answer)]
+        return (pair[0], pair[1]) if len(pair) == 2 else None
 
     def compare(self) -> str:
         """How the last two answers to one question differ, in words; empty if there are no two."""
-        shown = self._shown()
-        pair = [entry for entry in shown[-2:] if isinstance(entry.turn, Answer)]
-        if len(pair) < 2:
+        pair = self.pair()
+        if pair is None:
             return ""
         texts = [entry.turn.text.split() for entry in pair if isinstance(entry.turn, Answer)]
         same = (
@@ -265,6 +301,7 @@ class Talk:
         self.handle.known.update(range(len(turns)))
         for kept in turns:
             entry = Entry(_turn(kept, colors), kept.at, is_dropped=kept.is_dropped, error=kept.error)
+            entry.parameters = kept.parameters
             entry.pace = Pace(
                 switch_seconds=kept.switch_seconds,
                 ttft=kept.ttft,
@@ -285,5 +322,25 @@ def _turn(kept: KeptTurn, colors: dict[str, str]) -> Turn:
         return Question(kept.text, [Preview(picture) for picture in kept.pictures])
     model = kept.model or "?"
     answer = Answer(model, colors.get(model, "muted"))
-    answer.restore(kept.text, kept.reasoning, kept.thought_seconds)
+    answer.restore(kept)
     return answer
+
+
+def _answered(answer: Answer) -> list[dict[str, Any]]:
+    """What a model is told that it said; empty for not a word.
+
+    A call that can be read is told with the truth about it: vLLM refuses a conversation with a broken one.
+    """
+    calls = [call for call in answer.calls if not call.fault]
+    if not calls:
+        return [{"role": "assistant", "content": answer.text}] if answer.text else []
+    made = [
+        {
+            "id": call.id or f"call-{number}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for number, call in enumerate(calls)
+    ]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": NOT_CALLED} for call in made]
+    return [{"role": "assistant", "content": answer.text, "tool_calls": made}, *results]

@@ -20,7 +20,10 @@ from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line
 from vllm_sleep_tui.tui.drawing.preview import Preview, looked_at
 from vllm_sleep_tui.tui.drawing.turns import Answer
+from vllm_sleep_tui.tui.screens.chances import ChancesScreen
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
+from vllm_sleep_tui.tui.screens.duel import DuelScreen
+from vllm_sleep_tui.tui.screens.parameters import ParametersScreen
 from vllm_sleep_tui.tui.state.operations import Operations, expected
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.talk import Entry, Talk
@@ -63,6 +66,8 @@ class ChatPane(Vertical):
         """The longest context of each model, in tokens, as far as its server has told."""
         self._agreed: set[tuple[str, ...]] = set()
         """What the person agreed to while this panel runs: a model, and who sleeps for it."""
+        self._edited: Entry | None = None
+        """The question that is being written anew in the input; it stands until the new one is sent."""
         self._states: dict[str, State] = {}
         self._model: str | None = None
         self._view: View | None = None
@@ -109,7 +114,6 @@ class ChatPane(Vertical):
             self._leave()
             self._model = view.selected
             self._turn_to(self._talks.get(view.selected) or self._begun(view.selected))
-            self._title(view)
         self._show_status()
         if self._store.note is not None and not self._is_loss_told:
             self._is_loss_told = True
@@ -136,12 +140,12 @@ class ChatPane(Vertical):
             await self._open(self._model, id, instead_of=self._talks.get(self._model))
 
     async def _open(self, model: str, id: int, *, instead_of: Talk | None) -> None:
-        turns = await asyncio.wrap_future(self._store.turns(id))
+        whole = await asyncio.wrap_future(self._store.whole(id))
         is_current = self._talks.get(model) is instead_of and model not in self._answering
-        if not is_current or self._view is None or not self.is_attached:
+        if whole is None or not is_current or self._view is None or not self.is_attached:
             return
-        talk = Talk(self._store, model, id)
-        talk.restore(turns, self._view.colors)
+        talk = Talk(self._store, model, id, whole.parameters)
+        talk.restore(whole.turns, self._view.colors)
         self._talks[model] = talk
         if model == self._model:
             self._turn_to(talk)
@@ -150,6 +154,8 @@ class ChatPane(Vertical):
         self.input.earlier = talk.questions
         self.transcript.show(talk.turns, _HINT, at=talk.row_at_top)
         self._show_status()
+        if self._view is not None:
+            self._title(self._view)
 
     def _show_status(self) -> None:
         if self._view is not None:
@@ -177,8 +183,10 @@ class ChatPane(Vertical):
     def _title(self, view: View) -> None:
         name = self._model or ""
         color = self._paint(view.colors[name])
-        self.border_title = Text.assemble("Chat with ", (name, f"bold {color}")).markup
-        self.border_subtitle = "new ^n · all h · zoom z"
+        asked = self._talk.parameters.words() if self._talk is not None else ""
+        title = ("Chat with ", (name, f"bold {color}"), f" · {asked}" if asked else "")
+        self.border_title = Text.assemble(*title).markup
+        self.border_subtitle = "new ^n · all h · ask p · zoom z"
         self.input.placeholder = f"Ask {name} …  alt+⏎ new line"
 
     def recolor(self) -> None:
@@ -202,25 +210,40 @@ class ChatPane(Vertical):
         """Ask the selected model."""
         message.stop()
         if self._model is not None:
-            self._send(self._model, message.text)
+            edited, self._edited = self._edited, None
+            replaces = edited is not None and self._talk is not None and edited is self._talk.last_asked
+            self._send(self._model, message.text, again=replaces)
+
+    def on_text_area_changed(self) -> None:
+        """A question that is being edited is left as it is once nothing of it is in the input."""
+        if not self.input.text:
+            self._edited = None
 
     @work
     async def _send(self, name: str, text: str, *, again: bool = False) -> None:
         """Ask, once the person knows what it costs; a question that is not asked goes back into the input.
 
-        One that is asked `again` takes the place of the last question and its answer, and not before.
+        One that is asked `again`, edited or as it was, takes the place of the last question and its answer,
+        and not before.
         """
+        is_same = again and text == self._talks[name].asked
         shows = await self._shows(name, text) if self._is_free(name) else None
         if shows is not None and await self._agrees(name):
             # The same prompt found room before.
-            fits = again or await self._fits(name, self._talks[name], text)
+            fits = is_same or await self._fits(name, self._talks[name], text)
             if fits and self._is_free(name):  # while it was asked about, nothing else began
+                talk = self._talks[name]
                 if again:
-                    self._take_back(self._talks[name])
-                self._ask(name, self._talks[name], text, shows)
+                    self._take_back(talk)
+                self._ask(name, talk, text, shows)
                 return
-        if not again:
-            self.input.give_back(text)
+        if not is_same:
+            self._give_back(text)
+
+    def _give_back(self, text: str) -> None:
+        if not self.input.give_back(text):
+            words = "What was not asked is kept while you write something else: ↑ in the input goes to it."
+            self.notify(words, markup=False)
 
     async def _shows(self, name: str, text: str) -> list[Preview] | None:
         """The pictures that a question names; None if they cannot be sent, and the person is told why."""
@@ -320,6 +343,16 @@ class ChatPane(Vertical):
         self.transcript.to_end()
         task = self._operations.spawn(self._stream(other, talk, entry, messages))
         self._follow(other, talk, entry, task, "")
+        self.side_by_side()
+
+    def side_by_side(self) -> None:
+        """The last two answers to one question beside each other."""
+        talk = self._talk
+        question = None if talk is None else talk.asked
+        if talk is None or question is None or (pair := talk.pair()) is None:
+            self.notify("One question has to be answered by two models first (d).", markup=False)
+            return
+        self.app.push_screen(DuelScreen(question, pair))
 
     async def _stream(
         self, name: str, talk: Talk, entry: Entry, messages: list[dict[str, Any]]
@@ -327,12 +360,19 @@ class ChatPane(Vertical):
         """Take the pieces as they come; the error that came in the middle, if one did."""
         error, pace, answer = None, entry.pace, entry.turn
         assert isinstance(answer, Answer)
-        chat = self._fleet.chat(name, messages, report=lambda step: self._step(talk, answer, step))
+        chat = self._fleet.chat(
+            name,
+            messages,
+            params=entry.parameters.body(),
+            report=lambda step: self._step(talk, answer, step),
+        )
         async for event in chat:
             if pace.is_new:  # what was told of the way there is over
                 answer.say_above(*_phases(event.switch_times))
             pace.see(event)
             answer.add(event.text, event.reasoning)
+            answer.call(event.calls)
+            answer.chances += event.chances
             if event.error is not None:
                 error = PanelError(event.error)
         return error
@@ -361,7 +401,7 @@ class ChatPane(Vertical):
         self._shown(talk, answer)
         self._shown(talk)
         if not answer.text and error is not None and self.is_attached and talk is self._talk:
-            self.input.give_back(text)
+            self._give_back(text)
         if not self._answering and self._flush_timer is not None:
             self._flush_timer.pause()
 
@@ -403,14 +443,15 @@ class ChatPane(Vertical):
         if self._model is None or self._model in self._answering:
             self.notify(f"{self._model} is still answering; escape stops it.", markup=False)
             return
-        talk = self._talks[self._model] = Talk(self._store, self._model)
+        before = self._talks[self._model]
+        talk = self._talks[self._model] = Talk(self._store, self._model, parameters=before.parameters)
         self._turn_to(talk)
 
     def forgotten(self, id: int) -> None:
         """The conversation was deleted: whoever shows it begins anew."""
         for name, talk in list(self._talks.items()):
             if talk.handle.id == id and name not in self._answering:
-                self._talks[name] = Talk(self._store, name)
+                self._talks[name] = Talk(self._store, name, parameters=talk.parameters)
                 if name == self._model:
                     self._turn_to(self._talks[name])
 
@@ -420,12 +461,11 @@ class ChatPane(Vertical):
             self._send(self._model, text, again=True)
 
     def edit(self) -> None:
-        """Put the last question into the input; what is sent takes its place, and its answer's."""
+        """Put the last question into the input; once sent, it takes the place of that and its answer."""
         text, talk = self._asked_last(), self._talk
         if text is not None and talk is not None:
-            self._take_back(talk)
-            self.input.text = text
-            self.input.move_cursor(self.input.document.end)
+            self.input.put(text)
+            self._edited = talk.last_asked
             self.screen.set_focus(self.input)
 
     def _asked_last(self) -> str | None:
@@ -448,6 +488,37 @@ class ChatPane(Vertical):
             self.notify("There is no answer to go on with.", markup=False)
             return
         self._send(self._model, GO_ON)
+
+    @work
+    async def choose_parameters(self) -> None:
+        """How the conversation's next questions are asked."""
+        talk, model = self._talk, self._model
+        if talk is None or model is None:
+            return
+        loaded = self._fleet.loaded
+        screen = ParametersScreen(
+            model,
+            talk.parameters,
+            self._store.presets,
+            loaded.config.presets,
+            self._store.keep_preset,
+        )
+        chosen = await self.app.push_screen_wait(screen)
+        if chosen is not None:
+            talk.parameters = chosen
+            if self._view is not None:
+                self._title(self._view)
+
+    def show_chances(self) -> None:
+        """How likely the tokens of the answer under the mouse were, else those of the last one."""
+        answer = self.transcript.answer_in_sight()
+        if answer is None or not answer.chances:
+            words = (
+                "That answer came without probabilities: ask for them by `logprobs` (p), then ask again (^r)."
+            )
+            self.notify(words, markup=False)
+        else:
+            self.app.push_screen(ChancesScreen(answer.speaker, answer.chances))
 
     def on_transcript_folded(self, message: Transcript.Folded) -> None:
         """Show an answer's reasoning, or hide it."""

@@ -44,6 +44,8 @@ class ChatInput(TextArea):
         super().__init__(id=id, compact=True, highlight_cursor_line=False)
         self.earlier: list[str] = []
         """What was asked before, the first one first."""
+        self._aside: list[str] = []
+        """What had to make room here, and was neither asked nor thrown away by the person."""
         self._recalled: int | None = None
         self._draft = ""
 
@@ -70,16 +72,30 @@ class ChatInput(TextArea):
         return key == "down" and self.cursor_at_last_line and self._recall(1)
 
     def _send(self) -> None:
-        if self.text.strip():
-            self.post_message(self.Sent(self.text.strip()))
+        if text := self.text.strip():
+            self.post_message(self.Sent(text))
             self.clear()
+            self._aside = [aside for aside in self._aside if aside != text]
         self._recalled = None
 
-    def give_back(self, text: str) -> None:
-        """Put a question back that was not asked, unless another one is begun; typing replaces it."""
-        if not self.text:
-            self.text = text
-            self.select_all()
+    def give_back(self, text: str) -> bool:
+        """Put a question back that was not asked; typing replaces it.
+
+        False where another one is begun: ↑ goes to it then.
+        """
+        if self.text:
+            self._aside.append(text)
+            return False
+        self.text = text
+        self.select_all()
+        return True
+
+    def put(self, text: str) -> None:
+        """Have this changed and sent; ↑ goes to what was begun here."""
+        if self.text.strip() and self.text != text:
+            self._aside.append(self.text)
+        self._recalled, self.text = None, text
+        self.move_cursor(self.document.end)
 
     def action_newline(self) -> None:
         """Begin a line."""
@@ -91,18 +107,19 @@ class ChatInput(TextArea):
 
     def _recall(self, step: int) -> bool:
         """An earlier question or a later one; False if there is none."""
-        if not self.earlier or (self._recalled is None and step > 0):
+        earlier = [*self.earlier, *self._aside]
+        if not earlier or (self._recalled is None and step > 0):
             return False
         if self._recalled is None:
             self._draft = self.text
-            at = len(self.earlier) - 1
+            at = len(earlier) - 1
         else:
             at = self._recalled + step
         if at < 0:
             return True
-        if at >= len(self.earlier):
+        if at >= len(earlier):
             self._recalled, self.text = None, self._draft
         else:
-            self._recalled, self.text = at, self.earlier[at]
+            self._recalled, self.text = at, earlier[at]
         self.move_cursor(self.document.end)
         return True

@@ -306,6 +306,13 @@ class Transcript(ScrollView, can_focus=True):
         if isinstance(row, FoldRow) and isinstance(turn, Answer):
             self.post_message(self.Folded(turn))
 
+    def answer_in_sight(self) -> Answer | None:
+        """The answer under the mouse, else the last one."""
+        turns = self._turns
+        if self._hovered is not None and turns and self._hovered < self._place.total:
+            turns = turns[: self._place.at(self._hovered) + 1]
+        return next((turn for turn in reversed(turns) if isinstance(turn, Answer)), None)
+
     def code_in_sight(self) -> Code | None:
         """The block of code under the mouse, else the last one that is seen or stands above that."""
         if not self._turns:
