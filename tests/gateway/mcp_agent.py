@@ -10,6 +10,7 @@ through the same gateway; its answer goes back to the planner.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -132,10 +133,11 @@ def planned(
         text = answer.choices[0].message.content or ""
         called = "".join(call.function.arguments for call in answer.choices[0].message.tool_calls or ())
     name = functions[0]["function"]["name"]
-    try:
+    arguments = None
+    with contextlib.suppress(ValueError):  # no tool call, or one that its token limit cut off
         arguments = json.loads(called)
-    except ValueError:  # no tool call, or one that its token limit cut off
-        arguments = {"step": (called or text)[:20]}
+    if not isinstance(arguments, dict) or not isinstance(arguments.get("step"), str):
+        arguments = {"step": (called or text)[:20]}  # small models call what there is not
     return name, arguments, [{"role": "assistant", "content": f"{name}({json.dumps(arguments)})"}]
 
 

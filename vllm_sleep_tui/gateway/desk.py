@@ -85,6 +85,8 @@ class Desk:
         """Of those that sleep."""
         self._took: dict[tuple[str, int | None], float] = {}
         """What a switch to a model took here, by the level that it slept at; None: it was started."""
+        self._hopeless: dict[str, float] = {}
+        """Since when a model that is waited for is predicted not to fit."""
         self._failures: dict[str, int] = {}
         self._reasons: dict[str, Refusal] = {}
         self._switching: dict[str, asyncio.Task[None]] = {}
@@ -281,6 +283,8 @@ class Desk:
                 self._ways.pop(model.name, None)
         gone = self._scheduler.lanes.keys() - self._states.keys()
         wanted = [lane for lane in self._scheduler.lanes.values() if lane.waiting]
+        for name in self._hopeless.keys() - {lane.name for lane in wanted}:
+            del self._hopeless[name]
         for lane in wanted:
             if lane.name in gone:
                 message = f"{lane.name} is no longer in the config."
@@ -317,7 +321,11 @@ class Desk:
             guess = UNKNOWN_COST if level is None else WAKE_GUESSES.get(level, UNKNOWN_COST)
             lane.cost = self._took.get((lane.name, level), guess)
         settled = is_sure and not self._switching and not MOVING & set(self._states.values())
-        if prediction.action == "refused" and settled:
+        if prediction.action != "refused" or not settled:
+            self._hopeless.pop(lane.name, None)
+        elif now - self._hopeless.setdefault(lane.name, now) >= SURE_SECONDS:
+            # Not before: who was killed holds memory until it is seen gone, and a switch looks anew.
+            del self._hopeless[lane.name]
             self._refuse(lane, Refusal(HTTPStatus.SERVICE_UNAVAILABLE, prediction.sentence, retry_after=10))
             return
         held = [name for name in lane.leaves if self._scheduler.lane(name).running]
