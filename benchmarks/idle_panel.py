@@ -178,11 +178,11 @@ def measure_ours(models: int, gpus: int, seconds: float, goal: str) -> Cost:
             asyncio.run(stop_all(config, folder / "vllm-sleep-tui"))
 
 
-async def start_all(config: Path, state_dir: Path, gpus: int) -> None:
-    """Every server runs; the first of each GPU is awake."""
+async def start_all(config: Path, state_dir: Path, gpus: int, only: list[str] | None = None) -> None:
+    """Every server runs, or only these; the first of each GPU is awake."""
     state_dir.mkdir(exist_ok=True)
     async with Fleet(load(config), state_dir) as fleet:
-        names = list(fleet.loaded.config.models)
+        names = only or list(fleet.loaded.config.models)
         await fleet.start(names)
         for name in names[:gpus]:
             await fleet.switch(name)
@@ -191,7 +191,7 @@ async def start_all(config: Path, state_dir: Path, gpus: int) -> None:
 async def stop_all(config: Path, state_dir: Path) -> None:
     """Nothing is left."""
     async with Fleet(load(config), state_dir) as fleet:
-        await fleet.stop(list(fleet.loaded.config.models), force=True)
+        await fleet.stop(fleet.snapshot().with_servers(), force=True)
 
 
 def install(package: str, folder: Path) -> Path:

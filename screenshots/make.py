@@ -32,7 +32,8 @@ FONT = Path("/usr/share/fonts/truetype/dejavu")
 """Fira Code, which Textual names, is seldom installed; DejaVu has every sign that the panel uses."""
 
 
-async def _until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
+async def until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
+    """Wait until the demo has come to the state of a picture; raises TimeoutError."""
     deadline = time.monotonic() + DEADLINE
     while not condition():
         if time.monotonic() > deadline:
@@ -40,17 +41,23 @@ async def _until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
         await pilot.pause(0.05)
 
 
-def _write(app: PanelApp, into: Path, name: str) -> None:
+def write(app: PanelApp, into: Path, name: str, *, png: bool = True) -> str:
+    """Write what is seen as SVG, and as PNG where resvg-py is installed; the SVG."""
     into.mkdir(parents=True, exist_ok=True)
     svg = app.export_screenshot(title="")
     (into / f"{name}.svg").write_text(svg, encoding="utf-8")
-    if importlib.util.find_spec("resvg_py") is None:
-        return
+    if png and importlib.util.find_spec("resvg_py") is not None:
+        (into / f"{name}.png").write_bytes(drawn(svg))
+    return svg
+
+
+def drawn(svg: str, width: int | None = None) -> bytes:
+    """The picture as PNG, as wide as it is or so many pixels."""
     import resvg_py
 
     fonts = [str(path) for path in sorted(FONT.glob("DejaVuSansMono*.ttf"))]
-    drawn = svg.replace("Fira Code", "DejaVu Sans Mono") if fonts else svg
-    (into / f"{name}.png").write_bytes(bytes(resvg_py.svg_to_bytes(svg_string=drawn, font_files=fonts)))
+    named = svg.replace("Fira Code", "DejaVu Sans Mono") if fonts else svg
+    return bytes(resvg_py.svg_to_bytes(svg_string=named, width=width, font_files=fonts))
 
 
 async def _story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str], Awaitable[None]]) -> None:
@@ -63,14 +70,14 @@ async def _story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str], Awaitab
     await fleet.switch("qwen")
     await pilot.press("home", "enter")
     await pilot.press("c", *"Why is the sky blue?", "enter")
-    await _until(pilot, lambda: not _is_answering(pilot))
+    await until(pilot, lambda: not is_answering(pilot))
     await pilot.press("escape", "down")
-    await _until(pilot, lambda: is_in("qwen", State.AWAKE))
+    await until(pilot, lambda: is_in("qwen", State.AWAKE))
     await take("panel-before")
     await pilot.press("c", *"And at sunset?", "enter")
     await pilot.pause(0.5)
     await pilot.press("y")  # to the question whether qwen may sleep for it
-    await _until(pilot, lambda: is_in("phi", State.AWAKE) and not _is_answering(pilot))
+    await until(pilot, lambda: is_in("phi", State.AWAKE) and not is_answering(pilot))
     await pilot.press("escape")
     await take("panel")
     await pilot.press("g")
@@ -88,7 +95,7 @@ async def _chat_story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str], Aw
 
     async def asked(words: str) -> None:
         await pilot.press("c", *words, "enter")
-        await _until(pilot, lambda: words in _answer(pilot) and not _is_answering(pilot))
+        await until(pilot, lambda: words in _answer(pilot) and not is_answering(pilot))
 
     await fleet.start(["coder"])
     await fleet.start(["qwen"])
@@ -148,7 +155,8 @@ def _answer(pilot: Pilot[None]) -> str:
     return pilot.app.screen.query_one(ChatPane).last_answer() or ""
 
 
-def _is_answering(pilot: Pilot[None]) -> bool:
+def is_answering(pilot: Pilot[None]) -> bool:
+    """Whether an answer streams."""
     app = pilot.app
     assert isinstance(app, PanelApp)
     return app.dashboard.is_answering
@@ -169,7 +177,7 @@ async def make(
                 await pilot.pause(1.0)  # the numbers settle with the next sample
                 app.clear_notifications()
                 await pilot.pause(0.2)
-                _write(app, into, prefix + name)
+                write(app, into, prefix + name)
 
             try:
                 async with app.run_test(size=size) as pilot:

@@ -66,13 +66,22 @@ def find_config(explicit: Path | None) -> Path:
     if explicit is not None:
         _check_is_file(explicit)
         return explicit
-    for candidate in (Path(CONFIG_NAME), config_dir() / CONFIG_NAME):
+    for candidate in _candidates():
         if os.path.isfile(candidate):
             return candidate
     raise UsageError(
         f"No {CONFIG_NAME} here nor in {config_dir()}.",
         f"Write one with: {APP} init, or look at the demo: {APP} demo",
     )
+
+
+def has_config() -> bool:
+    """Whether anything has the name of a config where one is looked for, fit to be read or not."""
+    return any(map(os.path.lexists, _candidates()))
+
+
+def _candidates() -> tuple[Path, Path]:
+    return Path(CONFIG_NAME), config_dir() / CONFIG_NAME
 
 
 def _check_is_file(path: Path) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from contract_backends import CHAT, COMPLETIONS, FIXED_IDS, NAME, QUESTION, Server, wait_for
+from contract_backends import CHAT, COMPLETIONS, FIXED_IDS, NAME, QUESTION, Backend, Server, wait_for
 
 PROOF = {"prompt": FIXED_IDS, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
 
@@ -298,3 +298,24 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
         return any(line.startswith("vllm:num_requests_running{") and line.endswith(" 0.0") for line in lines)
 
     wait_for(idle)
+
+
+def test_a_paused_server_gives_up_its_kv_cache_alone_and_a_wake_brings_it_back(
+    server: Server, backend: Backend
+) -> None:
+    release = "/release_kv_cache_memory"
+    if minor(server) < 31:
+        assert server.post(release).status_code == 404
+        return
+    assert server.post(release).status_code == 500  # it is not paused
+    if backend.name == "cpu":
+        return  # its workers have nothing to give up, and vLLM answers 500 there (0.32)
+    assert server.post("/sleep?level=0").status_code == 200
+    released = server.post(release)
+    assert (released.status_code, released.json()) == (200, {"status": "kv_cache_released"})
+    assert server.get("/is_sleeping").json() == {"is_sleeping": True}
+    assert server.post(release).status_code == 500  # it is gone already
+    assert server.post("/sleep?level=1").status_code == 200  # the weights follow, without a wake
+    assert server.post("/wake_up").status_code == 200
+    assert server.get("/is_sleeping").json() == {"is_sleeping": False}
+    assert len(logprobs(server)) == len(FIXED_IDS) - 1

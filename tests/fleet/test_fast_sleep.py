@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.fleet.beside import record_of, record_path
+from tests.fleet.beside import model_of, record_of, record_path
 from tests.fleet.conftest import GIB, Box, inject, seen, until
 from tests.unit.made_checkpoints import PHI, QWEN, SMOLLM, write_model
+from vllm_sleep_tui.engine.sleeping import keep_weights
 from vllm_sleep_tui.errors import OperationError, RefusedError
-from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.states import Event, State
+from vllm_sleep_tui.fleet.store.records import Intent
+from vllm_sleep_tui.telemetry.processes import ProcessId
 
 MakeBox = Callable[..., Box]
 FITS = {"VLLM_SIM_VERSION": "0.26.0"}
@@ -173,7 +176,7 @@ async def test_a_sleeper_gives_up_its_weights_where_a_model_needs_the_room(box: 
     ("env", "why"),
     [
         (FITS | {"VLLM_SIM_FAULTS": "backend_refuses"}, "has no create_and_map"),
-        ({"VLLM_SIM_VERSION": "0.32.0"}, "has not been seen with it on a GPU"),
+        ({"VLLM_SIM_VERSION": "0.30.0"}, "has not been seen with it on a GPU"),
     ],
 )
 async def test_where_it_does_not_fit_vllms_own_is_used_and_that_is_said(
@@ -192,6 +195,26 @@ async def test_where_it_does_not_fit_vllms_own_is_used_and_that_is_said(
     checks = json.loads(verb(machine, "doctor", "--json").stdout)["checks"]
     check = next(check for check in checks if check["name"] == "a.sleep_backend")
     assert (check["verdict"], why in check["what"]) == ("warn", True)
+
+
+async def test_vllms_own_sleep_mode_has_a_level_0_from_0_31_on(box: MakeBox) -> None:
+    env = {"VLLM_SIM_VERSION": "0.33.0"}
+    async with box({"a": {"model": "sim/4GiB", "level": 0, "env": env}}).open() as fleet:
+        await fleet.start(["a"])
+        assert seen(fleet, "a").sleep_backend == "stock"
+        await fleet.sleep("a")
+        model = seen(fleet, "a")
+        assert (model.state, model.level, model.proof) == (State.ASLEEP, 0, "proven")
+        await until(lambda: 4 * GIB < (seen(fleet, "a").vram_bytes or 0) < 6 * GIB)
+        await fleet.wake("a")
+        assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.AWAKE, "proven")
+        for level in (1, 2):
+            await fleet.sleep("a", level=0)
+            await fleet.sleep("a", level=level)
+            assert seen(fleet, "a").level == level
+            await until(lambda: 0 < (seen(fleet, "a").vram_bytes or 0) < 2 * GIB)
+            await fleet.wake("a")
+            assert seen(fleet, "a").proof == "proven"
 
 
 async def test_stock_is_stock(box: MakeBox) -> None:
@@ -248,8 +271,50 @@ async def test_a_panel_that_dies_while_weights_move_to_ram_leaves_a_sleeper_that
         deeper.cancel()
         await asyncio.gather(deeper, return_exceptions=True)
     async with machine.open() as fleet:
+        await until(lambda: record_of(fleet, "a").intent is None)
+        assert seen(fleet, "a").level == 1  # as its workers say: nobody was there to write it down
         await fleet.wake("a")
         assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.AWAKE, "proven")
+
+
+async def test_a_sleeper_whose_weights_get_no_ram_sleeps_on_and_gives_them_up_for_others(
+    box: MakeBox,
+) -> None:
+    small = {"gpu-memory-utilization": 0.7}
+    models = {"a": fast("sim/8GiB", args=small), "b": fast("sim/8GiB", args=dict(small))}
+    async with box(models).open() as fleet:
+        await fleet.start(["a"])
+        await fleet.sleep("a", level=0)
+        await inject(fleet, "a", "no_pool:1")
+        with pytest.raises(RefusedError, match=r"weights to RAM: .*Cannot allocate"):
+            await fleet.sleep("a", level=1)
+        assert (seen(fleet, "a").state, seen(fleet, "a").level) == (State.ASLEEP, 0)
+        await inject(fleet, "a", "no_pool:1")
+        await fleet.switch("b")
+        assert (seen(fleet, "a").state, seen(fleet, "a").level) == (State.ASLEEP, 2)
+        await fleet.switch("a")
+        assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.AWAKE, "proven")
+
+
+async def test_a_small_kv_cache_is_seen_gone(box: MakeBox) -> None:
+    async with box({"a": fast("sim/1GiB", args={"kv-cache-memory-bytes": "300M"})}).open() as fleet:
+        await fleet.start(["a"])
+        await fleet.sleep("a", level=0)
+        assert seen(fleet, "a").proof == "proven"
+
+
+async def test_a_panel_that_dies_before_its_sleep_at_level_0_leaves_no_wish(box: MakeBox) -> None:
+    async with box({"a": fast("sim/1GiB")}).open() as fleet:
+        await fleet.start(["a"])
+        model = model_of(fleet, "a")
+        model.read()
+        await keep_weights(model.client(), 10)
+        dead = ProcessId(2**22, 1, "")
+        intent = Intent(operation="sleep a", phase="drain", since=0.0, actor=dead, level=0)
+        model.enter(Event.SLEEP, intent=intent)
+        await until(lambda: seen(fleet, "a").state is State.AWAKE)
+        await fleet.sleep("a", level=1)
+        await until(lambda: 0 < (seen(fleet, "a").vram_bytes or 0) < GIB)  # its weights have left
 
 
 async def test_a_lost_record_finds_the_level_again(box: MakeBox) -> None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from tests.gateway.conftest import Gated, MakeGated
 
 GIB = 2**30
@@ -101,4 +103,4 @@ def test_a_kv_pool_without_room_takes_the_sleepers_weights_out_of_vram(
 
 
 def levels(here: Gated) -> dict[str, int | None]:
-    return {model["name"]: model["level"] for model in status(here)["models"]}
+    return {model["id"]: model["level"] for model in httpx.get(f"{here.url}/models").json()["data"]}

@@ -1,12 +1,14 @@
 """Measures the fast sleep mode beside vLLM's own: four servers on one GPU, in turn, in one run.
 
-    python tests/gpu/measure_fast_switch.py --out DIR [--rounds 3] [--wakes 0] [--kills]
+    python tests/gpu/measure_fast_switch.py --out DIR [--rounds 3] [--verbs] [--wakes 0] [--kills] [--keep]
 
 The environment names vLLM and the two models (`gpu_config.py`). `sa` and `sb` run on vLLM's own sleep mode,
 `oa` and `ob` on the fast one, and `oc` where VLLM_GPU_MODEL_MOE names a third model. A round is three
 switches each way: by hand and by the panel on vLLM's own, by the panel at level 1 and at level 0 on the fast
-one. After that `--wakes` is the number of proven switches at each level, with garbage three times for each
-model, and `--kills` ends the pool's holder, an engine and a keeper, each once. The result is
+one; with `--verbs` two each way by `switch` on the command line as well, whose times are without the start of
+its process (with it: `process`). After that `--wakes` is the number of proven switches at each level, with
+garbage three times for each model, and `--kills` ends the pool's holder, an engine and a keeper, each once.
+With `--keep` the servers run on, and the same command goes on with them. The result is
 DIR/fast-switch.jsonl, a line as each thing is known; times in seconds, memory in bytes.
 """
 
@@ -40,6 +42,7 @@ from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.pool import pools_here
 from vllm_sleep_tui.fleet.store.records import RecordStore
+from vllm_sleep_tui.paths import APP
 
 STOCK = {"sb": "VLLM_GPU_MODEL_B", "sa": "VLLM_GPU_MODEL_A"}
 FAST = {"ob": "VLLM_GPU_MODEL_B", "oc": "VLLM_GPU_MODEL_MOE", "oa": "VLLM_GPU_MODEL_A"}
@@ -47,6 +50,8 @@ MODELS = {name: variable for name, variable in (STOCK | FAST).items() if variabl
 TURN = [name for name in FAST if name in MODELS]
 """The fast ones as they take turns; there may be a third one."""
 SWITCHES = 3
+REST_SECONDS = 0.1
+"""Before each switch of whatever kind: what the last one left to be written is written by then."""
 LOOK_SECONDS = 1.5
 
 
@@ -111,8 +116,9 @@ class Run:
         self.rows.append(row)
         self.note(**row)
 
-    def by_hand(self, leaving: str, target: str) -> None:
+    async def by_hand(self, leaving: str, target: str) -> None:
         """The same calls without the panel."""
+        await asyncio.sleep(REST_SECONDS)
         old, new = RawServer(self.store.read(leaving)), RawServer(self.store.read(target))
         try:
             began = time.perf_counter()
@@ -124,25 +130,49 @@ class Run:
 
     async def by_panel(self, how: str, target: str) -> None:
         """One switch."""
+        await asyncio.sleep(REST_SECONDS)
         began = time.perf_counter()
         ledger = await self.fleet.switch(target)
         known = {name: seconds for name, seconds in ledger.phases.items() if seconds is not None}
         self.took(how, target, began, **known)
 
-    async def round(self) -> None:
+    async def by_verb(self, how: str, target: str) -> None:
+        """One switch by a command of its own."""
+        await asyncio.sleep(REST_SECONDS)
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(self.configs[1].path)]
+        environment = os.environ | {"XDG_STATE_HOME": str(self.state.parent)}
+        process = await asyncio.create_subprocess_exec(
+            *command, "switch", target, cwd=Path(__file__).parents[2], env=environment
+        )
+        assert await process.wait() == 0
+        seconds = time.perf_counter() - began
+        ledger = self.store.read(target).last_switch
+        assert ledger is not None
+        known = {name: part for name, part in ledger.phases.items() if part is not None}
+        row = {"how": how, "to": target[1], "total": ledger.total, "process": seconds, "phases": known}
+        self.rows.append(row)
+        self.note(**row)
+
+    async def round(self, *, verbs: bool) -> None:
         """Three switches each way of every kind."""
+        by_verb = ("ob", "oa") * 2 if verbs else ()
         await self.fleet.switch("sa")
         for _ in range(SWITCHES):
-            self.by_hand("sa", "sb")
-            self.by_hand("sb", "sa")
+            await self.by_hand("sa", "sb")
+            await self.by_hand("sb", "sa")
         for target in ("sb", "sa") * SWITCHES:
             await self.by_panel("vLLM's own", target)
         await self.fleet.switch("oa")
         for target in ("ob", "oa") * SWITCHES:
             await self.by_panel("fast, level 1", target)
+        for target in by_verb:
+            await self.by_verb("fast, level 1, a verb", target)
         async with self.at_level(0):
             for target in ("ob", "oa") * (SWITCHES + 1):
                 await self.by_panel("fast, level 0", target)
+            for target in by_verb:
+                await self.by_verb("fast, level 0, a verb", target)
 
     async def prove(self, wakes: int) -> None:
         """So many switches at each level; memory before and after."""
@@ -221,6 +251,8 @@ async def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wakes", type=int, default=0)
+    parser.add_argument("--verbs", action="store_true")
+    parser.add_argument("--keep", action="store_true")
     parser.add_argument("--kills", action="store_true")
     parser.add_argument("--fast-only", action="store_true", help="no rounds, and vLLM's own is not started")
     parser.add_argument("--quantization")
@@ -230,7 +262,7 @@ async def main() -> None:
     options = parser.parse_args()
     if lacks := missing():
         sys.exit(f"Not set: {'; '.join(lacks)}")
-    state = options.out / "state"
+    state = options.out / "state" / APP
     state.mkdir(parents=True, exist_ok=True)
     configs = {}
     for level in (0, 1):  # the file itself is the last one's
@@ -243,7 +275,7 @@ async def main() -> None:
             model = fleet.snapshot().model(name)
             run.note(started=name, sleep_backend=model.sleep_backend, why=model.sleep_backend_why)
         for _ in range(0 if options.fast_only else options.rounds):
-            await run.round()
+            await run.round(verbs=options.verbs)
         run.summary()
         await run.memory("after the rounds")
         if options.wakes:
@@ -251,6 +283,8 @@ async def main() -> None:
         if options.kills:
             await run.kills()
         run.summary()
+        if options.keep:
+            return
         await fleet.stop(names, force=True)
         await run.memory("stopped")
 

@@ -86,6 +86,32 @@ def check_contents(wheel: Path, sdist: Path) -> None:
         sys.exit(f"the source archive lacks {missing}")
 
 
+def build_in_container(tools: Path, work: Path) -> None:
+    """What the container file copies is enough to install from; the image itself is built nowhere here."""
+    work.mkdir()
+    for line in (ROOT / "Containerfile").read_text().splitlines():
+        if line.startswith("COPY "):
+            *sources, target = line.split()[1:]
+            for source in sources:
+                copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+                copy(ROOT / source, work / target.removeprefix("/src").strip("/"))
+    run(
+        tools / "uv",
+        "build",
+        "--quiet",
+        "--wheel",
+        "--python",
+        sys.executable,
+        "--out-dir",
+        work / "dist",
+        work,
+    )
+    (wheel,) = (work / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        if missing := [name for name in IN_WHEEL if f"vllm_sleep_tui/{name}" not in archive.namelist()]:
+            sys.exit(f"a wheel of what the container file copies lacks {missing}")
+
+
 def use(command: Path, home: Path, *, switches: bool) -> None:
     """From an empty home to the demo's models, or to a switch between two, and nothing left running."""
     (home / "run").mkdir(parents=True)
@@ -128,6 +154,9 @@ def main() -> None:
         check_contents(wheel, sdist)
         version = wheel.name.split("-")[1]
         say(f"{wheel.name}, {wheel.stat().st_size // 1024} KiB", began)
+        began = time.monotonic()
+        build_in_container(tools, work / "container")
+        say("a wheel of what the container file copies", began)
         if given.out:
             shutil.copytree(work / "dist", given.out, dirs_exist_ok=True)
 

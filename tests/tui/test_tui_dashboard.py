@@ -16,6 +16,7 @@ from vllm_sleep_tui.fleet.snapshot import HostSnapshot, LastFailure, Progress
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.screens.dashboard import Dashboard
 from vllm_sleep_tui.tui.screens.logs import WrappedLog
+from vllm_sleep_tui.tui.state.view import View
 
 
 def line_with(lines: list[str], *words: str) -> str:
@@ -279,7 +280,7 @@ async def test_many_models_scroll_with_the_cursor(tmp_path: Path) -> None:
     fleet.now = msgspec.structs.replace(fleet.now, models=(*fleet.now.models, *more))
     async with panel(fleet, tmp_path, size=(80, 24)) as pilot:
         await pilot.press("end")
-        await until_seen(pilot, "▶ ▌ extra-29")
+        await until_seen(pilot, "▶ ▚ extra-29")
         await pilot.press("home")
         await until_seen(pilot, "▶ ▌ qwen")
 
@@ -506,7 +507,7 @@ def many(fleet: ScriptedFleet, count: int) -> None:
 
 def rows(lines: list[str]) -> list[str]:
     """The names in the table, from the top."""
-    return [told[1] for line in lines if (told := re.search(r"▌ (\S+) +[○◔●◒◐◓◌✗] ", line))]
+    return [told[1] for line in lines if (told := re.search(r"[▌▐▀▄▚▞▛▟] (\S+) +[○◔●◒◐◓◌✗] ", line))]
 
 
 async def test_of_many_models_a_few_letters_find_the_one(tmp_path: Path) -> None:
@@ -522,7 +523,7 @@ async def test_of_many_models_a_few_letters_find_the_one(tmp_path: Path) -> None
         )
         assert fleet.calls == []  # letters are text here
         await pilot.press("down", "down", "enter")
-        await until_seen(pilot, "▶ ▌ extra-41", "enter → extra-41")
+        await until_seen(pilot, "▶ ▞ extra-41", "enter → extra-41")
         await pilot.press("s")
         await until(pilot, lambda: fleet.calls == [("sleep", "extra-41", None)], "the sleep")
         fleet.gate.set()
@@ -540,12 +541,32 @@ async def test_of_many_models_a_few_letters_find_the_one(tmp_path: Path) -> None
         await until(pilot, lambda: len(rows(lines_of(pilot.app))) > 5, "the models of a GPU")
         await pilot.press("enter", "end")
         last = "extra-58"
-        await until_seen(pilot, f"▶ ▌ {last}")
+        await until_seen(pilot, f"▶ ▟ {last}")
         await pilot.press("slash", *["backspace"] * len("gpu 1"), *"asleep")
         fleet.change(last, state=State.AWAKE)
-        await until_seen(pilot, f"▸ ▌ {last}", "● awake")  # it keeps its row while keys act on it
+        await until_seen(pilot, f"▸ ▟ {last}", "● awake")  # it keeps its row while keys act on it
         await pilot.press("escape", "home")
         await until_seen(pilot, "▶ ▌ qwen")
+
+
+async def test_of_64_models_on_8_gpus_the_rows_are_counted_and_neighbours_on_a_bar_differ(
+    tmp_path: Path,
+) -> None:
+    fleet = ScriptedFleet()
+    many(fleet, 60)
+    gpus = tuple(msgspec.structs.replace(fleet.now.gpus[0], index=index) for index in range(8))
+    models = tuple(
+        msgspec.structs.replace(one, gpus=(at % 8,), vram_by_gpu={str(at % 8): gib(1.4)})
+        for at, one in enumerate(fleet.now.models)
+    )
+    fleet.now = msgspec.structs.replace(fleet.now, models=models, gpus=gpus)
+    async with panel(fleet, tmp_path, size=(80, 24)) as pilot:
+        await until_seen(pilot, "model  1–11 of 64", "GPU 6", "GPU 7")
+        await pilot.press("end")
+        await until_seen(pilot, "of 64", "▶ ▟ extra-59")
+        colors = View(snapshot=fleet.now).colors
+        for gpu in range(8):
+            assert len({colors[one.name] for one in models if one.gpus == (gpu,)}) == 8
 
 
 async def test_the_table_sorts_by_what_is_asked(tmp_path: Path) -> None:
@@ -560,6 +581,12 @@ async def test_the_table_sorts_by_what_is_asked(tmp_path: Path) -> None:
         await pilot.press("f")
         await until_seen(pilot, "sorted by GPU")
         assert rows(lines_of(pilot.app))[-1] == "extra-11"
+        await until_seen(pilot, "─ GPU 1  4 models, 0 awake ─")
+        # The row under a group's title is chosen by its place on the screen, titles counted.
+        lines = lines_of(pilot.app)
+        at = next(number for number, line in enumerate(lines) if "─ GPU 1 " in line)
+        await pilot.click(offset=(10, at + 1))
+        await until_seen(pilot, "Chat with extra-1")
         await pilot.press("f", "f", "f")
         await until_seen(pilot, "sorted by the config")
         assert rows(lines_of(pilot.app)) == in_file

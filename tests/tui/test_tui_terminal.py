@@ -6,38 +6,50 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from pty_terminal import Terminal
 
+from vllm_sleep_tui.cli.demo import write_demo
 
-@pytest.fixture
-def terminal() -> Iterator[Terminal]:
+
+@contextmanager
+def opened(*words: str) -> Iterator[Terminal]:
     environment = {
         **os.environ,
         "TERM": "xterm-256color",
         "COLORTERM": "truecolor",
     }
-    program = Terminal([sys.executable, "-m", "vllm_sleep_tui", "demo", "--speed", "40"], environment, 80, 24)
-    yield program
-    program.close()
+    program = Terminal([sys.executable, "-m", "vllm_sleep_tui", *words], environment, 80, 24)
+    try:
+        yield program
+    finally:
+        program.close()
 
 
-def test_the_demo_opens_in_a_terminal_takes_keys_and_gives_the_terminal_back(terminal: Terminal) -> None:
-    terminal.wait_for("SIMULATED", "qwen", "phi", "GPU 1")
-    terminal.press("?")
-    terminal.wait_for("Follow its log")
-    terminal.press("\x1b")
-    terminal.wait_for("stopped")
-    terminal.press("q")
-    assert terminal.end() == 0
-    assert b"\x1b[?1049l" in terminal.written
+def test_the_demo_wakes_its_first_model_takes_keys_and_gives_the_terminal_back() -> None:
+    with opened("demo", "--speed", "40") as terminal:
+        terminal.wait_for("SIMULATED", "qwen", "phi", "GPU 1", "The demo starts qwen.")
+        terminal.wait_for("● qwen")
+        terminal.press("?")
+        terminal.wait_for("Put all models to sleep")
+        terminal.press("\x1b")
+        terminal.wait_for("Qwen/Qwen3-0.6B")
+        terminal.press("q")
+        terminal.wait_for("Quit the panel?")
+        terminal.press("s")
+        assert terminal.end() == 0
+        assert b"\x1b[?1049l" in terminal.written
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_panel_cleanly(terminal: Terminal, number: signal.Signals) -> None:
-    terminal.wait_for("SIMULATED", "qwen")
-    terminal.written = b""
-    terminal.process.send_signal(number)
-    assert terminal.end() == 0
-    assert b"\x1b[?1049l" in terminal.written
+def test_a_signal_ends_the_panel_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+    config = write_demo(tmp_path / "demo", 40)
+    with opened("--config", str(config)) as terminal:
+        terminal.wait_for("SIMULATED", "qwen")
+        terminal.written = b""
+        terminal.process.send_signal(number)
+        assert terminal.end() == 0
+        assert b"\x1b[?1049l" in terminal.written

@@ -160,6 +160,32 @@ sizes = st.integers(min_value=0, max_value=90)
 models = st.lists(st.tuples(sizes, st.integers(0, 3), st.integers(1, 40), st.integers(1, 30)), max_size=6)
 
 
+def test_level_0_is_told_with_what_it_keeps_what_it_leaves_and_how_fast_it_is() -> None:
+    qwen = replace(QWEN, resident=gib(1.1), stay=("phi",), kv_cache=gib(50), kv_per_token=112 * 1024)
+    phi = replace(PHI, resident=gib(7.3), stay=("qwen",), kv_cache=gib(45), wake0=0.027)
+    advice = advise(H100, [qwen, phi])
+    told = of(advice, "qwen").level_0
+    assert told is not None
+    assert (told.beside, told.resident) == (("phi",), gib(1.1))
+    assert (told.stay, told.kv_tokens) == (("phi",), gib(50) // (112 * 1024))
+    assert "beside phi: 1.1 GiB, and it wakes in 0.03 s (estimate)." in told.sentence
+    assert "KV cache of 50.0 GiB, 468,114 tokens, beside the weights of phi" in told.sentence
+    measured = of(advice, "phi").level_0
+    assert measured is not None
+    assert "wakes in 0.03 s." in measured.sentence
+    assert [model.level for model in advice.models] == ["auto", "auto"]  # 1 would forbid it
+    assert of(advise(H100, [QWEN, PHI]), "qwen").level_0 is None
+
+
+def test_weights_that_nobody_has_room_for_are_told() -> None:
+    told = of(advise(H100, [replace(QWEN, stay=("phi",)), replace(PHI, resident=gib(7.3))]), "phi").level_0
+    assert told is not None
+    assert told.beside == ("qwen",)
+    alone = of(advise(H100, [QWEN, replace(PHI, resident=gib(7.3), kv_note="no")]), "phi").level_0
+    assert alone is not None
+    assert "7.3 GiB of VRAM, which nobody awake on its GPUs has to spare. But no." in alone.sentence
+
+
 def generated(found: list[tuple[int, int, int, int]]) -> list[Figures]:
     return [
         figures(

@@ -97,3 +97,26 @@ def test_ram_for_servers_that_are_not_started_yet_is_kept_back(made: Made) -> No
     assert one is not None
     assert three is not None
     assert one - three == pytest.approx(2 * 3.1 * GIB, rel=0.01)
+
+
+def test_level_0_is_reckoned_with_where_the_vllm_has_our_sleep_mode(made: Made, tmp_path: Path) -> None:
+    write_model(tmp_path / "phi", PHI)
+    models = {
+        "a": {"model": "./phi"},
+        "b": {"model": "./phi", "kv_cache": "65GiB"},
+        "c": {"model": "./phi", "args": {"gpu-memory-utilization": 0.8}, "kv_cache": "4GiB"},
+        "d": {"model": "./phi", "level": 1},
+    }
+    core = made(**models)
+    for name in models:
+        model = core.model(name)
+        model.read()
+        model.write(vllm_version="0.26.0")
+    a, b, c, d = read_figures(core)
+    assert (set(a.stay), b.stay, c.stay) == ({"b", "c"}, (), ("a",))
+    assert a.resident is not None
+    assert a.kv_cache is not None
+    assert b.kv_cache is not None
+    assert b.kv_cache - a.kv_cache >= 2 * a.resident - GIB
+    assert d.resident is None
+    assert c.kv_note == "its args say gpu-memory-utilization, so kv_cache: 4GiB changes nothing"

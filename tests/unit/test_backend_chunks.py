@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from vllm_sleep_tui.engine.backend.chunks import Chunks, Handle
 from vllm_sleep_tui.engine.backend.holder import Holder
 from vllm_sleep_tui.engine.backend.mover import Mover
 from vllm_sleep_tui.engine.backend.plan import BLOCK, CHUNK, SLACK, Digests, Region, whole_chunks
-from vllm_sleep_tui.fleet import pool_holder
+from vllm_sleep_tui.fleet import keeper, pool_holder
+from vllm_sleep_tui.fleet.pool import Pool
 
 GPU = "GPU-0"
 KV = (4 << 40, 6 << 40)
@@ -145,6 +147,9 @@ class Memory:
         self.write(address, bytes(short(size)))
         self.cleared += size
 
+    def free(self) -> int:
+        return self.gpu.room - self.gpu.used()
+
     def read(self, address: int, size: int) -> bytes:
         return b"".join(
             os.pread(self.pieces[at][1], short(self.pieces[at][0]), 0) for at in self._inside(address, size)
@@ -198,6 +203,8 @@ class Engine:
         self.chunks = Chunks(self.memory, self.holder)
         self.allocations: dict[int, Allocation] = {}
         self.cells: list[Any] = []
+        self.neighbour_grows: Callable[[], object] = lambda: None
+        """Called while it sleeps."""
         self.mover = Mover(self.allocations, self, ("weights", "kv_cache"))
         self.allocate(WEIGHTS, weights * BLOCK, "weights")
         for address in KV:
@@ -260,14 +267,12 @@ class Engine:
     def restore(self, pool: Ram, offset: int, address: int, length: int) -> None:
         self.memory.write(address, bytes(pool[short(offset) : short(offset + length)]))
 
-    def order(self) -> None:
-        self.chunks.clear()
-
     def finish(self) -> None:
         pass
 
     def tidy(self) -> None:
-        pass
+        self.neighbour_grows()
+        self.chunks.make_up()
 
 
 @dataclass
@@ -315,12 +320,14 @@ class Place:
 
     def lives(self) -> bool:
         """Whether a holder has the lock of its file."""
-        with (self.folder / f"{GPU}.holder").open() as file:
-            try:
+        try:
+            with (self.folder / f"{GPU}.holder").open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            pass  # it has ended, and left nothing
+        return False
 
     def unuse(self) -> None:
         """The last server has gone."""
@@ -473,6 +480,21 @@ def test_once_vllms_own_sleep_mode_takes_over_its_sleep_frees_what_was_lent(gpu:
 
 
 # ── whatever happens to the holder ───────────────────────────────────────────────────────────────────────
+
+
+def test_what_a_neighbour_takes_during_a_sleep_is_made_up_for_from_the_pool(gpu: Gpu, place: Place) -> None:
+    engine, _ = pair(gpu, place)
+    engine.mover.wake(None)
+    gpu.room = gpu.used() + CHUNK
+    neighbour = Memory(gpu)
+    gpu.memories.append(neighbour)
+    engine.neighbour_grows = lambda: neighbour.make(CHUNK, exportable=False)
+    free = engine.memory.free()
+    engine.mover.keep_weights()
+    engine.mover.sleep(1)
+    assert engine.memory.free() >= free  # or vLLM would end the sleep as failed
+    assert engine.mover.level == 0
+    assert place.ask(op="state")["free_bytes"] == 0
 
 
 def test_without_a_holder_the_driver_gives_and_takes(tmp_path: Path) -> None:
@@ -659,6 +681,35 @@ def test_one_holder_lives_per_gpu_and_ends_when_nobody_uses_it(place: Place) -> 
     place.unuse()
     until(lambda: not place.lives())
     assert not (place.folder / f"{GPU}.sock").exists()
+
+
+def test_a_holder_that_ends_leaves_nothing_and_whoever_waited_for_its_file_gets_a_new_one(
+    place: Place,
+) -> None:
+    place.start()
+    (place.folder / f"{GPU}.lent-1").write_text("of an engine that is gone")
+    pool = Pool(GPU, place.folder)
+    with ThreadPoolExecutor(4) as threads:
+        joining = [threads.submit(pool.join) for _ in range(4)]
+        place.unuse()
+        joined = [each.result() for each in joining]
+    assert all(pool_holder.is_at(each, str(place.folder / f"{GPU}.users")) for each in joined)
+    for each in joined:
+        os.close(each)
+    until(lambda: not list(place.folder.iterdir()))
+
+
+def test_what_lies_in_tmp_is_marked_as_used_by_who_holds_it(place: Place, tmp_path: Path) -> None:
+    place.start()
+    guard = tmp_path / "server" / "guard"
+    guard.mkdir(parents=True)
+    (guard / "panel_guard.py").touch()
+    paths = [guard, guard / "panel_guard.py", place.folder / f"{GPU}.sock", place.folder / f"{GPU}.users"]
+    for path in paths:
+        os.utime(path, (0, 0))
+    keeper.keep_fresh(str(tmp_path / "server"))
+    pool_holder.keep_fresh(str(place.folder / GPU))
+    assert all(time.time() - path.stat().st_mtime < 60 for path in paths)
 
 
 def test_free_memory_that_nobody_comes_for_is_given_up(place: Place) -> None:

@@ -100,9 +100,6 @@ class StandIn:
         assert not pool.closed
         self.memory[address][:] = pool.content[short(offset) : short(offset + length)]
 
-    def order(self) -> None:
-        pass
-
     def finish(self) -> None:
         pass
 

@@ -38,6 +38,14 @@ EXPECTED: dict[str, dict[str, str]] = {
         "Qwen3-0.6B": "Qwen/Qwen3-0.6B --max-model-len 4096 --enforce-eager",
         "Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B-Instruct --max-num-seqs 16",
     },
+    "compose-defaults.yaml": {
+        "gemma": "google/gemma-3-4b-it --gpu-memory-utilization 0.9 --tensor-parallel-size 1"
+    },
+    "swap-docker.yaml": {
+        "devstral": "mistralai/Devstral-Small-2505 --tokenizer-mode mistral --tensor-parallel-size 2 "
+        "--max-model-len 48080",
+        "embedder": "BAAI/bge-m3 --runner pooling",
+    },
     "docker.sh": {"Qwen3-4B": "Qwen/Qwen3-4B --max-model-len 32768 --kv-cache-dtype fp8"},
     "line.txt": {
         "mine": "MODELS/mine --enforce-eager --lora-modules a=MODELS/../a b=MODELS/../b --enable-lora "
@@ -107,6 +115,50 @@ def test_names_gpus_and_timers_come_along_and_what_does_not_is_said(tmp_path: Pa
     for part in ("groups", "HF_TOKEN is not copied", "cmdStop", "models.llama: no `vllm serve`"):
         assert f"{part}" in said, part
     assert "hf_made_up" not in said + (tmp_path / "vllm-sleep-tui.yaml").read_text()
+
+
+def test_a_container_comes_along_without_what_is_its_own(tmp_path: Path) -> None:
+    loaded, said = moved(tmp_path, "swap-docker.yaml")
+    model = loaded.config.models["devstral"]
+    assert (model.gpus, model.port, model.aliases) == ((0, 1), None, ("codes",))
+    assert loaded.config.models["embedder"].env == {"VLLM_LOGGING_LEVEL": "DEBUG"}
+    assert "HTTPS_PROXY is not copied" in said
+    assert "models.other: no image of vLLM's" in said
+    assert "made-up" not in said + (tmp_path / "vllm-sleep-tui.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "stays"),
+    [
+        ("WANDB", "hf_AbCdEf", False),
+        ("PROXY", "https://a:b@host/x", False),
+        ("LICENSE", "3f2a9c0b7d1e4f5a8b6c9d0e1f2a3b4c", False),
+        ("DB_PASSWD", "swordfish", False),
+        ("NCCL_IB_HCA", "mlx5_0:1", True),
+        ("HF_HOME", "/data/hub-1234567890123456789012345", True),
+        ("NCCL_SOCKET_IFNAME", "${HOME}", True),
+    ],
+)
+def test_what_looks_like_a_secret_is_not_copied(
+    tmp_path: Path, variable: str, value: str, stays: bool
+) -> None:
+    given = f"models: {{a: {{cmd: vllm serve org/x, env: ['{variable}={value}']}}}}"
+    done = run_init(tmp_path, "--from", "-", given=given)
+    assert done.returncode == 0, done.stderr
+    assert (value in (tmp_path / "vllm-sleep-tui.yaml").read_text()) is stays
+    assert (f"{variable} is not copied" in done.stdout + done.stderr) is not stays
+    assert stays or value not in done.stdout + done.stderr
+
+
+def test_a_config_that_would_not_load_leaves_the_one_that_is_there(tmp_path: Path) -> None:
+    there = tmp_path / "vllm-sleep-tui.yaml"
+    there.write_text("models: {mine: {model: org/mine}}\n")
+    given = "models: {a: {cmd: vllm serve org/x, env: ['VLLM_SLEEP_TUI_POOL=/x']}}"
+    done = run_init(tmp_path, "--force", "--from", "-", given=given)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Nothing was written" in done.stderr
+    assert there.read_text() == "models: {mine: {model: org/mine}}\n"
+    assert [file.name for file in tmp_path.iterdir()] == [there.name]
 
 
 def test_a_port_of_a_script_is_kept_and_its_key_is_not(tmp_path: Path) -> None:

@@ -48,6 +48,25 @@ def test_every_word_of_an_answer_is_shown_whole_or_in_pieces(number: int) -> Non
     assert sorted(letters(narrow)) == sorted(letters(clean(source)))
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "| "
+        + " | ".join(f"title{at}" for at in range(600))
+        + " |\n|"
+        + "---|" * 600
+        + "\n"
+        + ("| " + " | ".join(f"cell{at}" for at in range(600)) + " |\n") * 20,
+        "many *marks* and `code` " * 4000,
+    ],
+    ids=["a table of 600 columns", "a paragraph of 16,000 marks"],
+)
+def test_a_block_that_would_hold_up_the_keys_is_shown_as_it_was_written(source: str) -> None:
+    rows = shown(fed(source, 4000), 80)
+    assert letters("".join(rows)) == letters(source)
+    assert source[:60] in "".join(rows)
+
+
 @pytest.mark.parametrize("number", range(len(ANSWERS)))
 def test_it_is_shown_while_it_streams_too(number: int) -> None:
     source = ANSWERS[number]

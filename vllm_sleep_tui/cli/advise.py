@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from vllm_sleep_tui.cli.common import (
+    complete_model,
     config_option,
     confirm,
     given_config,
@@ -38,7 +39,7 @@ from vllm_sleep_tui.units import KIB, gib, time_text
 
 
 @click.command()
-@click.argument("names", metavar="[NAME…]", nargs=-1)
+@click.argument("names", metavar="[NAME…]", nargs=-1, shell_complete=complete_model)
 @click.option(
     "--apply", "is_applied", is_flag=True, help="Write it to the config, after showing what changes."
 )
@@ -107,7 +108,7 @@ def _as_json(advice: Advice, estimates: dict[str, Estimate]) -> dict[str, Any]:
 def _lines(advice: Advice, estimates: dict[str, Estimate]) -> list[str]:
     """The same for people."""
     width = max((len(model.name) for model in advice.models), default=0)
-    lines = [_model_line(model, width) for model in advice.models]
+    lines = [line for model in advice.models for line in _model_lines(model, width)]
     if advice.gpus:
         lines += [""] if lines else []
         lines += [line for gpu in advice.gpus for line in _gpu_lines(gpu)]
@@ -117,8 +118,11 @@ def _lines(advice: Advice, estimates: dict[str, Estimate]) -> list[str]:
     return lines
 
 
-def _model_line(model: ModelAdvice, width: int) -> str:
-    return f"{model.name.ljust(width)}  {model.verdict.ljust(13)}  {model.why}"
+def _model_lines(model: ModelAdvice, width: int) -> list[str]:
+    lines = [f"{model.name.ljust(width)}  {model.verdict.ljust(13)}  {model.why}"]
+    if model.level_0 is not None:
+        lines.append(f"{' ' * (width + 17)}{model.level_0.sentence}")
+    return lines
 
 
 def _gpu_lines(gpu: GpuAdvice) -> list[str]:

@@ -20,6 +20,7 @@ from vllm_sleep_tui.cli.common import (
     agreement,
     config_option,
     discard,
+    given_config,
     load_config,
     need_terminal,
     open_streams,
@@ -27,7 +28,7 @@ from vllm_sleep_tui.cli.common import (
 )
 from vllm_sleep_tui.errors import PanelError, UsageError
 from vllm_sleep_tui.files import private_dir, write_private
-from vllm_sleep_tui.paths import state_dir
+from vllm_sleep_tui.paths import has_config, state_dir
 from vllm_sleep_tui.text import clean, one_line
 from vllm_sleep_tui.units import file_stamp
 
@@ -51,6 +52,8 @@ VERBS: dict[str, str] = {
     "web": "web",
     "advise": "advise",
     "orphans": "orphans",
+    "completion": "completion",
+    "man": "man",
 }
 """Verb → the module of this folder that holds it."""
 INTERRUPTED = 130
@@ -83,15 +86,35 @@ def command(ctx: click.Context, read_only: bool) -> None:
     """Switch between vLLM models that do not fit on the GPU together; without a verb: the panel."""
     if ctx.invoked_subcommand is None:
         need_terminal()
-        loaded = load_config(ctx, only_looks=read_only)
-        from vllm_sleep_tui.tui.app import run_panel
-
-        ctx.exit(run_panel(loaded, state_dir(), agreement(ctx), read_only=read_only))
+        is_first = given_config(ctx) is None and not has_config() and not read_only
+        ctx.exit(open_first(ctx) if is_first else open_panel(ctx, read_only=read_only))
     elif read_only:
         raise UsageError(
             f"--read-only is for the panel, not for `{ctx.invoked_subcommand}`.",
             "Leave it out, or the verb; behind `web` it stands after it.",
         )
+
+
+def open_panel(ctx: click.Context, *, read_only: bool = False, begin: str | None = None) -> int:
+    """The panel over the config of this command, with a model to start; the exit code."""
+    loaded = load_config(ctx, only_looks=read_only)
+    from vllm_sleep_tui.tui.app import run_panel
+
+    return run_panel(loaded, state_dir(), agreement(ctx), read_only=read_only, begin=begin)
+
+
+def open_first(ctx: click.Context) -> int:
+    """The panel of somebody who has no config yet; the exit code."""
+    from vllm_sleep_tui.cli.first_run import ask_first, write_wish
+
+    wish = ask_first()
+    if wish is None:
+        return 0
+    if wish.is_demo:
+        from vllm_sleep_tui.cli.demo import open_demo
+
+        return open_demo()
+    return open_panel(ctx, begin=next(iter(write_wish(wish).config.models)))
 
 
 def run(arguments: Sequence[str]) -> int:

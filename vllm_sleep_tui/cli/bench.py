@@ -15,6 +15,7 @@ from vllm_sleep_tui.bench.plan import PassKey, Plan, order, parse_modes, parse_o
 from vllm_sleep_tui.bench.progress import left, line
 from vllm_sleep_tui.bench.results import Run, Step, new_file, read
 from vllm_sleep_tui.cli.common import (
+    complete_model,
     config_option,
     given_config,
     json_option,
@@ -45,7 +46,7 @@ def bench() -> None:
 
 
 @bench.command("run")
-@click.argument("names", metavar="[A B]", nargs=-1)
+@click.argument("names", metavar="[A B]", nargs=-1, shell_complete=complete_model)
 @click.option("--modes", default="level1,level2,cold", show_default=True, help="cold:1 is cold, one repeat.")
 @click.option("--repeats", type=click.IntRange(1, 99), default=3, show_default=True, help="Passes a mode.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Shuffles the order of the modes.")

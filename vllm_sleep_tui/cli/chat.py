@@ -15,6 +15,7 @@ import click
 
 from vllm_sleep_tui.cli.asking import asked_with, asking_options
 from vllm_sleep_tui.cli.common import (
+    complete_model,
     config_option,
     draw,
     json_option,
@@ -47,7 +48,7 @@ EARLIER = 500
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_model)
 @click.argument("prompt", required=False)
 @click.argument("others", nargs=-1, metavar="")
 @click.option("-c", "--continue", "goes_on", is_flag=True, help="Go on with the model's last conversation.")

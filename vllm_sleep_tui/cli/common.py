@@ -17,7 +17,7 @@ import click
 
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.config.types import CONFIG_NAME
-from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError, UsageError
+from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError, UsageError
 from vllm_sleep_tui.files import trust, trusted
 from vllm_sleep_tui.paths import config_dir, find_config, state_dir
 from vllm_sleep_tui.text import OBEYED, clean, one_line
@@ -50,6 +50,15 @@ def given_config(ctx: click.Context) -> Path | None:
     """The file named with --config."""
     path: Path | None = ctx.find_root().meta.get(_GIVEN)
     return path
+
+
+def complete_model(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The names of models that begin so, for a shell; none without a config that can be read."""
+    try:
+        names = load(find_config(given_config(ctx))).config.models
+    except PanelError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]
 
 
 # ── trust ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -19,6 +19,8 @@ from vllm_sleep_tui.paths import state_dir
 
 PANEL_SPEED = 5.0
 """How many times faster than measured the panel's demo is, so that nobody waits a minute for a start."""
+FIRST = "qwen"
+HINT = "The demo starts qwen. Then ↓ and ⏎ switch to phi, c asks it something, ? has all keys."
 _MARK = "# The demo:"
 _TEMPLATE = """\
 # yaml-language-server: $schema={schema}
@@ -72,11 +74,16 @@ def demo(folder: Path | None, speed: float | None) -> None:
         say(f"Next: vllm-sleep-tui --config {path} start --all")
         return
     need_terminal()
+    click.get_current_context().exit(open_demo(PANEL_SPEED if speed is None else speed))
+
+
+def open_demo(speed: float = PANEL_SPEED) -> int:
+    """The panel over the demo, which begins to start its first model; the exit code."""
     home = private_dir(state_dir() / "demo")
-    path = write_demo(home, PANEL_SPEED if speed is None else speed)
+    path = write_demo(home, speed)
     from vllm_sleep_tui.tui.app import run_panel
 
-    click.get_current_context().exit(run_panel(load(path), private_dir(home / "state"), lambda _: True))
+    return run_panel(load(path), private_dir(home / "state"), lambda _: True, begin=FIRST, hint=HINT)
 
 
 def write_demo(folder: Path, speed: float) -> Path:

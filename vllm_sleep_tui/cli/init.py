@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from vllm_sleep_tui.cli.moving import GATEWAY_PORT, Found, config_lines, read, r
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.config.schema import write_schema
 from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
-from vllm_sleep_tui.errors import RefusedError, UsageError
+from vllm_sleep_tui.errors import PanelError, RefusedError, UsageError
 from vllm_sleep_tui.files import is_taken, read_regular, trust, write_private
 from vllm_sleep_tui.fleet.survey import (
     CachedModel,
@@ -32,6 +33,8 @@ MAX_SOURCE = 2**20
 """Bytes of what `--from` reads."""
 WEIGHTS_SHARE = 0.8
 """Of a GPU's memory: more weights than that leave no room for a KV cache."""
+CPU_SHARE = 0.3
+"""Of the RAM for each model on the CPU: vLLM's own 0.92 is seldom free, and nothing there makes room."""
 EXAMPLE = "Qwen/Qwen3-0.6B"
 SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_NAME}"
 
@@ -69,7 +72,9 @@ def init(ctx: click.Context, force: bool, schema: bool, source: str | None) -> N
     machine = look_around(here())
     for line in describe(machine):
         say(line)
-    write_private(path, (config_text(machine) if found is None else moved_text(machine, found)).encode())
+    content = config_text(machine) if found is None else moved_text(machine, found)
+    check_text(path, content)
+    write_private(path, content.encode())
     for note in found.notes if found is not None else ():
         say(f"not carried over: {note}")
     loaded = load(path)
@@ -96,6 +101,19 @@ def found_in(source: str) -> Found:
     except OSError as error:
         raise UsageError(f"{source} cannot be read: {error.strerror}.", "Name another file.") from None
     return read(content.decode(errors="replace"), source)
+
+
+def check_text(path: Path, content: str) -> None:
+    """Raises UsageError if this would be no config: what is there stays."""
+    with tempfile.TemporaryDirectory(prefix=f".{CONFIG_NAME}-", dir=path.parent) as folder:
+        tried = Path(folder) / path.name
+        write_private(tried, content.encode())
+        try:
+            load(tried)
+        except PanelError as error:
+            what = error.what.replace(str(tried), str(path))
+            cure = f"{error.cure} Nothing was written. What it was made from may need a change.".lstrip()
+            raise UsageError(what, cure) from None
 
 
 def moved_text(machine: Surroundings, found: Found) -> str:
@@ -199,7 +217,11 @@ def _model_lines(name: str, model: CachedModel, gpus: Sequence[GpuReading]) -> l
     size = f"{gib(model.bytes)} of weights" if model.bytes else "an example, fetched at its first start"
     lines = [f"  {_quoted(name)}:", f"    model: {_quoted(model.name)}  # {size}"]
     if not gpus:
-        return [*lines, "    gpus: []  # no GPU was found: vLLM on the CPU, where sleeping frees no memory"]
+        return [
+            *lines,
+            "    gpus: []  # no GPU was found: vLLM on the CPU, where sleeping frees no memory",
+            f"    args: {{gpu-memory-utilization: {CPU_SHARE:g}}}  # of the RAM, which vLLM takes on the CPU",
+        ]
     count = gpus_needed(model.bytes, gpus) or 1
     lines.append(f"    gpus: {[gpu.index for gpu in gpus[:count]]}")
     if count > 1:

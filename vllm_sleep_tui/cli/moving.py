@@ -7,6 +7,7 @@ the servers that run now: each comes down to command lines, which `engine` reads
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,12 +23,20 @@ from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.survey import ServeLine, arguments_in, read_arguments
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|PWD|CRED|AUTH|COOKIE|BEARER|_PAT\Z", re.IGNORECASE)
+"""Names of variables whose values are not copied."""
+SECRET_VALUE = re.compile(
+    r"\b(?:hf|sk|pk|gh[opsu]|glpat|xox[abp])[-_]\w|://[^/@\s]*:[^/@\s]+@|\beyJ\w{8}"
+    r"|\A(?=[^\s/]*\d)(?=[^\s/]*[A-Za-z])[A-Za-z0-9+_=-]{24,}\Z"
+)
+"""Values that look like a key, whatever the name: by a maker's sign, in an address, by chance."""
+REFERENCE = re.compile(r"\$\{(\w+)\}")
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 VARIABLE = re.compile(r"\$(?:\{([A-Za-z_][\w.]*)(?::?-([^}]*))?\}|([A-Za-z_]\w*))")
 IMAGE = re.compile(r"(^|/)vllm[-_/]?(openai|cpu|omni)?")
 CARRIED = frozenset({"cmd", "env", "aliases", "ttl", "proxy", "checkEndpoint", "name", "description"})
 """Of a model of llama-swap's: what is carried over, or is not needed here."""
+CONTAINERS = frozenset({"docker", "podman", "nerdctl"})
 GATEWAY_PORT = GatewayConfig().port
 STARTERS = frozenset({"nohup", "exec", "nice", "setsid", "time"})
 """Before a command: a server here needs none of them."""
@@ -99,7 +108,11 @@ class Found:
                 self.notes.append(f"{where}: {VISIBLE}={visible}: write the indices as gpus: [0]")
         if line.has_key or moved.env.pop("VLLM_API_KEY", None) is not None:
             self.notes.append(f"{where}: its API key is not copied: write it to a file, `api_key_file: FILE`")
-        for variable in [name for name in moved.env if SECRET.search(name)]:
+        unset = [n for n, value in moved.env.items() if set(REFERENCE.findall(value)) - os.environ.keys()]
+        for variable in unset:
+            del moved.env[variable]
+            self.notes.append(f"{where}: {variable} is left out: what it is taken from is not set here")
+        for variable in [name for name, value in moved.env.items() if is_secret(name, value)]:
             del moved.env[variable]
             self.notes.append(
                 f"{where}: {variable} is not copied: servers take it from the panel's environment"
@@ -107,6 +120,11 @@ class Found:
         self.notes += [f"{where}: {note}" for note in line.notes]
         self.models.append(moved)
         return moved
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Whether a variable's value stays where it is."""
+    return bool(SECRET.search(name) or SECRET_VALUE.search(value))
 
 
 def read(text: str, source: str) -> Found:
@@ -177,7 +195,11 @@ def _from_swap(content: Mapping[str, Any], found: Found) -> None:
         command = entry["cmd"]
         for _ in range(5):  # macros may hold macros
             command = _expanded(command, own)
-        moved = found.add(str(name), _words(_unfolded(command)), _environment(entry.get("env")), where)
+        words, environment = _words(_unfolded(command)), _environment(entry.get("env"))
+        if _is_container(words):
+            moved = _from_docker(words, environment, found, where, name=str(name))
+        else:
+            moved = found.add(str(name), words, environment, where)
         if moved is None:
             continue
         moved.line.port = None  # its own ports are handed out by llama-swap
@@ -220,9 +242,9 @@ def _from_compose(services: Mapping[str, Any], found: Found) -> None:
         if not isinstance(service, dict) or not IMAGE.search(str(service.get("image", "")).split(":")[0]):
             found.notes.append(f"{where}: its image is none of vLLM's, so it is left out")
             continue
-        command, entry = (_listed(service.get(key)) for key in ("command", "entrypoint"))
+        command, entry = (_listed(_with_defaults(service.get(key))) for key in ("command", "entrypoint"))
         words = [*entry, *command]
-        environment = _environment(service.get("environment"))
+        environment = _environment(_with_defaults(service.get("environment")))
         if arguments_in(words) is not None:
             moved = found.add(str(name), words, environment, where)
         else:
@@ -238,6 +260,15 @@ def _from_compose(services: Mapping[str, Any], found: Found) -> None:
             found.notes.append(
                 f"{where}.volumes: paths inside the container are to be changed to the real ones"
             )
+
+
+def _with_defaults(value: Any) -> Any:
+    """What compose would make of it without an environment: `${NAME:-this}`."""
+    if isinstance(value, str):
+        return _expanded(value, {})
+    if isinstance(value, list):
+        return [_with_defaults(part) for part in value]
+    return {key: _with_defaults(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def _devices(service: Mapping[str, Any]) -> list[int]:
@@ -267,22 +298,43 @@ def _from_script(text: str, found: Found) -> None:
                 exported |= assigned
         elif arguments_in(rest) is not None:
             found.add(None, words, exported, f"line {number}")
-        elif "vllm" in line and IMAGE.search(line) and words[0] in ("docker", "podman", "sudo"):
+        elif "vllm" in line and IMAGE.search(line) and _is_container(words):
             _from_docker(words, exported, found, f"line {number}")
 
 
-def _from_docker(words: list[str], env: Mapping[str, str], found: Found, where: str) -> None:
+def _is_container(words: Sequence[str]) -> bool:
+    program = [word for word in words if word != "sudo"][:1]
+    return bool(program) and program[0].rsplit("/", 1)[-1] in CONTAINERS
+
+
+def _from_docker(
+    words: Sequence[str], env: Mapping[str, str], found: Found, where: str, name: str | None = None
+) -> Moved | None:
     """`docker run … IMAGE ARGUMENTS`."""
     image = next((n for n, word in enumerate(words) if IMAGE.search(word.split(":")[0]) and n > 1), None)
     if image is None:
-        found.notes.append(f"{where}: no image of vLLM's in it")
-        return
-    inside = dict(env)
-    for flag, value in pairwise(words[:image]):
+        found.notes.append(f"{where}: no image of vLLM's in it, so it is left out")
+        return None
+    inside, gpus = dict(env), None
+    split = [part for word in words[:image] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+    for flag, value in pairwise(split):
         if flag in ("-e", "--env") and "=" in value:
             inside |= dict([value.split("=", 1)])
-    if found.add_arguments(None, words[image + 1 :], inside, where) is not None:
+        elif flag == "--gpus":
+            numbers = value.strip("\"'").removeprefix("device=").split(",")
+            gpus = [int(number) for number in numbers] if all(map(str.isdigit, numbers)) else None
+    arguments = _words(shlex.join(words[image + 1 :]))  # or a shell's, inside
+    if arguments_in(arguments) is not None:
+        moved = found.add(name, arguments, inside, where)
+    else:
+        moved = found.add_arguments(name, arguments, inside, where)
+    if moved is not None:
+        # `--gpus 1` is how many, and `device=1` is which.
+        if gpus is not None and any("device=" in word for word in words[:image]):
+            moved.gpus = gpus
+        moved.line.port = None  # of the container
         found.notes.append(f"{where}: it runs in a container; here the vllm of vllm_command runs it")
+    return moved
 
 
 def _from_flags(content: Mapping[str, Any], found: Found, source: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vllm_sleep_tui.cli.common import (
+    complete_model,
     config_option,
     json_option,
     load_config,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.fleet import Fleet
     from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot
 
-names_argument = click.argument("names", metavar="NAME…", nargs=-1)
+names_argument = click.argument("names", metavar="NAME…", nargs=-1, shell_complete=complete_model)
 all_option = click.option("--all", "everything", is_flag=True, help="Every model of the config.")
 force_option = click.option("--force", is_flag=True, help="Do not wait for answers under way.")
 
@@ -77,7 +78,7 @@ def restart(ctx: click.Context, names: tuple[str, ...], force: bool, as_json: bo
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_model)
 @click.option("--level", type=click.IntRange(0, 2), help="Weights in VRAM (0), in RAM (1), on disk (2).")
 @force_option
 @json_option
@@ -96,7 +97,7 @@ def sleep(ctx: click.Context, name: str, level: int | None, force: bool, as_json
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_model)
 @json_option
 @config_option
 @click.pass_context
@@ -108,7 +109,7 @@ def wake(ctx: click.Context, name: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_model)
 @force_option
 @json_option
 @config_option

@@ -37,8 +37,8 @@ Memory = Annotated[str, Meta(pattern=_MEMORY, examples=["24GiB"])]
 class IdleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long a model may be idle, counted from the end of its last answer."""
 
-    sleep_after: Duration | None = None
-    stop_after: Duration | None = None
+    sleep_after: Annotated[Duration | None, Meta(description="Then it sleeps.")] = None
+    stop_after: Annotated[Duration | None, Meta(description="Then it is stopped.")] = None
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

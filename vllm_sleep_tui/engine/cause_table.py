@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Cause:
     """A pattern in a log, the reason it tells of, and the cure."""
 
-    pattern: re.Pattern[str]
+    text: str
     reason: str
     cure: str
     planned: str = ""
     """The cure where `gpu-memory-utilization` is planned by the panel instead of set; empty: the same."""
 
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Compiled when it is first looked for: all of them take 30 ms, and few processes see a death."""
+        return re.compile(self.text)
+
 
 def _cause(pattern: str, reason: str, cure: str, planned: str = "") -> Cause:
-    return Cause(re.compile(pattern), reason, cure, planned)
+    return Cause(pattern, reason, cure, planned)
 
 
 API_PORT = r"Address already in use"

@@ -197,6 +197,10 @@ class VllmClient:
         body = await self._act(f"{endpoints.SLEEP}?level={level:d}", timeout)
         return _decode(f"POST {endpoints.SLEEP}", body, SleepReply) if body else SleepReply()
 
+    async def release_kv_cache(self, timeout: float) -> None:
+        """Give up the memory of the KV cache alone (vLLM 0.31); the server is paused and has all of it."""
+        await self._act(endpoints.RELEASE_KV_CACHE, timeout)
+
     async def wake_up(self, tags: Sequence[str] = (), *, timeout: float) -> WakeReply:
         """Wake what `tags` name ("weights", "kv_cache"), or all that sleeps; unknown tags answer 200 too."""
         # A list with commas would be one unknown tag (vLLM 0.32, 03-admin-sleep-pause.txt).

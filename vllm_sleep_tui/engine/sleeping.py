@@ -45,11 +45,20 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     """Why it is vLLM's."""
     level: int | None = None
     """It sleeps at; told by the panel's alone."""
+    refused: str | None = None
+    """Why it sleeps on as it did, though it was asked to go deeper: the RAM was not to be had."""
+    last: dict[str, float] = {}
+    """Bytes and seconds of what it did last, by name."""
 
     @property
     def is_own(self) -> bool:
         """Whether the panel's sleep mode is at work in it."""
         return self.state == OWN
+
+    @property
+    def freed_bytes(self) -> int | None:
+        """VRAM that its last sleep gave up; None if it does not tell."""
+        return int(self.last["freed_bytes"]) if "freed_bytes" in self.last else None
 
 
 # ── ask ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -85,25 +94,28 @@ async def answered(
     return None if await is_sleeping(client, seconds) is asleep else await call()
 
 
-async def sleep_level(client: VllmClient, seconds: float, *, is_own: bool) -> int:
-    """The level of a sleeper: as our sleep mode says, else by vLLM's own gauge (0.12 and newer), else 1."""
-    if is_own:
-        facts = await worker_facts(client, seconds)
-        if facts and facts[0].level is not None:
-            return facts[0].level
-    return Page.read(await client.metrics(), 0.0).sleep_level or 1
+async def sleep_level(client: VllmClient, seconds: float, *, is_own: bool, otherwise: int = 1) -> int:
+    """The level of a sleeper: as our sleep mode says, else by vLLM's own gauge (0.12), else `otherwise`."""
+    if is_own and (level := deepest(await worker_facts(client, seconds))) is not None:
+        return level
+    return Page.read(await client.metrics(), 0.0).sleep_level or otherwise
 
 
 # ── sleep ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def sleep(client: VllmClient, level: int, seconds: float) -> None:
+async def sleep(client: VllmClient, level: int, seconds: float, *, is_own: bool) -> None:
     """The call; a call that got no answer has worked if the server sleeps. It is no proof of freed memory.
 
-    To vLLM level 0 is a sleep at level 1, of which the panel's sleep mode was told to leave the weights.
+    Level 0 of the panel's sleep mode is to vLLM a sleep at level 1, of which that was told to leave the
+    weights; without it vLLM is paused, which it calls level 0, and gives up its KV cache (0.31 and newer).
     Raises EngineRefused if the server refuses, another EngineError if it cannot be known.
     """
     asked = level or 1
+    if level == 0 and not is_own:
+        await answered(client, lambda: client.sleep(0, seconds), seconds, asleep=True)
+        await answered(client, lambda: client.release_kv_cache(seconds), seconds, asleep=True)
+        return
     reply = await answered(client, lambda: client.sleep(asked, seconds), seconds, asleep=True)
     if reply is None and not await is_sleeping(client, seconds):
         raise EngineSilent(f"it gave no answer to {SLEEP} and is awake.")
@@ -203,11 +215,24 @@ async def forget_weights(client: VllmClient, seconds: float) -> None:
         await _ask_workers(client, "panel_keep_weights", seconds, False)
 
 
-async def sleep_deeper(client: VllmClient, level: int, seconds: float) -> bool:
-    """From level 0 to 1 or 2 without a wake; whether all workers sleep at that level now."""
-    return all(
-        each.level == level for each in await _ask_workers(client, "panel_sleep_deeper", seconds, level)
-    )
+async def sleep_deeper(client: VllmClient, level: int, seconds: float, *, is_own: bool) -> list[WorkerFacts]:
+    """From level 0 to 1 or 2 without a wake; who sleeps at another level, or lacks RAM, stays as it is.
+
+    vLLM's own sleep mode has no such word: there it has gone deeper, or refuses.
+    """
+    if not is_own:
+        await sleep(client, level, seconds, is_own=False)
+        return [WorkerFacts(level=level)]
+    return await _ask_workers(client, "panel_sleep_deeper", seconds, level)
+
+
+def deepest(workers: Sequence[WorkerFacts]) -> int | None:
+    """The level from which all of these workers come back by one wake; None if one of them tells none.
+
+    What is at level 0 comes back by a wake from 1, and both by one from 2, which loads all weights again.
+    """
+    levels = [worker.level for worker in workers]
+    return None if None in levels else max((level or 0 for level in levels), default=None)
 
 
 async def _ask_workers(client: VllmClient, method: str, seconds: float, *args: Any) -> list[WorkerFacts]:

@@ -30,6 +30,8 @@ class Capabilities:
     """Whether the panel's own sleep mode puts itself in place of vLLM's."""
     wake_tells: bool
     """The answer to a wake tells whether everything is awake. From 0.32 (WakeReply); others are asked."""
+    releases_cache: bool
+    """vLLM's own sleep mode can give up the KV cache alone, and the weights later. From 0.31 (source)."""
     note: str | None = None
     """What a person should know about running this version, as a sentence."""
 
@@ -50,6 +52,7 @@ def capabilities(version: str) -> Capabilities:
         retry_wake=release >= (0, 26),
         own_sleep="{}.{}".format(*release) in PROVEN,
         wake_tells=release >= (0, 32),
+        releases_cache=release >= (0, 31),
         note=_note(version, read),
     )
 

@@ -12,12 +12,19 @@ from pathlib import Path
 
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.config.types import ModelConfig
+from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.fleet.core import Core, simulated_folder
 from vllm_sleep_tui.fleet.levels import why_no_level2
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.discovery import find_command
-from vllm_sleep_tui.fleet.operations.room import held_here, read_memory, shares_of
+from vllm_sleep_tui.fleet.operations.room import (
+    held_here,
+    kv_cache_note,
+    plans_of,
+    read_memory,
+    resident_weights,
+)
 from vllm_sleep_tui.fleet.states import RUNNING
 from vllm_sleep_tui.fleet.store.history import History
 from vllm_sleep_tui.sizing import budget
@@ -123,11 +130,11 @@ def read_figures(core: Core, per_day: Mapping[str, float] | None = None) -> list
     memory = read_memory(core, {gpu for model in models for gpu in model.config.gpus})
     commands = {model.vllm_command for model in models}
     versions = {command: vllm.version for command in commands if (vllm := find_command(command, os.environ))}
-    shares = shares_of([model for model in models if model.config.model], memory)
+    plans = plans_of([model for model in models if model.config.model], memory)
     return [
         _figures(
             model,
-            shares.get(model.name),
+            plans.get(model.name),
             versions.get(model.vllm_command),
             (per_day or {}).get(model.name),
         )
@@ -135,8 +142,9 @@ def read_figures(core: Core, per_day: Mapping[str, float] | None = None) -> list
     ]
 
 
-def _figures(model: Model, share: float | None, version: str | None, per_day: float | None) -> Figures:
+def _figures(model: Model, plan: budget.Plan | None, version: str | None, per_day: float | None) -> Figures:
     config, measured = model.config, model.footprint_as_configured
+    share = plan.share if plan is not None else budget.fixed_utilization(config)
     expected, unreadable = _estimate(model, share, version)
     seconds = _times(measured, expected.times or _times_of(measured, config))
     pinned = (
@@ -145,6 +153,7 @@ def _figures(model: Model, share: float | None, version: str | None, per_day: fl
     certain = {what for what in seconds if measured.typical(what) is not None}
     certain |= {"memory"} if set(measured.awake) >= {str(gpu) for gpu in config.gpus} else set()
     certain |= {"pinned"} if measured.pinned else set()
+    weights = _share_of_weights(measured, config) or expected.weights_per_gpu
     return Figures(
         name=model.name,
         gpus=config.gpus,
@@ -152,7 +161,13 @@ def _figures(model: Model, share: float | None, version: str | None, per_day: fl
         is_attached=config.is_attached,
         awake=_awake(model, expected, share),
         asleep={gpu: budget.asleep_estimate(measured, config, gpu) for gpu in config.gpus},
-        weights=_share_of_weights(measured, config) or expected.weights_per_gpu,
+        weights=weights,
+        resident=None if config.is_attached else resident_weights(model),
+        stay=plan.stay if plan is not None else (),
+        kv_cache=_kv_cache(model, weights, share),
+        kv_per_token=expected.kv_bytes_per_token,
+        kv_note=kv_cache_note(model, share),
+        wake0=measured.typical("wake0"),
         context=expected.context_bytes,
         pinned=pinned,
         start=seconds["start"],
@@ -175,6 +190,16 @@ def _estimate(model: Model, share: float | None, version: str | None) -> tuple[E
         is_here = config.model is not None and find_checkpoint(config.model, base, os.environ | config.env)
         return Estimate(), error.what if is_here else None
     return expected, expected.unknown.get("weights")
+
+
+def _kv_cache(model: Model, weights: int | None, share: float | None) -> int | None:
+    """What a share of its GPUs leaves for the KV cache on each of them, unless the config names that."""
+    totals = [model.core.total(gpu) for gpu in model.config.gpus]
+    if given := ServeArgs(model.config.args).kv_cache_memory_bytes:
+        return given
+    if weights is None or share is None or None in totals or not totals:
+        return None
+    return max(0, int(share * min(total or 0 for total in totals)) - weights - ACTIVATIONS)
 
 
 def _times(footprint: Footprint, expected: Times | None) -> dict[str, float | None]:

@@ -427,8 +427,8 @@ def as_markdown(whole: Whole) -> str:
             parts.append("\n".join(f"> {line}".rstrip() for line in turn.reasoning.splitlines()))
         if turn.text:
             parts.append(turn.text)
-        parts += [f"*{picture.words}*" for picture in turn.pictures]
         parts += [f"Calls `{call.name}`:\n\n```json\n{call.arguments}\n```" for call in turn.calls]
+        parts += [f"*{picture.words}*" for picture in turn.pictures]
         if turn.error:
             parts.append(f"*{turn.error}*")
     return clean("\n\n".join(parts) + "\n")

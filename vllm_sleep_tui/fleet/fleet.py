@@ -314,8 +314,8 @@ class Fleet:
     ) -> AsyncIterator[ChatEvent]:
         """Stream an answer; a model that is not awake is switched to first, or refused without `switches`.
 
-        A message is OpenAI's, and may have `pictures` besides, as `pictures.said` makes one. Close the
-        iterator to stop it.
+        Close the iterator to stop it. A message is OpenAI's, and may have `pictures` besides, as
+        `pictures.said` makes one.
         """
         model = self._core.model(name)
         async for event in answer(self, model, messages, params or {}, report, switches=switches):

@@ -37,6 +37,8 @@ TERM_AGAIN_SECONDS = 1.0
 """vLLM swallows one SIGTERM while it starts (0.32); the second ends it."""
 TRACKER_SECONDS = 2.0
 """After an orderly exit the resource tracker needs a moment to clear /dev/shm."""
+FRESH_SECONDS = 3600.0
+"""Cleaners of /tmp wait for days."""
 LOOK_SECONDS = 0.2
 """At least, between two looks for engines; a tenth of the server's age once that is more."""
 
@@ -88,6 +90,7 @@ class Keeper:
         self.order, self.lock, self.log = order, lock, log
         self.word: dict[str, Any] = {"launch": order["launch"], "keeper": identity(os.getpid())}
         self.began = time.monotonic()
+        self.fresh_until = self.began + FRESH_SECONDS
         self.look_at: float | None = None
         self.asked_at: float | None = None
         self.terms = 0
@@ -166,10 +169,17 @@ class Keeper:
             self.look_at = now + max(LOOK_SECONDS, (now - self.began) / 10)
         return bool(data)
 
-    def next_step(self) -> int | None:
-        """Do what is due by now; milliseconds until the next step, None if none is due."""
-        steps = [step for step in (self.escalate(), self.note_engines()) if step is not None]
-        return min(steps, default=None)
+    def next_step(self) -> int:
+        """Do what is due by now; milliseconds until the next step."""
+        steps = (self.escalate(), self.note_engines(), self.freshen())
+        return min(step for step in steps if step is not None)
+
+    def freshen(self) -> int:
+        """Mark the server's folder as used, once an hour; milliseconds until the next time."""
+        if time.monotonic() >= self.fresh_until:
+            keep_fresh(self.order["tmp_dir"])
+            self.fresh_until = time.monotonic() + FRESH_SECONDS
+        return 1 + int((self.fresh_until - time.monotonic()) * 1000)
 
     def note_engines(self) -> int | None:
         """Write down who below us hides its launch, as engines do: their only proof once we are gone."""
@@ -387,6 +397,14 @@ def keep_from_cleaners(folder: str) -> None:
     """Lock the server's folder for as long as we live: systemd-tmpfiles leaves a locked one and all in it."""
     with contextlib.suppress(OSError):
         fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def keep_fresh(folder: str) -> None:
+    """Mark a folder and all in it as just used: cleaners of /tmp that know no locks go by that."""
+    for root, _, names in os.walk(folder):
+        for path in (root, *(os.path.join(root, name) for name in names)):
+            with contextlib.suppress(OSError):
+                os.utime(path, follow_symlinks=False)
 
 
 def main() -> None:

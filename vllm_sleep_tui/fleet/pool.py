@@ -200,17 +200,19 @@ class Pool:
         """A descriptor that makes whoever has it a user of the pool; raises OSError or OperationError."""
         private_dir(self._path.parent)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(self._file("users"), flags, 0o600)
         for attempt in range(JOIN_ATTEMPTS):
+            descriptor = os.open(self._file("users"), flags, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return descriptor
+                if pool_holder.is_at(descriptor, str(self._file("users"))):
+                    return descriptor
+                os.close(descriptor)  # a holder that ended has just removed it
             except BlockingIOError:  # a look whether it is used holds it for an instant
+                os.close(descriptor)
                 if attempt == JOIN_ATTEMPTS - 1:
-                    os.close(descriptor)
                     raise
                 time.sleep(0.002)
-        raise AssertionError
+        raise BlockingIOError
 
     def start_holder(self) -> None:
         """Have a holder; without one only speed is lost, so whatever is in the way is left there.

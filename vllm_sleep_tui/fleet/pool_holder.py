@@ -45,6 +45,8 @@ MOST_DIGITS = 20
 """Of a size that is asked for: Python reads no number of thousands."""
 LOOK_SECONDS = 1.0
 """Between two looks whether anybody uses us."""
+FRESH_SECONDS = 3600.0
+"""Cleaners of /tmp wait for days."""
 WORD_SIZE = 4096
 
 
@@ -87,14 +89,15 @@ class Client:
 class Holder:
     """The free chunks of one GPU, and who is connected."""
 
-    def __init__(self, server: socket.socket, users: str, limit: int | None, linger: float) -> None:
-        self.server, self.users = server, users
+    def __init__(self, server: socket.socket, path: str, limit: int | None, linger: float) -> None:
+        self.server, self.path = server, path
         self.limit, self.linger = limit, linger
         self.free: dict[int, list[int]] = {}
         """Descriptors of chunks by their size in bytes."""
         self.clients: dict[int, Client] = {}
         self.given_at = 0.0
         self.look_at = time.monotonic() + LOOK_SECONDS
+        self.freshen_at = time.monotonic() + FRESH_SECONDS
         self.ends = False
         self.answers: dict[str, Callable[[Client, dict[str, Any], list[int]], dict[str, Any]]] = {
             "hello": self.hello,
@@ -131,11 +134,16 @@ class Holder:
         if now >= self.look_at:
             self.look_at = now + LOOK_SECONDS
             self.ends = self.ends or not self.is_used()
+        if now >= self.freshen_at:
+            self.freshen_at = now + FRESH_SECONDS
+            keep_fresh(self.path)
 
     def is_used(self) -> bool:
         """Whether anybody holds the users' file."""
         try:
-            descriptor = os.open(self.users, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(
+                f"{self.path}.users", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            )
         except FileNotFoundError:
             return False
         except OSError:
@@ -356,16 +364,54 @@ def keep_from_cleaners(folder: int) -> None:
 def take_lock(path: str) -> int:
     """The holder's file, locked for life; raises BlockingIOError while another holder lives."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o600)
     for attempt in range(50):
+        descriptor = os.open(path, flags, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
+            if is_at(descriptor, path):
+                return descriptor
+            os.close(descriptor)  # the holder before us has just removed it
         except BlockingIOError:  # a reader tests the lock for an instant
+            os.close(descriptor)
             if attempt == 49:
                 raise
             time.sleep(0.02)
-    raise AssertionError
+    raise BlockingIOError
+
+
+def is_at(descriptor: int, path: str) -> bool:
+    """Whether an open file is the one that is at a path now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except OSError:
+        return False
+
+
+def remove_files(path: str, lock: int) -> None:
+    """Leave nothing of us behind, who hold `lock`; whoever uses the pool by now keeps the users' file.
+
+    Who has a file open, and its lock only after it was removed, looks again whether it is there (`is_at`).
+    """
+    if not is_at(lock, f"{path}.holder"):
+        return  # somebody has removed it: what is there is another holder's
+    for kind in ("sock", "holder"):
+        with contextlib.suppress(OSError):
+            os.unlink(f"{path}.{kind}")
+    with contextlib.suppress(OSError):
+        users = os.open(f"{path}.users", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(users) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(f"{path}.users")
+            for name in os.listdir(os.path.dirname(path)):
+                if name.startswith(f"{os.path.basename(path)}.lent-"):  # of engines that are gone
+                    os.unlink(os.path.join(os.path.dirname(path), name))
+
+
+def keep_fresh(path: str) -> None:
+    """Mark our files as just used: cleaners of /tmp that know no locks go by that."""
+    for name in (os.path.dirname(path), *(f"{path}.{kind}" for kind in ("sock", "holder", "users"))):
+        with contextlib.suppress(OSError):
+            os.utime(name, follow_symlinks=False)
 
 
 def listen(path: str) -> socket.socket:
@@ -423,10 +469,9 @@ def main() -> None:
         os.write(report, json.dumps(word).encode())
     os.close(report)  # the launcher waits for that
     try:
-        Holder(server, f"{path}.users", order["limit_bytes"], order["linger"]).run()
+        Holder(server, path, order["limit_bytes"], order["linger"]).run()
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(f"{path}.sock")
+        remove_files(path, lock)
 
 
 if __name__ == "__main__":

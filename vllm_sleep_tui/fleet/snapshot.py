@@ -111,6 +111,8 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """auto, 1, 2 or none."""
     resolved_level: str | None = None
     """What `auto` became at start: 1, 2 or none."""
+    kv_cache: str | None = None
+    """What its KV cache is not cut below, as the config says it."""
     sleep_backend: str | None = None
     """own: our sleep mode; stock: vLLM's; None where it is not known."""
     sleep_backend_why: str | None = None

@@ -15,7 +15,7 @@ TURN_COSTS = 10.0
 """A busy model's turn, in costs of the switch that ends it: so at most a tenth of the time is switching."""
 LONGEST_TURN = 30.0
 PATIENCE = 2.0
-LONGEST_STAY = 5.0
+LONGEST_STAY = 1.0
 """Seconds of `min_awake` where the config leaves it to the cost."""
 GAP_MARGIN = 1.5
 """How much later than usual a client may come back and still be waited for."""

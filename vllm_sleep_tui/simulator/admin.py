@@ -18,6 +18,10 @@ JSON_BODIES_FROM = 32
 """The minor version from which /sleep and /wake_up answer with JSON and /sleep checks its level."""
 
 
+RELEASES_FROM = 31
+"""The minor version from which the KV cache alone can be given up."""
+
+
 class Admin:
     """The handlers; each takes a request and answers it."""
 
@@ -25,12 +29,14 @@ class Admin:
         self._server = server
         self._engine = server.engine
         self._says_json = server.settings.minor >= JSON_BODIES_FROM
+        self._releases = server.settings.minor >= RELEASES_FROM
 
     def routes(self) -> dict[tuple[str, str], Callable[[Request], Awaitable[Answer]]]:
         """By method and path."""
         return {
             ("POST", "/sleep"): self.sleep,
             ("POST", "/wake_up"): self.wake_up,
+            **({("POST", "/release_kv_cache_memory"): self.release} if self._releases else {}),
             ("GET", "/is_sleeping"): self.is_sleeping,
             ("POST", "/pause"): self.pause,
             ("POST", "/resume"): self.resume,
@@ -53,6 +59,12 @@ class Admin:
             await self._call("sleep", "sleep", level=level, mode=mode)
         self._server.metrics.record_sleep(level)
         return http.as_json({"status": "sleeping", "level": level}) if self._says_json else http.empty()
+
+    async def release(self, request: Request) -> Answer:
+        """``/release_kv_cache_memory``: only of a server that is paused and holds all its memory."""
+        with self._server.metrics.operation("release_kv_cache_memory"):
+            await self._call("release_kv_cache_memory", "release")
+        return http.as_json({"status": "kv_cache_released"})
 
     async def wake_up(self, request: Request) -> Answer:
         """``/wake_up?tags=weights&tags=kv_cache``; 200 whatever the tags are."""

@@ -40,6 +40,7 @@ class Fault(StrEnum):
     COUNTS_LATE = "counts_late"
     BACKEND_REFUSES = "backend_refuses"
     STALE_CHUNK = "stale_chunk"
+    NO_POOL = "no_pool"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +126,12 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "h100/contract.jsonl",
         "up to 0.24",
     ),
+    _rule(
+        "release_kv_cache",
+        "/release_kv_cache_memory gives up the KV cache, if paused, else 500; /sleep takes the rest later",
+        "vLLM's source, 0.31 to 0.33",
+        "from 0.31",
+    ),
     _rule("level_3", "level 3 answers 200 and garbage for good", "h100/contract.jsonl", "up to 0.31"),
     _rule("level_3_refused", "level 3 answers 400", "03-admin-sleep-pause.txt", "from 0.32"),
     _rule("empty_bodies", "/sleep and /wake_up answer an empty 200", "h100/contract.jsonl", "up to 0.31"),
@@ -185,6 +192,7 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "0.26, as panel_sleep, with VLLM_SLEEP_TUI_POOL",
     ),
     _fault(Fault.STALE_CHUNK, "memory that the pool lends cannot be mapped", "made up for tests"),
+    _fault(Fault.NO_POOL, "the RAM for the weights of a sleeper at level 0 is refused", "made up for tests"),
 )
 
 

@@ -148,6 +148,10 @@ class Engine:
                 self._pause(message["mode"])
                 if message["level"] != 0:
                     self._state.sleep(message["level"])
+            case "release":
+                if not self._paused or self._requests:
+                    raise OperationFailed("release_kv_cache_memory() requires a completed pause first")
+                self._state.release()
             case "wake":
                 return self._wake(message["tags"])
             case "pause":

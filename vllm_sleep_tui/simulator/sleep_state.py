@@ -50,6 +50,9 @@ class SleepState:
         self.is_own = is_own
         """Whether the panel's own sleep mode is in place of vLLM's."""
         self.keeps_weights_next = False
+        self._refused: str | None = None
+        """Why it was not put to a deeper level, last time it was asked."""
+        self._freed_bytes = 0
         self._memory = memory
         self._plan = plan
         self._settings = settings
@@ -98,11 +101,12 @@ class SleepState:
             self._memory.unmap(tag)
         if level == 2 and self.is_own:
             self._memory.unpin()
-        freed = before - self._memory.held
+        freed = self._freed_bytes = before - self._memory.held
         self._log.info("cumem.py:206", self._freed(freed, backed_up))
-        if self._memory.used_by_others() > others:
+        if self._memory.used_by_others() - others > (freed if self.is_own else 0):
             # vLLM compares what is free on the whole device, so a neighbour's growth during a sleep is taken
-            # for its own; the engine does not survive the exception (h100/overlap.jsonl).
+            # for its own; the engine does not survive the exception (h100/overlap.jsonl). The panel's sleep
+            # mode makes up for it.
             self.crashes_on_request = True
             raise OperationFailed("Memory usage increased after sleeping.")
         if level > 1:
@@ -180,12 +184,26 @@ class SleepState:
             return self._durations.own_weights()
         return self._durations.wake(tag, level=self._level or 1)
 
+    def release(self) -> None:
+        """vLLM's own level 0 (0.31): the KV cache alone; raises OperationFailed if any of it sleeps."""
+        if self.asleep:
+            raise OperationFailed("release_kv_cache_memory() requires all executor memory to be resident")
+        self._misbehave(Fault.SLEEP_HANGS, Fault.ENGINE_DIES_ON_SLEEP)
+        if self.frees:
+            self._memory.unmap("kv_cache")
+        self._level = 0
+        self.asleep = ["kv_cache"]
+
     def deepen(self, level: int) -> None:
         """The panel's sleep mode, asked by a worker's own method: from level 0 to 1 or 2, if it is there."""
         if self._level != 0 or not self.asleep:
             return
         others = self._memory.used_by_others()
         self._misbehave(Fault.SLEEP_HANGS, Fault.ENGINE_DIES_ON_SLEEP)
+        self._refused = None
+        if level == 1 and self._faults.use(Fault.NO_POOL):
+            self._refused = f"{self._plan.weights} bytes of RAM: Cannot allocate memory"
+            return
         if self.frees:
             self._release(level, others)
         self._level = level
@@ -194,7 +212,10 @@ class SleepState:
         """What a worker with the panel's extension answers."""
         if not self.is_own:
             return {"state": "stock", "why": "simulated"}
-        return {"state": "own", "why": "", "level": self._level if self.asleep else None}
+        level = self._level if self.asleep else None
+        refused = {"refused": self._refused} if self._refused else {}
+        last = {"freed_bytes": self._freed_bytes}
+        return {"state": "own", "why": "", "level": level, "last": last, **refused}
 
     def reload(self) -> None:
         """`reload_weights`: cures garbage, but not what level 3 did; raises OperationFailed."""

@@ -14,6 +14,7 @@ import msgspec
 
 from vllm_sleep_tui.sizing.figures import Figures, Machine
 from vllm_sleep_tui.sizing.footprints import AWAKE_OVERHEAD
+from vllm_sleep_tui.sizing.residents import Level0, level_0
 from vllm_sleep_tui.sizing.sharing import GpuAdvice, asleep_on, listed, on_gpu, share_out
 from vllm_sleep_tui.units import GIB, gib, time_text
 
@@ -50,6 +51,8 @@ class ModelAdvice(msgspec.Struct, frozen=True, kw_only=True):
     """The models that it can be awake with."""
     is_estimate: bool = False
     """Some of the figures were not measured yet."""
+    level_0: Level0 | None = None
+    """What it would be to sleep with the weights in VRAM; None if nobody on its GPUs can."""
 
 
 class Advice(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +69,12 @@ def advise(machine: Machine, models: Sequence[Figures]) -> Advice:
     early = {figures.name: _without_ram(machine, residues, models, gpus, figures) for figures in models}
     sleepers = [figures for figures in models if early[figures.name] is None]
     levels = _levels(machine, models, gpus, sleepers)
-    return Advice(models=tuple(early[f.name] or levels[f.name] for f in models), gpus=gpus)
+    decided = ((figures, early[figures.name] or levels[figures.name]) for figures in models)
+    with_level_0 = (
+        msgspec.structs.replace(advised, level_0=level_0(figures, _neighbours(models, figures)))
+        for figures, advised in decided
+    )
+    return Advice(models=tuple(with_level_0), gpus=gpus)
 
 
 # ── what each model should do ────────────────────────────────────────────────────────────────────────────
@@ -204,6 +212,8 @@ def _levels(
         if share is not None:
             why += f" It fits beside the sleepers with gpu-memory-utilization {share:g}."
         level = {Verdict.LEVEL_1: "1", Verdict.LEVEL_2: "2"}.get(verdict, "none")
+        if level != "none" and figures.resident is not None and figures.configured in ("auto", "0"):
+            level = figures.configured  # a number would keep its weights from staying in VRAM
         advice_by_name[figures.name] = _advice(
             figures, verdict, why, level, beside=_beside(gpus, figures), utilization=share
         )

@@ -41,6 +41,18 @@ class Figures:
     """Why level 2 would lose something, in words."""
     per_day: float | None = None
     """Switches to it a day, once a week of them is known."""
+    resident: int | None = None
+    """VRAM on each GPU that its weights take if they stay there while it sleeps; None: they may not."""
+    stay: tuple[str, ...] = ()
+    """Whose weights have room in VRAM while it is awake."""
+    kv_cache: int | None = None
+    """What its next start leaves for its KV cache on each GPU."""
+    kv_per_token: int | None = None
+    """Bytes of it on each GPU."""
+    kv_note: str | None = None
+    """Why the config's `kv_cache` is not what it gets, in words."""
+    wake0: float | None = None
+    """Measured, from level 0."""
     unreadable: str | None = None
     """Why its files are no checkpoint, in a sentence, of a model that has not run here."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 
 READING_SECONDS = 1.0
+REST_SECONDS = 0.5
+"""After the first screen."""
 MAX_MEMORY = 2**16
 _TOAST_WIDTH, _TOAST_SHARE = 54, 6
 """Cells of a toast's text, and the part of the screen's height that its lines may take."""
@@ -82,6 +85,8 @@ class PanelApp(App[None]):
         conversations: Conversations | None = None,
         post: Post | None = None,
         watch: ConfigWatch | None = None,
+        begin: str | None = None,
+        hint: str = "",
     ) -> None:
         self._files, self._complaints = load_themes(theme_folders)
         super().__init__()
@@ -91,6 +96,7 @@ class PanelApp(App[None]):
         self.post = post
         """The gateway, open or not."""
         self._watch = watch
+        self._begin, self._hint = begin, hint
         self.is_told_to_leave = False
         """By a signal or the terminal's end, and not by the person."""
         self._memory = state_dir / "panel.json"
@@ -118,15 +124,25 @@ class PanelApp(App[None]):
         self.push_screen(self.dashboard)
         self.set_interval(READING_SECONDS, self._keep_reading)
         self.set_interval(READING_SECONDS, self._look_at_config)
+        self.dashboard.call_after_refresh(self.set_timer, REST_SECONDS, self._import_rest)
         for complaint in self._complaints:
             self.notify(complaint, severity="warning", timeout=12, markup=False)
-        if self._autostart:
+        if self._hint:
+            self.notify(self._hint, timeout=20, markup=False)
+        if self._begin is not None and not self.dashboard.running_models():
+            self.dashboard.call_after_refresh(self.dashboard.start, [self._begin])
+        elif self._autostart:
             self.dashboard.call_after_refresh(self.dashboard.ask_autostart, self._autostart)
 
     def _keep_reading(self) -> None:
         """The course of the GPUs' figures has no gaps where a screen was looked at that shows none."""
         if not isinstance(self.screen, (Dashboard, GpuScreen)):
             self.dashboard.readings.see(self.fleet.snapshot())
+
+    def _import_rest(self) -> None:
+        """Import what the first request and the first answer need while nobody waits for it."""
+        for name in ("httpx", "markdown_it"):
+            self.run_worker(partial(importlib.import_module, name), thread=True, exit_on_error=False)
 
     async def _look_at_config(self) -> None:
         """Go on with a config that was changed on disk, and say what is another than before."""
@@ -266,7 +282,15 @@ class PanelApp(App[None]):
             self.dashboard.action_quit_panel()
 
 
-async def _run(loaded: LoadedConfig, state_dir: Path, agrees: Agrees, *, read_only: bool) -> int:
+async def _run(
+    loaded: LoadedConfig,
+    state_dir: Path,
+    agrees: Agrees,
+    *,
+    read_only: bool,
+    begin: str | None,
+    hint: str,
+) -> int:
     marked = [name for name, model in loaded.config.models.items() if model.autostart and not read_only]
     folders = (package_folder(), paths.config_dir() / "themes")
     async with Fleet(loaded, state_dir, leads=True, read_only=read_only) as fleet:
@@ -281,6 +305,8 @@ async def _run(loaded: LoadedConfig, state_dir: Path, agrees: Agrees, *, read_on
             conversations=Conversations(state_dir, loaded.path, keeps=loaded.config.keep_conversations),
             post=None if read_only else post,
             watch=ConfigWatch(loaded, agrees),
+            begin=begin,
+            hint=hint,
         )
         loop = asyncio.get_running_loop()
         Leaving(
@@ -323,6 +349,17 @@ def _say(words: str) -> None:
         print(words, file=sys.stderr)  # noqa: T201
 
 
-def run_panel(loaded: LoadedConfig, state_dir: Path, agrees: Agrees, *, read_only: bool = False) -> int:
-    """Open the fleet, then the panel over it; servers outlive both. The exit code."""
-    return asyncio.run(_run(loaded, state_dir, agrees, read_only=read_only))
+def run_panel(
+    loaded: LoadedConfig,
+    state_dir: Path,
+    agrees: Agrees,
+    *,
+    read_only: bool = False,
+    begin: str | None = None,
+    hint: str = "",
+) -> int:
+    """Open the fleet, then the panel over it; servers outlive both. The exit code.
+
+    `begin` is a model to start if no server runs yet, `hint` what to tell first.
+    """
+    return asyncio.run(_run(loaded, state_dir, agrees, read_only=read_only, begin=begin, hint=hint))

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
-from .plan import CHUNK, whole_chunks
+from .plan import CHUNK, SLACK, whole_chunks
 
 FREED_SECONDS = 0.3
 """For the driver to notice that the holder has given memory up."""
@@ -56,6 +56,9 @@ class Memory(Protocol):
     def clear(self, address: int, size: int) -> None:
         """Begin to write zeros there."""
 
+    def free(self) -> int:
+        """Bytes of the whole device that nobody has."""
+
 
 class Holder(Protocol):
     """See holder.py; nothing raises."""
@@ -90,9 +93,9 @@ class Chunks:
         """Descriptors of chunks that were taken and are not placed yet."""
         self._leaving: list[int] = []
         """Descriptors of chunks that are not mapped any more."""
-        self._unclear: list[tuple[int, int]] = []
-        """What is mapped and was another's, by address and size."""
         self._has_holder = False
+        self._free = 0
+        """Of the device when the sleep or wake began."""
         self.figures: dict[str, float] = {}
         """Bytes of the sleep or wake that goes on: taken from the pool, created, given to it."""
 
@@ -100,6 +103,7 @@ class Chunks:
         """A sleep or a wake begins."""
         self.figures = {"taken_bytes": 0.0, "created_bytes": 0.0, "given_bytes": 0.0}
         self._counts = {}
+        self._free = self._memory.free()
         self._has_holder = self._holder.begin()
 
     def fetch(self, handles: Sequence[Handle]) -> None:
@@ -112,7 +116,7 @@ class Chunks:
         self._stock += self._holder.take(CHUNK, sum(counts))
 
     def map(self, handle: Handle, *, clear: bool) -> None:
-        """Give a region its memory; `clear` is to clear what was another's, unless it is overwritten anyway.
+        """Give a region its memory, and begin to clear what was another's unless it is overwritten anyway.
 
         Raises RuntimeError and leaves nothing.
         """
@@ -140,6 +144,8 @@ class Chunks:
                 end += length
             self._memory.allow(address, size)
             taken = sum(CHUNK for descriptor in placed if descriptor is not None)
+            if taken and clear:
+                self._memory.clear(address, edge - address)
         except RuntimeError:
             if end > address:
                 self._memory.remove(address, end - address)
@@ -148,24 +154,12 @@ class Chunks:
             raise
         ctypes.c_uint64.from_address(cell).value = first
         self._mapped[address, size] = placed
-        if taken and clear:
-            self._unclear.append((address, edge - address))
         self.figures["taken_bytes"] += taken
         self.figures["created_bytes"] += size - taken
-
-    def clear(self) -> None:
-        """Begin to clear what was mapped and was another's; raises RuntimeError.
-
-        Once all is mapped: CUDA maps nothing while it clears.
-        """
-        for address, size in self._unclear:
-            self._memory.clear(address, size)
-        self._unclear = []
 
     def unmap(self, handle: Handle, unmap: Callable[[Handle], object]) -> None:
         """Unmap a region by vLLM's own function, with its chunks ready for the next engine."""
         _, size, address, _ = handle
-        self._unclear = [part for part in self._unclear if part[0] != address]
         for number, descriptor in enumerate(self._mapped.pop((address, size), [])):
             if descriptor is None and self._has_holder:
                 with contextlib.suppress(RuntimeError):  # then the driver gets it
@@ -188,6 +182,16 @@ class Chunks:
         self._holder.note_lent(len(lent) * CHUNK)  # before the next engine has what is not mapped here now
         self.figures["given_bytes"] += self._holder.give(CHUNK, self._leaving) * CHUNK
         self._stock, self._leaving = [], []
+
+    def make_up(self) -> None:
+        """A sleep has ended: have the pool give up what it has if a neighbour took what was to be free.
+
+        vLLM fails a sleep after which the device has less free memory than before, whoever took it.
+        """
+        if self._memory.free() < self._free + SLACK // 2 and self._holder.shrink():
+            until = time.monotonic() + FREED_SECONDS
+            while self._memory.free() < self._free and time.monotonic() < until:
+                time.sleep(0.01)
 
     def let_go(self) -> None:
         """Leave the regions to vLLM's own functions: what those unmap must not live on by our descriptors."""

@@ -19,8 +19,8 @@ WORDS = BLOCK // 4
 ROWS = 8
 """Blocks that are multiplied at a time: the product (32 MiB) stays in the cache of the GPU."""
 
-Sums = Callable[[Any, Any, Any], Any]
-"""Numbers of words, by factors and scratch memory, see `block_digests`."""
+Sums = Callable[[Sequence[Region], Any], Any]
+"""Numbers of the blocks of regions, one after the other, by factors, see `block_digests`."""
 
 
 class CudaDriver:
@@ -79,8 +79,7 @@ class CudaDriver:
         return self._chunks.figures
 
     def let_go(self) -> None:
-        """Of the descriptors of chunks; the copies of the last wake have ended then."""
-        torch.cuda.synchronize()
+        """Of the descriptors of chunks."""
         if self._chunks is not None:
             self._chunks.let_go()
 
@@ -88,16 +87,13 @@ class CudaDriver:
         """See `block_digests`; all regions are looked at before the first number is waited for."""
         device = torch.device("cuda", torch.cuda.current_device())
         factors = random_factors(self._seed, device)
-        scratch = torch.empty((ROWS, WORDS), dtype=torch.int64, device=device)
-        words = [_view(region, "<i4", 4) for region in regions]
-        sums = self._sums = self._sums or sums_like_torch(words[0], factors, scratch)
-        parts = [sums(part, factors, scratch) for part in words]
-        numbers: list[int] = torch.cat(parts).cpu().tolist()
+        sums = self._sums = self._sums or sums_like_torch(regions, factors)
+        numbers: list[int] = sums(regions, factors).cpu().tolist()
         found: list[Digests] = []
         start = 0
-        for part in parts:
-            found.append(numbers[start : start + len(part)])
-            start += len(part)
+        for _, size in regions:
+            found.append(numbers[start : start + size // BLOCK])
+            start += size // BLOCK
         return found
 
     def pin(self, size: int) -> PinnedPool:
@@ -128,14 +124,6 @@ class CudaDriver:
                 target = _view((address + at - offset, part), "|u1", 1)
                 target.copy_(_host(pool, at, part), non_blocking=True)
 
-    def order(self) -> None:
-        """By the stream on which this thread, which runs the model, works; other streams wait for that."""
-        if self._chunks is not None:
-            self._chunks.clear()
-        for stream in (torch.cuda.current_stream(), torch.cuda.default_stream()):
-            stream.wait_stream(self._copying)
-            stream.wait_stream(self._clearing)
-
     def finish(self) -> None:
         """Wait for both side streams."""
         self._copying.synchronize()
@@ -144,6 +132,8 @@ class CudaDriver:
     def tidy(self) -> None:
         """Of the caching allocator; the sleep pool is not its."""
         torch.cuda.empty_cache()
+        if self._chunks is not None:
+            self._chunks.make_up()
 
 
 def random_factors(seed: int, device: Any) -> Any:
@@ -153,14 +143,27 @@ def random_factors(seed: int, device: Any) -> Any:
     return torch.randint(0, 2**32, (WORDS,), dtype=torch.int64, device=device, generator=generator)
 
 
-def sums_like_torch(words: Any, factors: Any, scratch: Any) -> Sums:
-    """Our kernel if it says of some blocks what `block_digests` says, else that."""
-    few = words[: ROWS * WORDS]
+def sums_like_torch(regions: Sequence[Region], factors: Any) -> Sums:
+    """Our kernel if it says of some blocks of two regions what torch says, else torch's operations."""
+    few = [(address, min(size, ROWS * BLOCK)) for address, size in (regions[0], regions[-1])]
     with contextlib.suppress(Exception):  # whatever Triton, or the compiler that it needs, may lack
-        kernel = importlib.import_module(".kernel", __package__)
-        if torch.equal(kernel.block_sums(few, factors), block_digests(few, factors, scratch)):
-            return lambda words, factors, _: kernel.block_sums(words, factors)
-    return block_digests
+        if torch.equal(sums_by_kernel(few, factors), sums_by_torch(few, factors)):
+            return sums_by_kernel
+    return sums_by_torch
+
+
+def sums_by_kernel(regions: Sequence[Region], factors: Any) -> Any:
+    """All blocks in one launch, counted from the first region."""
+    block_sums = importlib.import_module(".kernel", __package__).block_sums
+    first = regions[0][0]
+    blocks = [(address + at - first) // 4 for address, size in regions for at in range(0, size, BLOCK)]
+    return block_sums(_view(regions[0], "<i4", 4), blocks, factors)
+
+
+def sums_by_torch(regions: Sequence[Region], factors: Any) -> Any:
+    """Region by region."""
+    scratch = torch.empty((ROWS, WORDS), dtype=torch.int64, device=factors.device)
+    return torch.cat([block_digests(_view(region, "<i4", 4), factors, scratch) for region in regions])
 
 
 def block_digests(words: Any, factors: Any, scratch: Any) -> Any:

@@ -2,8 +2,7 @@
 
 Weights hardly ever change, so their copy in RAM is kept over wakes, and a sleep copies only the blocks whose
 digest differs from that of the copy. What has no copy to bring back (the KV cache) is given up first, so that
-the driver cleans it while the rest is looked at; at a wake the copies run while the next region is mapped,
-and on after it: only the GPU waits for them.
+the driver cleans it while the rest is looked at; at a wake the copies run while the next region is mapped.
 """
 
 from __future__ import annotations
@@ -56,16 +55,9 @@ class Driver(Protocol):
         """These regions will be mapped: have ready what other engines left for them."""
 
     def map(self, handle: Handle, *, clear: bool) -> None:
-        """Give a region its memory; RuntimeError if there is none.
+        """Give a region its memory, and begin to clear what was another's; RuntimeError if there is none.
 
-        With `clear`, what of it was another's is cleared by `order`; without, a copy that begins now
-        overwrites all of it.
-        """
-
-    def order(self) -> None:
-        """Begin to clear; that and the copies come before whatever this worker asks of the GPU later.
-
-        Nobody waits for them here: the answer to a wake and the next question come meanwhile.
+        Without `clear` all of it is overwritten by a copy that begins now.
         """
 
     def unmap(self, handle: Handle) -> None:
@@ -99,7 +91,7 @@ class Driver(Protocol):
         """Wait for all that was begun."""
 
     def tidy(self) -> None:
-        """Give what torch holds for later back to the driver."""
+        """A sleep ends: give what torch holds for later to the driver, and more where others took much."""
 
 
 class Mover:
@@ -171,6 +163,7 @@ class Mover:
         Raises RuntimeError without VRAM, with everything as it was, and may be asked again.
         """
         steps = _Steps()
+        self._keeps_weights_until = 0.0
         self._driver.begin()
         self._awake()
         chosen = [region for region in self._asleep if wakes(self._tag(region), tags, self._deferrable)]
@@ -187,8 +180,8 @@ class Mover:
                     assert self._pool is not None
                     self._driver.restore(self._pool, self._layout.offsets[region], *region)
             steps.take("map")
-            self._driver.order()
-            steps.take("order")
+            self._driver.finish()
+            steps.take("copy")
         except RuntimeError:
             self._undo(mapped)
             raise

@@ -117,6 +117,12 @@ class Vmm:
         where, length = ctypes.c_uint64(address), ctypes.c_size_t(size)
         self._call("cuMemsetD8Async", where, ctypes.c_ubyte(0), length, ctypes.c_void_p(self._stream()))
 
+    def free(self) -> int:
+        """Bytes of the whole device that nobody has."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+
     def export(self, memory: int) -> int:
         """A file descriptor by which another process can have it."""
         found = ctypes.c_int(-1)

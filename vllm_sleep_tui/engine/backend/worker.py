@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import plugin
+from .mover import NoPool
 from .sleeper import Sleeper
 
 
@@ -25,8 +26,11 @@ class PanelWorker:
         return facts
 
     def panel_sleep_deeper(self, level: int) -> dict[str, Any]:
-        """From level 0 to 1 or 2 without a wake; nothing is done at any other."""
+        """From level 0 to 1 or 2 without a wake, unless it is at another; without RAM `refused` says so."""
         facts = self.panel_sleep_facts()
         if facts.get("level") == 0 and level in (1, 2):
-            self.sleep(level)  # type: ignore[attr-defined]  # vLLM's worker: it saves the buffers at level 2
+            try:
+                self.sleep(level)  # type: ignore[attr-defined]  # vLLM's: it saves the buffers at level 2
+            except NoPool as error:  # it sleeps on as it did
+                return self.panel_sleep_facts() | {"refused": str(error)}
         return self.panel_sleep_facts()

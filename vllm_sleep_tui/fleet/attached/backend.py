@@ -341,7 +341,7 @@ class Attached:
         """The call, and the question whether it happened."""
         self.intend(operation, "sleep", level)
         with operation.timed("sleep"), self.allowed("sleep"):
-            await sleeping.sleep(self.client, level, MOVE_SECONDS)
+            await sleeping.sleep(self.client, level, MOVE_SECONDS, is_own=False)
             sleeps = await self.client.is_sleeping(MOVE_SECONDS)
         if not sleeps:
             raise OperationError(

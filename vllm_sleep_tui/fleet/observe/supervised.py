@@ -46,6 +46,7 @@ def observe(model: Model, memory: ModelMemory | None, serving: Serving | None) -
         last_failure=record.last_failure,
         progress=intent.detail if intent else None,
         configured_level=str(config.level),
+        kv_cache=config.kv_cache,
         resolved_level=record.resolved_level,
         sleep_backend=None if holds_nothing else record.sleep_backend,
         sleep_backend_why=None if holds_nothing else record.sleep_backend_why,

@@ -16,7 +16,14 @@ from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished, reconcile
-from vllm_sleep_tui.fleet.operations.room import give_up, have_holders, plan_for, read_memory
+from vllm_sleep_tui.fleet.operations.room import (
+    Memory,
+    give_up,
+    have_holders,
+    plan_for,
+    read_memory,
+    without_holder,
+)
 from vllm_sleep_tui.fleet.snapshot import WAITING
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import Holder, LockBusyError, cure_for, describe, hold, holder
@@ -73,12 +80,12 @@ async def idle_of(model: Model) -> dict[str, tuple[float, bool]]:
     }
 
 
-async def plan(model: Model) -> Room:
-    """Who must make room for the model, by what is measured now."""
+async def plan(model: Model) -> tuple[Room, Memory]:
+    """Who must make room for the model, by the memory of its GPUs as it is measured now."""
     idle, memory = await asyncio.gather(
         idle_of(model), asyncio.to_thread(read_memory, model.core, set(model.config.gpus))
     )
-    return plan_for(model, memory=memory, idle=idle)
+    return plan_for(model, memory=memory, idle=idle), memory
 
 
 def is_awake(model: Model) -> bool:
@@ -109,8 +116,8 @@ def waiting_words(who: Holder | None) -> str:
 @contextlib.asynccontextmanager
 async def acquire(
     model: Model, operation: Operation, *, make_room: bool, seconds: float | None = None
-) -> AsyncIterator[Room]:
-    """Hold what an operation on the model touches; yields the plan, made under the locks.
+) -> AsyncIterator[tuple[Room, Memory]]:
+    """Hold what an operation on the model touches; yields the plan, and the memory that it was made by.
 
     Raises RefusedError if somebody else holds on for too long.
     """
@@ -130,16 +137,19 @@ async def acquire(
             for each in touched:
                 await reconcile(each, operation)
             model.read()  # it may have been reconciled by another handle
-            room = await plan(model) if make_room else NO_ROOM_NEEDED
+            room, memory = await plan(model) if make_room else (NO_ROOM_NEEDED, {})
             needed = {*room.leaving, *(awake_on(model) if make_room else ())}
             if needed <= names:
                 if opening:
                     await asyncio.wait(opening, timeout=CONNECT_SECONDS)
-                having = asyncio.ensure_future(asyncio.to_thread(have_holders, core, gpus))
+                starting = None
+                if lacking := without_holder(core, gpus):
+                    starting = asyncio.ensure_future(asyncio.to_thread(have_holders, lacking))
                 try:
-                    yield room
+                    yield room, memory
                 finally:
-                    await having
+                    if starting is not None:
+                        await starting
                     # What was handed over is taken by now; what is left is nobody's before the next switch.
                     await asyncio.to_thread(give_up, core, gpus)
                 return

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_sleep_tui.engine.chat import SEES_CURE, Thinking, refusal, with_pictures
-from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.backend import backend_of
@@ -17,6 +16,9 @@ from vllm_sleep_tui.fleet.pictures import Picture, data_url
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, Report, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.sizing.vision import takes_pictures
+
+if TYPE_CHECKING:  # with httpx, which a panel that is opening does without
+    from vllm_sleep_tui.engine.client import VllmClient
 
 UNFINISHED = "The server ended the answer without saying that it is whole."
 FIRST_LIMIT = 300.0
@@ -42,7 +44,7 @@ async def answer(
     """The pieces of an answer; what goes wrong in the middle comes as the last event's `error`.
 
     A message may have `pictures`, which are read now. Raises PanelError before anything is switched if they
-    cannot be sent. Without `switches` a model that is not awake raises OperationError. One that falls asleep
+    cannot be sent. Without `switches` a model that is not awake raises OperationError; one that falls asleep
     after that look is woken by nobody: its gate turns the request away.
     """
     name, backend = model.name, backend_of(model)

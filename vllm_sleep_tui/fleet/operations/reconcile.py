@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from vllm_sleep_tui.engine import sleeping
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.guard import SOCKET_VARIABLE
 from vllm_sleep_tui.engine.serve_args import port_in
+from vllm_sleep_tui.engine.sleeping import sleep_level, worker_facts
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, PanelError, RefusedError
 from vllm_sleep_tui.files import as_text
 from vllm_sleep_tui.fleet.keeper_client import KeeperStatus, is_kept, read_status
@@ -37,6 +37,7 @@ from vllm_sleep_tui.fleet.operations.end import (
     is_whole,
     stop_server,
 )
+from vllm_sleep_tui.fleet.operations.failures import Failure
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server
@@ -175,6 +176,8 @@ async def settle(model: Model, operation: Operation) -> None:
         else:
             if state is State.AWAKE:
                 await server.open_gate()
+            elif sleeping:
+                await after_deepening(server)
             model.write(intent=None)
     except OperationError as error:
         operation.tell(model.name, "failed", error.what)  # it is recorded as failed
@@ -182,12 +185,26 @@ async def settle(model: Model, operation: Operation) -> None:
 
 async def after_sleep(server: Server, *, sleeping: bool) -> None:
     """The sleep happened or it did not; both are fine."""
-    if not sleeping:
-        await server.undo_sleep()
-        return
     intent = server.model.record.intent
     level = intent.level if intent else None
+    if not sleeping:
+        await server.undo_sleep(level)
+        return
     server.model.enter(Event.SLEPT, level=1 if level is None else level)
+
+
+async def after_deepening(server: Server) -> None:
+    """A sleeper was asked to go from level 0 to another without a wake; it knows how far it came."""
+    record = server.model.record
+    if record.intent is None or record.intent.level in (None, record.level):
+        return
+    try:
+        reached = await sleep_level(
+            server.client, ASK_LIMIT, is_own=server.is_own, otherwise=record.level or 0
+        )
+    except EngineError as error:
+        await server.fail(Failure.SILENT, error)
+    server.model.write(level=reached)
 
 
 async def after_wake(server: Server, *, sleeping: bool) -> None:
@@ -286,7 +303,7 @@ async def ask(model: Model, operation: Operation) -> None:
         model.record = await with_backend(model.record, client)
     is_own, level = model.record.sleep_backend == "own", None
     if is_asleep:
-        level = await sleeping.sleep_level(client, ASK_LIMIT, is_own=is_own)
+        level = await sleep_level(client, ASK_LIMIT, is_own=is_own)
     await patiently(model, lambda: client.set_gate(is_asleep, GATE_LIMIT))
     # No transition: this is the state it has been in all along.
     model.write(
@@ -306,7 +323,7 @@ async def ask(model: Model, operation: Operation) -> None:
 async def with_backend(record: Record, client: VllmClient) -> Record:
     """The record with whose sleep mode it is, as its workers say; vLLM's own does not know the question."""
     try:
-        facts = await sleeping.worker_facts(client, ASK_LIMIT)
+        facts = await worker_facts(client, ASK_LIMIT)
     except EngineError:
         facts = []
     is_own = bool(facts) and all(worker.is_own for worker in facts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_sleep_tui.config.load import parse_bytes
@@ -12,6 +12,7 @@ from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.levels import installed_version, never_level2
 from vllm_sleep_tui.fleet.model import Model
+from vllm_sleep_tui.fleet.pool import Pool
 from vllm_sleep_tui.fleet.states import RUNNING, State
 from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.sizing import budget
@@ -21,6 +22,9 @@ from vllm_sleep_tui.sizing.sharing import COMFORT
 from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, user_of
 from vllm_sleep_tui.units import GIB, gib
+
+LEAST_GONE = GIB // 2
+"""Bytes that a sleep must have given up to be seen, where nothing else is known of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +51,10 @@ class GpuMemory:
         return None if self.total is None or self.used is None else self.total - self.used
 
 
+Memory = Mapping[int, GpuMemory]
+"""Of GPUs by index, as it was at one moment; of others it is not known."""
+
+
 def read_memory(core: Core, gpus: set[int]) -> dict[int, GpuMemory]:
     """The memory of these GPUs now; blocks for a millisecond or so."""
     readings = {gpu: core.reader.memory(gpu) for gpu in gpus}
@@ -56,17 +64,22 @@ def read_memory(core: Core, gpus: set[int]) -> dict[int, GpuMemory]:
     }
 
 
-def has_gone(model: Model, before: GpuMemory, now: GpuMemory, gpu: int, level: int) -> bool | None:
-    """Whether a GPU shows the sleep, by our processes, else by the device; None if neither is known."""
+def has_gone(
+    model: Model, before: GpuMemory, now: GpuMemory, gpu: int, level: int, least: int = LEAST_GONE
+) -> bool | None:
+    """Whether a GPU shows the sleep, by our processes, else by the device; None if neither is known.
+
+    `least` are the bytes that a sleep at level 0 must have given up.
+    """
     held_before, held_now = before.held_by(model.record), now.held_by(model.record)
     if level == 0 and held_before is not None and held_now is not None:
-        return held_before - held_now >= GIB / 2  # the KV cache's: what stays is most of a large model
+        return held_before - held_now >= least  # the KV cache's: what stays is most of a large model
     if held_before is not None and held_now is not None:
         measured = model.footprint.asleep.get(str(gpu))
         return held_now <= (held_before / 2 if measured is None else measured * 1.1 + GIB / 4)
     if before.used is None or now.used is None:
         return None
-    return before.used - now.used >= GIB / 2
+    return before.used - now.used >= (least if level == 0 else LEAST_GONE)
 
 
 def needed_to_wake(model: Model, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
@@ -86,11 +99,15 @@ def give_up(core: Core, gpus: Collection[int]) -> None:
         pool.give_up()
 
 
-def have_holders(core: Core, gpus: Collection[int]) -> None:
-    """Have holders of the pools that servers may use, should one have died: without, switches are slower."""
-    for pool in core.pools(gpus).values():
-        if pool.is_used():
-            pool.start_holder()
+def without_holder(core: Core, gpus: Collection[int]) -> list[Pool]:
+    """The pools that servers may use and whose holder has died: without one, switches are slower."""
+    return [pool for pool in core.pools(gpus).values() if pool.holder() is None and pool.is_used()]
+
+
+def have_holders(pools: Iterable[Pool]) -> None:
+    """Have holders for these; blocks for as long as a Python takes to start."""
+    for pool in pools:
+        pool.start_holder()
 
 
 def give_up_for_weights(model: Model, memory: Mapping[int, GpuMemory], level: int) -> None:
@@ -149,13 +166,13 @@ def share_of(model: Model, memory: Mapping[int, GpuMemory]) -> float | None:
 def shares_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[str, float | None]:
     """`share_of` each of these models, by name; the records of all are read once."""
     shares = {model.name: budget.fixed_utilization(model.config) for model in models}
-    return shares | {name: plan.share for name, plan in plans_of(models, memory).items()}
+    planned = [model for model in models if shares[model.name] is None]
+    return shares | {name: plan.share for name, plan in plans_of(planned, memory).items()}
 
 
 def plans_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[str, budget.Plan]:
-    """The planned shares of those of these models that have no share of their own, by name."""
-    planned = [model for model in models if budget.fixed_utilization(model.config) is None]
-    planned = [model for model in planned if model.config.gpus]
+    """The shares of these models, their own or planned, and whose weights have room beside them, by name."""
+    planned = [model for model in models if model.config.gpus]
     if not planned:
         return {}
     core = planned[0].core
@@ -169,11 +186,13 @@ def plans_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[s
     plans = {}
     for model in planned:
         totals = {gpu: total for gpu in model.config.gpus if (total := core.total(gpu)) is not None}
+        fixed = budget.fixed_utilization(model.config)
+        least = least_awake(model) if fixed is None else int(fixed * max(totals.values(), default=0))
         plan = budget.utilization(
-            model.name, core.config, totals, others, asleep, staying=staying, least=least_awake(model)
+            model.name, core.config, totals, others, asleep, staying=staying, least=least
         )
         if plan is not None:
-            plans[model.name] = plan
+            plans[model.name] = plan if fixed is None else plan._replace(share=fixed)
     return plans
 
 

@@ -29,7 +29,9 @@ from vllm_sleep_tui.fleet.operations.failures import CURES, Failure, may_wake_ag
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.room import (
+    LEAST_GONE,
     GpuMemory,
+    Memory,
     check_ram,
     give_up,
     give_up_for_weights,
@@ -53,10 +55,8 @@ FACTS_LIMIT = 10.0
 T = TypeVar("T")
 MoreRoom = Callable[[], Awaitable[None]]
 """Puts the others on the model's GPUs to sleep."""
-Memory = Mapping[int, GpuMemory]
-"""Of GPUs by index, as it is now."""
-WISH_SECONDS = 5.0
-"""A server that was told to keep its weights is told again if its drain took longer: it forgets after 10."""
+LONG_DRAIN = 1.0
+"""Seconds after which what was asked and told before a drain is asked and told again."""
 
 
 class Settled(NamedTuple):
@@ -74,12 +74,18 @@ class NoLevel0Error(RefusedError):
     """Its sleep mode cannot leave the weights in VRAM."""
 
 
+def has_level_0(record: Record) -> bool:
+    """Whether this launch can give up its KV cache alone: by our sleep mode, or vLLM's own from 0.31 on."""
+    own_can = record.vllm_version is not None and capabilities(record.vllm_version).releases_cache
+    return bool(record.gpus) and (record.sleep_backend == "own" or own_can)
+
+
 def no_level_0(record: Record) -> tuple[str, str]:
     """What and cure: this launch's sleep mode cannot leave the weights in VRAM."""
     why = f": {record.sleep_backend_why}" if record.sleep_backend_why else ""
     return (
         f"{record.name} cannot sleep at level 0 (weights in VRAM): it runs on vLLM's own sleep mode{why}.",
-        "Sleep it at level 1 or 2; docs/fast-switch.md tells what our sleep mode needs.",
+        "Sleep it at level 1 or 2; our sleep mode can (docs/fast-switch.md), vLLM's own from 0.31 on.",
     )
 
 
@@ -107,6 +113,11 @@ class Server:
         """False for vLLM on the CPU, where sleep is a state and nothing else."""
         return bool(self.record.gpus)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it sleeps by our sleep mode."""
+        return self.record.sleep_backend == "own"
+
     def intend(self, phase: str, *, level: int | None = None, event: Event | None = None) -> None:
         """Write what is about to be done; with `event`, enter its state as well.
 
@@ -131,9 +142,14 @@ class Server:
     # ── sleep ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def fall_asleep(
-        self, level: int, *, force: bool = False, unless: Awaitable[object] | None = None
+        self,
+        level: int,
+        *,
+        force: bool = False,
+        unless: Awaitable[object] | None = None,
+        seen: Memory | None = None,
     ) -> Memory:
-        """Drain, sleep, see the memory gone; how its GPUs' memory is then.
+        """Drain, sleep, see the memory gone: it was as `seen` just now; how its GPUs' memory is then.
 
         Raises OperationError and leaves the model failed if vLLM fails; RefusedError before anything is done
         if level 1 has no RAM; CancelledByUser if the person asked for the end while it was draining: it is
@@ -144,17 +160,18 @@ class Server:
             self.intend("drain", level=level, event=Event.SLEEP)
             if level == 2 and (risk := self.level_2_risk()):
                 self.operation.tell(self.name, "drain", f"level 2: {risk}; the wake is proven")
-            before = asyncio.ensure_future(self.read_memory())
+            began, before = time.monotonic(), asyncio.ensure_future(self.memory_after(seen or {}))
             try:
                 with self.operation.timed("drain"):
                     await self.drain_for(level, force=force, unless=unless)
             except BaseException:
                 before.cancel()
-                if level == 0:
-                    await sleeping.forget_weights(self.client, FACTS_LIMIT)
-                await self.undo_sleep()
+                await self.undo_sleep(level)
                 raise
-            settled = await self.sleep_and_settle(level, pool, await before)
+            waited = time.monotonic() - began > LONG_DRAIN
+            settled = await self.sleep_and_settle(
+                level, pool, await (self.read_memory() if waited else before)
+            )
             reason, cure = self.kept_memory(settled)
             self.model.enter(Event.SLEPT, level=level, proof=settled.verdict, reason=reason, cure=cure)
             return settled.memory
@@ -162,15 +179,15 @@ class Server:
     async def drain_for(self, level: int, *, force: bool, unless: Awaitable[object] | None) -> None:
         """Drain; the workers are told meanwhile if the weights are to stay. See `fall_asleep`."""
         began = time.monotonic()
-        wish = asyncio.ensure_future(self.keep_weights()) if level == 0 else None
+        wish = asyncio.ensure_future(self.keep_weights()) if level == 0 and self.is_own else None
         try:
             await self.drain(force=force)
             if unless is not None:
                 await unless
             if wish is not None:
                 await wish
-                if time.monotonic() - began > WISH_SECONDS:
-                    await self.keep_weights()
+                if time.monotonic() - began > LONG_DRAIN:
+                    await self.keep_weights()  # it forgets after some seconds
         except BaseException:
             if wish is not None:
                 wish.cancel()
@@ -220,7 +237,8 @@ class Server:
         with self.operation.timed("settle"):
             settled = await self.settle(before, level, log)
         what = "sleep1-first" if level == 1 and not pool else f"sleep{level}"
-        self.remember_sleep(what, seconds, before, settled, pool or self.model.pinned_now(), level)
+        pinned = pool if pool or level == 0 else self.model.pinned_now()
+        self.remember_sleep(what, seconds, before, settled, pinned, level)
         return settled
 
     async def prime(self) -> None:
@@ -246,9 +264,14 @@ class Server:
             await self.operation.pause(0.05)
             gate = await self.patiently(lambda: client.gate(GATE_LIMIT))
 
-    async def undo_sleep(self) -> None:
-        """Open the gate again and be awake as before; if it does not open, the intent stays to be settled."""
+    async def undo_sleep(self, level: int | None) -> None:
+        """Open the gate again and be awake as before the sleep at `level`, of which nobody shall know.
+
+        If the gate does not open, the intent stays to be settled.
+        """
         left = self.record.intent
+        if level == 0 and self.is_own:
+            await sleeping.forget_weights(self.client, FACTS_LIMIT)
         with contextlib.suppress(EngineError):
             await self.set_gate(closed=False)
             left = None
@@ -257,21 +280,31 @@ class Server:
     async def deepen(self, level: int) -> Memory:
         """From level 0 to 1 or 2 without a wake; raises RefusedError without RAM, else as `fall_asleep`.
 
-        The level is written before the call: whoever finds the record after a crash wakes it the longer way.
+        Without RAM it sleeps on as it did. The level that is meant stands in the intent alone until it is
+        reached: whoever finds that after a crash asks the workers.
         """
         pool = self.model.pinned_now()
         async with self.room_to_pin(level, pool):
             before = await self.read_memory()
             self.intend("sleep", level=level)
-            self.model.write(level=level)
             log = self.log_instead(before)
             with self.operation.timed("sleep"):
                 try:
-                    deeper = await sleeping.sleep_deeper(self.client, level, self.limit())
+                    workers = await sleeping.sleep_deeper(
+                        self.client, level, self.limit(), is_own=self.is_own
+                    )
                 except EngineError as error:
                     await self.fail(Failure.SLEEP_REFUSED, error)
-            if not deeper:
-                await self.fail(Failure.SLEEP_REFUSED, "its workers do not sleep at one level.")
+            reached = sleeping.deepest(workers)
+            if reached is None:
+                await self.fail(Failure.SLEEP_REFUSED, "its workers do not tell how they sleep.")
+            self.model.write(level=reached)
+            if refused := next((worker.refused for worker in workers if worker.refused), None):
+                self.model.write(intent=None)
+                raise RefusedError(
+                    f"{self.name} cannot move its weights to RAM: {refused[:MAX_WHY]}.",
+                    "Free RAM, or sleep it at level 2; it sleeps on with its weights in VRAM.",
+                )
             with self.operation.timed("settle"):
                 settled = await self.settle(before, level, log)
             self.remember_sleep("", 0.0, {}, settled, self.model.pinned_now(), level)
@@ -295,7 +328,7 @@ class Server:
         """The call itself; seconds it took."""
         began = time.perf_counter()
         try:
-            await sleeping.sleep(self.client, level, self.limit())
+            await sleeping.sleep(self.client, level, self.limit(), is_own=self.is_own)
         except EngineRefused as error:
             await self.fail(Failure.SLEEP_REFUSED, error)
         except EngineError as error:
@@ -330,9 +363,12 @@ class Server:
         if not self.frees_memory:
             return Settled(None, {}, {})
         deadline, sleepers = time.monotonic() + self.core.limits.settle, 0
+        least, has_asked = LEAST_GONE, level != 0
         while True:
             now = await self.read_memory()
-            gone = [has_gone(self.model, before[gpu], now[gpu], gpu, level) for gpu in self.record.gpus]
+            gone = [
+                has_gone(self.model, before[gpu], now[gpu], gpu, level, least) for gpu in self.record.gpus
+            ]
             if None in gone:
                 if log is None or time.monotonic() > deadline:
                     return Settled(Verdict.UNVERIFIED, {}, now)
@@ -342,7 +378,17 @@ class Server:
             elif all(gone) or time.monotonic() > deadline:
                 left = {gpu: held for gpu, m in now.items() if (held := m.held_by(self.record)) is not None}
                 return Settled(Verdict.PROVEN if all(gone) else Verdict.UNVERIFIED, left, now)
+            if not has_asked:
+                least, has_asked = await self.told_gone(), True
             await asyncio.sleep(SETTLE_POLL)
+
+    async def told_gone(self) -> int:
+        """What must be seen gone after a sleep at level 0: of a small KV cache half of what it tells."""
+        with contextlib.suppress(EngineError):
+            workers = await sleeping.worker_facts(self.client, FACTS_LIMIT)
+            told = [worker.freed_bytes // 2 for worker in workers if worker.freed_bytes is not None]
+            return min([LEAST_GONE, *told])
+        return LEAST_GONE
 
     def kept_memory(self, settled: Settled) -> tuple[str | None, str | None]:
         """What to tell of a sleep after which the memory was seen to be still held; None of any other."""
@@ -379,11 +425,17 @@ class Server:
     # ── makes room, stops ────────────────────────────────────────────────────────────────────────────────
 
     async def step_aside(
-        self, *, force: bool, unless: Awaitable[object] | None = None, keep_weights: bool = False
+        self,
+        *,
+        force: bool,
+        unless: Awaitable[object] | None = None,
+        keep_weights: bool = False,
+        seen: Memory | None = None,
     ) -> Memory:
         """Make room, the way its level says, unless `unless` raises before it is too late.
 
-        `keep_weights`: there is room for them, so its KV cache is enough. How its GPUs' memory is then.
+        `keep_weights`: there is room for them, so its KV cache is enough. `seen` is the memory of GPUs just
+        now, as far as it is known; it returns how it is then.
         """
         record = self.record
         if record.state is State.ASLEEP and record.level == 0:
@@ -393,8 +445,8 @@ class Server:
         elif record.state is State.AWAKE:
             if keep_weights:
                 with contextlib.suppress(NoLevel0Error):  # vLLM's own sleep mode, by now
-                    return await self.fall_asleep(0, force=force, unless=unless)
-            return await self.fall_asleep(own_level(record), force=force, unless=unless)
+                    return await self.fall_asleep(0, force=force, unless=unless, seen=seen)
+            return await self.fall_asleep(own_level(record), force=force, unless=unless, seen=seen)
         return {}
 
     async def give_up_weights(self) -> Memory:
@@ -467,7 +519,7 @@ class Server:
         )
 
     async def memory_after(self, seen: Memory) -> Memory:
-        """The memory of the model's GPUs as it was `seen` when others had made room, else as it is now."""
+        """The memory of the model's GPUs as it was `seen` just now, else as it is now."""
         return seen if seen.keys() >= set(self.record.gpus) else await self.read_memory()
 
     def check_room(self, memory: Mapping[int, GpuMemory]) -> None:

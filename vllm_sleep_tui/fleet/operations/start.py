@@ -40,7 +40,7 @@ from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.ports import CURE, choose_port, taken
 from vllm_sleep_tui.fleet.operations.room import give_up, kv_cache_note, read_memory, share_of, weights_of
-from vllm_sleep_tui.fleet.operations.server import Server
+from vllm_sleep_tui.fleet.operations.server import Server, has_level_0
 from vllm_sleep_tui.fleet.pool import folder as pool_folder
 from vllm_sleep_tui.fleet.pool import joined
 from vllm_sleep_tui.fleet.states import Event, StartPhase, State
@@ -464,7 +464,7 @@ class Start:
     def resolve_level(self) -> str:
         """What the model's `level` means for this launch; an old vLLM cannot sleep at all.
 
-        `level: 0` is taken for `auto` on vLLM's own sleep mode, which always gives up the weights' VRAM.
+        `level: 0` is taken for `auto` where its sleep mode always gives up the weights' VRAM.
         """
         if self.config.level == "none" or capabilities(self.record.vllm_version or "").why_not:
             return "none"
@@ -474,7 +474,7 @@ class Start:
         if self.config.level == 2 and never:  # the version was not known before it ran
             self.operation.tell(self.name, "level 1", f"in place of 2: {never}")
         config = self.config
-        if config.level == 0 and self.record.sleep_backend != "own":
+        if config.level == 0 and not has_level_0(self.record):
             config = msgspec.structs.replace(config, level="auto")
         return level_for(config, pinned, host.available_bytes, host.total_bytes, reloads=never is None)
 

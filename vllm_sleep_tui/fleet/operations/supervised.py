@@ -24,8 +24,8 @@ from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.ports import choose_port
 from vllm_sleep_tui.fleet.operations.reconcile import lives
-from vllm_sleep_tui.fleet.operations.room import GpuMemory, own_level, refuse_without_room
-from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Memory, Server, no_level_0
+from vllm_sleep_tui.fleet.operations.room import GpuMemory, Memory, own_level, refuse_without_room
+from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server, has_level_0, no_level_0
 from vllm_sleep_tui.fleet.operations.start import PortRaceError, Start, check_startable
 from vllm_sleep_tui.fleet.peer_checks import check_own
 from vllm_sleep_tui.fleet.server_keys import key_of
@@ -92,7 +92,7 @@ class Supervised:
             check_arguments(model, await learn_flags(model, operation))
             await fetch(model, operation)
         seconds = model.footprint.typical("start")
-        async with acquire(model, operation, make_room=True, seconds=seconds) as room:
+        async with acquire(model, operation, make_room=True, seconds=seconds) as (room, memory):
             origin = model.record
             if origin.state is State.AWAKE:
                 return operation.ledger()
@@ -102,7 +102,7 @@ class Supervised:
                 model.write(last_failure=None)
             refuse_without_room(model, room)
             try:
-                seen = await self.clear(room, operation, force=force)
+                seen = await self.clear(room, memory, operation, force=force)
                 await self.bring_up(operation, seen=seen)
             except PanelError as error:
                 error.cure = f"{error.cure} {self.who_left(room)}".strip()
@@ -124,10 +124,10 @@ class Supervised:
             if state in (State.ASLEEP, State.STOPPED)
         )
 
-    async def clear(self, room: Room, operation: Operation, *, force: bool) -> Memory:
+    async def clear(self, room: Room, seen: Memory, operation: Operation, *, force: bool) -> Memory:
         """Put the plan's models to sleep; the target shows that it is being switched to meanwhile.
 
-        The memory of GPUs as it was seen after that; of others, or of none, it is not known.
+        `seen` is the memory of GPUs before that; it returns how it is after it, as far as that is known.
         """
         model = self.model
         model.write(
@@ -140,15 +140,16 @@ class Supervised:
             )
         )
         responds = asyncio.ensure_future(self.check_responds())
-        seen: Memory = {}
         try:
             for leaving in room.leaving:
                 operation.checkpoint()
                 server = Server(model.core.model(leaving), operation)
-                seen = {}
+                before, seen = seen, {}
                 with suppress(RefusedError) if leaving in room.gives_way else nullcontext():
                     keeps = leaving in room.keeps
-                    seen = await server.step_aside(force=force, unless=responds, keep_weights=keeps)
+                    seen = await server.step_aside(
+                        force=force, unless=responds, keep_weights=keeps, seen=before
+                    )
             await responds
             operation.checkpoint()
             return await self.clear_more(room, operation, seen)
@@ -269,7 +270,7 @@ class Supervised:
                 f"{self.name} was started without sleep mode (`level: none`).",
                 "Set `level: auto` and restart it.",
             )
-        if level == 0 and record.sleep_backend != "own":
+        if level == 0 and not has_level_0(record):
             raise RefusedError(*no_level_0(record))
         never = never_level2(model.config, record.vllm_version, model.base)
         if level == 2 and never:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vllm_sleep_tui.engine import proof
-from vllm_sleep_tui.engine.client import Gate, VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.metrics import Page
 from vllm_sleep_tui.fleet.model import Model
@@ -19,6 +19,9 @@ from vllm_sleep_tui.fleet.operations.acquire import acquire
 from vllm_sleep_tui.fleet.operations.end import fail
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.store.records import Record
+
+if TYPE_CHECKING:  # with httpx, which a panel that is opening does without
+    from vllm_sleep_tui.engine.client import Gate, VllmClient
 
 
 @dataclass(frozen=True, slots=True)

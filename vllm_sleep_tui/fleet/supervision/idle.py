@@ -10,10 +10,9 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_sleep_tui.config.types import IdleConfig, parse_duration
-from vllm_sleep_tui.engine.client import Gate
 from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.acquire import acquire
@@ -22,6 +21,9 @@ from vllm_sleep_tui.fleet.operations.room import own_level
 from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record
+
+if TYPE_CHECKING:  # with httpx, which a panel that is opening does without
+    from vllm_sleep_tui.engine.client import Gate
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class Restarter:
     async def act(self, model: Model) -> None:
         """Start it again and bring it to where it was; nobody is sent to sleep for it."""
         name, operation = model.name, Operation("restart", model.name)
-        async with acquire(model, operation, make_room=True) as room:
+        async with acquire(model, operation, make_room=True) as (room, _):
             record = model.record
             if not is_wanted(model) or not self._leads():
                 return

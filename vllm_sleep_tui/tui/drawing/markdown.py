@@ -9,16 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from markdown_it import MarkdownIt
-from markdown_it.rules_inline import StateInline
-from markdown_it.token import Token
 from rich.cells import cell_len
 
 from vllm_sleep_tui.tui.drawing.code import Code
 from vllm_sleep_tui.tui.drawing.flow import BLANK, TAB, Flow, PlainRow, Row, breaks, slice_of, width_of
 from vllm_sleep_tui.tui.drawing.paint import Line, Span
+
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
+    from markdown_it.rules_inline import StateInline
+    from markdown_it.token import Token
 
 _ESCAPABLE = "*_`#|~<>+-.!"
 """Of the characters that a backslash may take the meaning from, those that are no part of formulas."""
@@ -28,6 +31,10 @@ _STAR, _BAR = "\uf8ff", "\uf8fe"
 _PLAIN = str.maketrans({_STAR: "*", _BAR: "_"})
 _LETTERS = re.compile(r"[\W_]+")
 _HTML = re.compile(r" {0,3}<[/!?A-Za-z]")
+_MARKS = re.compile(r"[*_`~\[]")
+MOST_MARKS, MOST_CELLS = 2000, 4000
+"""Of a block from which on it is shown as it was written: the parser takes the square of the marks, and
+nobody's keys wait for a table of 600 columns."""
 NARROWEST = 8
 """Cells of a column of a table that are still read; where there are fewer, its rows become lists."""
 
@@ -45,6 +52,8 @@ def _escape(state: StateInline, silent: bool) -> bool:
 
 @cache
 def _parser() -> MarkdownIt:
+    from markdown_it import MarkdownIt  # a tenth of a second, which a panel that opens has better use for
+
     parser = MarkdownIt("commonmark", {"html": False})
     parser.enable(["table", "strikethrough"])
     parser.disable(["html_block", "html_inline", "entity", "reference"])
@@ -150,7 +159,8 @@ class Block:
 
 
 def _read(source: str) -> list[Piece]:
-    if not _HTML.match(source):
+    is_small = source.count("|") <= MOST_CELLS and len(_MARKS.findall(source)) <= MOST_MARKS
+    if is_small and not _HTML.match(source):
         marked = source
         if _STAR not in source and _BAR not in source:
             marked = _INTRAWORD.sub(lambda found: _STAR * len(found[1]), source).replace("__", _BAR * 2)

@@ -45,6 +45,8 @@ def model_card(advice: ModelAdvice, color: str, configured: str, width: int) -> 
     if advice.is_estimate:
         title.append(("  estimated", "muted"))
     lines = [rule(title, width), *_text(advice.why, width, "text")]
+    if advice.level_0 is not None:
+        lines += _text(advice.level_0.sentence, width, "muted")
     if advice.level is not None and advice.level != configured:
         lines += _text(f"The config says level {configured}; the advice is {advice.level}.", width, "accent")
     if advice.utilization is not None:

@@ -24,6 +24,9 @@ from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
 from vllm_sleep_tui.units import date_and_time
 
+PAGE = 200
+"""Conversations that are read at once; at the end of them the next ones are."""
+
 
 class ConversationList(ModalScreen[int | None]):
     """The list; its result is the id of the one to go on with."""
@@ -44,6 +47,8 @@ class ConversationList(ModalScreen[int | None]):
         self._store = store
         self._forgotten = forgotten
         self._kept: list[Kept] = []
+        self._most = PAGE
+        """So many are listed; at the end of them more are."""
         self._renaming: int | None = None
 
     def compose(self) -> ComposeResult:
@@ -63,7 +68,7 @@ class ConversationList(ModalScreen[int | None]):
     async def _fill(self) -> None:
         words = "" if self._renaming is not None else self.query_one(Input).value
         before = self._at
-        self._kept = await asyncio.wrap_future(self._store.listed(words))
+        self._kept = await asyncio.wrap_future(self._store.listed(words, self._most))
         options = self.query_one(OptionList)
         ids = [kept.id for kept in self._kept]
         options.clear_options()
@@ -86,17 +91,28 @@ class ConversationList(ModalScreen[int | None]):
         if event.option.id is not None:
             self.dismiss(int(event.option.id))
 
+    def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
+        """At the end of those that are listed, list more."""
+        if event.option_index == self._most - 1:
+            self._most += PAGE
+            self._fill()
+
     def on_input_changed(self) -> None:
         """Find while the person types."""
         if self._renaming is None:
+            self._most = PAGE
             self._fill()
 
     @work
     async def on_input_submitted(self, event: Input.Submitted) -> None:
         """Take the new title; or go to what was found."""
         if self._renaming is not None:
-            if event.value.strip():
-                await asyncio.wrap_future(self._store.rename(self._renaming, event.value))
+            try:
+                renamed = self._store.rename(self._renaming, event.value)
+            except PanelError as error:
+                self.notify(f"{error.what}\n{error.cure}", severity="error", markup=False)
+                return
+            await asyncio.wrap_future(renamed)
             self._end_renaming()
         self.query_one(OptionList).focus()
 

@@ -23,7 +23,6 @@ from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot, Predicti
 from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.drawing.timeline import WINDOWS
 from vllm_sleep_tui.tui.keys import CHANGING, bindings
-from vllm_sleep_tui.tui.screens.advice import AdviceScreen
 from vllm_sleep_tui.tui.screens.conversations import ConversationList
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Chooser, Help, Question
 from vllm_sleep_tui.tui.screens.events import EventScreen
@@ -125,7 +124,9 @@ class Dashboard(LookingScreen):
 
     def _fit_timeline(self) -> None:
         timeline = self.query_one(Timeline)
-        rows = min(len(self.fleet.snapshot().models), self.size.height // 3)
+        models = len(self.fleet.snapshot().models)
+        rows = min(models, self.size.height // 3)
+        self.set_class(models > rows, "-many")
         spare = self.size.height - TIMELINE_HEIGHT - rows - timeline.lanes
         self.set_class(spare < 0, "-cramped")
         timeline.shows_served = spare >= SERVED_HEIGHT
@@ -685,6 +686,8 @@ class Dashboard(LookingScreen):
 
     def action_advice(self) -> None:
         """What to do with each model."""
+        from vllm_sleep_tui.tui.screens.advice import AdviceScreen  # reads checkpoints; seldom looked at
+
         self.app.push_screen(AdviceScreen(self.fleet))
 
     def action_zoom(self, step: int) -> None:

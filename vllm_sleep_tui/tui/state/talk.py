@@ -157,6 +157,12 @@ class Talk:
         return next((entry for entry in reversed(self._shown()) if isinstance(entry.turn, Question)), None)
 
     @property
+    def asked(self) -> str | None:
+        """The last question that was not replaced, as it was typed."""
+        entry = self.last_asked
+        return entry.turn.text if entry is not None and isinstance(entry.turn, Question) else None
+
+    @property
     def answer(self) -> Answer | None:
         """The last answer."""
         entry = self.last
@@ -188,7 +194,7 @@ class Talk:
             turn = entry.turn
             if isinstance(turn, Question):
                 asked = turn
-            elif isinstance(turn, Answer) and asked is not None and (answered := _said(turn)):
+            elif isinstance(turn, Answer) and asked is not None and (answered := _answered(turn)):
                 told += [said(asked.text, asked.pictures), *answered]
                 asked = None
         if asked is not None:
@@ -320,7 +326,7 @@ def _turn(kept: KeptTurn, colors: dict[str, str]) -> Turn:
     return answer
 
 
-def _said(answer: Answer) -> list[dict[str, Any]]:
+def _answered(answer: Answer) -> list[dict[str, Any]]:
     """What a model is told that it said; empty for not a word.
 
     A call that can be read is told with the truth about it: vLLM refuses a conversation with a broken one.

@@ -20,7 +20,6 @@ from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line
 from vllm_sleep_tui.tui.drawing.preview import Preview, looked_at
 from vllm_sleep_tui.tui.drawing.turns import Answer
-from vllm_sleep_tui.tui.drawing.turns import Question as QuestionTurn
 from vllm_sleep_tui.tui.screens.chances import ChancesScreen
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
 from vllm_sleep_tui.tui.screens.duel import DuelScreen
@@ -227,7 +226,7 @@ class ChatPane(Vertical):
         One that is asked `again`, edited or as it was, takes the place of the last question and its answer,
         and not before.
         """
-        is_same = again and text == self._last_text(self._talks[name])
+        is_same = again and text == self._talks[name].asked
         shows = await self._shows(name, text) if self._is_free(name) else None
         if shows is not None and await self._agrees(name):
             # The same prompt found room before.
@@ -349,7 +348,7 @@ class ChatPane(Vertical):
     def side_by_side(self) -> None:
         """The last two answers to one question beside each other."""
         talk = self._talk
-        question = None if talk is None else self._last_text(talk)
+        question = None if talk is None else talk.asked
         if talk is None or question is None or (pair := talk.pair()) is None:
             self.notify("One question has to be answered by two models first (d).", markup=False)
             return
@@ -474,13 +473,9 @@ class ChatPane(Vertical):
         talk = self._talk
         if talk is None or not self._is_free(talk.handle.model):
             return None
-        if (text := self._last_text(talk)) is None:
+        if talk.asked is None:
             self.notify("Nothing was asked yet.", markup=False)
-        return text
-
-    def _last_text(self, talk: Talk) -> str | None:
-        asked = talk.last_asked
-        return asked.turn.text if asked is not None and isinstance(asked.turn, QuestionTurn) else None
+        return talk.asked
 
     def _take_back(self, talk: Talk) -> None:
         talk.drop_last()

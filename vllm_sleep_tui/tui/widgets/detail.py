@@ -274,6 +274,8 @@ def facts_line(model: ModelSnapshot, width: int) -> list[Line]:
     words = [model.source, f"level {level}"]
     if model.sleep_backend == "own":
         words.append("fast sleep mode")
+    if model.kv_cache is not None:
+        words.append(f"KV cache of {model.kv_cache} or more")
     if model.gpus:
         words.append(f"GPU {', '.join(map(str, model.gpus))}")
     if model.port is not None:

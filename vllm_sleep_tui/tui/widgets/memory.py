@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnapshot
@@ -27,8 +29,12 @@ from vllm_sleep_tui.units import GIB, UNKNOWN, gib_cell, gib_number
 
 _NAME_WIDTH = 7
 _TOTAL_WIDTH = 17
+_NARROW, _NARROW_TOTAL = 50, 10
+"""A bar of fewer cells gives fewer of them to its figures."""
 _NAMED, _NAMED_WIDTH = 3, 22
 """How many strangers on a GPU are named, and in how many cells."""
+_ONE_A_LINE = 4
+"""So many GPUs have a line each where lines are few; more stand side by side."""
 SHOWN = GIB // 20
 """What rounds to 0.0 GiB is nobody's stretch of a bar."""
 
@@ -109,12 +115,16 @@ def gpu_lines(view: View, gpu: GpuSnapshot, width: int, *, compact: bool) -> lis
     prediction = view.prediction
     moves = prediction is not None and prediction.action in {"wake", "switch", "start"}
     after = prediction.used_after.get(str(gpu.index)) if prediction is not None and moves else None
-    room = width - _NAME_WIDTH - _TOTAL_WIDTH
+    is_narrow = width < _NARROW
+    totals = _totals(gpu.used_bytes, gpu.total_bytes)
+    totals = totals.removesuffix(" GiB").replace(" ", "") if is_narrow else totals
+    total_width = _NARROW_TOTAL if is_narrow else _TOTAL_WIDTH
+    room = width - _NAME_WIDTH - total_width
     bar = stacked(parts, gpu.total_bytes, room, mark=after)
     first: Line = (
         (name, "text bold"),
         *bar,
-        (right(_totals(gpu.used_bytes, gpu.total_bytes), _TOTAL_WIDTH), "text"),
+        (right(totals, total_width), "text"),
     )
     if compact:
         return [first]
@@ -182,10 +192,18 @@ class MemoryPanel(Shown):
     def draw(self, view: View, size: Size) -> list[Line]:
         """The bars and the notes on what cannot be known."""
         height = self.app.size.height
-        compact = height < 30 or 2 * len(view.snapshot.gpus) + 2 > height // 3
+        compact = height < 30 or 2 * len(view.snapshot.gpus) + 2 > height // 4
         lines: list[Line] = []
-        for gpu in view.snapshot.gpus:
-            lines += gpu_lines(view, gpu, size.width, compact=compact)
+        width = size.width
+        if compact and len(view.snapshot.gpus) > _ONE_A_LINE:
+            # Half as wide and half as many lines, so that models have room below.
+            half = (width - 2) // 2
+            bars = [line for gpu in view.snapshot.gpus for line in gpu_lines(view, gpu, half, compact=True)]
+            for first, second in zip_longest(bars[::2], bars[1::2], fillvalue=()):
+                lines.append((*first, ("  ", ""), *second))
+        else:
+            for gpu in view.snapshot.gpus:
+                lines += gpu_lines(view, gpu, width, compact=compact)
         lines += ram_lines(view, size.width, compact=compact)
         lines += [((cut(note, size.width), "warning"),) for note in view.snapshot.notes]
         return lines

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, ClassVar, NamedTuple
 
 from textual import events
@@ -14,17 +15,20 @@ from textual.widgets import Input
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, left, middle, right
-from vllm_sleep_tui.tui.state.view import View
+from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, left, middle, right, rule
+from vllm_sleep_tui.tui.state.view import COLORS, View
 from vllm_sleep_tui.tui.words import LOOKS, memory_words, state_words
-from vllm_sleep_tui.units import NONE, clock, time_text, took
+from vllm_sleep_tui.units import NONE, clock, counted, time_text, took
 
 _MARK_WIDTH = 4
 """The cursor and the model's swatch."""
 _STATE_WIDTH = 18
 _MIN_STATE_WIDTH = 13
-_MIN_NAME, _MAX_NAME = 5, 24
-_SWATCH = "▌"
+_MIN_NAME, _MAX_NAME, _WIDE_NAME = 5, 24, 40
+"""Cells of a name; the last in a table of WIDE cells."""
+_WIDE = 100
+_SWATCHES = "▌▐▀▄▚▞▛▟"
+"""Another shape where the colours begin again."""
 _LEVELS = "▁▂▃▄▅▆▇█"
 
 
@@ -57,6 +61,13 @@ def _time_in_state(view: View, model: ModelSnapshot) -> str:
     return NONE if is_unknown else clock(view.snapshot.time - (model.since or 0.0))
 
 
+def _queue(_: View, model: ModelSnapshot) -> str:
+    serving = model.serving
+    if serving is None or serving.running is None:
+        return NONE
+    return f"{serving.running}+{serving.waiting or 0}"
+
+
 def _kv_use(_: View, model: ModelSnapshot) -> str:
     kv_use = None if model.serving is None else model.serving.kv_use
     return NONE if kv_use is None else f"{kv_use * 100:.0f} %"
@@ -73,15 +84,18 @@ class Column(NamedTuple):
     """What stands in the row of a model."""
 
 
+_RAM_STAYS = 5
+_GPU = Column("GPU", 5, 0, lambda _, model: ",".join(map(str, model.gpus)) or NONE)
 _COLUMNS = (
-    Column("GPU", 5, 0, lambda _, model: ",".join(map(str, model.gpus)) or NONE),
+    _GPU,
     Column("VRAM", 6, 7, lambda _, model: memory_words(model.vram_bytes)),
-    Column("RAM", 7, 5, lambda _, model: memory_words(model.ram_bytes)),
+    Column("RAM", 7, _RAM_STAYS, lambda _, model: memory_words(model.ram_bytes)),
     Column("pinned", 8, 1, lambda _, model: memory_words(model.pinned_bytes)),
     Column("for", 8, 3, _time_in_state),
     Column("wakes in", 11, 6, lambda view, model: wakes_in(view.past, model)),
     Column("tok/s", 12, 4, _tokens),
     Column("KV", 6, 2, _kv_use),
+    Column("queue", 7, 1, _queue),
 )
 """From left to right; a new one is a row of this table."""
 
@@ -94,10 +108,16 @@ class Layout(NamedTuple):
     columns: tuple[Column, ...]
 
 
-def layout_for(width: int, longest_name: int) -> Layout:
-    """Which columns fit in `width` cells; names give way last, the last column never."""
-    name = min(max(longest_name, _MIN_NAME), _MAX_NAME) + 1
+def layout_for(width: int, longest_name: int, gpus: int = 1) -> Layout:
+    """Which columns fit in `width` cells; names give way last, the last column never.
+
+    Where there are several GPUs, a model's own says more than the RAM it takes.
+    """
+    name = min(max(longest_name, _MIN_NAME), _WIDE_NAME if width >= _WIDE else _MAX_NAME) + 1
     columns = list(_COLUMNS)
+    stays: dict[Column, float] = {column: column.stays for column in columns}
+    if gpus > 1:
+        stays[_GPU] = _RAM_STAYS + 0.5
     while True:
         numbers = sum(column.width for column in columns)
         for state in (_STATE_WIDTH, _MIN_STATE_WIDTH):
@@ -106,15 +126,22 @@ def layout_for(width: int, longest_name: int) -> Layout:
                 return Layout(name + min(spare // 2, 8), state + min(spare - spare // 2, 6), tuple(columns))
         if len(columns) == 1:
             return Layout(max(4, width - _MARK_WIDTH - state - numbers), state, tuple(columns))
-        columns.remove(min(columns, key=lambda column: column.stays))
+        columns.remove(min(columns, key=stays.__getitem__))
 
 
-def header(layout: Layout) -> Line:
-    """The titles of the columns."""
+def header(layout: Layout, shown: str) -> Line:
+    """The titles of the columns; `shown` says which rows are, if not all."""
     numbers = "".join(right(column.title, column.width) for column in layout.columns)
-    return (
-        (" " * _MARK_WIDTH + left("model", layout.name) + left("state", layout.state) + numbers, "muted"),
-    )
+    names = f"model  {shown}".rstrip()
+    if len(names) < layout.name:  # else what is shown takes the place of a word that states do without
+        names = left(names, layout.name) + "state"
+    titles = left(names, layout.name + layout.state)
+    return ((" " * _MARK_WIDTH + titles + numbers, "muted"),)
+
+
+def swatch(view: View, name: str) -> str:
+    """The shape beside a model's colour, which tells apart those that share one."""
+    return _SWATCHES[view.places[name] // COLORS % len(_SWATCHES)]
 
 
 def row(view: View, model: ModelSnapshot, layout: Layout, *, is_focused: bool) -> Line:
@@ -127,7 +154,7 @@ def row(view: View, model: ModelSnapshot, layout: Layout, *, is_focused: bool) -
         state = str(model.phase)
     spans: list[Span] = [
         ("▶ " if is_selected and is_focused else "▸ " if is_selected else "  ", f"accent{ground}"),
-        (f"{_SWATCH} ", f"{view.colors[model.name]}{ground}"),
+        (f"{swatch(view, model.name)} ", f"{view.colors[model.name]}{ground}"),
         (left(middle(model.name, layout.name - 1), layout.name), f"text bold{ground}"),
         (left(f"{look.glyph} {state}", layout.state - 1), f"{look.paint}{ground}"),
         ("!" if model.name in view.troubles else " ", f"bad bold{ground}"),
@@ -171,6 +198,14 @@ def _matches(model: ModelSnapshot, wanted: str) -> bool:
     return wanted in f"{model.name} {model.source} {LOOKS[model.state].word}".lower()
 
 
+def _group_line(gpus: tuple[int, ...], models: Sequence[ModelSnapshot], width: int) -> Line:
+    """The title of the models of some GPUs, with how many there are and how many are awake."""
+    members = [model for model in models if model.gpus == gpus]
+    awake = sum(model.state is State.AWAKE for model in members)
+    names = f"GPU {', '.join(map(str, gpus))}" if gpus else "no GPU"
+    return rule([(names, "text"), (f"  {counted(len(members), 'model')}, {awake} awake", "muted")], width)
+
+
 class ModelTable(Shown, can_focus=True):
     """The models, one a row, with a cursor."""
 
@@ -190,6 +225,8 @@ class ModelTable(Shown, can_focus=True):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._first = 0
+        self._seen: list[str | None] = []
+        """The model of each row on the screen; None: the title of a group."""
         self.selected: str | None = None
         """The model under the cursor; the key after the one that moved it must find it moved."""
 
@@ -211,6 +248,7 @@ class ModelTable(Shown, can_focus=True):
         """Sort the rows by the next of the orders; its name."""
         self.order = ORDERS[(ORDERS.index(self.order) + 1) % len(ORDERS)]
         self._first = 0
+        self.refresh(layout=True)
         self.repaint()
         return self.order.name
 
@@ -233,20 +271,43 @@ class ModelTable(Shown, can_focus=True):
             return [
                 ((f"No model matches /{self.wanted}; esc shows all {len(view.snapshot.models)}.", "warning"),)
             ]
-        layout = layout_for(size.width, max((len(model.name) for model in models), default=0))
-        rows = [row(view, model, layout, is_focused=self.has_focus) for model in models]
-        self._first = self._scrolled_to(len(rows), size.height - 1)
+        longest, gpus = max((len(model.name) for model in models), default=0), len(view.snapshot.gpus)
+        layout = layout_for(size.width, longest, gpus)
+        rows = self._rows(models)
+        self._first = self._scrolled_to(rows, size.height - 1)
         last = self._first + max(1, size.height - 1)
-        return [header(layout), *rows[self._first : last]]
+        seen = rows[self._first : last]
+        lines = [
+            row(view, each, layout, is_focused=self.has_focus)
+            if isinstance(each, ModelSnapshot)
+            else _group_line(each, models, size.width)
+            for each in seen
+        ]
+        self._seen = [each.name if isinstance(each, ModelSnapshot) else None for each in seen]
+        count = sum(isinstance(each, ModelSnapshot) for each in rows[: self._first])
+        places = [number for number, name in enumerate(filter(None, self._seen), count + 1)]
+        shown = f"{places[0]}–{places[-1]} of {len(models)}" if places and len(places) < len(models) else ""
+        return [header(layout, shown), *lines]
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        """One line for each model and one for the titles."""
-        return 1 + len(self._models())
+        """One line for each model and group, and one for the titles."""
+        return 1 + len(self._rows(self._models()))
 
-    def _scrolled_to(self, count: int, room: int) -> int:
+    def _rows(self, models: Sequence[ModelSnapshot]) -> list[ModelSnapshot | tuple[int, ...]]:
+        """What stands in the table: models, and before the first one of each group its GPUs."""
+        if self.order.name != "GPU":
+            return list(models)
+        rows: list[ModelSnapshot | tuple[int, ...]] = []
+        for gpus, group in groupby(models, key=lambda model: model.gpus):
+            rows += [gpus, *group]
+        return rows
+
+    def _scrolled_to(self, rows: Sequence[ModelSnapshot | tuple[int, ...]], room: int) -> int:
+        count = len(rows)
         if room <= 0 or count <= room:
             return 0
-        index = self._index()
+        names = [each.name if isinstance(each, ModelSnapshot) else None for each in rows]
+        index = names.index(self.selected) if self.selected in names else 0
         return min(max(self._first, index - room + 1), index, count - room)
 
     def _names(self) -> list[str]:
@@ -267,11 +328,11 @@ class ModelTable(Shown, can_focus=True):
 
     def on_click(self, event: events.Click) -> None:
         """A click selects; a double click does what enter does."""
-        index = event.get_content_offset_capture(self).y - 1 + self._first
-        names = self._names()
-        if not 0 <= index < len(names):
+        index = event.get_content_offset_capture(self).y - 1
+        name = self._seen[index] if 0 <= index < len(self._seen) else None
+        if name is None:
             return
-        self._select(names[index])
+        self._select(name)
         if event.chain == 2:
             self.post_message(self.Chosen())
 
