@@ -16,13 +16,26 @@ from tests.tui.talker import talker
 from vllm_sleep_tui.cli.demo import write_demo
 
 COMMAND = [sys.executable, "-m", "vllm_sleep_tui"]
+PRESETS = """
+presets:
+  short: {max_tokens: 2}
+  tools:
+    tools:
+      - type: function
+        function:
+          name: get_weather
+          parameters: {type: object, properties: {city: {type: string}, days: {type: integer}}}
+"""
 
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     """The demo with one model awake."""
     folder = tmp_path_factory.mktemp("chat")
-    made = CommandLine(write_demo(folder, 1000), folder / "state")
+    config = write_demo(folder, 1000)
+    calls = "{enable-auto-tool-choice: true, tool-call-parser: hermes, "
+    config.write_text(config.read_text().replace("args: {", f"args: {calls}", 1) + PRESETS)
+    made = CommandLine(config, folder / "state")
     made("start", "qwen")
     yield made
     made.close()
@@ -84,6 +97,46 @@ def test_parameters_reach_the_server(line: CommandLine) -> None:
     done = shell(line, "chat", "qwen", "hi", "--max-tokens", "3")
     assert done.returncode == 0
     assert "cut off: the token limit was reached" in done.stderr
+
+
+def test_how_a_model_is_asked_comes_from_options_and_presets_and_stays_with_the_conversation(
+    line: CommandLine, tmp_path: Path
+) -> None:
+    done = shell(
+        line, "chat", "qwen", "-c", "hi", "--preset", "short", "--seed", "1", "--logprobs", "2", "--json"
+    )
+    answer = json.loads(done.stdout)
+    assert answer["completion_tokens"] == 2
+    assert [len(chance["top_logprobs"]) for chance in answer["logprobs"]] == [2, 2]
+    found = json.loads(line("conversations", "list", "hi", "--json"))["conversations"]
+    kept = json.loads(line("conversations", "show", str(found[0]["id"]), "--json"))
+    assert kept["parameters"] == {"max_tokens": 2, "seed": 1, "logprobs": 2}
+    assert len(kept["turns"][1]["chances"]) == 2
+    again = json.loads(shell(line, "chat", "qwen", "-c", "more", "--json").stdout)
+    assert again["completion_tokens"] == 2
+    line("conversations", "delete", str(found[0]["id"]))
+    for wrong, words in (
+        (["--temperature", "-1"], "temperature must be a number from 0 to 100"),
+        (["--schema", str(tmp_path / "none")], "schema cannot be read"),
+        (["--preset", "none"], "There is no preset 'none'.\nThere are: short, tools.\n"),
+    ):
+        done = shell(line, "chat", "qwen", "hi", *wrong)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 2
+
+
+def test_what_a_model_calls_is_written_and_a_cut_call_too(line: CommandLine) -> None:
+    whole = json.loads(shell(line, "chat", "qwen", "the weather", "--preset", "tools", "--json").stdout)
+    assert (whole["finish_reason"], whole["text"]) == ("tool_calls", "")
+    (call,) = whole["tool_calls"]
+    assert (call["name"], json.loads(call["arguments"])) == (
+        "get_weather",
+        {"city": "the weather", "days": 2},
+    )
+    cut = shell(line, "chat", "qwen", "the weather", "--preset", "tools", "--max-tokens", "3")
+    assert cut.stdout == '⚙ get_weather {"city": "the\n'
+    assert "cut off: the token limit" in cut.stderr
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(line: CommandLine, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import stat
 import time
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sleep_tui.errors import OperationError
+from vllm_sleep_tui.config.parameters import Parameters
+from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.fleet.conversations import (
     Conversations,
     Handle,
@@ -159,4 +161,30 @@ def test_a_broken_file_is_put_aside_and_told_and_a_folder_in_its_place_too(tmp_p
     assert store.listed().result() == []
     assert store.note is not None
     assert "cannot be kept" in store.note
+    store.close()
+
+
+def test_how_a_model_is_asked_is_kept_also_in_a_file_of_before(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "conversations.db") as before:  # as the version before made it
+        before.execute(
+            "CREATE TABLE conversations (id INTEGER PRIMARY KEY AUTOINCREMENT, config TEXT NOT NULL,"
+            " model TEXT NOT NULL, title TEXT NOT NULL, begun REAL NOT NULL, changed REAL NOT NULL)"
+        )
+        before.execute("INSERT INTO conversations VALUES (1, 'a.yaml', 'qwen', 'old', 1.0, 1.0)")
+    before.close()
+    store = Conversations(tmp_path, "a.yaml")
+    old = store.whole(1).result()
+    assert old is not None
+    assert (old.title, old.parameters, store.note) == ("old", Parameters(), None)
+    handle = Handle("qwen", 1)
+    store.keep_parameters(handle, Parameters(temperature=0, stop=("a",)))
+    said(store, "phi", "q", "a")
+    found = store.whole(1).result()
+    assert found is not None
+    assert found.parameters == Parameters(temperature=0, stop=("a",))
+    assert len(store.listed("", 1).result()) == 1
+    with pytest.raises(UsageError, match="title is empty"):
+        store.rename(1, " \x1b[2J\n")
+    assert store.keep_preset("wild", Parameters(temperature=2)).result()
+    assert store.presets().result() == {"wild": Parameters(temperature=2)}
     store.close()

@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from vllm_sleep_tui.engine.chat import ChatDelta
+from vllm_sleep_tui.engine.answers import CallDelta
+from vllm_sleep_tui.engine.chat import ChatDelta, deltas
 from vllm_sleep_tui.engine.client import Completion, Gate, ModelCard, SleepReply, VllmClient, WakeReply
 from vllm_sleep_tui.engine.failures import EngineRefused, EngineTimeout, EngineUnreachable
 
@@ -566,3 +567,31 @@ async def test_cancelling_a_call_leaves_the_client_usable(server: Server, client
     with pytest.raises(asyncio.CancelledError):
         await call
     assert await client.version() == "0.32.0"
+
+
+async def recorded(name: str) -> list[ChatDelta]:
+    """The deltas of a stream that vLLM 0.32 sent, cut at odd places."""
+    raw = (DATA / name).read_bytes()
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        for start in range(0, len(raw), 97):
+            yield raw[start : start + 97]
+
+    stream = deltas(parts(), "here", first_timeout=5, stall_timeout=5)
+    return [delta async for delta in stream]
+
+
+async def test_what_a_model_calls_comes_in_the_pieces_that_vllm_sends() -> None:
+    found = await recorded("tool-calls.raw")
+    calls = [call for delta in found for call in delta.calls]
+    assert calls[0] == CallDelta(index=0, id="chatcmpl-tool-9babe3f0c78d5ead", name="get_weather")
+    assert "".join(call.arguments for call in calls) == '"Paris"'  # the braces are lost on the way, in 0.32
+    assert "".join(delta.text for delta in found) == ""
+    assert [delta.finish_reason for delta in found if delta.finish_reason] == ["tool_calls"]
+
+
+async def test_how_likely_each_token_was_comes_with_it() -> None:
+    chances = [chance for delta in await recorded("logprobs.raw") for chance in delta.chances]
+    assert [chance.token for chance in chances][:3] == ["Paris", " and", " Rome"]
+    assert [other.token for other in chances[0].top_logprobs] == ["Paris", "The"]
+    assert round(chances[0].logprob, 3) == -0.461

@@ -59,7 +59,12 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def body(self) -> dict[str, Any]:
         """What goes into the request; `system` is a message and stands among those."""
-        plain = {name: getattr(self, name) for name in ("temperature", "top_p", "max_tokens", "seed")}
+        plain = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+        }
         body = {name: value for name, value in plain.items() if value is not None}
         if self.stop:
             body["stop"] = self.stop
@@ -79,9 +84,9 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def words(self) -> str:
         """`temperature 0 · seed 1 · JSON`; empty where all is the server's own."""
         parts = ["system prompt"] if self.system else []
-        for name, word in (("temperature", "temperature"), ("top_p", "top_p"), ("max_tokens", "at most")):
-            if (value := getattr(self, name)) is not None:
-                parts.append(f"{word} {value:g}" if name != "max_tokens" else f"{word} {value} tokens")
+        parts += [f"temperature {self.temperature:g}"] if self.temperature is not None else []
+        parts += [f"top_p {self.top_p:g}"] if self.top_p is not None else []
+        parts += [f"at most {self.max_tokens} tokens"] if self.max_tokens is not None else []
         parts += [f"seed {self.seed}"] if self.seed is not None else []
         parts += [f"stop {one_line(' '.join(map(repr, self.stop)))[:40]}"] if self.stop else []
         parts += ["JSON"] if self.schema is not None else []

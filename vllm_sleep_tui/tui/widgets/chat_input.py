@@ -79,12 +79,12 @@ class ChatInput(TextArea):
         self._recalled = None
 
     def give_back(self, text: str) -> bool:
-        """Put a question back that was not asked; typing replaces it.
+        """Put a question back that was not asked; typing replaces it, and ↑ goes to it then.
 
-        False where another one is begun: ↑ goes to it then.
+        False where another one is begun.
         """
+        self._set_aside(text)
         if self.text:
-            self._aside.append(text)
             return False
         self.text = text
         self.select_all()
@@ -93,9 +93,12 @@ class ChatInput(TextArea):
     def put(self, text: str) -> None:
         """Have this changed and sent; ↑ goes to what was begun here."""
         if self.text.strip() and self.text != text:
-            self._aside.append(self.text)
+            self._set_aside(self.text)
         self._recalled, self.text = None, text
         self.move_cursor(self.document.end)
+
+    def _set_aside(self, text: str) -> None:
+        self._aside = [*(aside for aside in self._aside if aside != text), text]
 
     def action_newline(self) -> None:
         """Begin a line."""
@@ -107,7 +110,7 @@ class ChatInput(TextArea):
 
     def _recall(self, step: int) -> bool:
         """An earlier question or a later one; False if there is none."""
-        earlier = [*self.earlier, *self._aside]
+        earlier = [*(asked for asked in self.earlier if asked not in self._aside), *self._aside]
         if not earlier or (self._recalled is None and step > 0):
             return False
         if self._recalled is None:
