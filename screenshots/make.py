@@ -13,21 +13,30 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from textual.pilot import Pilot
+from textual.screen import Screen
+from textual.widgets import Input
 
 from vllm_sleep_tui.cli.demo import write_demo
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.app import PanelApp
+from vllm_sleep_tui.tui.screens.chances import ChancesScreen
 from vllm_sleep_tui.tui.screens.duel import DuelScreen
+from vllm_sleep_tui.tui.screens.parameters import ParametersScreen
 from vllm_sleep_tui.tui.theme import package_folder
 from vllm_sleep_tui.tui.widgets.chat import ChatPane
 
 Story = Callable[[Pilot[None], Fleet, Callable[[str], Awaitable[None]]], Awaitable[None]]
 CHAT_SIZES = ((80, 24), (120, 40), (200, 60))
 DEADLINE = 300.0
+TOOLS = (
+    '[{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", '
+    '"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}}]'
+)
 FONT = Path("/usr/share/fonts/truetype/dejavu")
 """Fira Code, which Textual names, is seldom installed; DejaVu has every sign that the panel uses."""
 
@@ -114,6 +123,36 @@ async def _chat_story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str], Aw
     await take("conversations")
     await pilot.press("escape", "z")
     await take("whole")
+    await pilot.press("z", "escape", "p")
+    await _until_open(pilot, ParametersScreen)
+    await take("parameters")
+    pilot.app.screen.query_one("#top_p", Input).value = "3"
+    await pilot.press("enter")
+    await take("parameters-wrong")
+    pilot.app.screen.query_one("#top_p", Input).value = ""
+    pilot.app.screen.query_one("#tools", Input).value = TOOLS
+    pilot.app.screen.query_one("#logprobs", Input).value = "3"
+    await pilot.press("enter", "c", *"Rain in Oslo?", "enter")
+    await until(pilot, lambda: _calls(pilot) and not is_answering(pilot))
+    await take("calls")
+    await pilot.press("escape", "p")
+    await _until_open(pilot, ParametersScreen)
+    pilot.app.screen.query_one("#tools", Input).value = ""
+    await pilot.press("enter")
+    await asked("And now?")
+    await pilot.press("escape", "i")
+    await _until_open(pilot, ChancesScreen)
+    await take("chances")
+    await pilot.press("escape")
+
+
+async def _until_open(pilot: Pilot[None], kind: type[Screen[Any]]) -> None:
+    await until(pilot, lambda: isinstance(pilot.app.screen, kind))
+
+
+def _calls(pilot: Pilot[None]) -> bool:
+    answer = pilot.app.screen.query_one(ChatPane).transcript.answer_in_sight()
+    return answer is not None and bool(answer.calls)
 
 
 async def _pair_story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str], Awaitable[None]]) -> None:

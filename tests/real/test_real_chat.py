@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -81,3 +82,14 @@ def test_the_verb_tells_that_an_answer_of_a_real_server_was_cut(panel: CommandLi
     done = panel.run("chat", "smollm2", "Tell a long story.", "--max-tokens", "5")
     assert done.returncode == 0, done.stderr
     assert "cut off: the token limit was reached" in done.stderr
+
+
+def test_a_real_server_answers_as_it_is_asked(panel: CommandLine) -> None:
+    city = {"type": "string", "maxLength": 12}
+    schema = json.dumps({"type": "object", "properties": {"city": city}, "required": ["city"]})
+    asked = ("--schema", schema, "--max-tokens", "60", "--seed", "1", "--logprobs", "2", "--json")
+    answer = json.loads(panel("chat", "smollm2", "Name the capital of France.", *asked))
+    assert set(json.loads(answer["text"])) >= {"city"}
+    told = "".join(chance["token"] for chance in answer["logprobs"]).strip()
+    assert told.removesuffix("<|im_end|>") == answer["text"].strip()  # its end is a token, and no word
+    assert all(len(chance["top_logprobs"]) == 2 for chance in answer["logprobs"])

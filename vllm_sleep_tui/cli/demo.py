@@ -33,7 +33,7 @@ models:
   qwen:
     model: Qwen/Qwen3-0.6B
     gpus: [0]
-    args: {{max-model-len: 4096}}
+    args: {{max-model-len: 4096, enable-auto-tool-choice: true, tool-call-parser: hermes}}
     env: {{VLLM_SIM_SPEED: "{speed:g}"}}
   phi:
     model: microsoft/Phi-3-vision-128k-instruct

@@ -59,7 +59,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def body(self) -> dict[str, Any]:
         """What goes into the request; `system` is a message and stands among those."""
-        plain = {
+        plain: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "max_tokens": self.max_tokens,

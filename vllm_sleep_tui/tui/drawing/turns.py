@@ -183,6 +183,10 @@ class Answer(Turn):
         """What it calls, in order."""
         return list(self._calls.values())
 
+    def share_calls(self, other: Answer) -> None:
+        """Show what another answer calls, as it comes there."""
+        self._calls = other._calls
+
     def call(self, deltas: Sequence[CallDelta]) -> None:
         """Take pieces of calls; they are shown with the next `flush`."""
         for delta in deltas:

@@ -53,6 +53,7 @@ class Side:
         text, reasoning = self.answer.text, self.answer.reasoning
         self.shown.add(text[self._taken[0] :], reasoning[self._taken[1] :])
         self._taken = (len(text), len(reasoning))
+        self.shown.share_calls(self.answer)
         self.shown.flush()
         self.shown.say_above(*self.answer.above)
         if self.answer.is_over:
