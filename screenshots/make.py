@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib.util
 import tempfile
 import time
@@ -24,6 +25,7 @@ from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.app import PanelApp
 from vllm_sleep_tui.tui.screens.chances import ChancesScreen
+from vllm_sleep_tui.tui.screens.duel import DuelScreen
 from vllm_sleep_tui.tui.screens.parameters import ParametersScreen
 from vllm_sleep_tui.tui.theme import package_folder
 from vllm_sleep_tui.tui.widgets.chat import ChatPane
@@ -153,6 +155,41 @@ def _calls(pilot: Pilot[None]) -> bool:
     return answer is not None and bool(answer.calls)
 
 
+async def _pair_story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str], Awaitable[None]]) -> None:
+    """A picture in a question, and two answers side by side."""
+    await fleet.start(["qwen"])
+    await fleet.start(["phi"])
+    await pilot.press("home", "down")
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        _sunset(Path("sunset.png"))
+        await pilot.press("c", *"What is on @sunset.png?", "enter")
+        await until(pilot, lambda: "image/png" in _answer(pilot) and not is_answering(pilot))
+    await pilot.press("escape")
+    await take("picture")
+    await pilot.press("ctrl+n", "c", *"Why is the sky blue?", "enter")
+    await until(pilot, lambda: "sky blue" in _answer(pilot) and not is_answering(pilot))
+    await pilot.press("escape", "d", "enter")
+    await pilot.pause(0.5)
+    await pilot.press("y")  # to the question whether phi may sleep for it
+    await until(pilot, lambda: isinstance(pilot.app.screen, DuelScreen))
+    await until(pilot, lambda: not is_answering(pilot))
+    await take("side-by-side")
+    await pilot.press("w")
+    await take("words-that-differ")
+
+
+def _sunset(path: Path) -> None:
+    from PIL import Image
+
+    image = Image.new("RGB", (320, 200))
+    for row in range(200):
+        sky = (255 - row // 2, 120 - row // 2, 40 + row // 2) if row < 130 else (20, 30 + row // 8, 60)
+        for column in range(320):
+            is_sun = (column - 160) ** 2 + (row - 110) ** 2 < 1600 and row < 130
+            image.putpixel((column, row), (255, 220, 120) if is_sun else sky)
+    image.save(path)
+
+
 def _answer(pilot: Pilot[None]) -> str:
     return pilot.app.screen.query_one(ChatPane).last_answer() or ""
 
@@ -201,7 +238,8 @@ def main() -> None:
     if given.chat:
         for width, height in CHAT_SIZES:
             chat, prefix = given.into / "chat", f"{width}x{height}-"
-            asyncio.run(make((width, height), given.theme, given.speed, chat, _chat_story, prefix))
+            for story in (_chat_story, _pair_story):
+                asyncio.run(make((width, height), given.theme, given.speed, chat, story, prefix))
         return
     width, height = map(int, given.size.split("x"))
     asyncio.run(make((width, height), given.theme, given.speed, given.into, _story))

@@ -72,6 +72,19 @@ def test_bad_values_are_400s_in_vllms_shape(server: Server, changes: dict[str, o
     assert answer.json()["error"]["code"] == 400
 
 
+def test_a_picture_for_a_model_that_reads_text_alone_is_a_400(server: Server) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    content = [{"type": "text", "text": "What is it?"}, picture]
+    answer = server.post(CHAT, {**QUESTION, "messages": [{"role": "user", "content": content}]})
+    assert answer.status_code == 400
+    assert answer.json()["error"] == {
+        "message": f"{NAME} is not a multimodal model",
+        "type": "BadRequestError",
+        "param": None,
+        "code": 400,
+    }
+
+
 def test_a_body_that_is_no_json_is_a_400(server: Server) -> None:
     headers = {"content-type": "application/json"}
     answer = httpx.post(

@@ -163,7 +163,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(line: CommandLine, tmp_
 
 def test_the_line_editor_takes_pastes_long_lines_and_earlier_questions(line: CommandLine) -> None:
     """Three pasted lines are one question, 6,004 characters stay 6,004, and what was typed is not lost."""
-    command = [*COMMAND, "--config", str(line.config), "chat", "qwen", "-c"]
+    command = [*COMMAND, "--config", str(line.config), "chat", "qwen"]
     environment = line.environment | {"XDG_STATE_HOME": str(line.state_home), "TERM": "xterm-256color"}
 
     def asked_of(terminal: Terminal, keys: str, shown: str) -> None:
@@ -182,7 +182,7 @@ def test_the_line_editor_takes_pastes_long_lines_and_earlier_questions(line: Com
         assert terminal.end() == 0
     finally:
         terminal.close()
-    terminal = Terminal(command, environment, 80, 24, controlling=True)
+    terminal = Terminal([*command, "-c"], environment, 80, 24, controlling=True)
     try:
         terminal.wait_for("qwen>")
         asked_of(terminal, "\x1b[A\x1b[A\x15again\r", "again”")  # two back, and its end put away

@@ -48,7 +48,7 @@ async def test_two_answers_stand_beside_each_other_and_stream(tmp_path: Path, si
         beside = text_of(pilot.app)
         together = [row for row in beside.splitlines() if "one two three" in row]
         assert len(together) == 2
-        assert any("qwen" in row and "phi" in row for row in beside.splitlines()) is (size[0] >= 100)
+        assert any("─ qwen ─" in row and "─ phi ─" in row for row in beside.splitlines()) is (size[0] >= 100)
         await pilot.press("w")
         await until_seen(pilot, "80 % of the words are the same", "one two three five")
         await pilot.press("w", "tab", "o")

@@ -28,7 +28,7 @@ async def test_a_dropped_picture_is_shown_and_told_and_asked_again(tmp_path: Pat
         await until_seen(pilot, "▣ a photo.png · 64×32 · 0 KB", "A red field.")
         assert "▀" * 32 in text_of(pilot.app)
         (message,) = fleet.asked[0][1]
-        assert message["content"] == "Look:  and?"
+        assert message["content"] == "Look: a photo.png and?"
         assert [picture.path for picture in message["pictures"]] == [str(file)]
         await pilot.press("ctrl+r")
         await until_seen(pilot, "A red field.")

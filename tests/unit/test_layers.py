@@ -122,6 +122,7 @@ def test_our_sleep_mode_runs_inside_vllm_and_needs_nothing_of_ours() -> None:
         ("vllm_sleep_tui.fleet.survey", {"httpx", "textual", "rich", "sqlite3"}),
         ("vllm_sleep_tui.fleet.fleet", {"textual"}),
         ("vllm_sleep_tui.cli", {"httpx", "textual", "rich"}),
+        ("vllm_sleep_tui.cli.chat", {"httpx", "textual", "rich", "sqlite3", "prompt_toolkit"}),
         ("vllm_sleep_tui.cli.status", {"httpx", "textual", "rich", "sqlite3"}),
     ],
 )

@@ -85,14 +85,16 @@ def said(text: str, pictures: Sequence[Picture]) -> dict[str, Any]:
 
 
 def _unmarked(text: str, pictures: Sequence[Picture]) -> str:
-    """A question without the marks of its pictures, as the model is told it."""
+    """A question as the model is told it: a mark at its end is left out, elsewhere the file's name stands."""
     paths = {picture.path for picture in pictures}
 
-    def without(match: re.Match[str]) -> str:
+    def named(match: re.Match[str]) -> str:
         path = _named(match)
-        return "" if path is not None and as_text(_from_root(path)) in paths else match[0]
+        if path is None or as_text(_from_root(path)) not in paths:
+            return match[0]
+        return path.name if _MARK.sub("", text[match.end() :]).strip() else ""
 
-    return _MARK.sub(without, text).strip() if pictures else text
+    return _MARK.sub(named, text).strip() if pictures else text
 
 
 def dropped(text: str) -> str | None:

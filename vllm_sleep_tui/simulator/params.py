@@ -99,7 +99,7 @@ def check_pictures(messages: list[Mapping[str, Any]], model: str, name: str) -> 
     """Raise HttpError for pictures that the model or the server cannot take (recorded on vLLM 0.32)."""
     urls = [url for message in messages for url in pictures_of(message)]
     if urls and not profiles.sees(model):
-        raise HttpError(400, f"{name} is not a multimodal model")
+        raise HttpError(400, f"{name} is not a multimodal model", kind="BadRequestError")
     for url in urls:
         _decoded(url)
 
@@ -112,7 +112,7 @@ def _decoded(url: str) -> bytes:
     except ValueError:
         content = b""
     if not head.startswith("data:") or not content:
-        raise HttpError(400, "Failed to load image: cannot identify image file")
+        raise HttpError(400, "Failed to load image: cannot identify image file", kind="BadRequestError")
     return content
 
 

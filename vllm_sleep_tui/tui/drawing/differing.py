@@ -46,7 +46,7 @@ class Differing(Turn):
         self._lines = list(_lines(text, same))
 
     def _sections(self, width: int) -> list[list[Row]]:
-        return [self._head(), [row for line in self._lines for row in Flow(line).rows(width)]]
+        return [[row for line in self._lines for row in Flow(line).rows(width)]]
 
 
 def _lines(text: str, same: frozenset[int]) -> Iterator[Line]:

@@ -15,16 +15,25 @@ from textual.widgets import Static
 
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.drawing.differing import Differing, difference
+from vllm_sleep_tui.tui.drawing.flow import Row
 from vllm_sleep_tui.tui.drawing.turns import Answer, Turn
 from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.talk import Entry
+from vllm_sleep_tui.tui.theme import palette_of
 from vllm_sleep_tui.tui.widgets.transcript import Transcript
 
 STEP_SECONDS = 0.1
 NARROW_WIDTH = 100
 QUESTION_LENGTH = 400
 """Characters of the question that are shown."""
-_KEYS = "esc back   w words that differ   tab the other   ↑ ↓ page up page down scroll   o reasoning   y copy"
+_KEYS = "esc back  w words that differ  tab the other  ↑ ↓ scroll  o reasoning  y copy"
+
+
+class _Headless(Answer):
+    """An answer whose model is named by its frame, which is seen wherever the rows are."""
+
+    def _head(self) -> list[Row]:
+        return []
 
 
 class Side:
@@ -34,7 +43,7 @@ class Side:
         answer = entry.turn
         assert isinstance(answer, Answer)
         self.entry, self.answer = entry, answer
-        self.shown = Answer(answer.model, answer.paint)
+        self.shown = _Headless(answer.model, answer.paint)
         self._taken = (0, 0)
 
     def follow(self) -> bool:
@@ -91,11 +100,17 @@ class DuelScreen(LookingScreen):
         """Show what has come so far, and follow what comes."""
         for number, side in enumerate(self._sides):
             transcript = self._transcript(number)
-            transcript.border_title = Text(side.answer.model).markup
             transcript.show([side.shown], ())
+        self._title()
         self._transcript(0).focus()
         self.look_every(STEP_SECONDS, self._look)
         self.call_after_refresh(self._look)
+
+    def _title(self) -> None:
+        for number, side in enumerate(self._sides):
+            color = palette_of(self).style(side.answer.paint).color
+            style = f"bold {color.name}" if color is not None else "bold"
+            self._transcript(number).border_title = Text(side.answer.model, style=style).markup
 
     def on_resize(self, event: Resize) -> None:
         """Side by side where there is room for two."""
@@ -162,6 +177,7 @@ class DuelScreen(LookingScreen):
     def recolor(self) -> None:
         """Follow a change of theme."""
         super().recolor()
+        self._title()
         for number in range(2):
             self._transcript(number).refresh()
 
