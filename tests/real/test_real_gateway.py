@@ -1,4 +1,4 @@
-"""The gateway before real vLLM on the CPU: two models, the official clients, answers that are broken off."""
+"""The gateway before real vLLM on the CPU: two models, each client as it is, answers that are broken off."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import openai
 import pytest
 from command_line import CommandLine, write_config
 
+from tests.gateway import mcp_agent
+from tests.gateway.test_more_clients import use_litellm, use_llm
 from tests.real.conftest import from_environment, model_config
 
 pytestmark = pytest.mark.real
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.real
 def test_two_models_behind_one_address(tmp_path: Path, free_port: Callable[[], int]) -> None:
     command = [str(from_environment("VLLM_CPU_COMMAND"))]
     models = {name: model_config(name) for name in ("smollm2", "tiny")}
+    models["smollm2"]["args"] |= {"enable-auto-tool-choice": True, "tool-call-parser": "hermes"}
     port = free_port()
     config = write_config(tmp_path / "config.yaml", command, models, gateway={"port": port})
     panel = CommandLine(config=config, state_home=tmp_path / "state")
@@ -41,6 +44,15 @@ def test_two_models_behind_one_address(tmp_path: Path, free_port: Callable[[], i
             use(client, port)
         with anthropic.Anthropic(base_url=base, api_key="none", max_retries=0) as claude:
             use_anthropics(claude)
+        for text in mcp_agent.run(base, "smollm2", "tiny", turns=2):
+            assert text.startswith("tiny: "), text
+        said = use_llm(base, tmp_path, ("smollm2", "tiny"))
+        assert said[0] == said[-1]
+        found = use_litellm(base, ("smollm2", "tiny"))
+        assert [text for _, text in found["whole"]] == found["streamed"]
+        assert found["anthropic"]
+        assert found["broken off"]
+        until_nothing_runs(base)
     finally:
         serve.send_signal(signal.SIGTERM)
         serve.wait(30)
