@@ -35,7 +35,7 @@ def test_a_key_shows_it_with_its_requests_and_another_closes_and_opens_it(
     with httpx.Client(timeout=60) as client:
         body = {"model": "a", "prompt": "x", "max_tokens": 3}
         assert client.post(f"{here.url}/completions", json=body).status_code == 200
-    panel.wait_for("anybody", "/v1/completions", "1 switches caused")
+    panel.wait_for("anybody", "/v1/completions", "1 switch caused")
     panel.press("o")
     panel.wait_for("closed", "not opened here")
     assert not here.answers()

@@ -48,7 +48,7 @@ async def test_each_model_and_gpu_has_a_card_with_the_reason_and_what_would_chan
             "At most one fits awake at a time.",
         )
         await pilot.press("escape")
-        await until_seen(pilot, "enter → qwen")
+        await until_seen(pilot, "last switch to qwen")
 
 
 async def test_the_advice_is_written_after_a_question_with_comments_kept(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ async def test_an_error_nobody_foresaw_is_told_and_the_panel_lives(tmp_path: Pat
         await pilot.press("down", "w")
         await until_seen(pilot, "ZeroDivisionError")
         await pilot.press("up")
-        await until_seen(pilot, "enter → qwen")
+        await until_seen(pilot, "last switch to qwen")
 
 
 async def test_escape_stops_an_operation_at_its_next_safe_point(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ async def test_a_terminal_that_is_too_small_says_what_is_needed_and_recovers(tmp
     async with panel(ScriptedFleet(), tmp_path, size=(50, 12)) as pilot:
         await until_seen(pilot, "needs 60×20 at least", "50×12")
         await pilot.resize_terminal(80, 24)
-        await until_seen(pilot, "enter → qwen")
+        await until_seen(pilot, "last switch to qwen")
         assert "60×20" not in text_of(pilot.app)
 
 

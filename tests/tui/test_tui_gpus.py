@@ -67,7 +67,7 @@ async def test_a_card_says_all_it_reads_and_why_it_is_slowed(tmp_path: Path) -> 
         await pilot.press("plus")
         await until_seen(pilot, "−1 h")
         await pilot.press("escape")
-        await until_seen(pilot, "enter → qwen")
+        await until_seen(pilot, "last switch to qwen")
 
 
 async def test_a_card_that_tells_nothing_shows_no_zero(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ async def test_the_screen_stands_still_while_it_is_not_in_front(tmp_path: Path) 
         await until_seen(pilot, "Processes by VRAM")
         await until(pilot, lambda: fleet.asked_processes > 1, "a second look")
         await pilot.press("escape")
-        await until_seen(pilot, "enter → qwen")
+        await until_seen(pilot, "last switch to qwen")
         seen = fleet.asked_processes
         await pilot.pause(2.5)
         assert fleet.asked_processes == seen

@@ -125,6 +125,7 @@ class Holder:
                 elif (client := self.clients.get(descriptor)) is not None:
                     self.serve(client)
             self.look_at_the_time()
+        self.shrink_to(0)  # before our files go: who sees them gone takes the memory for free
 
     def look_at_the_time(self) -> None:
         """Give up what nobody came for: by now the driver has clean memory of its own; end without users."""
