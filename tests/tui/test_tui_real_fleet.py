@@ -86,7 +86,7 @@ async def test_stopping_all_on_quit_leaves_nothing_and_the_log_can_be_read_befor
         await pilot.press("l")
         await until_seen(pilot, "Log of qwen", "Application startup complete")
         await pilot.press("escape")
-        await until_seen(pilot, "enter → qwen")
+        await until_seen(pilot, "last start of qwen")
         await pilot.press("q")
         await until_seen(pilot, "Quit the panel?")
         await pilot.press("s")

@@ -118,7 +118,8 @@ def test_status_imports_neither_textual_nor_httpx(tmp_path: Path, option: str | 
     arguments = ["--config", str(config), "status", *([option] if option else [])]
     program = (
         "import sys; from vllm_sleep_tui.cli.app import run; code = run(sys.argv[1:]); "
-        "import json; print(json.dumps(sorted(sys.modules)), file=sys.stderr); sys.exit(code)"
+        "import json; loaded = sorted(name for name, module in sys.modules.items() if module); "
+        "print(json.dumps(loaded), file=sys.stderr); sys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60, check=False

@@ -129,7 +129,7 @@ def test_a_reader_that_leaves_early_causes_no_complaint(home: Path) -> None:
 def test_an_unexpected_error_is_one_line_and_its_details_are_kept(home: Path) -> None:
     broken = home / "broken"
     broken.mkdir()
-    (broken / "httpx.py").write_text("raise RuntimeError('a library that \x1b[31mbroke')")
+    (broken / "psutil.py").write_text("raise RuntimeError('a library that \x1b[31mbroke')")
     command = [*COMMAND, "--config", str(written(home)), "stop", "qwen"]
     env = os.environ | {"PYTHONPATH": str(broken)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
