@@ -103,6 +103,11 @@ MISTAKES = {
         6,
         "presets.json.schema: cannot be read: ",
     ),
+    "a schema in the home of nobody": (
+        ONE + "presets:\n  json:\n    schema: ~nobody-of-that-name/x.json\n",
+        6,
+        "presets.json.schema: is no name of a file: ~nobody-of-that-name/x.json",
+    ),
     "unknown gateway key": (
         ONE + "gateway:\n  prot: 1\n",
         5,

@@ -132,14 +132,17 @@ def _json(name: str, text: str, folder: Path) -> Any:
     """What stands in JSON in a text, or in the file that it names."""
     source, cure = "the text", f"Write {EXPECTED[name]}."
     if not text.lstrip().startswith(("{", "[")):
-        path = folder / path_of(text).expanduser()
-        source = str(path)
+        source = text
         try:
+            path = folder / path_of(text).expanduser()
+            source = str(path)
             text = read_regular(path, MAX_FILE, follow=True).decode()
         except OSError as error:
             raise ParameterError(name, f"cannot be read: {source}: {error.strerror}", cure) from None
         except UnicodeDecodeError:
             raise ParameterError(name, f"is not UTF-8 text: {source}", cure) from None
+        except (RuntimeError, ValueError):  # the home of nobody; a character that no path has
+            raise ParameterError(name, f"is no name of a file: {source}", cure) from None
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:

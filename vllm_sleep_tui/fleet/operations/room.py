@@ -316,9 +316,20 @@ def may_keep_weights(model: Model) -> bool:
     )
 
 
+def has_level_0(record: Record) -> bool:
+    """Whether this launch can give up its KV cache alone: by our sleep mode, or vLLM's own from 0.31 on."""
+    own_can = record.vllm_version is not None and capabilities(record.vllm_version).releases_cache
+    return bool(record.gpus) and (record.sleep_backend == "own" or own_can)
+
+
 def own_level(record: Record) -> int:
-    """The level at which this launch sleeps unless it is told another."""
-    return int(record.resolved_level) if record.resolved_level in ("0", "2") else 1
+    """The level at which this launch sleeps unless it is told another.
+
+    1 for one of level 0 that has fallen back to vLLM's own sleep mode, where that has no level 0.
+    """
+    if record.resolved_level == "0":
+        return 0 if has_level_0(record) else 1
+    return 2 if record.resolved_level == "2" else 1
 
 
 def held_here(model: Model, now: GpuMemory | None, gpu: int) -> int:

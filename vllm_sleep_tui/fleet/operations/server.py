@@ -74,12 +74,6 @@ class NoLevel0Error(RefusedError):
     """Its sleep mode cannot leave the weights in VRAM."""
 
 
-def has_level_0(record: Record) -> bool:
-    """Whether this launch can give up its KV cache alone: by our sleep mode, or vLLM's own from 0.31 on."""
-    own_can = record.vllm_version is not None and capabilities(record.vllm_version).releases_cache
-    return bool(record.gpus) and (record.sleep_backend == "own" or own_can)
-
-
 def no_level_0(record: Record) -> tuple[str, str]:
     """What and cure: this launch's sleep mode cannot leave the weights in VRAM."""
     why = f": {record.sleep_backend_why}" if record.sleep_backend_why else ""

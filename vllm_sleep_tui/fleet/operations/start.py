@@ -39,8 +39,15 @@ from vllm_sleep_tui.fleet.operations.end import TMP_PREFIX, cause_in_log, fail, 
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.ports import CURE, choose_port, taken
-from vllm_sleep_tui.fleet.operations.room import give_up, kv_cache_note, read_memory, share_of, weights_of
-from vllm_sleep_tui.fleet.operations.server import Server, has_level_0
+from vllm_sleep_tui.fleet.operations.room import (
+    give_up,
+    has_level_0,
+    kv_cache_note,
+    read_memory,
+    share_of,
+    weights_of,
+)
+from vllm_sleep_tui.fleet.operations.server import Server
 from vllm_sleep_tui.fleet.pool import folder as pool_folder
 from vllm_sleep_tui.fleet.pool import joined
 from vllm_sleep_tui.fleet.states import Event, StartPhase, State

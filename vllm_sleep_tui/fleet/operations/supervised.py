@@ -24,8 +24,14 @@ from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.ports import choose_port
 from vllm_sleep_tui.fleet.operations.reconcile import lives
-from vllm_sleep_tui.fleet.operations.room import GpuMemory, Memory, own_level, refuse_without_room
-from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server, has_level_0, no_level_0
+from vllm_sleep_tui.fleet.operations.room import (
+    GpuMemory,
+    Memory,
+    has_level_0,
+    own_level,
+    refuse_without_room,
+)
+from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server, no_level_0
 from vllm_sleep_tui.fleet.operations.start import PortRaceError, Start, check_startable
 from vllm_sleep_tui.fleet.peer_checks import check_own
 from vllm_sleep_tui.fleet.server_keys import key_of
