@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,7 +133,8 @@ def _json(name: str, text: str, folder: Path) -> Any:
     """What stands in JSON in a text, or in the file that it names."""
     source, cure = "the text", f"Write {EXPECTED[name]}."
     if not text.lstrip().startswith(("{", "[")):
-        path = folder / path_of(text).expanduser()
+        # Not pathlib's own, which raises for ~ and the name of nobody.
+        path = folder / os.path.expanduser(path_of(text)) if "\0" not in text else folder
         source = str(path)
         try:
             text = read_regular(path, MAX_FILE, follow=True).decode()
