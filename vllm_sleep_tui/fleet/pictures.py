@@ -30,6 +30,7 @@ _MIB = 2**20
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 _MARK = re.compile(r"""(?<!\S)@(?:"([^"\n]+)"|(\S*[^\s?!.,;:)]))""")
 """The question's own marks after a name are not the name's."""
+NO_FILE = "Name a picture's file; a word with an @ is sent as a word with a blank after the @."
 _KINDS = "PNG, JPEG, GIF and WebP"
 
 
@@ -181,7 +182,7 @@ def _picture(path: Path) -> tuple[Picture, bytes]:
                 f"{shown} is larger than the {MOST_BYTES // _MIB} MiB that are sent of one picture.",
                 "Make it smaller first, such as: magick IN -resize 2048x2048 OUT.jpg",
             ) from None
-        raise UsageError(f"{shown} cannot be read: {reason}.", "Name a picture's file.") from None
+        raise UsageError(f"{shown} cannot be read: {reason}.", NO_FILE) from None
     kind, size = _looks(content)
     if kind is None:
         raise UsageError(f"{shown} is no picture: {_KINDS} are sent.", "Convert it to one of them first.")
