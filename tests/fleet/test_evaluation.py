@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 from tests.command_line import CommandLine
 from tests.fleet.test_chat_verb import COMMAND, shell
 from tests.tui.talker import talker
+from vllm_sleep_tui.bench.evaluation import Answers, Prompt, read_prompts
 from vllm_sleep_tui.cli.demo import write_demo
+from vllm_sleep_tui.errors import RefusedError
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +130,30 @@ def test_mistakes_are_told(line: CommandLine, tmp_path: Path, arguments: tuple[s
     done = shell(line, "chat", *named)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+@pytest.mark.parametrize("kept", [b'{"mine": 1}', b'{"mine": 1}\n', b"\x89PNG", b'{"model":"\xff"}\n'])
+def test_a_file_that_holds_something_else_is_left_as_it_is(tmp_path: Path, kept: bytes) -> None:
+    (tmp_path / "mine").write_bytes(kept)
+    with pytest.raises(RefusedError, match="no answer"):
+        Answers(tmp_path / "mine")
+    assert (tmp_path / "mine").read_bytes() == kept
+
+
+def test_only_a_regular_file_takes_answers(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(RefusedError, match="is no regular file"):
+            Answers(path)
+
+
+@pytest.mark.parametrize("cut", [b"{", b'{"model":"a', b'{"model":"a","prompt":"b"'])
+def test_an_answer_that_was_cut_off_is_dropped(tmp_path: Path, cut: bytes) -> None:
+    (tmp_path / "cut").write_bytes(cut)
+    Answers(tmp_path / "cut").close()
+    assert (tmp_path / "cut").read_bytes() == b""
+
+
+def test_prompts_have_marks_of_other_programs(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('\ufeff{"prompt": "one\u2028two"}\r\n'.encode())
+    assert read_prompts(tmp_path / "a.jsonl") == [Prompt(prompt="one\u2028two")]

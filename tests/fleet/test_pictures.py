@@ -79,7 +79,8 @@ def test_what_cannot_be_sent_is_said_before_anything_is_sent(line: CommandLine, 
         large.write(png(1, 1))
         large.truncate(20 * 2**20 + 1)
     for name, words in {
-        "none.png": "cannot be read: No such file or directory.\nName a picture's file.\n",
+        "none.png": "cannot be read: No such file or directory.\nName a picture's file; "
+        "a word with an @ is sent as a word with a blank after the @.\n",
         "words.png": "is no picture: PNG, JPEG, GIF and WebP are sent.\n",
         "large.png": "is larger than the 20 MiB that are sent of one picture.\nMake it smaller first",
     }.items():

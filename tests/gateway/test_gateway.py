@@ -187,6 +187,7 @@ def test_what_is_not_carried_says_what_to_do_instead(gated: MakeGated) -> None:
     assert (
         "not served here" not in httpx.get(f"{here.base}/a/v1/responses/resp_1").text
     )  # the server's own answer
+    assert httpx.head(f"{here.base}/a/v1/responses/resp_1").status_code == 404
     upgrade = {
         "connection": "upgrade",
         "upgrade": "websocket",

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from vllm_sleep_tui.cli.chat import Talk
 from vllm_sleep_tui.config.parameters import Parameters
 from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.fleet.conversations import (
     Conversations,
     Handle,
     KeptTurn,
+    Role,
     as_json,
     as_markdown,
     imported,
@@ -35,6 +37,27 @@ def said(store: Conversations, model: str, *texts: str) -> Handle:
         role = "assistant" if number % 2 else "user"
         store.keep(handle, number, KeptTurn(role=role, text=text, at=time.time(), model=model))
     return handle
+
+
+def test_who_goes_on_from_the_shell_sends_no_two_messages_of_one_role(store: Conversations) -> None:
+    said(store, "a", "lost")  # nobody answered
+    kept = store.latest("a").result()
+    assert kept is not None
+    handle = Handle("a", kept.id, 1)
+    turns: list[tuple[Role, str]] = [
+        ("user", "one"),
+        ("assistant", "first"),
+        ("assistant", "another model's"),
+        ("user", "lost, too"),
+    ]
+    for number, (role, text) in enumerate(turns, 1):
+        store.keep(handle, number, KeptTurn(role=role, text=text, at=1.0, model="a"))
+    told = Talk(store, "a", goes_on=True).messages("two", (), None)
+    assert [(each["role"], each["content"]) for each in told] == [
+        ("user", "one"),
+        ("assistant", "first"),
+        ("user", "two"),
+    ]
 
 
 def test_what_was_said_is_there_for_the_next_one_and_private(store: Conversations, tmp_path: Path) -> None:

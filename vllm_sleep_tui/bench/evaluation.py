@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ MOST_ANSWERS = 2**30
 MOST_FAILURES = 3
 """In a row, after which a model is left: it is not the questions."""
 SUFFIX = ".answers.jsonl"
+BEGINNING = b'{"model":"'
+"""Of every answer's line: what is cut off and begins otherwise is none."""
 
 
 class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -90,7 +93,8 @@ class Tally(msgspec.Struct, kw_only=True):
 def read_prompts(path: Path) -> list[Prompt]:
     """The questions of a file: one a line, or with the suffix .jsonl an object a line; raises UsageError."""
     try:
-        lines = read_regular(path, MOST_BYTES, follow=True).decode().splitlines()
+        # Not splitlines: JSON may have other ends of lines, such as U+2028, in the middle of a text.
+        lines = read_regular(path, MOST_BYTES, follow=True).decode("utf-8-sig").split("\n")
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.", "Name a file of prompts.") from None
     except UnicodeDecodeError:
@@ -137,6 +141,8 @@ class Answers:
             raise
 
     def _take(self) -> None:
+        if not stat.S_ISREG(os.fstat(self._file).st_mode):
+            raise RefusedError(f"{self.path} is no regular file.", "Name another with --out.")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -151,11 +157,13 @@ class Answers:
         for number, line in enumerate(content[:whole].splitlines(), 1):
             try:
                 answer = msgspec.json.decode(line, type=Answer)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 raise RefusedError(
                     f"{self.path}, line {number} is no answer: {error}.", "Name another with --out."
                 ) from None
             self.given[answer.key] = answer
+        if content[whole:][: len(BEGINNING)] != BEGINNING[: len(content) - whole]:
+            raise RefusedError(f"{self.path} ends with what is no answer.", "Name another with --out.")
         os.ftruncate(self._file, whole)
         os.lseek(self._file, whole, os.SEEK_SET)
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vllm_sleep_tui.cli.line_editor import LineEditor
     from vllm_sleep_tui.config.load import LoadedConfig
     from vllm_sleep_tui.config.parameters import Parameters
-    from vllm_sleep_tui.fleet.conversations import Conversations
+    from vllm_sleep_tui.fleet.conversations import Conversations, KeptTurn
     from vllm_sleep_tui.fleet.fleet import Fleet
 
 MEASURED = ("finish_reason", "prompt_tokens", "completion_tokens", "switch_seconds", "ttft")
@@ -191,13 +191,7 @@ class Talk:
         asked = None if whole is None else whole.parameters
         self._handle = Handle(name, None if kept is None else kept.id, len(turns), asked)
         self._number = len(turns)
-        self._said: list[dict[str, Any]] = [
-            said(turn.text, turn.pictures)
-            if turn.role == "user"
-            else {"role": turn.role, "content": turn.text}
-            for turn in turns
-            if turn.text and not turn.is_dropped
-        ]
+        self._said = _told(turns)
 
     @property
     def parameters(self) -> Parameters:
@@ -244,6 +238,24 @@ class Talk:
         ):
             self._store.keep(self._handle, self._number, turn)
             self._number += 1
+
+
+def _told(turns: Sequence[KeptTurn]) -> list[dict[str, Any]]:
+    """What a model is told of what was kept: questions, each with its first answer that has a word.
+
+    Many templates refuse two messages of one role in a row.
+    """
+    told: list[dict[str, Any]] = []
+    asked: KeptTurn | None = None
+    for turn in turns:
+        if turn.is_dropped:
+            continue
+        if turn.role == "user":
+            asked = turn
+        elif asked is not None and turn.text:
+            told += [said(asked.text, asked.pictures), {"role": "assistant", "content": turn.text}]
+            asked = None
+    return told
 
 
 def _joined(prompt: str | None, given: str) -> str | None:

@@ -6,6 +6,7 @@ In a question a picture is named by a mark: ``@photo.png``, ``@"my photo.png"``,
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 import struct
@@ -27,8 +28,9 @@ MOST_PICTURES = 16
 """Of one question."""
 _MIB = 2**20
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
-_MARK = re.compile(r"""(?<!\S)@(?:"([^"\n]+)"|(\S+?)(?=[?!.,;:)]*(?:\s|$)))""")
+_MARK = re.compile(r"""(?<!\S)@(?:"([^"\n]+)"|(\S*[^\s?!.,;:)]))""")
 """The question's own marks after a name are not the name's."""
+NO_FILE = "Name a picture's file; a word with an @ is sent as a word with a blank after the @."
 _KINDS = "PNG, JPEG, GIF and WebP"
 
 
@@ -118,10 +120,14 @@ def dropped(text: str) -> str | None:
 
 def _path_of(word: str) -> Path | None:
     if word.startswith("file://"):
-        word = unquote(urlsplit(word).path)
-    path = Path(word).expanduser() if not word.startswith("~") or "/" in word else Path(word)
-    is_there = word.lower().endswith(_SUFFIXES) and path.is_absolute() and _is_file(path)
-    return path if is_there else None
+        try:
+            word = unquote(urlsplit(word).path)
+        except ValueError:  # such as file://[
+            return None
+    if not word.lower().endswith(_SUFFIXES) or "\0" in word:
+        return None
+    path = _at_home(word)
+    return path if path.is_absolute() and _is_file(path) else None
 
 
 def _is_file(path: Path) -> bool:
@@ -136,10 +142,12 @@ def _named(match: re.Match[str]) -> Path | None:
     name = match[1] or match[2]
     if not name.lower().endswith(_SUFFIXES) or "\0" in name:
         return None
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # ~ and the name of nobody
-        return Path(name)
+    return _at_home(name)
+
+
+def _at_home(name: str) -> Path:
+    """The path of what is typed; ~ and the name of nobody is left as it is, where pathlib's own raises."""
+    return Path(os.path.expanduser(name))
 
 
 def _mark(path: Path) -> str:
@@ -174,7 +182,7 @@ def _picture(path: Path) -> tuple[Picture, bytes]:
                 f"{shown} is larger than the {MOST_BYTES // _MIB} MiB that are sent of one picture.",
                 "Make it smaller first, such as: magick IN -resize 2048x2048 OUT.jpg",
             ) from None
-        raise UsageError(f"{shown} cannot be read: {reason}.", "Name a picture's file.") from None
+        raise UsageError(f"{shown} cannot be read: {reason}.", NO_FILE) from None
     kind, size = _looks(content)
     if kind is None:
         raise UsageError(f"{shown} is no picture: {_KINDS} are sent.", "Convert it to one of them first.")

@@ -48,6 +48,8 @@ NOT_FORWARDED = frozenset(
     b"expect authorization x-api-key proxy-authorization cookie origin referer".split()
 )
 OURS = b"x-panel-"
+STORED_METHODS = ("GET", "POST", "DELETE")
+"""Of an answer that was kept. Not HEAD: its answer's length is of a body that never comes."""
 REALTIME = "/v1/realtime"
 """vLLM's path for speech, by WebSocket."""
 NOT_RETURNED = frozenset(b"connection keep-alive transfer-encoding trailer upgrade x-panel-gate".split())
@@ -102,7 +104,7 @@ class App:
             return
         client = self._clients.who(scope["headers"])
         target, rest = self.names.split(path)
-        is_stored = endpoints.is_stored(rest.removesuffix("/cancel"))
+        is_stored = method in STORED_METHODS and endpoints.is_stored(rest.removesuffix("/cancel"))
         if is_stored and target is None and len(self.names.models) > 1:
             message = f"This path does not say which model has kept it: ask for /MODEL{rest[:200]} instead."
             raise Refusal(HTTPStatus.NOT_FOUND, message)
