@@ -105,7 +105,13 @@ def found_in(source: str) -> Found:
 
 def check_text(path: Path, content: str) -> None:
     """Raises UsageError if this would be no config: what is there stays."""
-    with tempfile.TemporaryDirectory(prefix=f".{CONFIG_NAME}-", dir=path.parent) as folder:
+    try:
+        made = tempfile.TemporaryDirectory(prefix=f".{CONFIG_NAME}-", dir=path.parent)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}.", "Name a file of a folder that you can write to."
+        ) from None
+    with made as folder:
         tried = Path(folder) / path.name
         write_private(tried, content.encode())
         try:

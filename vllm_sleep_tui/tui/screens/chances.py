@@ -33,7 +33,7 @@ class ChancesScreen(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         """What it comes to, then the rows."""
-        logs = [chance.logprob for chance in self._chances]
+        logs = [min(0.0, chance.logprob) for chance in self._chances]
         least = min(self._chances, key=lambda chance: chance.logprob)
         words = (
             f"{len(logs)} tokens, on average {math.exp(sum(logs) / len(logs)) * 100:.0f} % likely; "
@@ -51,7 +51,7 @@ class ChancesScreen(ModalScreen[None]):
 
 
 def _row(chance: TokenChance) -> Text:
-    bar = "█" * round(math.exp(chance.logprob) * BAR_CELLS)
+    bar = "█" * round(math.exp(min(0.0, chance.logprob)) * BAR_CELLS)
     others = [other for other in chance.top_logprobs if other.token != chance.token]
     return Text.assemble(
         (f"{_shown(chance.token):<{TOKEN_CELLS}.{TOKEN_CELLS}}", "bold"),
