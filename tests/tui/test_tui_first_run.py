@@ -87,6 +87,17 @@ def test_a_config_that_came_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytes
     assert path.read_text() == "models: {}\n"
 
 
+def test_all_that_was_chosen_is_in_the_config_whatever_speaks_against_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    embeds = CachedModel(name="a/embeds", bytes=GIB, generates=False)
+    others = tuple(CachedModel(name=f"a/m{n}", bytes=(n + 2) * GIB, generates=True) for n in range(12))
+    written = write_wish(Wish(models=(*others, embeds)))
+    assert list(written.config.models) == ["embeds", *(f"m{n}" for n in range(12))]
+
+
 def test_from_an_empty_home_enter_writes_the_config_and_starts_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

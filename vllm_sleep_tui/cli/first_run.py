@@ -45,8 +45,8 @@ def write_wish(wish: Wish) -> LoadedConfig:
     path = private_dir(config_dir()) / CONFIG_NAME
     if is_taken(path):  # written while the person chose
         raise RefusedError(f"{path} is there by now.", "Nothing was written; open the panel again.")
-    chosen = replace(machine, environments=environments, models=wish.models)
-    write_private(path, config_text(chosen).encode())
+    chosen = replace(machine, environments=environments)
+    write_private(path, config_text(chosen, sorted(wish.models, key=lambda model: model.bytes)).encode())
     loaded = load(path)
     write_schema(path.with_name(SCHEMA_NAME), flag_tables(loaded, state_dir(), may_ask=False))
     return loaded
