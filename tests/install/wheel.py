@@ -64,6 +64,16 @@ def found(version: str) -> str | None:
     return None
 
 
+def share_index(python: Path) -> None:
+    """Let uv ask the package index that pip is told to ask: it reads none of pip's settings."""
+    for key in (":env:.index-url", "install.index-url", "global.index-url"):
+        command = [python, "-m", "pip", "config", "get", key]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            os.environ.setdefault("UV_DEFAULT_INDEX", done.stdout.strip())
+            return
+
+
 def check_contents(wheel: Path, sdist: Path) -> None:
     """What must be in them is, and what is not for users is not."""
     with zipfile.ZipFile(wheel) as archive:
@@ -146,6 +156,7 @@ def main() -> None:
         venv.create(work / "tools", with_pip=True)
         tools = work / "tools/bin"
         run(tools / "python", "-m", "pip", "install", "--quiet", "uv", "pipx")
+        share_index(tools / "python")
         say("uv and pipx", began)
 
         began = time.monotonic()

@@ -350,6 +350,14 @@ async def test_the_palette_switches_to_a_model_by_name(tmp_path: Path) -> None:
         fleet.gate.set()
 
 
+async def test_a_model_that_left_the_config_while_the_palette_was_open_is_told(tmp_path: Path) -> None:
+    async with panel(ScriptedFleet(), tmp_path) as pilot:
+        dashboard = pilot.app.screen
+        assert isinstance(dashboard, Dashboard)
+        await dashboard.act_on("gone", "stop")
+        await until_seen(pilot, "gone is no longer in the config.")
+
+
 async def test_the_palette_knows_every_action_of_every_model_and_copies_what_there_is_of_it(
     tmp_path: Path,
 ) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from pty_terminal import Terminal
 from screen_text import until_seen
+from textual.widgets import Input
 
-from vllm_sleep_tui.cli.first_run import offers_of
+from vllm_sleep_tui.cli.first_run import offers_of, write_wish
 from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.survey import CachedModel, GpuReading, Surroundings, VllmEnvironment
-from vllm_sleep_tui.tui.first_run import FirstRun
+from vllm_sleep_tui.tui.first_run import FirstRun, Wish
 
 GIB = 2**30
 
@@ -55,8 +57,45 @@ async def test_without_a_vllm_it_asks_for_the_binary_and_takes_no_other_file(tmp
         await until_seen(pilot, "none was found; where is its binary?")
         await pilot.press(*"/nowhere/vllm", "enter")
         await until_seen(pilot, "there is no such program")
+        app.query_one("#binary", Input).value = "~nobody-of-that-name/vllm"
+        await pilot.press("enter")
         await pilot.press("escape", "q")
     assert app.return_value is None
+
+
+async def test_a_binary_named_from_here_is_the_one_that_the_config_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vllm").touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    machine = surroundings()
+    app = FirstRun(machine, offers_of(machine), tmp_path / "config.yaml")
+    async with app.run_test(size=(60, 20)) as pilot:
+        await pilot.press(*"./vllm", "enter")
+    assert app.return_value is not None
+    assert app.return_value.environment is not None
+    assert app.return_value.environment.command == tmp_path / "vllm"
+
+
+def test_a_config_that_came_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    path = tmp_path / "vllm-sleep-tui/vllm-sleep-tui.yaml"
+    path.parent.mkdir(mode=0o700)
+    path.write_text("models: {}\n")
+    with pytest.raises(RefusedError, match="is there by now"):
+        write_wish(Wish(models=surroundings().models))
+    assert path.read_text() == "models: {}\n"
+
+
+def test_all_that_was_chosen_is_in_the_config_whatever_speaks_against_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    embeds = CachedModel(name="a/embeds", bytes=GIB, generates=False)
+    others = tuple(CachedModel(name=f"a/m{n}", bytes=(n + 2) * GIB, generates=True) for n in range(12))
+    written = write_wish(Wish(models=(*others, embeds)))
+    assert list(written.config.models) == ["embeds", *(f"m{n}" for n in range(12))]
 
 
 def test_from_an_empty_home_enter_writes_the_config_and_starts_the_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 from browser import CHROMIUM, opened
 
 from vllm_sleep_tui.cli.demo import write_demo
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.text import clean
 
 DEADLINE = 60.0
@@ -25,8 +28,13 @@ DEADLINE = 60.0
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`web --read-only` over the demo, and the link that it printed."""
-    config = write_demo(tmp_path / "demo", 40)
-    command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(config), "web", "--read-only"]
+    with served(tmp_path, write_demo(tmp_path / "demo", 40), "--read-only") as started:
+        yield started
+
+
+@contextlib.contextmanager
+def served(tmp_path: Path, config: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(config), "web", *options]
     with subprocess.Popen(
         command,
         env=os.environ | {"XDG_STATE_HOME": str(tmp_path / "state")},
@@ -95,6 +103,34 @@ async def test_only_who_has_the_link_gets_a_panel_and_none_outlives_the_server(
             assert token not in " ".join([*panel.cmdline(), *panel.environ().values()])
             process.kill()  # nobody tells the panel: it sees the end of its pipe
             await asyncio.to_thread(panel.wait, DEADLINE)
+
+
+async def test_a_closed_tab_stops_no_start_and_a_panel_that_dies_leaves_no_tab_waiting(
+    tmp_path: Path,
+) -> None:
+    config = write_demo(tmp_path / "demo", 8)
+    state = tmp_path / "state/vllm-sleep-tui"
+    with served(tmp_path, config) as (process, link):
+        address, token = link.split("#token=")
+        way = f"{address}ws/{token}?width=120&height=40"
+        try:
+            async with aiohttp.ClientSession() as session:
+                async with session.ws_connect(way) as tab:
+                    await seen(tab, "coder")
+                    await tab.send_str(json.dumps(["stdin", "u"]))
+                    await seen(tab, "loading")
+                    (panel,) = psutil.Process(process.pid).children()
+                await asyncio.to_thread(panel.wait, DEADLINE)
+                async with session.ws_connect(way) as tab:
+                    await seen(tab, "awake")  # the next panel carries the start on
+                    (panel,) = psutil.Process(process.pid).children()
+                    panel.kill()
+                    async with asyncio.timeout(DEADLINE):
+                        while (await tab.receive()).type is not aiohttp.WSMsgType.CLOSE:
+                            pass
+        finally:
+            async with Fleet(load(config), state) as fleet:
+                await fleet.stop(["qwen"], force=True)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium-headless-shell")

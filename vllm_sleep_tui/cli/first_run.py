@@ -9,7 +9,8 @@ from vllm_sleep_tui.cli.init import EXAMPLE, MAX_MODELS, config_text, gpus_neede
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.config.schema import write_schema
 from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
-from vllm_sleep_tui.files import private_dir, write_private
+from vllm_sleep_tui.errors import RefusedError
+from vllm_sleep_tui.files import is_taken, private_dir, write_private
 from vllm_sleep_tui.fleet.survey import CachedModel, Surroundings, flag_tables, look_around
 from vllm_sleep_tui.paths import config_dir, here, state_dir
 from vllm_sleep_tui.tui.first_run import FirstRun, Offer, Wish
@@ -42,8 +43,10 @@ def write_wish(wish: Wish) -> LoadedConfig:
     machine = look_around(here())
     environments = (wish.environment,) if wish.environment else ()
     path = private_dir(config_dir()) / CONFIG_NAME
-    chosen = replace(machine, environments=environments, models=wish.models)
-    write_private(path, config_text(chosen).encode())
+    if is_taken(path):  # written while the person chose
+        raise RefusedError(f"{path} is there by now.", "Nothing was written; open the panel again.")
+    chosen = replace(machine, environments=environments)
+    write_private(path, config_text(chosen, sorted(wish.models, key=lambda model: model.bytes)).encode())
     loaded = load(path)
     write_schema(path.with_name(SCHEMA_NAME), flag_tables(loaded, state_dir(), may_ask=False))
     return loaded

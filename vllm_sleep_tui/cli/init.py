@@ -171,8 +171,8 @@ def describe(machine: Surroundings) -> list[str]:
     return [*lines, f"Token  {token}"]
 
 
-def config_text(machine: Surroundings) -> str:
-    """The config file for these surroundings, with comments."""
+def config_text(machine: Surroundings, chosen: Sequence[CachedModel] = ()) -> str:
+    """The config file for these surroundings, with comments; of the chosen models, else of those that fit."""
     best = machine.best_environment
     command = str(best.command) if best else "vllm"
     lines = [
@@ -198,17 +198,22 @@ def config_text(machine: Surroundings) -> str:
         "  #   url: http://127.0.0.1:8000     instead of `model:`, a server that you start yourself",
         '  #   api_key: "${BIG_KEY}"          its key, if it wants one; or api_key_file: FILE',
     ]
-    for name, model in named_models(machine.models, machine.gpus):
+    for name, model in named_models(chosen or fitting(machine.models, machine.gpus)):
         lines += _model_lines(name, model, machine.gpus)
     return "\n".join(lines) + "\n"
 
 
-def named_models(models: Sequence[CachedModel], gpus: Sequence[GpuReading]) -> list[tuple[str, CachedModel]]:
-    """The models that chat and fit, smallest first, with a short name each; an example if there are none."""
-    fitting = (model for model in models if model.generates and gpus_needed(model.bytes, gpus) is not None)
-    chosen = sorted(fitting, key=lambda model: model.bytes)[:MAX_MODELS]
+def fitting(models: Sequence[CachedModel], gpus: Sequence[GpuReading]) -> list[CachedModel]:
+    """The models that chat and fit, smallest first; an example if there are none."""
+    able = (model for model in models if model.generates and gpus_needed(model.bytes, gpus) is not None)
+    chosen = sorted(able, key=lambda model: model.bytes)[:MAX_MODELS]
+    return chosen or [CachedModel(name=EXAMPLE, bytes=0, generates=True)]
+
+
+def named_models(models: Sequence[CachedModel]) -> list[tuple[str, CachedModel]]:
+    """Each model with a short name of its own."""
     named: dict[str, CachedModel] = {}
-    for model in chosen or [CachedModel(name=EXAMPLE, bytes=0, generates=True)]:
+    for model in models:
         name = short_name(model.name)
         named[name if name not in named else short_name(model.name.replace("/", "-"))] = model
     return list(named.items())

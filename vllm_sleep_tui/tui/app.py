@@ -293,6 +293,7 @@ async def _run(
 ) -> int:
     marked = [name for name, model in loaded.config.models.items() if model.autostart and not read_only]
     folders = (package_folder(), paths.config_dir() / "themes")
+    watch = ConfigWatch(loaded, agrees)  # first of all: what is written while the fleet opens is a change
     async with Fleet(loaded, state_dir, leads=True, read_only=read_only) as fleet:
         post = Post(fleet, loaded.config.gateway or GatewayConfig())
         if loaded.config.gateway is not None and not read_only:
@@ -304,7 +305,7 @@ async def _run(
             autostart=marked,
             conversations=Conversations(state_dir, loaded.path, keeps=loaded.config.keep_conversations),
             post=None if read_only else post,
-            watch=ConfigWatch(loaded, agrees),
+            watch=watch,
             begin=begin,
             hint=hint,
         )

@@ -172,7 +172,8 @@ class FirstRun(App[Wish]):
     def _environment(self) -> VllmEnvironment | None:
         if self._environments:
             return self._environments[self.query_one("#environments", OptionList).highlighted or 0]
-        typed = Path(os.path.expanduser(self.query_one("#binary", Input).value.strip() or "/"))
+        # A path in a config counts from the config's folder; what is typed, from the current one.
+        typed = Path(os.path.abspath(os.path.expanduser(self.query_one("#binary", Input).value.strip())))
         return VllmEnvironment(command=typed, version=None, place="named") if typed.is_file() else None
 
     def _complain(self, words: str) -> None:

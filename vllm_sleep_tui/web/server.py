@@ -35,7 +35,7 @@ MAX_MESSAGE = 1024 * 1024
 MAX_CELLS = 1000
 """Columns or rows that a tab may ask for."""
 END_SECONDS = 5.0
-"""For the panels to end once the server does; then their pipes are closed, which ends them too."""
+"""For a panel to end, which takes 3 s at most once it has begun; then it is killed."""
 PAGES = {"": "page.html", "page.css": "page.css", "page.js": "page.js"}
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 HEADERS = {
@@ -72,10 +72,36 @@ class PanelService(AppService):
         environment = self._build_environment(width, height)
         environment.pop("TMUX", None)  # what is copied belongs to the browser, not to who started the server
         self._process = await asyncio.create_subprocess_exec(
-            *self._arguments, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment
+            *self._arguments,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl+C is for the server: to a panel it would mean to stop its starts
         )
         self._stdin = self._process.stdin
         return self._process
+
+    async def run(self) -> None:
+        """Pass on what the panel draws; whichever way it ends, its tab says so."""
+        try:
+            await super().run()
+        finally:
+            await self._tab.close()
+
+    async def stop(self) -> None:
+        """End the panel as a terminal that hangs up does: whoever comes next carries its starts on."""
+        process, task = self._process, self._task
+        if process is None or task is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGHUP)
+        try:
+            await asyncio.wait_for(process.wait(), END_SECONDS)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 class PanelServer:
@@ -85,7 +111,7 @@ class PanelServer:
         """Raises OperationError if the port is taken; 0 is a free one."""
         self._arguments = arguments
         self._token = secrets.token_urlsafe(32)
-        self._panels = 0
+        self._panels: set[PanelService] = set()
         self._socket = socket.socket()
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -113,6 +139,7 @@ class PanelServer:
                 web.static("/static", statics),
             ]
         )
+        app.on_shutdown.append(self._end_panels)
         ends, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, ends.set)
@@ -121,6 +148,9 @@ class PanelServer:
         await web.SockSite(runner, self._socket).start()
         await ends.wait()
         await runner.cleanup()
+
+    async def _end_panels(self, _: web.Application) -> None:
+        await asyncio.gather(*(panel.stop() for panel in self._panels))
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -149,26 +179,22 @@ class PanelServer:
     async def _panel(self, request: web.Request) -> web.StreamResponse:
         if not secrets.compare_digest(request.match_info["token"].encode(), self._token.encode()):
             return web.Response(status=403, text="The link's key is not of this run.")
-        if self._panels >= MAX_PANELS:
+        if len(self._panels) >= MAX_PANELS:
             return web.Response(status=503, text=f"{MAX_PANELS} panels are open already.")
-        self._panels += 1
-        try:
-            return await self._serve(request)
-        finally:
-            self._panels -= 1
-
-    async def _serve(self, request: web.Request) -> web.WebSocketResponse:
         tab = web.WebSocketResponse(heartbeat=15, max_msg_size=MAX_MESSAGE)
-        await tab.prepare(request)
         panel = PanelService(self._arguments, tab)
-        await panel.start(_cells(request.query.get("width"), 80), _cells(request.query.get("height"), 24))
+        self._panels.add(panel)
         try:
+            await tab.prepare(request)
+            await panel.start(_cells(request.query.get("width"), 80), _cells(request.query.get("height"), 24))
             async for message in tab:
                 if message.type is WSMsgType.TEXT:
                     await _pass_on(message.data, panel, tab)
         finally:
-            with contextlib.suppress(ConnectionError):
+            try:
                 await panel.stop()
+            finally:
+                self._panels.discard(panel)
         return tab
 
 
@@ -187,7 +213,7 @@ async def _pass_on(text: str, panel: PanelService, tab: web.WebSocketResponse) -
             await panel.focus()
         elif kind == "blur":
             await panel.blur()
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         pass
 
 

@@ -618,6 +618,9 @@ class Dashboard(LookingScreen):
 
     async def act_on(self, name: str, action: str) -> None:
         """Do what a key does, on this model."""
+        if name not in [model.name for model in self.fleet.snapshot().models]:  # while the palette was open
+            self.notify(f"{name} is no longer in the config.", severity="warning", markup=False)
+            return
         self._table.selected = name
         await self.run_action(action)
         self.changed()
