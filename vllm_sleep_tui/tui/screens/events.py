@@ -17,13 +17,13 @@ from textual.binding import Binding, BindingType
 from textual.geometry import Size
 from textual.message import Message
 from textual.screen import Screen
-from textual.widgets import Static
 
 from vllm_sleep_tui.fleet.events import FleetEvent, Kind, Outcome
 from vllm_sleep_tui.text import one_line
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left, rule, wrap
 from vllm_sleep_tui.tui.screens.logs import show_log
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
+from vllm_sleep_tui.tui.widgets.bands import FollowingBand, KeyLine
 from vllm_sleep_tui.tui.words import LOOKS
 from vllm_sleep_tui.units import time_of_day
 
@@ -194,8 +194,9 @@ class EventScreen(Screen["FleetEvent | None"]):
 
     def compose(self) -> ComposeResult:
         """The events and the keys."""
+        yield FollowingBand(self._fleet.snapshot, id="top")
         yield self._list
-        yield Static(_KEYS, id="keys", markup=False)
+        yield KeyLine(_KEYS, id="keys")
 
     def on_mount(self) -> None:
         """Read what is kept, then follow."""
