@@ -29,6 +29,7 @@ from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.gateway.gateway import Post
 from vllm_sleep_tui.tui.app import PanelApp
+from vllm_sleep_tui.tui.screens.duel import DuelScreen
 from vllm_sleep_tui.tui.theme import package_folder
 
 SIZES = "60x20,80x24,120x40,200x60"
@@ -117,9 +118,15 @@ async def _story(camera: Camera, app: PanelApp, pilot: Pilot[None], fleet: Fleet
     await camera.take("answered", "tok/s")
     await pilot.press("escape", "z")
     await camera.take("chat", "Why is the sky blue?")
-    await pilot.press("z", "escape", "h")
+    await pilot.press("z", "escape", "d")
+    await pilot.pause(0.3)
+    await pilot.press("down", "enter")  # coder, which is awake beside it
+    await until(pilot, lambda: isinstance(app.screen, DuelScreen))
+    await pilot.pause(1.0)
+    await camera.take("duel", "words that differ", "qwen", "coder", "tokens")
+    await pilot.press("escape", "escape", "h")
     await pilot.pause(0.5)
-    await camera.take("conversations", "Conversations", "Why is the sky blue?")
+    await camera.take("conversations", "Conversations", "Why is the sky")
     await pilot.press("escape", "escape", "home", "left", "left")
     await camera.take("looking-back", "SIMULATED")
     await pilot.press("escape", "slash", *"co")

@@ -97,7 +97,7 @@ async def test_letters_are_text_while_the_input_has_the_focus(tmp_path: Path) ->
     fleet = ScriptedFleet()
     async with panel(fleet, tmp_path) as pilot:
         await pilot.press("c", *"swuxrcltq12y?")
-        await until_seen(pilot, "swuxrcltq12y?", "letters are text here")
+        await until_seen(pilot, "swuxrcltq12y?", "letters are text")
         assert fleet.calls == []
         assert "Quit" not in text_of(pilot.app)
         await pilot.press("escape", "s")

@@ -52,7 +52,7 @@ def test_with_ram_for_all_everybody_sleeps_at_level_1_and_the_figures_say_why() 
     assert [(model.verdict, model.level) for model in advice.models] == [(Verdict.LEVEL_1, "1")] * 2
     why = of(advice, "phi").why
     assert "10.1 GiB of RAM" in why
-    assert "wakes in 0.45 s against 1.38 s at level 2 and 52 s for a start" in why
+    assert "a wake by itself takes 0.45 s against 1.38 s at level 2 and 52 s for a start" in why
     assert "estimate" not in why
 
 

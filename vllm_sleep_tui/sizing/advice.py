@@ -253,7 +253,7 @@ def _against(figures: Figures, level: str) -> str:
     others = [f"{_time(figures, 'wake2')} at level 2"] if level == "1" and figures.wake2 is not None else []
     others += [f"{_time(figures, 'start')} for a start"] if figures.start is not None else []
     against = f" against {listed(others)}" if others else ""
-    return f"; it wakes in {_time(figures, f'wake{level}')}{against}"
+    return f"; a wake by itself takes {_time(figures, f'wake{level}')}{against}"
 
 
 # ── words ────────────────────────────────────────────────────────────────────────────────────────────────

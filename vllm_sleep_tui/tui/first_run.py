@@ -17,6 +17,7 @@ from textual.widgets.option_list import Option
 
 from vllm_sleep_tui.fleet.survey import CachedModel, Surroundings, VllmEnvironment
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, package_folder, read_theme, textual_theme
+from vllm_sleep_tui.tui.widgets.bands import KeyLine
 from vllm_sleep_tui.units import GIB, MIB, counted, gib
 
 _KEYS = "⏎ write it and start  space choose  tab next part  d demo  q quit"
@@ -110,7 +111,7 @@ class FirstRun(App[Wish]):
             yield Static("", markup=False, id="words")
         with Vertical(id="foot"):
             yield Static("", markup=False, id="wrong")
-            yield Static(_KEYS, markup=False, id="keys")
+            yield KeyLine(_KEYS, id="keys")
 
     def on_mount(self) -> None:
         """Begin where something is to be chosen."""
@@ -144,7 +145,7 @@ class FirstRun(App[Wish]):
 
     def on_descendant_focus(self) -> None:
         """Letters are text in an input."""
-        self.query_one("#keys", Static).update(_TYPING if isinstance(self.focused, Input) else _KEYS)
+        self.query_one(KeyLine).say(_TYPING if isinstance(self.focused, Input) else _KEYS)
 
     def _chosen(self) -> tuple[CachedModel, ...]:
         return tuple(self._offers[number].model for number in sorted(self._taken))

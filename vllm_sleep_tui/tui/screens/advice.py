@@ -11,7 +11,6 @@ from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.geometry import Size
 from textual.screen import Screen
-from textual.widgets import Static
 
 from vllm_sleep_tui.config.edit import difference
 from vllm_sleep_tui.errors import PanelError
@@ -20,7 +19,7 @@ from vllm_sleep_tui.tui.drawing.paint import Line, Painted, rule, wrap
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.widgets.bands import TopBand
+from vllm_sleep_tui.tui.widgets.bands import KeyLine, TopBand
 from vllm_sleep_tui.units import gib
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ class AdviceScreen(Screen[None]):
         with VerticalScroll(id="advice") as box:
             box.border_title = "Advice for this machine"
             yield AdviceCards(self._configured(), id="cards-of-advice")
-        yield Static(_KEYS, id="keys", markup=False)
+        yield KeyLine(_KEYS, id="keys")
 
     def on_mount(self) -> None:
         """Reckon."""

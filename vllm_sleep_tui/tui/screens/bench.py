@@ -13,7 +13,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.events import Resize
-from textual.widgets import OptionList, Static
+from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
 from vllm_sleep_tui.bench.plan import Plan, order
@@ -24,7 +24,7 @@ from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.bench_runner import BenchRunner, past_runs
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.widgets.bands import TopBand
+from vllm_sleep_tui.tui.widgets.bands import KeyLine, TopBand
 from vllm_sleep_tui.tui.widgets.bench import BenchBars, BenchForm
 
 STEP_SECONDS = 0.5
@@ -53,7 +53,7 @@ class BenchScreen(LookingScreen):
     def compose(self) -> ComposeResult:
         """What to run at the left, what came of it at the right."""
         yield TopBand(id="top")
-        yield Static(_KEYS, id="keys", markup=False)
+        yield KeyLine(_KEYS, id="keys")
         names = [model.name for model in self._fleet.snapshot().models]
         with Horizontal(id="bench"):
             with Vertical(id="bench-plan"):
@@ -95,6 +95,8 @@ class BenchScreen(LookingScreen):
         results = self.query_one("#bench-results", OptionList)
         results.clear_options()
         results.add_options(Option(Text(_title(run))) for _, run in self._past)
+        if not self._past:
+            results.add_option(Option(Text("None yet: r runs one."), disabled=True))
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Show a past result."""

@@ -183,8 +183,8 @@ def _line(kept: Kept) -> Text:
     return Text.assemble(
         (f"{date_and_time(kept.changed)}  ", "dim"),
         (f"{clean(kept.model):<12.12} ", "bold"),
+        (f"{kept.turns:>3}  ", "dim"),
         clean(kept.title),
-        (f"  {kept.turns}", "dim"),
         no_wrap=True,
         overflow="ellipsis",
     )

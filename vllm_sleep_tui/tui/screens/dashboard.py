@@ -58,8 +58,8 @@ MIN_WIDTH, MIN_HEIGHT = 60, 20
 NARROW_WIDTH, LOW_HEIGHT = 100, 30
 TIMELINE_HEIGHT, SERVED_HEIGHT = 29, 2
 """The lanes need so many lines beside the table's and their own; requests and tokens so many more."""
-_FINDING_HINT = "⏎ to the table   ↑ ↓ move   esc all models   letters are text here"
-_TYPING_HINT = "⏎ send  alt+⏎ line  ↑ earlier  esc leave the input   letters are text here"
+_FINDING_HINT = "⏎ to the table   ↑ ↓ move   esc all models   letters are text"
+_TYPING_HINT = "⏎ send  alt+⏎ line  ↑ earlier  esc leave the input   letters are text"
 
 
 class Dashboard(LookingScreen):
@@ -674,7 +674,7 @@ class Dashboard(LookingScreen):
             return
         models = self.fleet.snapshot().models
         addresses = [(model.name, f"http://127.0.0.1:{model.port}/v1") for model in models if model.port]
-        self.app.push_screen(GatewayScreen(self.app.post, addresses))
+        self.app.push_screen(GatewayScreen(self.app.post, addresses, self.fleet.snapshot))
 
     def action_bench(self) -> None:
         """The benchmark's screen."""

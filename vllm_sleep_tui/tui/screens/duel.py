@@ -20,6 +20,7 @@ from vllm_sleep_tui.tui.drawing.turns import Answer, Turn
 from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.talk import Entry
 from vllm_sleep_tui.tui.theme import palette_of
+from vllm_sleep_tui.tui.widgets.bands import KeyLine
 from vllm_sleep_tui.tui.widgets.transcript import Transcript
 
 STEP_SECONDS = 0.1
@@ -94,7 +95,7 @@ class DuelScreen(LookingScreen):
         with Container(id="sides"):
             for number in range(len(self._sides)):
                 yield Transcript(id=f"side-{number}")
-        yield Static(_KEYS, id="keys", markup=False)
+        yield KeyLine(_KEYS, id="keys")
 
     def on_mount(self) -> None:
         """Show what has come so far, and follow what comes."""

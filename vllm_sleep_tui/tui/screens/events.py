@@ -17,13 +17,13 @@ from textual.binding import Binding, BindingType
 from textual.geometry import Size
 from textual.message import Message
 from textual.screen import Screen
-from textual.widgets import Static
 
 from vllm_sleep_tui.fleet.events import FleetEvent, Kind, Outcome
 from vllm_sleep_tui.text import one_line
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left, rule, wrap
 from vllm_sleep_tui.tui.screens.logs import show_log
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
+from vllm_sleep_tui.tui.widgets.bands import FollowingBand, KeyLine
 from vllm_sleep_tui.tui.words import LOOKS
 from vllm_sleep_tui.units import time_of_day
 
@@ -124,7 +124,9 @@ class EventList(Painted, can_focus=True):
             words = "No failure is on record." if self.only_failures else "Nothing has happened yet."
             return [((words if self._is_read else "Reading the history …", "muted"),)]
         index = self._index(shown)
-        room = max(1, size.height - _DETAIL_LINES - 1)
+        chosen = shown[index]
+        whole = wrap(one_line(chosen.sentence()), size.width)[:_DETAIL_LINES]
+        room = max(1, size.height - len(whole) - 1)
         self._top = max(0, min(max(self._top, index - room + 1), index, len(shown) - room))
         window = list(islice(shown, self._top, self._top + room))
         name_width = min(_NAME_WIDTH, size.width // 4, max(len(event.model) for event in window))
@@ -138,7 +140,6 @@ class EventList(Painted, can_focus=True):
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(chosen.time))
         title = [(f"{chosen.model} ", "text bold"), (f"{moment} {who}".rstrip(), "muted")]
         lines.append(rule(title, size.width))
-        whole = wrap(one_line(chosen.sentence()), size.width)[:_DETAIL_LINES]
         return lines + [((line, "bad" if chosen.is_failure else "text"),) for line in whole]
 
     def action_move(self, step: int) -> None:
@@ -194,8 +195,9 @@ class EventScreen(Screen["FleetEvent | None"]):
 
     def compose(self) -> ComposeResult:
         """The events and the keys."""
+        yield FollowingBand(self._fleet.snapshot, id="top")
         yield self._list
-        yield Static(_KEYS, id="keys", markup=False)
+        yield KeyLine(_KEYS, id="keys")
 
     def on_mount(self) -> None:
         """Read what is kept, then follow."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import ComposeResult
@@ -9,10 +10,11 @@ from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.geometry import Size
 from textual.screen import Screen
-from textual.widgets import Static
 
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot
 from vllm_sleep_tui.text import one_line
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left, right
+from vllm_sleep_tui.tui.widgets.bands import FollowingBand, KeyLine
 from vllm_sleep_tui.units import UNKNOWN, counted, time_text
 
 if TYPE_CHECKING:  # with an HTTP server, for who opens it
@@ -21,7 +23,7 @@ if TYPE_CHECKING:  # with an HTTP server, for who opens it
 
 STEP_SECONDS = 0.5
 LAST_SHOWN = 50
-_KEYS = "esc back   o open or close   y copy address   m copy a model's   ↑ ↓ scroll"
+_KEYS = "esc back   o open, close   y copy address   m copy a model's   ↑ ↓ scroll"
 
 
 class Requests(Painted):
@@ -92,17 +94,22 @@ class GatewayScreen(Screen[None]):
         Binding("m", "copy_model", "copy a model's"),
     ]
 
-    def __init__(self, post: Post, addresses: list[tuple[str, str]]) -> None:
+    def __init__(
+        self, post: Post, addresses: list[tuple[str, str]], look: Callable[[], FleetSnapshot]
+    ) -> None:
         super().__init__()
+        self._look_at_fleet = look
         self._post = post
         self._addresses = addresses
         self._copied = -1
 
     def compose(self) -> ComposeResult:
         """The lines, and the keys."""
-        with VerticalScroll():
+        yield FollowingBand(self._look_at_fleet, id="top")
+        with VerticalScroll(id="gateway") as box:
+            box.border_title = "Gateway"
             yield Requests()
-        yield Static(_KEYS, id="keys", markup=False)
+        yield KeyLine(_KEYS, id="keys")
 
     def on_mount(self) -> None:
         """Look now, and again and again."""

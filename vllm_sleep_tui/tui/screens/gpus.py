@@ -8,7 +8,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.geometry import Size
-from textual.widgets import Static
 
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot
 from vllm_sleep_tui.tui.drawing.bars import stacked
@@ -19,7 +18,7 @@ from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.past import Readings, Series
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.widgets.bands import TopBand
+from vllm_sleep_tui.tui.widgets.bands import KeyLine, TopBand
 from vllm_sleep_tui.tui.widgets.memory import gpu_parts
 from vllm_sleep_tui.tui.widgets.processes import ProcessTable
 from vllm_sleep_tui.units import UNKNOWN, gib_cell
@@ -140,7 +139,7 @@ class GpuScreen(LookingScreen):
     def compose(self) -> ComposeResult:
         """The cards above, the processes below."""
         yield TopBand(id="top")
-        yield Static(_KEYS, id="keys", markup=False)
+        yield KeyLine(_KEYS, id="keys")
         yield VerticalScroll(id="cards", can_focus=False)
         with Vertical(id="processes"), VerticalScroll(id="process-scroll"):
             yield ProcessTable(id="process-table")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from rich.text import Text
@@ -13,14 +13,16 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.events import Resize
 from textual.screen import Screen
-from textual.widgets import RichLog, Static
+from textual.widgets import RichLog
 
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.server_log import ServerLog
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.theme import Palette, palette_of
+from vllm_sleep_tui.tui.widgets.bands import FollowingBand, KeyLine
 
 KEPT_LINES = 1_000
 STEP_LINES = 300
@@ -72,21 +74,23 @@ class LogScreen(LookingScreen):
         Binding("end,G", "end", "end", show=False),
     ]
 
-    def __init__(self, model: str, log: ServerLog) -> None:
+    def __init__(self, model: str, log: ServerLog, look: Callable[[], FleetSnapshot]) -> None:
         """The log of a model, below the last words of the server that died before, if one did."""
         super().__init__()
         self._model = model
         self._log = log
+        self._look = look
         self._is_empty = True
         self._is_reading = False
         self._read = self._first
 
     def compose(self) -> ComposeResult:
         """The log and its keys."""
+        yield FollowingBand(self._look, id="top")
         log = WrappedLog(id="log")
         log.border_title = f"Log of {self._model}"
         yield log
-        yield Static("esc back   ↑ ↓ page up page down scroll   end follow", id="log-keys", markup=False)
+        yield KeyLine("esc back   end follow   ↑ ↓ scroll   page up, page down", id="keys")
 
     def on_mount(self) -> None:
         """Follow."""
@@ -137,5 +141,5 @@ def show_log(screen: Screen[Any], fleet: PanelFleet, model: str) -> None:
     except PanelError as error:  # a record that cannot be read, or a model that the config had once
         screen.notify(f"{error.what}\n{error.cure}", severity="error", timeout=12, markup=False)
         return
-    screen.app.push_screen(LogScreen(model, log))
+    screen.app.push_screen(LogScreen(model, log, fleet.snapshot))
     screen.app.run_worker(log.seen())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from typing import ClassVar
 
 from textual import events
 from textual.geometry import Size
+from textual.widgets import Static
 
-from vllm_sleep_tui.fleet.snapshot import GpuSnapshot
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Shown, Span, cut_line, line_width, middle, spread
 from vllm_sleep_tui.tui.keys import Key, keys_of
@@ -30,6 +32,7 @@ def hardware(gpus: tuple[GpuSnapshot, ...]) -> str:
     return ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in kinds.items())
 
 
+_LOOK_SECONDS = 1.0
 _NAMED_AWAKE = 3
 """More models awake than these are counted, not named."""
 ALARM = "ink-bad on-bad bold"
@@ -101,6 +104,47 @@ class TopBand(Shown):
         return [*spans, (" awake", "good")]
 
 
+class FollowingBand(TopBand):
+    """The first line of a screen that has no moment of its own: it looks for itself while it is in front."""
+
+    def __init__(self, look: Callable[[], FleetSnapshot], *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._look = look
+
+    def on_mount(self) -> None:
+        """Look now, then once a second."""
+        self._step()
+        self.set_interval(_LOOK_SECONDS, self._step)
+
+    def _step(self) -> None:
+        if self.screen.is_current or self._view is None:
+            self.show(View(snapshot=self._look()))
+
+
+def keys_that_fit(words: str, width: int) -> str:
+    """A line of keys, two blanks or more between them, without the last ones that do not fit."""
+    while len(words) > width and "  " in words:
+        words = words.rpartition("  ")[0].rstrip()
+    return words
+
+
+class KeyLine(Static):
+    """A screen's keys in its last line, whole ones, as many as fit."""
+
+    def __init__(self, words: str, *, id: str | None = None) -> None:
+        super().__init__(markup=False, id=id)
+        self._words = words
+
+    def say(self, words: str) -> None:
+        """Other keys from now on."""
+        self._words = words
+        self.on_resize()
+
+    def on_resize(self) -> None:
+        """Say what fits."""
+        self.update(keys_that_fit(self._words, self.content_size.width))
+
+
 class BottomBand(Painted):
     """The keys, as many as fit; a click presses one."""
 
@@ -128,7 +172,7 @@ class BottomBand(Painted):
         """The keys, or the hint of the input that has the focus."""
         self._places = []
         if self._typing:
-            return [((self._typing, "muted"),)]
+            return [((keys_that_fit(self._typing, size.width), "muted"),)]
         spans: list[Span] = []
         at = 0
         for key in self._keys_that_fit(size.width):

@@ -41,6 +41,7 @@ KEEP_SECONDS = 2.0
 ROOM_TOKENS = 256
 """What an answer needs at least; a prompt that leaves less is asked about."""
 GO_ON = "Go on exactly where you stopped."
+_NOTHING: Line = (("Nothing said yet.", "muted"),)
 _HINT: Line = (("Nothing said yet. c goes to the input below.", "muted"),)
 _TOLD = (State.AWAKE, State.ASLEEP, State.STOPPED, State.FAILED)
 
@@ -152,10 +153,27 @@ class ChatPane(Vertical):
 
     def _turn_to(self, talk: Talk) -> None:
         self.input.earlier = talk.questions
-        self.transcript.show(talk.turns, _HINT, at=talk.row_at_top)
+        self.transcript.show(talk.turns, self._hint, at=talk.row_at_top)
         self._show_status()
         if self._view is not None:
             self._title(self._view)
+
+    @property
+    def _hint(self) -> Line:
+        """What stands where nothing was said; the way to the input only for who is not in it."""
+        return _NOTHING if self.input.has_focus else _HINT
+
+    def _turn_hint(self) -> None:
+        if (talk := self._talk) is not None and not talk.turns:
+            self.transcript.show(talk.turns, self._hint)
+
+    def on_descendant_focus(self) -> None:
+        """Into the input."""
+        self._turn_hint()
+
+    def on_descendant_blur(self) -> None:
+        """Out of it."""
+        self._turn_hint()
 
     def _show_status(self) -> None:
         if self._view is not None:
@@ -303,7 +321,7 @@ class ChatPane(Vertical):
             goal = size * (1 - share - 0.1)
             while sum(len(turn["content"]) for turn in talk.messages()) > goal and talk.drop_first():
                 pass
-            self.transcript.show(talk.turns, _HINT)
+            self.transcript.show(talk.turns, self._hint)
         return answer is not None
 
     def _ask(self, name: str, talk: Talk, text: str, shows: list[Preview]) -> None:
@@ -480,7 +498,7 @@ class ChatPane(Vertical):
     def _take_back(self, talk: Talk) -> None:
         talk.drop_last()
         if talk is self._talk:
-            self.transcript.show(talk.turns, _HINT)
+            self.transcript.show(talk.turns, self._hint)
 
     def go_on(self) -> None:
         """Have an answer that was cut gone on with."""

@@ -136,6 +136,8 @@ def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
     """What enter would do, with its numbers."""
     color = view.colors.get(prediction.target, "text")
     title: list[Span] = [("enter → ", "accent bold"), (prediction.target, f"{color} bold")]
+    if prediction.action == "nothing":
+        return [rule([*title, ("  is awake already", "muted")], width)]
     if prediction.seconds is not None and prediction.action != "refused":
         title.append((f"  ≈ {took(prediction.seconds)}", "text bold"))
     paint = "warning" if prediction.action == "refused" else "text"
@@ -218,7 +220,9 @@ def saved_words(past: Past, model: ModelSnapshot) -> str:
     words = []
     if cold is not None and last is not None and not _was_start(last) and cold > last.total:
         words.append(f"{took(cold - last.total)} saved")
-    if past.switches_today:
+    if words and past.switches_today == 1:
+        words.append("today 1 switch")  # whose saving stands before it
+    elif past.switches_today:
         words.append(_today(past))
     return " · ".join(words)
 

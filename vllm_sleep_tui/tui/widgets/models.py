@@ -18,7 +18,7 @@ from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, left, middle, right, rule
 from vllm_sleep_tui.tui.state.view import COLORS, View
 from vllm_sleep_tui.tui.words import LOOKS, memory_words, state_words
-from vllm_sleep_tui.units import NONE, clock, counted, time_text, took
+from vllm_sleep_tui.units import NONE, clock, counted, took
 
 _MARK_WIDTH = 4
 """The cursor and the model's swatch."""
@@ -36,13 +36,18 @@ def wakes_in(past: Past, model: ModelSnapshot) -> str:
     """What the next wake of a model takes, by those that were; of one without a server what a start takes."""
     if model.state in {State.STOPPED, State.FAILED}:
         start = past.cold_starts.get(model.name)
-        return NONE if start is None else f"start {time_text(start)}"
+        return NONE if start is None else f"start {_roughly(start)}"
     level = model.level if model.level is not None else int(model.resolved_level or -1)
     usual = past.percentiles.get(model.name, {}).get(level)
     if usual is not None:
         return took(usual.p50)
     last = model.last_switch
     return NONE if last is None or last.phases.get("wake") is None else took(last.total)
+
+
+def _roughly(seconds: float) -> str:
+    """The time of a start in the four cells that it has beside its word: 5 s, 52 s, 2:07."""
+    return "<1 s" if seconds < 1 else f"{seconds:.0f} s" if seconds < 99.5 else clock(seconds)
 
 
 def _tokens(view: View, model: ModelSnapshot) -> str:
