@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,36 +98,6 @@ def test_chat_answers_on_stdout_and_tells_the_times_on_stderr(shell: Shell) -> N
     assert answer["text"].startswith("I am qwen")
     assert answer["completion_tokens"] > 1
     assert answer["ttft"] < answer["seconds"]
-
-
-def test_a_conversation_on_a_terminal_goes_on_until_its_end(shell: Shell) -> None:
-    shell.done("start", "qwen")
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, [*shell.command, "chat", "qwen"])
-    said = read_until(terminal, b"qwen> ")
-    for question in (b"first question\n", b"second question\n"):
-        os.write(terminal, question)
-        said += read_until(terminal, b"tok/s\r\nqwen> ")
-    os.write(terminal, b"\x04")  # Ctrl-D
-    read_until(terminal, None)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    assert said.count(b"I am qwen") == 2
-
-
-def read_until(terminal: int, words: bytes | None) -> bytes:
-    """What is said on the terminal up to these words, or to its end."""
-    said = b""
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while words is None or words not in said:
-        assert time.monotonic() < deadline, said.decode()
-        try:
-            said += os.read(terminal, 65536)
-        except OSError:
-            assert words is None, said.decode()
-            break
-    return said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
