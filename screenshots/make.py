@@ -199,9 +199,9 @@ async def _trouble_story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str],
     await limit("")
     await pilot.press("c")
     pane = pilot.app.screen.query_one(ChatPane)
-    pane.input.text = "Sum this up: " + "and one more word " * 850
+    pane.input.text = "Sum this up: " + "and one more word " * 600
     await take("context-nearly-full")
-    pane.input.text += "and one more word " * 200
+    pane.input.text += "and one more word " * 100
     await pilot.press("enter")
     await _until_open(pilot, Question)
     await take("context-full")
