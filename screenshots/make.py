@@ -9,6 +9,8 @@ import argparse
 import asyncio
 import contextlib
 import importlib.util
+import os
+import signal
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -25,6 +27,7 @@ from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.app import PanelApp
 from vllm_sleep_tui.tui.screens.chances import ChancesScreen
+from vllm_sleep_tui.tui.screens.dialogs import Question
 from vllm_sleep_tui.tui.screens.duel import DuelScreen
 from vllm_sleep_tui.tui.screens.parameters import ParametersScreen
 from vllm_sleep_tui.tui.theme import package_folder
@@ -178,6 +181,39 @@ async def _pair_story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str], Aw
     await take("words-that-differ")
 
 
+async def _trouble_story(pilot: Pilot[None], fleet: Fleet, take: Callable[[str], Awaitable[None]]) -> None:
+    """A cut answer, a context that is nearly full and one that is, and a death."""
+
+    async def limit(tokens: str) -> None:
+        await pilot.press("escape", "p")
+        await _until_open(pilot, ParametersScreen)
+        pilot.app.screen.query_one("#max_tokens", Input).value = tokens
+        await pilot.press("enter")
+
+    await fleet.start(["qwen"])
+    await pilot.press("home", "c")
+    await limit("12")
+    await pilot.press("c", *"Why is the sky blue?", "enter")
+    await until(pilot, lambda: bool(_answer(pilot)) and not is_answering(pilot))
+    await take("cut")
+    await limit("")
+    await pilot.press("c")
+    pane = pilot.app.screen.query_one(ChatPane)
+    pane.input.text = "Sum this up: " + "and one more word " * 600
+    await take("context-nearly-full")
+    pane.input.text += "and one more word " * 100
+    await pilot.press("enter")
+    await _until_open(pilot, Question)
+    await take("context-full")
+    await pilot.press("escape")
+    pane.input.text = ""
+    pid = fleet.snapshot().model("qwen").pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await until(pilot, lambda: fleet.snapshot().model("qwen").state is State.FAILED)
+    await take("death")
+
+
 def _sunset(path: Path) -> None:
     from PIL import Image
 
@@ -238,7 +274,7 @@ def main() -> None:
     if given.chat:
         for width, height in CHAT_SIZES:
             chat, prefix = given.into / "chat", f"{width}x{height}-"
-            for story in (_chat_story, _pair_story):
+            for story in (_chat_story, _pair_story, _trouble_story):
                 asyncio.run(make((width, height), given.theme, given.speed, chat, story, prefix))
         return
     width, height = map(int, given.size.split("x"))

@@ -20,6 +20,9 @@ from vllm_sleep_tui.tui.words import GLOSSARY
 
 ROOMY_WIDTH = 80
 """Terminals as wide as this have room for a question with wide margins."""
+LINE_WIDTH = 70
+"""Columns in the widest dialog."""
+_CANCEL = "esc  Cancel"
 
 
 class Choice(NamedTuple):
@@ -53,15 +56,18 @@ class Question(ModalScreen[str | None]):
             with Horizontal(classes="choices"):
                 for choice in self._choices:
                     yield Button(Text(f"{choice.key}  {choice.words}"), name=choice.value, compact=True)
-                yield Button(Text("esc  Cancel"), name="", compact=True, id="cancel")
+                yield Button(Text(_CANCEL), name="", compact=True, id="cancel")
 
     def on_mount(self) -> None:
         """Enter alone never does harm."""
         self.query_one("#cancel").focus()
 
     def on_resize(self, event: Resize) -> None:
-        """Draw in where the question would be wider than the terminal."""
+        """Draw in where the terminal is narrower, and stack answers that one line cannot hold."""
         self.set_class(event.size.width < ROOMY_WIDTH, "-narrow")
+        words = [f"{choice.key}  {choice.words}" for choice in self._choices] + [_CANCEL]
+        taken = sum(len(word) + 6 for word in words) - 2  # padding, and a gap between them
+        self.set_class(taken > min(LINE_WIDTH, event.size.width - 8), "-stacked")
 
     def on_key(self, event: Key) -> None:
         """A choice's own key picks it."""

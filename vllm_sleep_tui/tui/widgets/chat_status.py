@@ -28,7 +28,7 @@ def cost_words(prediction: Prediction) -> str:
     if prediction.action == "refused":
         return prediction.sentence
     known = prediction.seconds is not None
-    parts = [f"about {time_text(prediction.seconds or 0)}" if known else "was not timed yet"]
+    parts = [f"about {time_text(prediction.seconds or 0)}" if known else "not timed yet"]
     if prediction.sleeps:
         parts.append(f"puts {listing(prediction.sleeps)} to sleep")
     if prediction.stops:
@@ -81,9 +81,10 @@ class ChatStatus(Painted):
             gap = size.width - line_width(one) - line_width(right)
             return [cut_line((*one, (" " * max(1, gap), ""), *right), size.width)]
         gap = size.width - line_width(head) - line_width(right)
+        below = [(text.removeprefix("· "), paint) for text, paint in cost]
         return [
             cut_line((*head, (" " * max(1, gap), ""), *right), size.width),
-            cut_line((("  ", ""), *cost), size.width),
+            cut_line((("  ", ""), *below), size.width),
         ]
 
 
