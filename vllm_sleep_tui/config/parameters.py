@@ -107,10 +107,16 @@ def parameters(values: Mapping[str, Any], folder: Path) -> Parameters:
     if isinstance(text := given.get("stop"), str):
         given["stop"] = _stops(text)
     try:
-        return msgspec.convert(given, Parameters, strict=False)
+        made = msgspec.convert(given, Parameters, strict=False)
     except msgspec.ValidationError as error:
         name = str(error).partition(" - at `$.")[2].strip("`").split("[")[0].split(".")[0]
         raise _wrong(name, given.get(name)) from None
+    for name in given:
+        try:
+            msgspec.json.encode(getattr(made, name))
+        except UnicodeEncodeError:  # half a character, as Python reads what is no UTF-8
+            raise ParameterError(name, "holds a character that is not UTF-8", "Write it anew.") from None
+    return made
 
 
 def _wrong(name: str, value: object) -> ParameterError:
