@@ -158,14 +158,14 @@ class Server:
             try:
                 with self.operation.timed("drain"):
                     await self.drain_for(level, force=force, unless=unless)
+                memory = await before
+                if time.monotonic() - began > LONG_DRAIN:
+                    memory = await self.read_memory()
             except BaseException:
                 before.cancel()
                 await self.undo_sleep(level)
                 raise
-            waited = time.monotonic() - began > LONG_DRAIN
-            settled = await self.sleep_and_settle(
-                level, pool, await (self.read_memory() if waited else before)
-            )
+            settled = await self.sleep_and_settle(level, pool, memory)
             reason, cure = self.kept_memory(settled)
             self.model.enter(Event.SLEPT, level=level, proof=settled.verdict, reason=reason, cure=cure)
             return settled.memory
