@@ -1,4 +1,4 @@
-"""A new user's minutes: from nothing to the demo's first switch, or to the first answer; seconds of each step.
+"""A new user's minutes: from nothing to the demo's first switch, or to the first answer, step by step.
 
 python benchmarks/first_minutes.py clone|wheel|uv
 python benchmarks/first_minutes.py panel|verbs VLLM_ENVIRONMENT MODEL_FOLDER

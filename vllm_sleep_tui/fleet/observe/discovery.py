@@ -66,7 +66,7 @@ class ForeignServer:
 
 
 def find_vllm(environ: Mapping[str, str], here: Path) -> tuple[VllmEnvironment, ...]:
-    """The vllm binaries of PATH, conda, ./venv, ./.venv, uv, pipx, folders of the home; each environment once."""
+    """The vllm binaries of PATH, conda, ./venv, ./.venv, uv, pipx, the home; each environment once."""
     environments: dict[Path, VllmEnvironment] = {}
     for place, command in _candidates(environ, here):
         if os.access(command, os.X_OK) and command.is_file() and command.resolve() not in environments:
