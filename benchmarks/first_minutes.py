@@ -92,7 +92,7 @@ def panel(command: Path, env: dict[str, str], _: Path) -> None:
     try:
         timed("vllm-sleep-tui: what was found here", lambda: terminal.wait_for("Models", "Writes 1 model"))
         timed("enter: the config is written, the panel is open", lambda: press(terminal, "\r", "starting"))
-        timed("… its model is awake, nothing pressed", lambda: terminal.wait_for(" awake"))
+        timed("… its model is awake, nothing pressed", lambda: terminal.wait_for("● awake"))
         terminal.press("c")
         terminal.press(QUESTION)
         timed("c, a question, enter: the whole answer", lambda: press(terminal, "\r", "tokens/s"))
