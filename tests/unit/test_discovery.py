@@ -158,7 +158,7 @@ def process(title: str, environment: dict[str, str]) -> Iterator[ProcessId]:
     command = ["bash", "-c", f'exec -a "{title}" sleep 300']
     running = subprocess.Popen(command, env=os.environ | environment)
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while Path(f"/proc/{running.pid}/cmdline").read_bytes().split(b"\0")[0] != title.encode():
             assert time.monotonic() < deadline
             time.sleep(0.01)
