@@ -251,7 +251,8 @@ async def test_the_last_server_of_a_gpu_ends_the_holder_and_the_first_to_stop_do
         await fleet.stop(["a"])
         assert is_alive(holder)
         await fleet.stop(["b"])
-        assert not is_alive(holder)
+        # By the stop; by the holder itself where its own look at the users was just in the way.
+        await until(lambda: not is_alive(holder))
 
 
 async def test_a_server_of_another_config_keeps_the_holder(box: MakeBox) -> None:

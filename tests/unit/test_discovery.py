@@ -52,6 +52,9 @@ def test_environments_of_every_kind_are_found_and_none_is_run(tmp_path: Path) ->
         "conda, listed": tmp_path / "listed",
         "uv tool, vllm": home / ".local/share/uv/tools/vllm",
         "pipx, vllm": home / ".local/share/pipx/venvs/vllm",
+        "~/.virtualenvs/old": home / ".virtualenvs/old",
+        "~/models/.venv": home / "models/.venv",
+        "~/vllm": home / "vllm",
     }
     for prefix in prefixes.values():
         install_vllm(prefix, "0.24.0")
