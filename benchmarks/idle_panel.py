@@ -142,7 +142,7 @@ def measure(
 
 
 def write_config(folder: Path, models: int, gpus: int) -> Path:
-    """So many models, spread over so many GPUs; half sleep at level 2, of many all, so that the RAM is enough."""
+    """So many models, spread over so many GPUs; half (of many: all) sleep at level 2, as RAM goes."""
     content = {
         "vllm_command": [sys.executable, "-m", "vllm_sleep_tui.simulator"],
         "simulated_gpus": [{"name": "Bench", "memory": "24GiB"}] * gpus,
