@@ -263,6 +263,7 @@ def main() -> None:
     costs = [
         measure_ours(8, 2, given.seconds, "≤ 3 %, ≤ 60 MB, ≤ 0.35 s"),
         measure_ours(16, 8, given.seconds, "≤ 6 %"),
+        measure_ours(64, 8, given.seconds, "≤ 2 %"),
     ]
     if given.peers:
         costs += measure_peers(given.seconds)
