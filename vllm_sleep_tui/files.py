@@ -14,8 +14,9 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import msgspec
@@ -28,7 +29,10 @@ MAX_AGREEMENTS = 4 * 2**20
 MAX_HASHED = 16 * 2**20
 """Of a larger file that a config names, size and time stand for its content."""
 LOCK_SECONDS = 5.0
+SAME_TICK = 2 * 10**9
+"""Nanoseconds within which a file system may give two writes the same time."""
 _AS_BYTES = "bytes:"
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -68,6 +72,26 @@ def read_regular(path: Path, limit: int, *, follow: bool = False) -> bytes:
     if len(content) > limit:
         raise NotAFileError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
     return content
+
+
+class Unchanged(Generic[T]):
+    """What was made of small files, kept while they are the same: another look costs a `stat` each."""
+
+    def __init__(self, make: Callable[[Path], T]) -> None:
+        self._make = make
+        self._kept: dict[Path, tuple[tuple[int, ...], T]] = {}
+
+    def get(self, path: Path) -> T:
+        """What `make` made of the file as it is now; raises what `make` raises, and OSError."""
+        seen = os.stat(path, follow_symlinks=False)
+        mark = (seen.st_dev, seen.st_ino, seen.st_mode, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+        kept = self._kept.get(path)
+        if kept is not None and kept[0] == mark:
+            return kept[1]
+        made = self._make(path)
+        if time.time_ns() - max(seen.st_mtime_ns, seen.st_ctime_ns) > SAME_TICK:
+            self._kept[path] = (mark, made)  # else a write after this one could bear the same time
+        return made
 
 
 def private_dir(folder: Path) -> Path:

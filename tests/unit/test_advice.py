@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import combinations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from vllm_sleep_tui.sizing.advice import Advice, ModelAdvice, Verdict, advise, changes
 from vllm_sleep_tui.sizing.budget import MARGIN

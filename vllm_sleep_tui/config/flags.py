@@ -10,7 +10,6 @@ import difflib
 import functools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,7 @@ class Flag(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.nargs in ("+", "*") or isinstance(self.nargs, int)
 
 
-@dataclass(frozen=True, slots=True)
-class Spelling:
+class Spelling(msgspec.Struct, frozen=True):
     """What a spelling means."""
 
     name: str

@@ -8,10 +8,10 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import msgspec
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import RoundTripConstructor
@@ -122,8 +122,7 @@ def as_yaml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(msgspec.Struct, frozen=True):
     """A file's values with the lines they stand on; it words the complaints about them."""
 
     path: Path
@@ -132,7 +131,7 @@ class Document:
     values: Any
     """Mappings, lists and `Written` scalars."""
     lines: Mapping[Key, int]
-    included: list[str] = field(default_factory=list)
+    included: list[str] = msgspec.field(default_factory=list)
     """The digests of the files whose content counts as this one's."""
     read: list[Path] = field(default_factory=list)
     """The other files that were read for it: those, and those of keys."""
@@ -186,7 +185,7 @@ def parse(path: Path) -> Document:
         raise UsageError(f"{path}:1: not YAML: {_one_line(str(error))}", "Correct the file.") from None
     lines: dict[Key, int] = {(): 1}
     document = Document(path, hashlib.sha256(content).hexdigest(), None, lines)
-    return replace(document, values=_plain(tree, (), lines, document))
+    return msgspec.structs.replace(document, values=_plain(tree, (), lines, document))
 
 
 def _read(path: Path) -> bytes:

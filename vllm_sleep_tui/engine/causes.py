@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+
+import msgspec
 
 from vllm_sleep_tui.engine.cause_table import API_PORT, CAUSES, KILLED, SIGNALLED, VANISHED, Cause
 from vllm_sleep_tui.engine.failures import ENGINE_DEAD
@@ -43,8 +44,7 @@ _HUB_LINES = 9
 _INSPECTION = "Error in inspecting model architecture"
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
+class Diagnosis(msgspec.Struct, frozen=True):
     """Why a server failed and what to do, a sentence each."""
 
     reason: str
@@ -56,15 +56,14 @@ class Diagnosis:
 
     def for_planned(self) -> Diagnosis:
         """The same for a model whose share of the GPU is planned: it does not name that setting."""
-        return replace(self, cure=self.planned or self.cure)
+        return msgspec.structs.replace(self, cure=self.planned or self.cure)
 
 
 OWN_PORT = "port"
 """The server's own, as `Diagnosis.port`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
+class _Line(msgspec.Struct, frozen=True):
     worker: str
     level: str
     text: str

@@ -17,8 +17,9 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from vllm_sleep_tui.config.flags import MAX_TABLE_BYTES, FlagTable, decode_table, encode_table, shipped_table
 from vllm_sleep_tui.engine.failures import NOT_JSON
@@ -38,8 +39,7 @@ LEFT_OUT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 """Of this program's own Python, not of vLLM's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Installed:
+class Installed(msgspec.Struct, frozen=True):
     """A vllm binary, and how to ask it."""
 
     program: Path

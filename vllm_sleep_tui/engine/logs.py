@@ -6,9 +6,10 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from vllm_sleep_tui.files import open_regular
 from vllm_sleep_tui.units import GIB
@@ -25,8 +26,7 @@ MAX_WHY = 200
 PhaseName = Literal["loading", "compiling", "capturing", "warming"]
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
+class Phase(msgspec.Struct, frozen=True):
     """What a starting server is doing; `fraction` is 0 to 1 of this phase, None where it does not say."""
 
     name: PhaseName
@@ -34,16 +34,14 @@ class Phase:
     fraction: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
+class Backend(msgspec.Struct, frozen=True):
     """Our sleep mode in a server: in place in every process that told of it, or why it is not."""
 
     is_own: bool
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class LogFacts:
+class LogFacts(msgspec.Struct, frozen=True):
     """Figures that vLLM logged, in bytes, summed over its workers; None where no line told."""
 
     weights_bytes: int | None
@@ -51,8 +49,7 @@ class LogFacts:
     """What our sleep mode said of itself; None if it said nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Sign:
+class _Sign(msgspec.Struct, frozen=True):
     literal: str
     """What the line contains; whole lines change with each minor release of vLLM."""
     name: PhaseName

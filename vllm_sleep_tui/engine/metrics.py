@@ -5,8 +5,9 @@ Figures are totals over the server's engines; None is what the page does not tel
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from vllm_sleep_tui.telemetry import prometheus
 from vllm_sleep_tui.telemetry.prometheus import Buckets, Labels, Scrape
@@ -34,8 +35,7 @@ _READ = frozenset(f"{name}{suffix}" for name in _Name for suffix in ("", "_bucke
 _LEVELS = {"weights_offloaded": 1, "discard_all": 2}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Page:
+class Page(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of one page."""
 
     time: float

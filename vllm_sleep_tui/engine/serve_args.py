@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 UTILIZATION = "gpu-memory-utilization"
 OPTIMIZATION_LEVEL = "optimization-level"
@@ -59,8 +60,7 @@ def why_reserved(name: str) -> str | None:
     return RESERVED.get(head) or RESERVED.get(head.removeprefix("no-"))
 
 
-@dataclass(frozen=True, slots=True)
-class ServeArgs:
+class ServeArgs(msgspec.Struct, frozen=True):
     """The `args:` of a model, by long names, each a text or several; what cannot be read counts as unset."""
 
     args: Mapping[str, Any]

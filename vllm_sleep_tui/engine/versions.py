@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+import msgspec
 
 from vllm_sleep_tui.engine.backend.fit import PROVEN
 
@@ -14,8 +15,7 @@ NEWEST_KNOWN: Release = (0, 33)
 _RELEASE = re.compile(r"v?(\d+)\.(\d+)")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Capabilities:
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What may be asked of one server. "Source" is vLLM's own, read from 0.11 to 0.33."""
 
     why_not: str | None

@@ -8,9 +8,10 @@ import difflib
 import functools
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from vllm_sleep_tui.config.load import LoadedConfig, parse_bytes
 from vllm_sleep_tui.config.types import ModelConfig
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
 SIMULATED_RAM = 64 * GIB
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OperationLimits:
+class OperationLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How long an operation waits for a server, in seconds."""
 
     drain: float = 30.0

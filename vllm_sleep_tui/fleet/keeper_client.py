@@ -18,7 +18,7 @@ import msgspec
 from vllm_sleep_tui.engine.argv import LAUNCH_VARIABLE, LAUNCH_VARIABLES
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError
-from vllm_sleep_tui.files import NotAFileError, open_regular, read_regular
+from vllm_sleep_tui.files import NotAFileError, Unchanged, open_regular, read_regular
 from vllm_sleep_tui.fleet import keeper
 from vllm_sleep_tui.telemetry.processes import (
     ProcessId,
@@ -83,11 +83,18 @@ def read_status(path: Path) -> KeeperStatus:
     Raises OperationError if the file cannot be read.
     """
     try:
-        return msgspec.json.decode(read_regular(path, MAX_WORD).strip() or b"{}", type=KeeperStatus)
+        return _STATUS.get(path)
     except (FileNotFoundError, NotAFileError, *NOT_JSON):
         return KeeperStatus()
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def _read_word(path: Path) -> KeeperStatus:
+    return msgspec.json.decode(read_regular(path, MAX_WORD).strip() or b"{}", type=KeeperStatus)
+
+
+_STATUS = Unchanged(_read_word)
 
 
 def is_kept(path: Path) -> bool:

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -344,7 +343,7 @@ class PooledReader:
     def _pooled(self, reading: GpuReading) -> GpuReading:
         pool = self._pools[reading.index]
         state = pool.state()
-        return replace(
+        return msgspec.structs.replace(
             reading,
             processes=_counted(reading.processes, pool.lent()),
             pool_bytes=state.free_bytes if state is not None else None,

@@ -10,7 +10,6 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,8 +85,7 @@ _entries_decoder = msgspec.json.Decoder(list[_Entry])
 _WORD = re.compile(r"[A-Za-z][\w.+-]{0,99}", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(msgspec.Struct, frozen=True):
     """One tensor of a safetensors header."""
 
     name: str
@@ -97,8 +95,7 @@ class Tensor:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attention:
+class Attention(msgspec.Struct, frozen=True, kw_only=True):
     """The layers that keep something per token, and what each keeps, in numbers per token."""
 
     full_layers: int
@@ -119,8 +116,7 @@ class Attention:
         return 2 * max(1, self.kv_heads // ranks) * self.head_dim
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """A model's files; what they do not tell is None, and `unknown` says why."""
 
     folder: Path
@@ -144,7 +140,7 @@ class Checkpoint:
     quantization: str | None
     """The checkpoint's own, such as awq, gptq or fp8."""
     attention: Attention | None
-    unknown: Mapping[str, str] = field(default_factory=dict)
+    unknown: Mapping[str, str] = msgspec.field(default_factory=dict)
 
     def kv_bytes(self, tokens: int, *, width: int = 2, ranks: int = 1) -> int | None:
         """Bytes of KV cache that a context of `tokens` takes on each of `ranks` GPUs; None if not known."""

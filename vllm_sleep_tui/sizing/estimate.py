@@ -7,7 +7,6 @@ magnitude. The first launch replaces all of it by what is measured.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -296,7 +295,7 @@ def _stamp(folder: Path) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1024)
 def _facts(folder: Path, stamp: tuple[int, ...]) -> Checkpoint:
-    return replace(_read(folder, stamp), tensors=())
+    return msgspec.structs.replace(_read(folder, stamp), tensors=())
 
 
 @lru_cache(maxsize=1024)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from vllm_sleep_tui.sizing import budget
 from vllm_sleep_tui.sizing.estimate import ACTIVATIONS
@@ -14,8 +15,7 @@ PRIVATE_BYTES = int(3.1 * GIB)
 """RAM of a server beside its pinned pool: 2.0 GiB its engine, 1.1 its API server (H100, vLLM 0.24)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """What one model takes, in bytes and seconds; None is not known."""
 
     name: str
@@ -62,8 +62,7 @@ class Figures:
         return None if self.weights is None else self.weights + ACTIVATIONS + AWAKE_OVERHEAD
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """What there is to share, in bytes."""
 
     totals: Mapping[int, int]

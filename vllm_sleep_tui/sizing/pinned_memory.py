@@ -17,8 +17,9 @@ import math
 import re
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
+
+import msgspec
 
 from vllm_sleep_tui.sizing.checkpoint import Checkpoint, Tensor
 from vllm_sleep_tui.units import MIB
@@ -55,8 +56,7 @@ _NAMES = 16_384
 """Names of tensors that are taken apart once: most models call them the same."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """How a model is spread and stored."""
 
     tensor_ranks: int = 1
@@ -74,8 +74,7 @@ class Layout:
         return self.tensor_ranks * self.pipeline_ranks
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
     """What a model takes as it is spread, in bytes."""
 
     weights: int

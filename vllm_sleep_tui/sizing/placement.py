@@ -7,13 +7,13 @@ that hold memory on a GPU that is short of it; nobody more than is needed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from vllm_sleep_tui.sizing.budget import MARGIN
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Neighbour:
+class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
     """An awake model that could make room."""
 
     name: str
@@ -41,8 +41,7 @@ class Neighbour:
         return max(0, self.awake.get(gpu, 0) - kept)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Room:
+class Room(msgspec.Struct, frozen=True, kw_only=True):
     """The plan: who makes room, and what is free then."""
 
     sleeps: tuple[str, ...]

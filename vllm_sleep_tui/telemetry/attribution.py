@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from vllm_sleep_tui.telemetry.gpus import GpuReading
 from vllm_sleep_tui.telemetry.processes import Memory, ProcessTable, command_of, user_of
 
 
-@dataclass(frozen=True, slots=True)
-class ModelMemory:
+class ModelMemory(msgspec.Struct, frozen=True):
     """What the processes of one model hold, in bytes; None: not known."""
 
     vram_by_gpu: dict[int, int] | None
@@ -20,8 +20,7 @@ class ModelMemory:
     pinned_bytes: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Stranger:
+class Stranger(msgspec.Struct, frozen=True):
     """A process that holds VRAM and belongs to none of the models."""
 
     pid: int
@@ -30,8 +29,7 @@ class Stranger:
     bytes: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Attribution:
+class Attribution(msgspec.Struct, frozen=True):
     """Memory by model and, by GPU index, of strangers; `notes` say what cannot be told apart and why."""
 
     models: Mapping[str, ModelMemory]

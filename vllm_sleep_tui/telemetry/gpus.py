@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuReading:
+
+class GpuReading(msgspec.Struct, frozen=True, kw_only=True):
     """One GPU at one moment; what is not known is None."""
 
     index: int
@@ -47,8 +47,7 @@ class GpuReading:
         return max(0, self.total_bytes - self.free_bytes - (self.pool_bytes or 0))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuFault:
+class GpuFault(msgspec.Struct, frozen=True, kw_only=True):
     """Why a GPU, or all of them, cannot be seen: a sentence each on what is wrong and what to do."""
 
     gpu: int | None = None

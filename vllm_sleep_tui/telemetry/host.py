@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import psutil
 
 from vllm_sleep_tui.telemetry.kernel import OWN_CGROUP
@@ -14,8 +14,7 @@ _UNLIMITED = 1 << 60
 """Version 1 of control groups writes "no limit" as a number near 2^63."""
 
 
-@dataclass(frozen=True, slots=True)
-class HostReading:
+class HostReading(msgspec.Struct, frozen=True):
     """RAM in bytes; None: not known."""
 
     available_bytes: int | None = None

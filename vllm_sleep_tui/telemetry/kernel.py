@@ -21,7 +21,8 @@ import ipaddress
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 OWN_CGROUP = "/proc/self/cgroup"
 """Which control groups this process is in."""
@@ -49,8 +50,7 @@ def boot_id() -> str:
     return (_read("/proc/sys/kernel/random/boot_id", 8) or b"").decode("ascii", "replace")
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
+class Stat(msgspec.Struct, frozen=True):
     """A process at one moment."""
 
     state: str
@@ -121,8 +121,7 @@ def open_files(pid: int) -> Iterator[str]:
             yield os.readlink(f"{folder}/{name}")
 
 
-@dataclass(frozen=True, slots=True)
-class Socket:
+class Socket(msgspec.Struct, frozen=True):
     """One TCP socket of this machine, whoever has it."""
 
     local: Address
@@ -160,8 +159,7 @@ def plain_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str
     return str(mapped or address)
 
 
-@dataclass(frozen=True, slots=True)
-class FileLock:
+class FileLock(msgspec.Struct, frozen=True):
     """A lock that a process holds on a file."""
 
     pid: int

@@ -38,8 +38,7 @@ class ProcessId(msgspec.Struct, frozen=True):
     """Eight digits of the boot's number; an identity written without one is taken for this boot's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(msgspec.Struct, frozen=True):
     """A process's RAM in bytes without file pages, which the kernel can drop at any time."""
 
     private_bytes: int
@@ -62,8 +61,7 @@ def is_alive(process: ProcessId) -> bool:
     return stat is not None and stat.start == process.start and stat.state not in "ZX"
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
+class Effort(msgspec.Struct, frozen=True):
     """What a process has done so far."""
 
     seconds: float
@@ -270,8 +268,7 @@ def environment_value(process: ProcessId, key: str) -> str | None:
     return next((os.fsdecode(word[len(prefix) :]) for word in words if word.startswith(prefix)), "")
 
 
-@dataclass(frozen=True, slots=True)
-class PortHolder:
+class PortHolder(msgspec.Struct, frozen=True):
     """Who listens on a port, as far as it can be seen."""
 
     process: ProcessId | None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
+
+import msgspec
 
 from vllm_sleep_tui.telemetry.attribution import (
     Attribution,
@@ -31,17 +32,16 @@ LATE_AFTER = 5.0
 """Seconds beyond the interval after which the latest sample says that it is old."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(msgspec.Struct, frozen=True):
     """Everything measured at one moment."""
 
     time: float = 0.0
     """UTC seconds; 0.0 before the first."""
     gpus: tuple[GpuReading, ...] = ()
-    models: Mapping[str, ModelMemory] = field(default_factory=dict)
-    strangers: Mapping[int, tuple[Stranger, ...]] = field(default_factory=dict)
+    models: Mapping[str, ModelMemory] = msgspec.field(default_factory=dict)
+    strangers: Mapping[int, tuple[Stranger, ...]] = msgspec.field(default_factory=dict)
     """By GPU index: who else holds VRAM."""
-    host: HostReading = field(default_factory=HostReading)
+    host: HostReading = msgspec.field(default_factory=HostReading)
     notes: tuple[str, ...] = ()
     """One line each on what is not known and why."""
 
@@ -82,7 +82,7 @@ class Sampler:
         if not sample.time or not self._thread.is_alive() or age < self._late_after:
             return sample
         late = f"The figures are {age:.0f} s old: the GPU driver or /proc does not answer."
-        return replace(sample, notes=(*sample.notes, late))
+        return msgspec.structs.replace(sample, notes=(*sample.notes, late))
 
     def refresh(self) -> None:
         """Ask the thread for a sample now; returns at once."""

@@ -10,7 +10,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.metrics import Page
@@ -26,16 +27,14 @@ from vllm_sleep_tui.fleet.supervision import idle
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
+class Use(msgspec.Struct, frozen=True):
     """What a page of metrics tells of a server's use."""
 
     under_way: float
     signs: tuple[float | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Still:
+class _Still(msgspec.Struct, frozen=True):
     use: Use
     since: float
     """On the monotonic clock: nothing has moved since."""

@@ -12,10 +12,11 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from http import HTTPStatus
 from http.client import HTTPException
 from urllib.parse import urlsplit
+
+import msgspec
 
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.endpoints import HEALTH
@@ -34,8 +35,7 @@ FIRST_SHARE = 0.6
 LOOK = "Look whether it runs, and whether its address or its SSH forwarding is still right."
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeResult:
+class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
     """One look at one server."""
 
     state: State
@@ -59,9 +59,9 @@ def after(before: ProbeResult | None, now: ProbeResult) -> ProbeResult:
     if not now.is_certain:
         unsure_since = (before and before.unsure_since) or time.monotonic()
         if before is not None and before.state is not State.STOPPED:
-            now = replace(before, tells_sleep=False)  # nothing else is new
+            now = msgspec.structs.replace(before, tells_sleep=False)  # nothing else is new
     since = before.since if before is not None and before.state is now.state else time.time()
-    return replace(now, since=since, unsure_since=unsure_since)
+    return msgspec.structs.replace(now, since=since, unsure_since=unsure_since)
 
 
 def base_of(url: str) -> str:
@@ -148,7 +148,7 @@ class _Probe(threading.Thread):
         with contextlib.suppress(OSError, HTTPException):
             if self.client.models() == HTTPStatus.UNAUTHORIZED:
                 reason, cure = self._wants_key
-                return replace(seen, reason=reason, cure=cure)
+                return msgspec.structs.replace(seen, reason=reason, cure=cure)
         return seen
 
     def _by_gauge(self, otherwise: ProbeResult) -> ProbeResult:
@@ -159,7 +159,7 @@ class _Probe(threading.Thread):
             return otherwise
         if page.sleep_level is not None:
             return ProbeResult(state=State.ASLEEP, level=page.sleep_level)
-        return replace(otherwise, tells_sleep=True) if page.tells_sleep else otherwise
+        return msgspec.structs.replace(otherwise, tells_sleep=True) if page.tells_sleep else otherwise
 
 
 def _silent(where: str, seconds: float) -> ProbeResult:

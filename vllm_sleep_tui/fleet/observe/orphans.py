@@ -9,13 +9,15 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
+import msgspec
 import psutil
 
 from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.files import path_of
@@ -36,6 +38,8 @@ from vllm_sleep_tui.telemetry.processes import (
 )
 from vllm_sleep_tui.units import GIB, gib
 
+ModelsOf = Callable[[Path], Mapping[str, ModelConfig]]
+"""The models that a config file gives; raises UsageError if it cannot be read."""
 KIND_SECONDS = 15.0
 """For a keeper to stop its server; a killed engine frees tens of GiB within this too."""
 END_SECONDS = 25.0
@@ -43,8 +47,7 @@ NOTED_BYTES = GIB // 10
 """Less than this that orphans hold is not told."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Orphan:
+class Orphan(msgspec.Struct, frozen=True, kw_only=True):
     """A process of a server of ours that nobody looks after."""
 
     process: ProcessId
@@ -63,8 +66,9 @@ def find_orphans(state_dir: Path) -> tuple[Orphan, ...]:
     launches = {pid: launch for pid in mine if (launch := launch_of(pid))}
     keepers = {pid: launch for pid, launch in launches.items() if is_keeper(pid)}
     orphans: dict[int, Orphan] = {}
+    models_of = cache(_models_in)  # of 64 keepers most have the same config
     for pid, launch in keepers.items():
-        why = fault_of(pid, launch)
+        why = fault_of(pid, launch, models_of)
         if why is not None:
             for member in (pid, *table.descendants(pid)):
                 note(orphans, table, member, launch, why, member == pid)
@@ -124,7 +128,7 @@ def holder_file(pid: int) -> Path | None:
     return next((Path(path) for path in files if path.endswith(".holder")), None)
 
 
-def fault_of(pid: int, launch: str) -> str | None:
+def fault_of(pid: int, launch: str, models_of: ModelsOf) -> str | None:
     """Why nobody looks after a living keeper; None if somebody does."""
     file = keeper_file(pid)
     if file is None:
@@ -137,10 +141,14 @@ def fault_of(pid: int, launch: str) -> str | None:
         return "it has no record"
     if record.launch != launch or record.state in (State.STOPPED, State.FAILED):
         return "its record tells of another server, or of none"
-    return fault_of_config(record)
+    return fault_of_config(record, models_of)
 
 
-def fault_of_config(record: Record) -> str | None:
+def _models_in(path: Path) -> Mapping[str, ModelConfig]:
+    return load(path).config.models
+
+
+def fault_of_config(record: Record, models_of: ModelsOf = _models_in) -> str | None:
     """Whether the config of a record still names its model; a config that cannot be read may."""
     path = path_of(record.config)
     try:
@@ -150,7 +158,7 @@ def fault_of_config(record: Record) -> str | None:
     except OSError:
         return None
     try:
-        model = load(path).config.models.get(record.name)
+        model = models_of(path).get(record.name)
     except UsageError:
         return None
     if model is None:

@@ -5,8 +5,9 @@ The one table of it: the code takes its sentences from here, docs/cures.md is wr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from vllm_sleep_tui.engine.endpoints import IS_SLEEPING, SLEEP, WAKE_UP
 from vllm_sleep_tui.engine.failures import EngineRefused
@@ -39,8 +40,7 @@ class Failure(StrEnum):
     TOO_OLD = "vLLM is older than 0.24"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cure:
+class Cure(msgspec.Struct, frozen=True, kw_only=True):
     """One row: what is tried, where the model ends, and what the person is told."""
 
     failure: Failure

@@ -17,10 +17,11 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
+
+import msgspec
 
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.causes import diagnose_download
@@ -68,8 +69,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TRUE = ("1", "true", "yes", "on")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """The weights that vLLM would download, and where it would put them."""
 
     name: str

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from vllm_sleep_tui.config.load import parse_bytes
 from vllm_sleep_tui.engine.serve_args import ServeArgs
@@ -27,8 +28,7 @@ LEAST_GONE = GIB // 2
 """Bytes that a sleep must have given up to be seen, where nothing else is known of it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GpuMemory:
+class GpuMemory(msgspec.Struct, frozen=True, kw_only=True):
     """One GPU's memory now, in bytes; None where it is not known."""
 
     total: int | None

@@ -23,7 +23,15 @@ import msgspec
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.engine.proof import Reference
 from vllm_sleep_tui.errors import OperationError
-from vllm_sleep_tui.files import NotAFileError, as_text, path_of, private_dir, read_regular, write_atomically
+from vllm_sleep_tui.files import (
+    NotAFileError,
+    Unchanged,
+    as_text,
+    path_of,
+    private_dir,
+    read_regular,
+    write_atomically,
+)
 from vllm_sleep_tui.fleet.snapshot import LastFailure, SwitchTimes
 from vllm_sleep_tui.fleet.states import Event, State
 from vllm_sleep_tui.paths import file_name
@@ -142,6 +150,7 @@ class RecordStore:
         private_dir(self.folder)
         self.config = as_text(config_path.resolve())
         self._suffix = hashlib.sha256(self.config.encode()).hexdigest()[:8]
+        self._records = Unchanged(read_record)
         self._paths: dict[tuple[str, str], Path] = {}
         """Made once each: with 64 models half of what a look at the fleet takes."""
 
@@ -160,7 +169,7 @@ class RecordStore:
         path = self.path(name)
         for attempt in range(READ_ATTEMPTS):
             try:
-                return read_record(path)
+                return self._records.get(path)
             except FileNotFoundError:
                 return Record(config=self.config, name=name)
             except NotAFileError:

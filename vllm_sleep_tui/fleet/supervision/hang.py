@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from vllm_sleep_tui.engine import proof
 from vllm_sleep_tui.engine.failures import EngineError
@@ -24,8 +25,7 @@ if TYPE_CHECKING:  # with httpx, which a panel that is opening does without
     from vllm_sleep_tui.engine.client import Gate, VllmClient
 
 
-@dataclass(frozen=True, slots=True)
-class _Still:
+class _Still(msgspec.Struct, frozen=True):
     launch: str | None
     signs: tuple[float | None, ...]
     since: float

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Generator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from vllm_sleep_tui.config.types import IdleConfig, parse_duration
 from vllm_sleep_tui.errors import RefusedError
@@ -26,8 +27,7 @@ if TYPE_CHECKING:  # with httpx, which a panel that is opening does without
     from vllm_sleep_tui.engine.client import Gate
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
+class _Seen(msgspec.Struct, frozen=True):
     base: float
     """UTC seconds of the last use, as read."""
     begin: float

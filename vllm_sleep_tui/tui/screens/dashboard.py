@@ -109,7 +109,7 @@ class Dashboard(LookingScreen):
         self.run_worker(self._hear(), group="events")
 
     def _painted(self) -> None:
-        """Add to the first screen what takes longer to know than who is there and how."""
+        """Add to the first screen what a key would do, which takes longer to know than how all are."""
         self._is_painted = True
         self.changed()
 
@@ -142,7 +142,7 @@ class Dashboard(LookingScreen):
         return View(
             snapshot=snapshot,
             selected=self.selected,
-            prediction=self._prediction(),
+            prediction=self._prediction(snapshot),
             waits=None if self.selected is None else self.fleet.waits(self.selected),
             past=self._past.latest,
             tokens=self.readings.tokens(),
@@ -166,8 +166,8 @@ class Dashboard(LookingScreen):
         post: Post | None = getattr(self.app, "post", None)
         return 0 if post is None else sum(ask.state == "waiting" for ask in post.view().asks)
 
-    def _prediction(self) -> Prediction | None:
-        if self.selected is None or not self._is_painted or self.fleet.snapshot().read_only:
+    def _prediction(self, snapshot: FleetSnapshot) -> Prediction | None:
+        if self.selected is None or not self._is_painted or snapshot.read_only:
             return None
         return self.fleet.predict(self.selected)
 
@@ -207,8 +207,7 @@ class Dashboard(LookingScreen):
         timeline = self.query_one(Timeline)
         timeline.show(view)
         self._fit_timeline(len(view.snapshot.models))
-        if self._is_painted:
-            self._past.look(view.snapshot, timeline.window.seconds)
+        self._past.look(view.snapshot, timeline.window.seconds)
         self.query_one(ChatPane).show(view)
 
     def changed(self) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+
+import msgspec
 
 from vllm_sleep_tui.errors import CancelledByUser, PanelError
 from vllm_sleep_tui.fleet.snapshot import WAITING, ModelSnapshot, Progress, Report
@@ -21,8 +22,7 @@ T = TypeVar("T")
 Work = Callable[[Report], Awaitable[object]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Running:
+class Running(msgspec.Struct, frozen=True, kw_only=True):
     """An operation that this panel started and that is under way."""
 
     model: str
@@ -46,8 +46,7 @@ class Running:
         return f" and {counted(self.others, 'other')}" if self.others else ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trouble:
+class Trouble(msgspec.Struct, frozen=True, kw_only=True):
     """A refusal or a failure of an operation of this panel; it stays until the next one on that model.
 
     It is over before that once the model has moved on, whoever moved it, or after TROUBLE_SECONDS: a failure
@@ -125,7 +124,7 @@ class Operations:
         if not open_ones:
             return None
         name = preferred if preferred in open_ones else open_ones[-1]
-        self.running[name] = replace(self.running[name], cancelled=True)
+        self.running[name] = msgspec.structs.replace(self.running[name], cancelled=True)
         self._tasks[name].cancel()
         return name
 
@@ -154,7 +153,7 @@ class Operations:
 
     def _report(self, model: str, mark: object, progress: Progress) -> None:
         if self._marks.get(model) is mark:
-            self.running[model] = replace(self.running[model], progress=progress)
+            self.running[model] = msgspec.structs.replace(self.running[model], progress=progress)
 
     def _end(self, model: str, mark: object, task: asyncio.Task[None], ended: Ended) -> None:
         raised = asyncio.CancelledError() if task.cancelled() else task.exception()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
+
+import msgspec
 
 from vllm_sleep_tui.config.parameters import Parameters
 from vllm_sleep_tui.fleet.conversations import Conversations, Handle, KeptCall, KeptTurn
@@ -24,8 +25,7 @@ CHARACTERS_A_TOKEN = 3.0
 """Of what was not counted yet: on the safe side for English."""
 
 
-@dataclass(slots=True)
-class Pace:
+class Pace(msgspec.Struct):
     """The figures of one answer."""
 
     switch_seconds: float | None = None
@@ -69,17 +69,16 @@ class Pace:
         return " · ".join(parts)
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
+class Entry(msgspec.Struct, eq=False):
     """A turn, and what is kept of it beside its words."""
 
     turn: Turn
-    at: float = field(default_factory=time.time)
-    pace: Pace = field(default_factory=Pace)
+    at: float = msgspec.field(default_factory=time.time)
+    pace: Pace = msgspec.field(default_factory=Pace)
     error: str | None = None
     cure: str = ""
     is_dropped: bool = False
-    parameters: Parameters = field(default_factory=Parameters)
+    parameters: Parameters = msgspec.field(default_factory=Parameters)
     """What an answer was asked with."""
 
     def note(self) -> list[Line]:
