@@ -42,6 +42,7 @@ from vllm_sleep_tui.tui.widgets.detail import Detail
 from vllm_sleep_tui.tui.widgets.memory import MemoryPanel
 from vllm_sleep_tui.tui.widgets.models import FindInput, ModelTable
 from vllm_sleep_tui.tui.widgets.timeline import Timeline
+from vllm_sleep_tui.tui.words import DOING
 from vllm_sleep_tui.units import counted, gib
 
 if TYPE_CHECKING:
@@ -289,7 +290,7 @@ class Dashboard(LookingScreen):
         if snapshot.model(name).state is State.AWAKE and not moving:
             self.notify(f"{name} is awake.", markup=False)
             return
-        self.begin(name, "switching to {}", lambda report: self.fleet.switch(name, report=report))
+        self.begin(name, DOING["switch"], lambda report: self.fleet.switch(name, report=report))
 
     def action_sleep(self) -> None:
         """Put it to sleep at its own level."""
@@ -298,21 +299,21 @@ class Dashboard(LookingScreen):
 
     def sleep(self, name: str) -> None:
         """Put a model to sleep at its own level."""
-        self.begin(name, "putting {} to sleep", lambda report: self.fleet.sleep(name, report=report))
+        self.begin(name, DOING["sleep"], lambda report: self.fleet.sleep(name, report=report))
 
     def action_sleep_at(self, level: int) -> None:
         """Put it to sleep at a level."""
         if (name := self.selected) is not None:
             self.begin(
                 name,
-                f"putting {{}} to sleep at level {level}",
+                f"{DOING['sleep']} at level {level}",
                 lambda report: self.fleet.sleep(name, level=level, report=report),
             )
 
     def action_wake(self) -> None:
         """Wake it beside the others."""
         if (name := self.selected) is not None:
-            self.begin(name, "waking {}", lambda report: self.fleet.wake(name, report=report))
+            self.begin(name, DOING["wake"], lambda report: self.fleet.wake(name, report=report))
 
     def action_start(self) -> None:
         """Start it."""
@@ -323,7 +324,7 @@ class Dashboard(LookingScreen):
         """Start models; the fleet takes them one after the other where they share a GPU."""
         first, others = names[0], len(names) - 1
         self.begin(
-            first, "starting {}", lambda report: self.fleet.start(list(names), report=report), others=others
+            first, DOING["start"], lambda report: self.fleet.start(list(names), report=report), others=others
         )
 
     def action_start_all(self) -> None:
@@ -380,7 +381,7 @@ class Dashboard(LookingScreen):
 
     def stop(self, name: str) -> None:
         """Stop a model; what is under way on it is broken off."""
-        self.begin(name, "stopping {}", lambda report: self.fleet.stop([name], report=report), replaces=True)
+        self.begin(name, DOING["stop"], lambda report: self.fleet.stop([name], report=report), replaces=True)
 
     @work
     async def action_restart(self) -> None:
@@ -392,7 +393,7 @@ class Dashboard(LookingScreen):
         choices = [Choice("y", f"Restart {model.name}", "restart")]
         if await self.app.push_screen_wait(Question(f"Restart {model.name}?", text, choices)):
             name = model.name
-            self.begin(name, "restarting {}", lambda report: self.fleet.restart([name], report=report))
+            self.begin(name, DOING["restart"], lambda report: self.fleet.restart([name], report=report))
 
     @work
     async def ask_autostart(self, names: Sequence[str]) -> None:
@@ -646,7 +647,7 @@ class Dashboard(LookingScreen):
         if event is None:
             return
         names = [model.name for model in self.fleet.snapshot().models]
-        if event.models[0] in names:
+        if event.models and event.models[0] in names:
             self._table.selected = event.models[0]
         view = self.view()
         if view.snapshot.time - event.time > WINDOWS[-1].seconds:
