@@ -142,7 +142,7 @@ def measure(
 
 
 def write_config(folder: Path, models: int, gpus: int) -> Path:
-    """So many models, spread over so many GPUs; half sleep at level 2, so that the RAM is enough."""
+    """So many models, spread over so many GPUs; half sleep at level 2, of many all, so that the RAM is enough."""
     content = {
         "vllm_command": [sys.executable, "-m", "vllm_sleep_tui.simulator"],
         "simulated_gpus": [{"name": "Bench", "memory": "24GiB"}] * gpus,
@@ -150,8 +150,8 @@ def write_config(folder: Path, models: int, gpus: int) -> Path:
             f"m{index:02}": {
                 "model": "sim/1GiB",
                 "gpus": [index % gpus],
-                "level": 1 + (2 * index >= models),
-                "args": {"max-model-len": 2048, "gpu-memory-utilization": 0.7},
+                "level": 1 + (2 * index >= models or models > 16),
+                "args": {"max-model-len": 2048, "gpu-memory-utilization": 0.5},
                 "env": {"VLLM_SIM_TIMES": "instant"},
             }
             for index in range(models)

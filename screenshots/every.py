@@ -27,7 +27,7 @@ from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.config.types import GatewayConfig
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.gateway.gateway import Post
+from vllm_sleep_tui.gateway.post import Post
 from vllm_sleep_tui.tui.app import PanelApp
 from vllm_sleep_tui.tui.screens.duel import DuelScreen
 from vllm_sleep_tui.tui.theme import package_folder

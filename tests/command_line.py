@@ -96,7 +96,7 @@ class CommandLine:
         """Stop every model; fails if a process is left."""
         self("stop", "--all", "--force")
         wait_until(
-            lambda: not self.processes(), seconds=5, what=f"no process left of {sorted(self.sessions)}"
+            lambda: not self.processes(), seconds=60, what=f"no process left of {sorted(self.sessions)}"
         )
 
 

@@ -30,8 +30,8 @@ from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive, signal_proce
 
 SPEED = "60"
 SETTLE_LIMIT = 60.0
-DEATH_SECONDS = 2.0
-"""Within which a death must have been noticed."""
+DEATH_SECONDS = 10.0
+"""Within which a death must have been noticed, on a machine that has other work too."""
 POOL_SECONDS = LINGER_SECONDS + DEATH_SECONDS
 """Within which a pool must be empty: the storm's own looks keep the locks from whoever would empty it."""
 VERBS = {"switch": 6, "start": 3, "sleep": 4, "wake": 3, "stop": 2}

@@ -56,7 +56,7 @@ SIMULATOR = Backend(
     command=lambda: [sys.executable, "-m", "vllm_sleep_tui.simulator", "serve", "Qwen/Qwen3-0.6B"],
     flags=["--enable-sleep-mode", "--gpu-memory-utilization", "0.5"],
     environment={"VLLM_SIM_SPEED": "25"},
-    ready_seconds=20.0,
+    ready_seconds=60.0,
     frees_memory=True,
 )
 CPU = Backend(
@@ -132,7 +132,7 @@ class Server:
         """The EngineCore process."""
         return next(child for child in self.children() if title(child).startswith("VLLM::EngineCore"))
 
-    def wait_exit(self, seconds: float = 30.0) -> int:
+    def wait_exit(self, seconds: float = 60.0) -> int:
         """The exit code."""
         return self.process.wait(timeout=seconds)
 
@@ -141,7 +141,7 @@ class Server:
         self.http.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=60)
 
 
 def title(process: psutil.Process) -> str:
@@ -158,7 +158,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Until the condition holds; fails after the deadline."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -16,7 +16,7 @@ from tests.fleet.conftest import SIMULATOR
 
 def answers(port: int, path: str) -> int | None:
     """The status of a GET; None if nobody answers."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request("GET", path)
         return connection.getresponse().status
@@ -28,7 +28,7 @@ def answers(port: int, path: str) -> int | None:
 
 def wait_for(process: subprocess.Popen[bytes], port: int, path: str) -> None:
     """Until the server answers."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while answers(port, path) != 200:
         assert process.poll() is None, "the server ended"
         assert time.monotonic() < deadline, "the server does not answer"
@@ -61,7 +61,7 @@ def vllm(
         yield process
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
 @contextmanager
@@ -77,4 +77,4 @@ def web_server(port: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(60)

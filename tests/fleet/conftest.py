@@ -22,6 +22,8 @@ from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Progress
 from vllm_sleep_tui.fleet.states import State
 
 GIB = 2**30
+LIMIT = 60.0
+"""Seconds that a test waits for what must come; many, as it costs time only where it does not come."""
 SIMULATOR = [sys.executable, "-m", "vllm_sleep_tui.simulator"]
 
 
@@ -94,7 +96,7 @@ def seen(fleet: Fleet, name: str) -> ModelSnapshot:
     return fleet.snapshot().model(name)
 
 
-async def until(condition: Callable[[], object], limit: float = 20.0) -> None:
+async def until(condition: Callable[[], object], limit: float = LIMIT) -> None:
     """Wait for a condition."""
     deadline = time.monotonic() + limit
     while not condition():
@@ -102,7 +104,7 @@ async def until(condition: Callable[[], object], limit: float = 20.0) -> None:
         await asyncio.sleep(0.01)
 
 
-async def until_state(fleet: Fleet, name: str, state: State, limit: float = 20.0) -> ModelSnapshot:
+async def until_state(fleet: Fleet, name: str, state: State, limit: float = LIMIT) -> ModelSnapshot:
     """Wait until the model is in a state."""
     await until(lambda: seen(fleet, name).state is state, limit)
     return seen(fleet, name)

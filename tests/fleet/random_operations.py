@@ -41,8 +41,8 @@ from vllm_sleep_tui.telemetry.processes import ProcessId, signal_process
 LIMITS = OperationLimits(drain=0.3, settle=0.2, call=2.0, call_per_gib=0.0)
 STEP_LIMIT = 60.0
 """Seconds within which the operations of a step end, and again until all is settled."""
-DEATH_SECONDS = 2.0
-"""Within which a death must have been noticed."""
+DEATH_SECONDS = 10.0
+"""Within which a death must have been noticed, on a machine that has other work too."""
 VERBS = {
     "switch": 8, "sleep": 3, "sleep 0": 2, "sleep 1": 2, "sleep 2": 2, "wake": 3, "start": 2,
     "start all": 0.2, "stop": 1, "restart": 0.4, "chat": 3,

@@ -83,10 +83,10 @@ async def test_an_idle_attached_server_goes_to_sleep_and_a_chat_wakes_it(
     with vllm(port, gpus=gpus_of(machine)):
         async with led(machine) as fleet:
             await until_state(fleet, "far", State.AWAKE)
+            asked = time.monotonic()
             assert [event async for event in fleet.chat("far", HELLO)]
-            used = time.monotonic()
             assert (await until_state(fleet, "far", State.ASLEEP)).level == 2
-            assert time.monotonic() - used >= 1.9
+            assert time.monotonic() - asked >= 2  # the second is not over before, however slow it goes
             assert [event async for event in fleet.chat("far", HELLO)]
             assert (seen(fleet, "far").state, seen(fleet, "far").proof) == (State.AWAKE, "proven")
 
@@ -95,10 +95,12 @@ async def test_an_attached_server_that_is_answering_is_not_idle(box: MakeBox, fr
     port = free_port()
     machine = attached(box, port, idle={"sleep_after": "1s"})
     with vllm(port, gpus=gpus_of(machine)):
-        async with led(machine, Limits(hang=60)) as fleet:
-            async with stuck_answer(fleet, port):
+        async with machine.open() as asking, stuck_answer(asking, port):
+            await until_used(model_of(asking, "far"))
+            async with led(machine, Limits(hang=60)) as fleet:  # it leads only now: so it never was idle
                 await asyncio.sleep(2.5)  # nothing is to happen
                 assert seen(fleet, "far").state is State.AWAKE
+        async with led(machine, Limits(hang=60)) as fleet:
             await until_state(fleet, "far", State.ASLEEP)
 
 
@@ -125,8 +127,12 @@ async def test_a_hang_is_named_for_everybody_and_nothing_is_ended(box: MakeBox, 
         async with led(machine) as fleet:
             async with stuck_answer(fleet, port):
                 await until(lambda: "It hangs: 1 requests under way" in (seen(fleet, "far").reason or ""))
-                far = read_once(load(machine.config), machine.state_dir).model("far")
-                assert (far.state, "no token for" in (far.reason or "")) == (State.AWAKE, True)
+
+                def told() -> bool:  # again: a look gives 0.3 s, which is little on a busy machine
+                    far = read_once(load(machine.config), machine.state_dir).model("far")
+                    return (far.state, "no token for" in (far.reason or "")) == (State.AWAKE, True)
+
+                await until(told)
             await until(lambda: seen(fleet, "far").reason is None)
             assert process.poll() is None
 

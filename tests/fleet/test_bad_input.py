@@ -297,7 +297,7 @@ def test_a_terminal_of_60_by_20(shell: Shell) -> None:
 
 def read_until(descriptor: int, panel: subprocess.Popen[bytes], done: Callable[[str], bool]) -> str:
     """What was written until it is enough."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     written = b""
     while not done(text := clean(written.decode(errors="replace"))):
         assert time.monotonic() < deadline, text[-2000:]

@@ -70,7 +70,7 @@ def test_what_was_killed_in_the_middle_goes_on_and_each_model_is_woken_once(
     done = shell(line, "chat", "qwen", "--prompts", str(prompts), "--max-tokens", "5")
     assert done.returncode == 0, done.stderr
     with out.open("a") as file:
-        file.write('{"model": "phi", "prompt": "On')  # killed in the middle of a line
+        file.write('{"model":"phi","prompt":"On')  # killed in the middle of a line
     done = shell(line, "chat", "phi", "qwen", "--prompts", str(prompts), "--max-tokens", "5", "--json")
     assert done.returncode == 0, done.stderr
     assert "qwen: 0 of 2 to ask" in done.stderr

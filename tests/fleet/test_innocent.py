@@ -128,7 +128,7 @@ def test_an_engine_that_hides_its_launch_is_ended_though_its_keeper_is_gone(mach
     assert b"SLEEP_TUI_LAUNCH" not in Path(f"/proc/{engine.pid}/environ").read_bytes()
     wait_until(
         lambda: str(engine.pid).encode() in store.path("a", "keeper").read_bytes(),
-        seconds=20,
+        seconds=60,
         what="the keeper writes its engine down",
     )
     os.kill(record.keeper.pid, signal.SIGKILL)

@@ -71,7 +71,7 @@ class Kept:
         return self.status
 
 
-async def until(condition: Callable[[], object], limit: float = 20.0) -> None:
+async def until(condition: Callable[[], object], limit: float = 60.0) -> None:
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.beside import core_of, record_of
-from tests.fleet.conftest import GIB, Box, inject, seen, until
+from tests.fleet.conftest import GIB, LIMIT, Box, inject, seen, until
 from tests.fleet.test_fast_sleep import fast, verb
 from vllm_sleep_tui.fleet import pool_holder
 from vllm_sleep_tui.fleet.fleet import Fleet
@@ -109,7 +109,10 @@ async def test_what_lies_in_the_pool_is_shown_counts_as_free_and_makes_room_for_
         give(fleet, 21)
         now = await fleet.measured()
         assert (now.gpus[0].pool_bytes, now.gpus[0].others) == (21 * GIB, ())
-        assert "21.0 GiB  KV pool" in verb(machine, "status").stdout
+        async with asyncio.timeout(LIMIT):
+            while "21.0 GiB  KV pool" not in (await asyncio.to_thread(verb, machine, "status")).stdout:
+                if (state := pool_of(fleet).state()) is not None and not state.free_bytes:
+                    give(fleet, 21)  # nobody came for it within 10 s, which a verb may take on a busy machine
         assert fleet.predict("b").action == "start"
         await fleet.start(["b"])
         assert seen(fleet, "b").state is State.AWAKE
@@ -235,7 +238,8 @@ async def test_the_last_server_of_a_gpu_ends_the_holder_and_the_first_to_stop_do
         await fleet.stop(["a"])
         assert is_alive(holder)
         await fleet.stop(["b"])
-        assert not is_alive(holder)
+        # By the stop; by the holder itself where its own look at the users was just in the way.
+        await until(lambda: not is_alive(holder))
 
 
 async def test_a_server_of_another_config_keeps_the_holder(box: MakeBox) -> None:
@@ -305,7 +309,7 @@ async def test_whoever_comes_next_finds_the_holder(box: MakeBox) -> None:
         await well(fleet, "b", "a")
         assert holder_of(fleet) == holder
     assert verb(machine, "stop", "--all").returncode == 0
-    assert not is_alive(holder)
+    await until(lambda: not is_alive(holder))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="acts as another user, which only root can")

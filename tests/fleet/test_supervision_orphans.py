@@ -33,7 +33,7 @@ def process(title: str, environment: dict[str, str]) -> Iterator[ProcessId]:
         ["bash", "-c", f'exec -a "{title}" sleep 300'], env=os.environ | environment, start_new_session=True
     )
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while Path(f"/proc/{running.pid}/cmdline").read_bytes().split(b"\0")[0] != title.encode():
             assert time.monotonic() < deadline
             time.sleep(0.01)

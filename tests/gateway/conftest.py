@@ -70,7 +70,7 @@ class Gated:
         command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(self.config), *words]
         return subprocess.run(command, env=self.env, capture_output=True, text=True, check=True).stdout
 
-    def until(self, condition: Callable[[], object], limit: float = 30.0) -> None:
+    def until(self, condition: Callable[[], object], limit: float = 60.0) -> None:
         """Wait for a condition; the log tells why it never came."""
         deadline = time.monotonic() + limit
         while not condition():
@@ -89,12 +89,12 @@ class Gated:
 
     def states(self) -> dict[str, str]:
         """The state of each model, as the gateway lists it."""
-        listed = httpx.get(f"{self.url}/models").json()["data"]
+        listed = httpx.get(f"{self.url}/models", timeout=60).json()["data"]
         return {entry["id"]: entry["state"] for entry in listed}
 
     def requests(self) -> list[dict[str, Any]]:
         """The requests under way."""
-        found: list[dict[str, Any]] = httpx.get(f"{self.base}/running").json()["requests"]
+        found: list[dict[str, Any]] = httpx.get(f"{self.base}/running", timeout=60).json()["requests"]
         return found
 
     def chat(self, model: str, text: str = "hello", **more: Any) -> httpx.Response:

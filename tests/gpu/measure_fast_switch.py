@@ -8,6 +8,7 @@ switches each way: by hand and by the panel on vLLM's own, by the panel at level
 one; with `--verbs` two each way by `switch` on the command line as well, whose times are without the start of
 its process (with it: `process`). After that `--wakes` is the number of proven switches at each level, with
 garbage three times for each model, and `--kills` ends the pool's holder, an engine and a keeper, each once.
+With `--dummy` vLLM makes up the weights, so that the models' folders need none; garbage is not tried then.
 With `--keep` the servers run on, and the same command goes on with them. The result is
 DIR/fast-switch.jsonl, a line as each thing is known; times in seconds, memory in bytes.
 """
@@ -61,6 +62,8 @@ def write_fleet(options: argparse.Namespace, level: int) -> Path:
     args = {"max-model-len": 4096, "gpu-memory-utilization": options.share}
     if options.gpus > 1:
         args["tensor-parallel-size"] = options.gpus
+    if options.dummy:
+        args["load-format"] = "dummy"
     if options.quantization:
         args["quantization"] = options.quantization
     models = {
@@ -174,9 +177,9 @@ class Run:
             for target in by_verb:
                 await self.by_verb("fast, level 0, a verb", target)
 
-    async def prove(self, wakes: int) -> None:
-        """So many switches at each level; memory before and after."""
-        for level in (1, 0):
+    async def prove(self, wakes: int, *, garbage: bool) -> None:
+        """So many switches at each level; memory before and after. Then garbage, which level 2 makes."""
+        for level in (0, 1):
             await self.fleet.switch("oa")
             async with self.at_level(level):
                 for target in TURN * 2:
@@ -188,7 +191,7 @@ class Run:
                     proof = self.store.read(target).proof
                     assert proof == "proven", f"{target} is {proof} at level {level}"
                 await self.memory(f"after {wakes} wakes at level {level}")
-        for name in TURN:
+        for name in TURN if garbage else ():
             await self.fleet.switch(name)
             found = await measure_proof.measure_running(self.store.read(name), 4)
             self.note(proof_of=name, **found)
@@ -256,6 +259,7 @@ async def main() -> None:
     parser.add_argument("--kills", action="store_true")
     parser.add_argument("--fast-only", action="store_true", help="no rounds, and vLLM's own is not started")
     parser.add_argument("--quantization")
+    parser.add_argument("--dummy", action="store_true", help="load-format dummy: no files of weights")
     parser.add_argument("--gpus", type=int, default=1, help="that each model spans, by tensor parallelism")
     parser.add_argument("--share", type=float, default=0.75, help="gpu-memory-utilization of each.")
     parser.add_argument("--simulated", help="Try it without a GPU: the memory of one, such as 80GiB.")
@@ -279,7 +283,7 @@ async def main() -> None:
         run.summary()
         await run.memory("after the rounds")
         if options.wakes:
-            await run.prove(options.wakes)
+            await run.prove(options.wakes, garbage=not options.dummy)
         if options.kills:
             await run.kills()
         run.summary()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from pty_terminal import Terminal
-from screen_text import until_seen
+from screen_text import text_of, until, until_seen
 from textual.widgets import Input
 
 from vllm_sleep_tui.cli.first_run import offers_of, write_wish
@@ -44,6 +44,10 @@ async def test_what_fits_is_chosen_already_and_what_was_chosen_is_the_result(tmp
         await until_seen(pilot, "Writes 2 models to", "Starts a/small", "● a/usual", "○ a/large")
         await pilot.press("space")  # the smallest comes first
         await until_seen(pilot, "Writes 1 model to", "Starts a/usual.", "○ a/small")
+        await pilot.click("#models", offset=(6, 2))  # a click chooses and writes nothing
+        await until_seen(pilot, "Choose at least one model", "○ a/usual")
+        await pilot.click("#models", offset=(6, 2))
+        await until_seen(pilot, "Starts a/usual.")
         await pilot.press("enter")
     assert app.return_value is not None
     assert app.return_value.environment == new  # the one that can sleep
@@ -56,9 +60,11 @@ async def test_without_a_vllm_it_asks_for_the_binary_and_takes_no_other_file(tmp
     async with app.run_test(size=(60, 20)) as pilot:
         await until_seen(pilot, "none was found; where is its binary?")
         await pilot.press(*"/nowhere/vllm", "enter")
-        await until_seen(pilot, "there is no such program")
+        await until_seen(pilot, "There is no such program: /nowhere/vllm.")
         app.query_one("#binary", Input).value = "~nobody-of-that-name/vllm"
+        await until(pilot, lambda: "no such program" not in text_of(app), "the complaint's end")
         await pilot.press("enter")
+        await until_seen(pilot, "There is no such program: ~nobody-of-that-name/vllm.")
         await pilot.press("escape", "q")
     assert app.return_value is None
 
@@ -101,8 +107,8 @@ def test_all_that_was_chosen_is_in_the_config_whatever_speaks_against_it(
 def test_from_an_empty_home_enter_writes_the_config_and_starts_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vllm, cache = tmp_path / "bin/vllm", tmp_path / "hf/hub/models--a--tiny"
-    vllm.parent.mkdir()
+    vllm, cache = tmp_path / "some/where/bin/vllm", tmp_path / "hf/hub/models--a--tiny"
+    vllm.parent.mkdir(parents=True)
     vllm.write_text("#!/bin/sh\necho No server today. >&2\nexit 3\n")
     vllm.chmod(0o755)
     (cache / "refs").mkdir(parents=True)
@@ -111,7 +117,7 @@ def test_from_an_empty_home_enter_writes_the_config_and_starts_the_model(
     (cache / "snapshots/abc/config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     (cache / "snapshots/abc/model.safetensors").write_bytes(bytes(4096))
     environment = {
-        "PATH": f"{vllm.parent}:/usr/bin:/bin",
+        "PATH": "/usr/bin:/bin",
         "HOME": str(tmp_path),
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_OFFLINE": "1",
@@ -125,7 +131,7 @@ def test_from_an_empty_home_enter_writes_the_config_and_starts_the_model(
     terminal = Terminal([sys.executable, "-m", "vllm_sleep_tui"], environment, 80, 24)
     try:
         terminal.wait_for("a/tiny", "Writes 1 model")
-        terminal.press("\r")
+        terminal.press("~/some/where/bin/vllm\r")  # at once, as a paste arrives or what was typed ahead
         terminal.wait_for("failed")  # that vllm does not serve, which is told as of any other
         written = load(tmp_path / "config/vllm-sleep-tui/vllm-sleep-tui.yaml").config
         assert written.vllm_command == (str(vllm),)

@@ -19,7 +19,7 @@ from talker import talker
 
 from vllm_sleep_tui.fleet.store.locks import shared_folder
 
-LIMIT = 20.0
+LIMIT = 60.0
 """For an end that is promised within 3 s, on a machine that has other work."""
 
 

@@ -221,8 +221,8 @@ def test_watching_on_a_terminal_clears_it_once_and_then_draws_in_place(command: 
 
 
 def read_terminal(descriptor: int) -> Iterator[bytes]:
-    """What is written to a terminal, as it comes, for at most 30 s."""
-    deadline = time.monotonic() + 30
+    """What is written to a terminal, as it comes, for at most 60 s."""
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if select.select([descriptor], [], [], 0.2)[0]:
             yield os.read(descriptor, 65536)

@@ -52,6 +52,9 @@ def test_environments_of_every_kind_are_found_and_none_is_run(tmp_path: Path) ->
         "conda, listed": tmp_path / "listed",
         "uv tool, vllm": home / ".local/share/uv/tools/vllm",
         "pipx, vllm": home / ".local/share/pipx/venvs/vllm",
+        "~/.virtualenvs/old": home / ".virtualenvs/old",
+        "~/models/.venv": home / "models/.venv",
+        "~/vllm": home / "vllm",
     }
     for prefix in prefixes.values():
         install_vllm(prefix, "0.24.0")
@@ -155,7 +158,7 @@ def process(title: str, environment: dict[str, str]) -> Iterator[ProcessId]:
     command = ["bash", "-c", f'exec -a "{title}" sleep 300']
     running = subprocess.Popen(command, env=os.environ | environment)
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while Path(f"/proc/{running.pid}/cmdline").read_bytes().split(b"\0")[0] != title.encode():
             assert time.monotonic() < deadline
             time.sleep(0.01)

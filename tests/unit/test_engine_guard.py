@@ -112,7 +112,7 @@ class Guarded:
         return await self.answer(reader, writer)
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Answer:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             raw = await reader.read()
         writer.close()
         return Answer(raw)
@@ -125,13 +125,13 @@ class Guarded:
         return (await self.ask("POST", "/panel/gate", body=body, trusted=True)).json()
 
     async def until_in_flight(self, number: int) -> Any:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while (state := await self.gate())["in_flight"] != number:
                 await asyncio.sleep(0.005)
         return state
 
     async def until_seen(self, number: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(self.app.seen) < number:
                 await asyncio.sleep(0.005)
 
@@ -544,7 +544,7 @@ def quick_touch(guard_module: Any) -> None:
 async def test_a_cleaner_by_age_finds_the_panels_socket_young(quick_touch: None, guarded: Guarded) -> None:
     for path in (guarded.panel, guarded.panel.parent):
         os.utime(path, (0, 0))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while min(path.stat().st_mtime for path in (guarded.panel, guarded.panel.parent)) < 1:
             await asyncio.sleep(0.005)
 
@@ -564,7 +564,7 @@ async def test_bodies_that_wait_have_a_limit_over_all_and_give_their_room_back(
     guard_module.MAX_HELD = 100
     waiting, waiter = await guarded.open("POST", CHAT, {"Content-Length": "80"}, b"x" * 70)
     # The guard has those by the time it refuses; one with room for itself may come before them.
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while (refused := await guarded.ask("POST", CHAT, body=b"y" * 40)).status == 200:
             await asyncio.sleep(0.005)
 
@@ -573,6 +573,6 @@ async def test_bodies_that_wait_have_a_limit_over_all_and_give_their_room_back(
     assert (await guarded.answer(waiting, waiter)).status == 200
     _, leaver = await guarded.open("POST", CHAT, {"Content-Length": "80"}, b"x" * 70)
     leaver.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while (await guarded.ask("POST", CHAT, body=b"z" * 100)).status != 200:
             await asyncio.sleep(0.005)

@@ -54,6 +54,19 @@ def test_a_bar_redrawn_within_a_line_counts_with_its_newest_state() -> None:
     assert phase.fraction == 0.37
 
 
+def test_a_hub_that_does_not_answer_is_told_until_the_start_goes_on() -> None:
+    reader = PhaseReader()
+    said = reader.feed(
+        "'[Errno -2] Name or service not known' thrown while requesting GET https://huggingface.co/api/models/a/b"
+    )
+    assert said is not None
+    assert (said.name, "HF_HUB_OFFLINE=1" in said.detail) == ("loading", True)
+    assert reader.feed("Retrying in 1s [Retry 1/5].") is None
+    after = reader.feed("INFO [gpu_model_runner.py:1] Starting to load model a/b")
+    assert after is not None
+    assert after.detail == "reading weights"
+
+
 def test_a_slower_worker_does_not_turn_the_phase_back() -> None:
     reader = PhaseReader()
     reader.feed("(Worker_TP0 pid=1) INFO 11-23 07:58:12 [b.py:1] Dynamo bytecode transform time: 9.45 s")

@@ -20,7 +20,7 @@ from vllm_sleep_tui.telemetry.sampler import Sample, Sampler
 GIB = 1 << 30
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
@@ -51,11 +51,13 @@ class BreakingReader:
         self.hanging = threading.Event()
         self.let_go = threading.Event()
         self.let_go.set()
+        self.went_on = False
 
     def read(self) -> tuple[GpuReading, ...]:
         if not self.let_go.is_set():
             self.hanging.set()
-            self.let_go.wait(30)
+            self.let_go.wait(120)
+            self.went_on = True
         if self.broken:
             raise RuntimeError("the driver fell over")
         return (GpuReading(index=0, uuid="GPU-0", name="X", used_bytes=1),)
@@ -115,7 +117,7 @@ def test_the_thread_sees_a_process_that_starts_and_one_that_ends(folder: Path) -
             lambda: "new" in (models := sampler.latest().models) and models["new"].vram_by_gpu == {0: 7 * GIB}
         )
         process.stdin.close()
-        process.wait(10)
+        process.wait(60)
         wait_for(lambda: sampler.latest().models["new"].vram_by_gpu is None)
         wait_for(lambda: sampler.latest().gpus[0].used_bytes == 3 * GIB)
     finally:
@@ -159,7 +161,7 @@ def test_figures_that_have_grown_old_say_so() -> None:
     try:
         wait_for(lambda: sampler.latest().time > 0)
         reader.let_go.clear()
-        assert reader.hanging.wait(10)
+        assert reader.hanging.wait(60)
         wait_for(lambda: any("s old" in note for note in sampler.latest().notes))
     finally:
         reader.let_go.set()
@@ -171,10 +173,9 @@ def test_closing_does_not_wait_for_a_driver_that_hangs() -> None:
     reader.let_go.clear()
     sampler = Sampler(reader, None)
     sampler.start()
-    assert reader.hanging.wait(10)
-    started = time.monotonic()
+    assert reader.hanging.wait(60)
     sampler.close()
-    assert time.monotonic() - started < 10
+    assert not reader.went_on
     reader.let_go.set()
 
 

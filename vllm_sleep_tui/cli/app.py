@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import importlib
 import os
 import sys
@@ -73,6 +74,7 @@ class Verbs(click.Group):
         if cmd_name not in VERBS:
             return None
         module = importlib.import_module(f"vllm_sleep_tui.cli.{VERBS[cmd_name]}")
+        _look_for_garbage()
         command: click.Command = getattr(module, cmd_name)
         return command
 
@@ -100,6 +102,7 @@ def open_panel(ctx: click.Context, *, read_only: bool = False, begin: str | None
     loaded = load_config(ctx, only_looks=read_only)
     from vllm_sleep_tui.tui.app import run_panel
 
+    _look_for_garbage()
     return run_panel(loaded, state_dir(), agreement(ctx), read_only=read_only, begin=begin)
 
 
@@ -115,6 +118,12 @@ def open_first(ctx: click.Context) -> int:
 
         return open_demo()
     return open_panel(ctx, begin=next(iter(write_wish(wish).config.models)))
+
+
+def _look_for_garbage() -> None:
+    """From now on, and not in what was imported so far: `main` has put it off."""
+    gc.freeze()
+    gc.enable()
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -231,7 +231,9 @@ def _model_lines(name: str, model: CachedModel, gpus: Sequence[GpuReading]) -> l
         return [
             *lines,
             "    gpus: []  # no GPU was found: vLLM on the CPU, where sleeping frees no memory",
-            f"    args: {{gpu-memory-utilization: {CPU_SHARE:g}}}  # of the RAM, which vLLM takes on the CPU",
+            "    args:",
+            f"      gpu-memory-utilization: {CPU_SHARE:g}  # of the RAM, which vLLM takes on the CPU",
+            "      enforce-eager: true  # else its start compiles for minutes; answers are faster then",
         ]
     count = gpus_needed(model.bytes, gpus) or 1
     lines.append(f"    gpus: {[gpu.index for gpu in gpus[:count]]}")

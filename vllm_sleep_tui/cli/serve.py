@@ -23,7 +23,7 @@ from vllm_sleep_tui.text import clean
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.fleet import Fleet
-    from vllm_sleep_tui.gateway.gateway import Post
+    from vllm_sleep_tui.gateway.post import Post
 
 LOOK_SECONDS = 0.5
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class Headless:
         elif self._post is not None:
             await self._leave_post()
         elif wanted is not None:
-            from vllm_sleep_tui.gateway.gateway import Post  # with an HTTP server, for who has a gateway
+            from vllm_sleep_tui.gateway.post import Post  # with an HTTP server, for who has a gateway
 
             self._post = Post(fleet, wanted)
             self._post.start()

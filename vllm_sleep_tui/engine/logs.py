@@ -62,6 +62,10 @@ class _Sign:
 
 # vLLM 0.24 to 0.33; the CPU lines from log-start-cold-torch-compile.txt, the rest h100/start-phi3-mini.log.
 _SIGNS = (
+    # huggingface_hub without a network: it is asked again for minutes even if the cache has all.
+    _Sign(
+        "thrown while requesting", "loading", "no answer of the model hub; HF_HUB_OFFLINE=1 asks it nothing"
+    ),
     _Sign("Starting to load model", "loading", "reading weights", 0.0),
     _Sign("checkpoint shards:", "loading", "reading weights"),
     _Sign("Loading weights took", "loading", "weights read", 1.0),

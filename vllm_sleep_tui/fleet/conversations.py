@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -24,6 +23,9 @@ from vllm_sleep_tui.fleet.pictures import Picture
 from vllm_sleep_tui.fleet.snapshot import TokenChance
 from vllm_sleep_tui.text import clean, one_line
 from vllm_sleep_tui.units import date_and_time
+
+if TYPE_CHECKING:
+    import sqlite3  # imported where it is used: the panel's first screen needs none of it
 
 T = TypeVar("T")
 Role = Literal["user", "assistant"]
@@ -373,6 +375,8 @@ class Conversations:
 
     def _guarded(self, act: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
         """Act on the database; nothing that it does gets out of here."""
+        import sqlite3
+
         try:
             with self._connected() as connection:
                 return act(connection)
@@ -384,6 +388,8 @@ class Conversations:
             return otherwise
 
     def _connected(self) -> sqlite3.Connection:
+        import sqlite3
+
         if self._connection is None:
             with contextlib.suppress(FileExistsError):
                 # Never a file that is there: closing it would drop the locks of SQLite in this process.

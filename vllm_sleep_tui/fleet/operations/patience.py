@@ -40,6 +40,7 @@ async def patiently(model: Model, ask: Callable[[], Awaitable[T]]) -> T:
                 raise
         finally:
             asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
 
 
 def efforts(record: Record) -> dict[int, Effort]:

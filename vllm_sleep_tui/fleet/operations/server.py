@@ -293,11 +293,12 @@ class Server:
             if reached is None:
                 await self.fail(Failure.SLEEP_REFUSED, "its workers do not tell how they sleep.")
             self.model.write(level=reached)
-            if refused := next((worker.refused for worker in workers if worker.refused), None):
+            if refused := [worker.refused for worker in workers if worker.refused]:
                 self.model.write(intent=None)
+                some = "" if len(refused) == len(workers) else f" of {len(refused)} of {len(workers)} workers"
                 raise RefusedError(
-                    f"{self.name} cannot move its weights to RAM: {refused[:MAX_WHY]}.",
-                    "Free RAM, or sleep it at level 2; it sleeps on with its weights in VRAM.",
+                    f"{self.name} cannot move its weights{some} to RAM: {refused[0][:MAX_WHY]}.",
+                    "Free RAM, or sleep it at level 2; it sleeps on, and those weights stay in VRAM.",
                 )
             with self.operation.timed("settle"):
                 settled = await self.settle(before, level, log)
@@ -496,14 +497,21 @@ class Server:
         self.intend("wake", level=level, event=Event.WAKE)
         began = time.perf_counter()
         await self.leave_room(memory, level)
-        await self.bring_back(level, more_room)
-        seconds = time.perf_counter() - began
-        # What of the pool nobody has taken is given up beside the proof, not after it.
-        giving_up = asyncio.ensure_future(asyncio.to_thread(give_up, self.core, self.record.gpus))
+        asked = self.ask_along(level)
         try:
-            verdict = await self.prove()
+            await self.bring_back(level, more_room)
+            seconds = time.perf_counter() - began
+            # What of the pool nobody has taken is given up beside the proof, not after it.
+            giving_up = asyncio.ensure_future(asyncio.to_thread(give_up, self.core, self.record.gpus))
+            try:
+                verdict = await self.prove(asked)
+            finally:
+                await giving_up
         finally:
-            await giving_up
+            if asked is not None:
+                asked.cancel()
+                await asyncio.gather(asked, return_exceptions=True)
+        self.operation.emptied |= set(self.record.gpus)
         await self.open_gate()
         self.model.remember(lambda known: known.with_time(f"wake{level}", seconds))
         self.model.enter(
@@ -579,8 +587,27 @@ class Server:
         reference = await proof.ask(self.client, self.name, self.core.limits.call)
         self.model.write(reference=reference)
 
-    async def prove(self) -> str:
-        """The first token after a wake, compared with the reference; twice wrong is reloaded, then failed."""
+    def ask_along(self, level: int) -> asyncio.Future[bool] | None:
+        """Ask the proof's question while it wakes: vLLM lets it wait until everything is awake, and has it then.
+
+        None where more than one call makes a wake, or without our sleep mode: there it was not tried.
+        """
+        if level == 2 or not self.is_own or self.record.reference is None:
+            return None
+        return asyncio.ensure_future(self.is_itself_soon())
+
+    async def is_itself_soon(self) -> bool:
+        """Whether it is known to be itself, asked while it wakes; never raises an EngineError."""
+        await asyncio.sleep(sleeping.ALONG_SECONDS)
+        with contextlib.suppress(EngineError):
+            return await self.is_itself(self.limit() + self.core.limits.call)
+        return False
+
+    async def prove(self, asked: asyncio.Future[bool] | None = None) -> str:
+        """The first token after a wake, compared with the reference; twice wrong is reloaded, then failed.
+
+        An answer to what was `asked` while it woke counts if it is right.
+        """
         self.operation.tell(self.name, "prove")
         with self.operation.timed("prove"):
             try:
@@ -588,7 +615,10 @@ class Server:
                     if not await self.client.health(self.core.limits.call):
                         await self.fail(Failure.PROOF_REFUSED, "its health is bad.")
                     return Verdict.UNPROVEN
-                if await self.is_itself() or await self.is_itself():
+                if asked is not None:
+                    await asyncio.wait({asked}, timeout=self.core.limits.call)
+                is_well = asked is not None and asked.done() and asked.result()
+                if is_well or await self.is_itself() or await self.is_itself():
                     return proof.proven(self.replicas, self.record.reference)
             except EngineError as error:
                 await self.fail(Failure.PROOF_REFUSED, error)
@@ -605,12 +635,11 @@ class Server:
             await self.fail(Failure.ANSWER_WRONG, f"Its weights could not be loaded again: {error}")
         return await self.fail(Failure.ANSWER_WRONG)
 
-    async def is_itself(self) -> bool:
-        """Whether it answers as it did when it was known to be well."""
+    async def is_itself(self, seconds: float | None = None) -> bool:
+        """Whether it answers, within `seconds` or the limit of a call, as when it was known to be well."""
         assert self.record.reference is not None
-        return await proof.is_itself(
-            self.client, self.name, self.record.reference, self.core.limits.call, self.replicas
-        )
+        limit = self.core.limits.call if seconds is None else seconds
+        return await proof.is_itself(self.client, self.name, self.record.reference, limit, self.replicas)
 
     @property
     def replicas(self) -> int:

@@ -23,11 +23,7 @@ from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot, Predicti
 from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.drawing.timeline import WINDOWS
 from vllm_sleep_tui.tui.keys import CHANGING, bindings
-from vllm_sleep_tui.tui.screens.conversations import ConversationList
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Chooser, Help, Question
-from vllm_sleep_tui.tui.screens.events import EventScreen
-from vllm_sleep_tui.tui.screens.gpus import GpuScreen
-from vllm_sleep_tui.tui.screens.logs import show_log
 from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.copies import copies_of
 from vllm_sleep_tui.tui.state.editor import edited
@@ -46,7 +42,7 @@ from vllm_sleep_tui.tui.words import DOING
 from vllm_sleep_tui.units import counted, gib
 
 if TYPE_CHECKING:
-    from vllm_sleep_tui.gateway.gateway import Post
+    from vllm_sleep_tui.gateway.post import Post
 
     # imported by `action_bench`
     from vllm_sleep_tui.tui.state.bench_runner import BenchRunner
@@ -64,9 +60,10 @@ _TYPING_HINT = "⏎ send  alt+⏎ line  ↑ earlier  esc leave the input   lette
 
 
 class Dashboard(LookingScreen):
-    """The one screen of every day."""
+    """The one screen of every day; the others are imported when they are opened, as the first paint waits."""
 
     BINDINGS: ClassVar[list[BindingType]] = bindings()
+    keeps_readings = True
 
     def __init__(self, fleet: PanelFleet, operations: Operations, conversations: Conversations) -> None:
         super().__init__()
@@ -74,7 +71,7 @@ class Dashboard(LookingScreen):
         self.fleet = fleet
         self.operations = operations
         self._ticks = 0
-        self._is_busy = False
+        self._is_busy = self._is_painted = False
         self.readings = Readings()
         self._bench: BenchRunner | None = None
         self._past = PastReader(fleet, operations, self.changed)
@@ -108,8 +105,14 @@ class Dashboard(LookingScreen):
         """Show the first moment, then look again four times a second."""
         self._table.focus()
         await self.look()
+        self.call_after_refresh(self._painted)
         self.look_every(TICK_SECONDS, self._tick)
         self.run_worker(self._hear(), group="events")
+
+    def _painted(self) -> None:
+        """Add to the first screen what takes longer to know than who is there and how."""
+        self._is_painted = True
+        self.changed()
 
     def on_resize(self, event: Resize) -> None:
         """Fit the layout to the terminal."""
@@ -165,7 +168,7 @@ class Dashboard(LookingScreen):
         return 0 if post is None else sum(ask.state == "waiting" for ask in post.view().asks)
 
     def _prediction(self) -> Prediction | None:
-        if self.selected is None or self.fleet.snapshot().read_only:
+        if self.selected is None or not self._is_painted or self.fleet.snapshot().read_only:
             return None
         return self.fleet.predict(self.selected)
 
@@ -205,7 +208,8 @@ class Dashboard(LookingScreen):
         timeline = self.query_one(Timeline)
         timeline.show(view)
         self._fit_timeline(len(view.snapshot.models))
-        self._past.look(view.snapshot, timeline.window.seconds)
+        if self._is_painted:
+            self._past.look(view.snapshot, timeline.window.seconds)
         self.query_one(ChatPane).show(view)
 
     def changed(self) -> None:
@@ -469,6 +473,8 @@ class Dashboard(LookingScreen):
     @work
     async def action_chat_list(self) -> None:
         """The conversations that were kept."""
+        from vllm_sleep_tui.tui.screens.conversations import ConversationList
+
         chat = self.query_one(ChatPane)
         chosen = await self.app.push_screen_wait(ConversationList(self._conversations, chat.forgotten))
         if chosen is not None:
@@ -637,12 +643,16 @@ class Dashboard(LookingScreen):
 
     def action_log(self) -> None:
         """The selected model's log."""
+        from vllm_sleep_tui.tui.screens.logs import show_log
+
         if self.selected is not None:
             show_log(self, self.fleet, self.selected)
 
     @work
     async def action_events(self) -> None:
         """What happened; the event that was chosen there is looked at on the timeline."""
+        from vllm_sleep_tui.tui.screens.events import EventScreen
+
         event = await self.app.push_screen_wait(EventScreen(self.fleet))
         if event is None:
             return
@@ -662,12 +672,14 @@ class Dashboard(LookingScreen):
 
     def action_gpus(self) -> None:
         """The screen of the GPUs."""
+        from vllm_sleep_tui.tui.screens.gpus import GpuScreen
+
         self.app.push_screen(GpuScreen(self.fleet, self.readings))
 
     def action_gateway(self) -> None:
         """The screen of the gateway, with the models' own addresses."""
         from vllm_sleep_tui.tui.app import PanelApp  # which imports this
-        from vllm_sleep_tui.tui.screens.gateway import GatewayScreen  # seldom looked at
+        from vllm_sleep_tui.tui.screens.gateway import GatewayScreen
 
         assert isinstance(self.app, PanelApp)
         if self.app.post is None:
@@ -679,7 +691,6 @@ class Dashboard(LookingScreen):
 
     def action_bench(self) -> None:
         """The benchmark's screen."""
-        # Seldom looked at, and slow to import.
         from vllm_sleep_tui.tui.screens.bench import BenchScreen
         from vllm_sleep_tui.tui.state.bench_runner import BenchRunner
 
@@ -689,7 +700,7 @@ class Dashboard(LookingScreen):
 
     def action_advice(self) -> None:
         """What to do with each model."""
-        from vllm_sleep_tui.tui.screens.advice import AdviceScreen  # reads checkpoints; seldom looked at
+        from vllm_sleep_tui.tui.screens.advice import AdviceScreen
 
         self.app.push_screen(AdviceScreen(self.fleet))
 

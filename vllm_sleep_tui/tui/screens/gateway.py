@@ -19,7 +19,7 @@ from vllm_sleep_tui.units import UNKNOWN, counted, time_text
 
 if TYPE_CHECKING:  # with an HTTP server, for who opens it
     from vllm_sleep_tui.gateway.asks import AskView
-    from vllm_sleep_tui.gateway.gateway import GatewayView, Post
+    from vllm_sleep_tui.gateway.post import GatewayView, Post
 
 STEP_SECONDS = 0.5
 LAST_SHOWN = 50

@@ -121,6 +121,7 @@ class GpuCard(Painted):
 class GpuScreen(LookingScreen):
     """Everything about the GPUs; it looks only while it is in front."""
 
+    keeps_readings = True
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,g,q", "dismiss", "back", show=False),
         Binding("plus,equals_sign", "zoom(1)", "further back", show=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import ClassVar
 
 from textual.screen import Screen
 from textual.timer import Timer
@@ -14,6 +15,8 @@ class LookingScreen(Screen[None]):
     """A screen that looks every so often while it can be seen."""
 
     look_timer: Timer | None = None
+    keeps_readings: ClassVar[bool] = False
+    """Whether what it sees is kept for the course of the GPUs' figures."""
 
     def look_every(self, seconds: float, look: Callable[[], Awaitable[None] | None]) -> None:
         """Call `look` from now on, while this screen is in front or behind a question."""

@@ -20,10 +20,7 @@ from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line
 from vllm_sleep_tui.tui.drawing.preview import Preview, looked_at
 from vllm_sleep_tui.tui.drawing.turns import Answer
-from vllm_sleep_tui.tui.screens.chances import ChancesScreen
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
-from vllm_sleep_tui.tui.screens.duel import DuelScreen
-from vllm_sleep_tui.tui.screens.parameters import ParametersScreen
 from vllm_sleep_tui.tui.state.operations import Operations, expected
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.talk import Entry, Talk
@@ -365,6 +362,8 @@ class ChatPane(Vertical):
 
     def side_by_side(self) -> None:
         """The last two answers to one question beside each other."""
+        from vllm_sleep_tui.tui.screens.duel import DuelScreen  # as every screen: when it is opened
+
         talk = self._talk
         question = None if talk is None else talk.asked
         if talk is None or question is None or (pair := talk.pair()) is None:
@@ -509,6 +508,8 @@ class ChatPane(Vertical):
     @work
     async def choose_parameters(self) -> None:
         """How the conversation's next questions are asked."""
+        from vllm_sleep_tui.tui.screens.parameters import ParametersScreen
+
         talk, model = self._talk, self._model
         if talk is None or model is None:
             return
@@ -528,6 +529,8 @@ class ChatPane(Vertical):
 
     def show_chances(self) -> None:
         """How likely the tokens of the answer under the mouse were, else those of the last one."""
+        from vllm_sleep_tui.tui.screens.chances import ChancesScreen
+
         answer = self.transcript.answer_in_sight()
         if answer is None or not answer.chances:
             words = (

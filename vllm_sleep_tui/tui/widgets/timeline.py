@@ -122,8 +122,9 @@ class Timeline(Shown):
         self.repaint()
 
     def _frame(self, view: View, width: int = 0) -> Frame:
-        # Before it is shown for the first time its box tells how wide it will be.
-        cells = width or self.content_size.width or self.container_size.width
+        # Before it is shown for the first time its box tells how wide it will be, and before that the screen:
+        # a key may come before the first layout, and a width of nothing would put the cursor half a window back.
+        cells = width or self.content_size.width or self.container_size.width or self.screen.size.width
         count = max(1, cells - _NAME_WIDTH)
         # Whole cells of time: the picture moves one cell at a time, not a little with each look.
         step = self.window.seconds / count
