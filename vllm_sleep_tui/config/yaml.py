@@ -133,7 +133,7 @@ class Document(msgspec.Struct, frozen=True):
     lines: Mapping[Key, int]
     included: list[str] = msgspec.field(default_factory=list)
     """The digests of the files whose content counts as this one's."""
-    read: list[Path] = field(default_factory=list)
+    read: list[Path] = msgspec.field(default_factory=list)
     """The other files that were read for it: those, and those of keys."""
 
     def include(self, other: Document) -> Document:
