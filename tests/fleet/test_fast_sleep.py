@@ -249,14 +249,13 @@ async def test_garbage_after_a_wake_from_level_0_is_cured(box: MakeBox) -> None:
         assert seen(fleet, "a").proof == "proven"
 
 
-@pytest.mark.parametrize("fault", ["wake_500:1", "engine_dies_on_wake:1"])
 async def test_a_wake_that_fails_does_not_wait_for_the_question_that_was_asked_meanwhile(
-    box: MakeBox, fault: str
+    box: MakeBox,
 ) -> None:
     async with box({"a": fast("sim/1GiB", level=0)}).open() as fleet:
         await fleet.start(["a"])
         await fleet.sleep("a")
-        await inject(fleet, "a", fault)
+        await inject(fleet, "a", "engine_dies_on_wake:1")
         with pytest.raises(OperationError):
             await fleet.wake("a")
         assert seen(fleet, "a").state is State.FAILED

@@ -588,9 +588,9 @@ class Server:
         self.model.write(reference=reference)
 
     def ask_along(self, level: int) -> asyncio.Future[bool] | None:
-        """Ask the proof's question while it wakes: vLLM lets it wait until everything is awake.
+        """Ask the proof's question while it wakes; vLLM keeps it until everything is awake.
 
-        None where more than one call makes a wake, or without our sleep mode: there it was not tried.
+        None where a wake takes more than one call, and without our sleep mode.
         """
         if level == 2 or not self.is_own or self.record.reference is None:
             return None
