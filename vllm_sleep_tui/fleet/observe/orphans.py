@@ -9,13 +9,14 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
 
-from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError, UsageError
 from vllm_sleep_tui.files import path_of
@@ -39,6 +40,7 @@ from vllm_sleep_tui.units import GIB, gib
 KIND_SECONDS = 15.0
 """For a keeper to stop its server; a killed engine frees tens of GiB within this too."""
 END_SECONDS = 25.0
+Read = Callable[[Path], LoadedConfig]
 NOTED_BYTES = GIB // 10
 """Less than this that orphans hold is not told."""
 
@@ -63,8 +65,9 @@ def find_orphans(state_dir: Path) -> tuple[Orphan, ...]:
     launches = {pid: launch for pid in mine if (launch := launch_of(pid))}
     keepers = {pid: launch for pid, launch in launches.items() if is_keeper(pid)}
     orphans: dict[int, Orphan] = {}
+    read = cache(load)  # one config may have many models, each with its keeper
     for pid, launch in keepers.items():
-        why = fault_of(pid, launch)
+        why = fault_of(pid, launch, read)
         if why is not None:
             for member in (pid, *table.descendants(pid)):
                 note(orphans, table, member, launch, why, member == pid)
@@ -124,7 +127,7 @@ def holder_file(pid: int) -> Path | None:
     return next((Path(path) for path in files if path.endswith(".holder")), None)
 
 
-def fault_of(pid: int, launch: str) -> str | None:
+def fault_of(pid: int, launch: str, read: Read) -> str | None:
     """Why nobody looks after a living keeper; None if somebody does."""
     file = keeper_file(pid)
     if file is None:
@@ -137,10 +140,10 @@ def fault_of(pid: int, launch: str) -> str | None:
         return "it has no record"
     if record.launch != launch or record.state in (State.STOPPED, State.FAILED):
         return "its record tells of another server, or of none"
-    return fault_of_config(record)
+    return fault_of_config(record, read)
 
 
-def fault_of_config(record: Record) -> str | None:
+def fault_of_config(record: Record, read: Read = load) -> str | None:
     """Whether the config of a record still names its model; a config that cannot be read may."""
     path = path_of(record.config)
     try:
@@ -150,7 +153,7 @@ def fault_of_config(record: Record) -> str | None:
     except OSError:
         return None
     try:
-        model = load(path).config.models.get(record.name)
+        model = read(path).config.models.get(record.name)
     except UsageError:
         return None
     if model is None:
