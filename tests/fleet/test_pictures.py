@@ -15,6 +15,9 @@ from tests.command_line import CommandLine
 from tests.fleet.test_chat_verb import COMMAND, shell
 from tests.tui.pty_terminal import Terminal
 from vllm_sleep_tui.cli.demo import write_demo
+from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.fleet.fleet import Fleet
+from vllm_sleep_tui.fleet.pictures import look_at
 
 
 def png(columns: int, rows: int, color: bytes = b"\xff\x80\x00") -> bytes:
@@ -78,6 +81,13 @@ def test_what_cannot_be_sent_is_said_before_anything_is_sent(line: CommandLine, 
     with (tmp_path / "large.png").open("wb") as large:
         large.write(png(1, 1))
         large.truncate(20 * 2**20 + 1)
+    for number in range(4):
+        with (tmp_path / f"{number}.png").open("wb") as large:
+            large.write(png(1, 1))
+            large.truncate(17 * 2**20)
+    images = [part for number in range(4) for part in ("--image", str(tmp_path / f"{number}.png"))]
+    done = shell(line, "chat", "phi", "hi", *images)
+    assert (done.returncode, "together more than 64 MiB" in done.stderr) == (2, True)
     for name, words in {
         "none.png": "cannot be read: No such file or directory.\nName a picture's file; "
         "a word with an @ is sent as a word with a blank after the @.\n",
@@ -102,6 +112,23 @@ def test_a_model_that_reads_text_alone_is_not_started_for_a_picture(
     done = shell(line, "chat", "qwen", "hi", "--image", str(file))
     assert done.returncode == 1
     assert "This model reads text alone: its server takes no pictures. Ask a model that sees" in done.stderr
+
+
+async def test_a_model_that_reads_text_alone_goes_on_with_a_conversation_that_had_a_picture(
+    line: CommandLine, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(png(4, 4))
+    told = [
+        {"role": "user", "content": "See", "pictures": look_at([file])},
+        {"role": "assistant", "content": "I see."},
+        {"role": "user", "content": "And?"},
+    ]
+    async with Fleet(load(line.config), line.state_home / "vllm-sleep-tui") as fleet:
+        events = [event async for event in fleet.chat("big", told, params={"max_tokens": 20})]
+        await fleet.stop(["big"])
+    assert events[-1].error is None
+    assert "And?" in "".join(event.text for event in events)
 
 
 def test_a_picture_that_is_dropped_on_the_terminal_is_shown(line: CommandLine, tmp_path: Path) -> None:

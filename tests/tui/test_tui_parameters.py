@@ -114,10 +114,23 @@ async def test_presets_come_by_name_from_the_config_and_from_what_was_kept_in_th
         await write(pilot)
         await pilot.press("ctrl+o")
         await until_seen(pilot, "wild  temperature 1.5", "exact  temperature 0 · seed 7")
-        await pilot.press("down", "enter")
+        await pilot.press("enter")
+        await until(
+            pilot, lambda: pilot.app.screen.query_one("#preset", Input).value == "wild", "what it fills in"
+        )
+        await pilot.press("ctrl+x")
+        await until_seen(pilot, "The preset wild is deleted.")
+        await pilot.press("ctrl+x")
+        await until_seen(pilot, "No preset of that name")
+        await pilot.press("ctrl+o")
+        await until_seen(pilot, "exact  temperature 0 · seed 7")
+        assert "wild  temperature" not in text_of(pilot.app)
+        await pilot.press("enter")
         await until(
             pilot, lambda: pilot.app.screen.query_one("#preset", Input).value == "exact", "what it fills in"
         )
+        await pilot.press("ctrl+x")
+        await until_seen(pilot, "exact is a preset of the config.")
         await pilot.press("enter")
         await ask(pilot, "q")
         await until(pilot, lambda: fleet.asked_with, "the question")

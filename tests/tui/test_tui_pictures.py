@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from PIL import Image
-from screen_text import panel, text_of, until_seen
+from screen_text import panel, text_of, until, until_seen
 from scripted_fleet import ScriptedFleet
 from test_tui_chat import answer
 from textual.events import Paste
@@ -31,8 +31,13 @@ async def test_a_dropped_picture_is_shown_and_told_and_asked_again(tmp_path: Pat
         assert message["content"] == "Look: a photo.png and?"
         assert [picture.path for picture in message["pictures"]] == [str(file)]
         await pilot.press("ctrl+r")
-        await until_seen(pilot, "A red field.")
+        await until(pilot, lambda: len(fleet.asked) == 2, "the question again")
         assert fleet.asked[1][1] == fleet.asked[0][1]
+        await until_seen(pilot, "A red field.")
+        fleet.blind = {"qwen"}
+        await pilot.press(*"more", "enter")
+        await until(pilot, lambda: len(fleet.asked) == 3, "the next question")
+        await until_seen(pilot, "qwen reads text alone: the pictures of")
 
 
 async def test_what_cannot_see_or_be_seen_is_told_before_sending(tmp_path: Path) -> None:

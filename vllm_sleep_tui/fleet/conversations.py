@@ -365,6 +365,10 @@ class Conversations:
 
         return self._worker.submit(self._guarded, act, False)
 
+    def forget_preset(self, name: str) -> Future[bool]:
+        """Delete a preset that was kept here; False if there is none of that name."""
+        return self._change("DELETE FROM presets WHERE config = ? AND name = ?", self._config, name)
+
     # ── on the thread ────────────────────────────────────────────────────────────────────────────────────
 
     def _asked(self, act: Callable[[sqlite3.Connection], T], otherwise: T) -> T:

@@ -26,6 +26,8 @@ MOST_BYTES = 20 * 2**20
 """Of one picture; no model looks at more, whoever serves it."""
 MOST_PICTURES = 16
 """Of one question."""
+MOST_SENT = 64 * 2**20
+"""Of all pictures that go with one question, those of earlier ones included."""
 _MIB = 2**20
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 _MARK = re.compile(r"""(?<!\S)@(?:"([^"\n]+)"|(\S*[^\s?!.,;:)]))""")
@@ -72,7 +74,13 @@ def look_at(paths: Sequence[Path]) -> tuple[Picture, ...]:
         raise UsageError(
             f"{len(paths)} pictures are too many for one question.", f"Ask about at most {MOST_PICTURES}."
         )
-    return tuple(_picture(path)[0] for path in dict.fromkeys(_from_root(path) for path in paths))
+    pictures = tuple(_picture(path)[0] for path in dict.fromkeys(_from_root(path) for path in paths))
+    if sum(picture.bytes for picture in pictures) > MOST_SENT:
+        raise UsageError(
+            f"{len(pictures)} pictures of together more than {MOST_SENT // _MIB} MiB are too much at once.",
+            "Make them smaller, or ask about some of them first.",
+        )
+    return pictures
 
 
 def marked(text: str, pictures: Sequence[Picture]) -> str:

@@ -12,7 +12,7 @@ from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError, UsageError
 from vllm_sleep_tui.fleet.backend import backend_of
 from vllm_sleep_tui.fleet.model import Model
-from vllm_sleep_tui.fleet.pictures import Picture, data_url
+from vllm_sleep_tui.fleet.pictures import MOST_SENT, Picture, data_url
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, Report, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.sizing.vision import takes_pictures
@@ -105,25 +105,34 @@ def check_sees(model: Model, pictures: Sequence[Picture]) -> None:
 def _sendable(model: Model, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The messages as a server takes them; raises PanelError if the last one's pictures cannot be sent.
 
-    Of an earlier one the model is told that its picture is not there any more.
+    Of an earlier one the model is told that its picture is not there any more, or is left out: it reads text
+    alone, or later pictures have all the room.
     """
     sendable: list[Mapping[str, Any]] = []
-    for message in messages:
+    check_sees(model, messages[-1].get("pictures", ()))
+    shown = [picture for message in messages for picture in message.get("pictures", ())]
+    sees = not shown or takes_pictures(model.config, model.base) is not False
+    room = MOST_SENT
+    for message in reversed(messages):  # the latest have the room first
         pictures: Sequence[Picture] = message.get("pictures", ())
         if not pictures:
             sendable.append(message)
             continue
-        check_sees(model, pictures)
         text, urls = message["content"], []
         for picture in pictures:
+            room -= picture.bytes
+            if not sees or room < 0:
+                text += "\n(A picture that was here is left out.)"
+                continue
             try:
                 urls.append(data_url(picture))
             except UsageError:
                 if message is messages[-1]:
                     raise
                 text += "\n(A picture that was here is not there any more.)"
-        sendable.append({"role": message["role"], "content": with_pictures(text, urls)})
-    return sendable
+        content = with_pictures(text, urls) if urls else text
+        sendable.append({"role": message["role"], "content": content})
+    return sendable[::-1]
 
 
 async def _context(client: VllmClient, served: str) -> int | None:

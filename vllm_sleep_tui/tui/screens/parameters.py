@@ -42,6 +42,7 @@ class ParametersScreen(ModalScreen[Parameters | None]):
         Binding("escape", "dismiss", "cancel", show=False),
         Binding("ctrl+o", "choose", "presets", show=False),
         Binding("ctrl+s", "keep", "keep", show=False),
+        Binding("ctrl+x", "forget", "forget", show=False, priority=True),
         Binding("ctrl+r", "clear", "clear", show=False),
         Binding("up", "app.focus_previous", show=False),
         Binding("down", "app.focus_next", show=False),
@@ -54,6 +55,7 @@ class ParametersScreen(ModalScreen[Parameters | None]):
         presets: Callable[[], Future[dict[str, Parameters]]],
         of_config: Mapping[str, Parameters],
         keep: Callable[[str, Parameters], Future[bool]],
+        forget: Callable[[str], Future[bool]],
     ) -> None:
         super().__init__()
         self._model = model
@@ -61,12 +63,13 @@ class ParametersScreen(ModalScreen[Parameters | None]):
         self._presets = presets
         self._of_config = of_config
         self._keep = keep
+        self._forget = forget
 
     def compose(self) -> ComposeResult:
         """A line each, and what is wrong with one."""
         with Vertical(classes="dialog wide") as box:
             box.border_title = Text(f"How {self._model} is asked in this conversation").markup
-            box.border_subtitle = "⏎ take  ^o presets  ^s keep as preset  ^r clear  esc"
+            box.border_subtitle = "⏎ take  ^o presets  ^s keep as preset  ^x delete it  ^r clear  esc"
             with VerticalScroll(id="parameters", can_focus=False):
                 with Horizontal():
                     yield Label("system")
@@ -141,6 +144,19 @@ class ParametersScreen(ModalScreen[Parameters | None]):
             self._tell(f"Kept as {name}.")
         else:
             self._tell(f"{name} cannot be kept.\nSee whether the state folder is full or broken: doctor.")
+
+    @work
+    async def action_forget(self) -> None:
+        """Delete the preset of the name in the last line."""
+        name = one_line(self.query_one("#preset", Input).value)
+        if name in self._of_config:
+            self._tell(f"{name} is a preset of the config.\nTake it out of that file.")
+            return
+        deleted = await asyncio.wrap_future(self._forget(name))
+        if deleted:
+            self._tell(f"The preset {name} is deleted.")
+        else:
+            self._tell("No preset of that name was kept here.\nWrite one in the last line: ^o has them.")
 
     def action_clear(self) -> None:
         """Everything is the server's to choose again."""

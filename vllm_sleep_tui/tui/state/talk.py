@@ -140,6 +140,8 @@ class Talk:
         self.turns: list[Turn] = []
         self.row_at_top: int | None = None
         """Where the person was; None: at the end."""
+        self.blind: set[str] = set()
+        """Models of which it was told that they are not shown its pictures."""
         self._store = store
         self._entries: list[Entry] = []
 
@@ -265,9 +267,16 @@ class Talk:
             self.turns.pop()
         self.turns.append(Notice(words, paint, passes=passes))
 
-    def keep(self, entry: Entry) -> None:
-        """Keep what became of a turn."""
-        self._store.keep(self.handle, self._entries.index(entry), entry.kept())
+    def keep(self, entry: Entry, *, is_whole: bool = True) -> None:
+        """Keep what became of a turn.
+
+        Of an answer under way its words alone: the probabilities of all its tokens, written anew again and
+        again, would be a hundred times as much.
+        """
+        kept = entry.kept()
+        if not is_whole:
+            kept = msgspec.structs.replace(kept, chances=())
+        self._store.keep(self.handle, self._entries.index(entry), kept)
 
     def drop_last(self) -> None:
         """Take the last question and its answer out of the conversation; both are kept, as replaced."""

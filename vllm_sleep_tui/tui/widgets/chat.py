@@ -250,6 +250,7 @@ class ChatPane(Vertical):
                 talk = self._talks[name]
                 if again:
                     self._take_back(talk)
+                await self._tell_of_pictures(name, talk)
                 self._ask(name, talk, text, shows)
                 return
         if not is_same:
@@ -271,6 +272,17 @@ class ChatPane(Vertical):
         except PanelError as error:
             self.notify(f"{error.what}\n{error.cure}", severity="warning", markup=False)
             return None
+
+    async def _tell_of_pictures(self, name: str, talk: Talk) -> None:
+        """Tell once that a model that reads text alone is not shown what was asked about before."""
+        pictures = [picture for message in talk.messages() for picture in message.get("pictures", ())]
+        if name in talk.blind or not pictures:
+            return
+        try:
+            await self._fleet.check_sees(name, pictures)
+        except PanelError:
+            talk.blind.add(name)
+            talk.tell(f"{name} reads text alone: the pictures of this conversation are left out.", "warning")
 
     def _is_free(self, name: str) -> bool:
         """Whether a model may be asked now; if not, the person is told."""
@@ -442,7 +454,7 @@ class ChatPane(Vertical):
             if isinstance(answer, Answer) and answer.flush():
                 self._shown(talk, answer)
                 if keeps:
-                    talk.keep(entry)
+                    talk.keep(entry, is_whole=False)
 
     def stop_answer(self) -> bool:
         """Stop one answer, the visible model's first, keeping what was said; False if there is none."""
@@ -520,6 +532,7 @@ class ChatPane(Vertical):
             self._store.presets,
             loaded.config.presets,
             self._store.keep_preset,
+            self._store.forget_preset,
         )
         chosen = await self.app.push_screen_wait(screen)
         if chosen is not None:
