@@ -5,8 +5,9 @@
 The first screen: from the start of the process until the last line of the screen has come out of its
 terminal, over the demo's config with nothing running; wall time, and the processor time that the process had
 taken by then. Keys: from the key until the terminal shows what it asked for, in a panel of 64 models on 8
-GPUs (63 simulated servers run, 8 of them awake, beside the one that streams), while an answer streams at 1,000
-tokens/s and 50,000 lines/s are written to the log of a model. On a machine that does other things too, read the processor time.
+GPUs (63 simulated servers run, 8 of them awake, beside the one that streams), while an answer streams at
+1,000 tokens/s and 50,000 lines/s are written to the log of a model. On a machine that does other things too,
+read the processor time.
 """
 
 from __future__ import annotations
