@@ -92,10 +92,11 @@ def panel(command: Path, env: dict[str, str], _: Path) -> None:
     try:
         timed("vllm-sleep-tui: what was found here", lambda: terminal.wait_for("Models", "Writes 1 model"))
         timed("enter: the config is written, the panel is open", lambda: press(terminal, "\r", "starting"))
-        timed("… its model is awake, nothing pressed", lambda: terminal.wait_for(" awake"))
+        timed("… its model is awake, nothing pressed", lambda: terminal.wait_for("● awake"))
         terminal.press("c")
         terminal.press(QUESTION)
-        timed("c, a question, enter: the whole answer", lambda: press(terminal, "\r", "tokens/s"))
+        timed("c, a question, enter: the whole answer", lambda: press(terminal, "\r", "TTFT"))
+        press(terminal, "\x1b", "switch")  # out of the input: letters are keys again
     finally:
         leave(terminal)
 
@@ -120,7 +121,6 @@ def press(terminal: Terminal, keys: str, *said: str) -> None:
 def leave(terminal: Terminal) -> None:
     """Close the panel and stop what it started."""
     if terminal.process.poll() is None:
-        terminal.press("\x1b\x1b")
         press(terminal, "q", "Stop them")
         terminal.press("s")
         terminal.end()

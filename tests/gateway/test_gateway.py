@@ -9,12 +9,15 @@ import os
 import resource
 import signal
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 
 from tests.gateway.conftest import MakeGated
+from vllm_sleep_tui.engine import endpoints
 
 
 def test_a_request_starts_wakes_and_switches_to_its_model(gated: MakeGated) -> None:
@@ -356,3 +359,47 @@ def test_a_waiting_stream_hears_that_it_is_waited(gated: MakeGated) -> None:
         content = b"".join(answer.iter_raw())
     assert content.startswith(b": waits for ")
     assert content.endswith(b"data: [DONE]\n\n")
+
+
+class Shy(BaseHTTPRequestHandler):
+    """An attached server that looks awake and has its gate closed for the first five questions."""
+
+    protocol_version = "HTTP/1.1"
+    asked = 0
+
+    def do_GET(self) -> None:
+        self.say(200, b'{"is_sleeping": false, "version": "0.32.0", "data": [{"id": "far"}]}')
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        Shy.asked += 1
+        if Shy.asked <= 5:
+            self.say(503, b"{}", **{endpoints.GATE_CLOSED.decode(): "1"})
+        else:
+            self.say(200, b"data: [DONE]\n\n", **{"content-type": "text/event-stream"})
+
+    def say(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "content-length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_stream_that_is_turned_away_again_and_again_hears_that_it_is_waited(gated: MakeGated) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Shy) as shy:
+        serving = threading.Thread(target=shy.serve_forever)
+        serving.start()
+        try:
+            here = gated({"far": {"url": f"http://127.0.0.1:{shy.server_address[1]}"}})
+            here.until(lambda: here.states()["far"] == "awake")
+            body = {"model": "far", "prompt": "x", "stream": True}
+            answer = httpx.post(f"{here.url}/completions", json=body, timeout=60)
+            assert answer.text.startswith(": waits for "), answer.text
+            assert answer.text.endswith("data: [DONE]\n\n")
+        finally:
+            shy.shutdown()
+            serving.join()

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_sleep_tui.config.changes import Change, changes
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError, RefusedError
 from vllm_sleep_tui.fleet.advice import Advice, apply_text
@@ -199,8 +200,10 @@ class ScriptedFleet:
         )
         self.now = msgspec.structs.replace(self.now, models=models)
 
-    def reload(self, loaded: LoadedConfig) -> None:
+    def reload(self, loaded: LoadedConfig) -> list[Change]:
+        found = changes(self.loaded.config, loaded.config, {})
         self.loaded = loaded
+        return found
 
     async def apply(self, text: str) -> None:
         self.reload(await asyncio.to_thread(apply_text, self.loaded, text, self.state_dir))

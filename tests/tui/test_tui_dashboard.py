@@ -35,7 +35,7 @@ async def test_the_first_screen_says_who_is_awake_what_it_costs_and_that_it_is_s
         assert "● qwen awake" in lines[0]
         assert "H100" in lines[0]
         assert "qwen 69.2" in line_with(lines, "GPU 0")
-        assert "phi 10.1 pinned" in line_with(lines, "pinned", "private")
+        assert "phi 10.1" in line_with(lines, "pinned", "servers")
         row = line_with(lines, "phi", "asleep L1")
         assert row.split("│")[1].split()[5:] == ["1.6", "12.0", "0.46", "s", "–"]
 
@@ -54,9 +54,7 @@ async def test_enter_says_before_what_it_would_do_and_the_cursor_chooses_the_mod
     async with panel(ScriptedFleet(), tmp_path) as pilot:
         await until_seen(pilot, "Chat with qwen")
         await pilot.press("down")
-        await until_seen(
-            pilot, "enter → phi  ≈ 0.53 s", "then wakes phi.", "71.0 after enter", "Chat with phi"
-        )
+        await until_seen(pilot, "enter → phi  ≈ 0.53 s", "then wakes", "71.0 after enter", "Chat with phi")
         await pilot.press("j", "j", "j")
         await until_seen(pilot, "enter → vision", "Chat with vision")
         await pilot.press("k")

@@ -40,5 +40,5 @@ async def test_what_rounds_to_nothing_has_no_part_of_the_bar(tmp_path: Path) -> 
     fleet = ScriptedFleet()
     fleet.change("phi", pinned_bytes=gib(0.01))
     async with panel(fleet, tmp_path) as pilot:
-        await until_seen(pilot, "qwen 3.0 pinned")
+        await until_seen(pilot, "qwen 3.0")
         assert "phi 0.0" not in "\n".join(lines_of(pilot.app))

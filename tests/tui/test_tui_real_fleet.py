@@ -160,4 +160,6 @@ async def test_a_config_that_changes_on_disk_is_heeded_with_what_changed_told_an
             app.clear_notifications()
             demo.path.write_text(written)
             await until_seen(pilot, "large is no longer in the config", "▌ big")
+            await pilot.press("n")  # it is kept, for whoever did not look
+            await until_seen(pilot, "big   ≡ config: is new", "large ≡ config: is no longer in the config")
         await app.operations.close()

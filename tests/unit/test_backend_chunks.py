@@ -205,8 +205,6 @@ class Engine:
         self.cells: list[Any] = []
         self.neighbour_grows: Callable[[], object] = lambda: None
         """Called while it sleeps."""
-        self.parts_late = False
-        """What it has handed over stays mapped until its next sleep or wake: the thread is slow."""
         self.mover = Mover(self.allocations, self, ("weights", "kv_cache"))
         self.allocate(WEIGHTS, weights * BLOCK, "weights")
         for address in KV:
@@ -234,7 +232,6 @@ class Engine:
     # ── the driver ───────────────────────────────────────────────────────────────────────────────────────
 
     def begin(self) -> None:
-        self.chunks.part()  # as its thread has by then
         self.chunks.begin()
 
     def fetch(self, handles: Sequence[Handle]) -> None:
@@ -249,10 +246,6 @@ class Engine:
     def hand_over(self, known: Collection[Region]) -> dict[str, float]:
         self.chunks.hand_over(known)
         return self.chunks.figures
-
-    def part(self) -> None:
-        if not self.parts_late:
-            self.chunks.part()
 
     def let_go(self) -> None:
         self.chunks.let_go()
@@ -429,39 +422,6 @@ def test_memory_goes_round_and_nothing_grows(gpu: Gpu, place: Place) -> None:
     assert gpu.used() == used
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert place.lent == 0
-
-
-def test_who_gets_the_memory_need_not_wait_until_the_sleeper_has_unmapped_it(gpu: Gpu, place: Place) -> None:
-    one, other = pair(gpu, place)
-    other.mover.wake(None)
-    other.parts_late = True
-    used = gpu.used()
-    other.mover.sleep(1)
-    assert len(other.memory.pieces) == 6, "the rests and the weights are free when the sleep has ended"
-    assert used - gpu.used() == 8 * BLOCK + 2 * REST
-    assert place.lent == 0
-    one.mover.wake(None)
-    assert one.mover.last["taken_bytes"] == 6 * CHUNK
-    assert not any(b"".join(one.content(address) for address in KV))
-    one.memory.write(KV[0], b"\xaa" * len(one.content(KV[0])))
-    content = one.content(KV[0])
-    other.parts_late = False
-    other.chunks.part()
-    assert len(other.memory.pieces) == len(other.memory.handles) == 0
-    assert one.content(KV[0]) == content
-    one.mover.sleep(1)
-    other.mover.wake(None)
-    assert other.mover.last["taken_bytes"] == 6 * CHUNK
-
-
-def test_what_the_pool_does_not_keep_is_free_when_the_sleep_has_ended(gpu: Gpu, place: Place) -> None:
-    one, other = pair(gpu, place)
-    other.mover.wake(None)
-    other.parts_late = True
-    left = gpu.used() - 8 * BLOCK - 2 * REST - 6 * CHUNK
-    place.kill()
-    other.mover.sleep(1)
-    assert gpu.used() == left
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -689,7 +649,6 @@ def test_whatever_comes_each_engine_has_its_weights_and_no_kv_of_another(
         engine.mover.sleep(1)
     for _ in range(data.draw(st.integers(1, 8))):
         engine = data.draw(st.sampled_from(engines))
-        engine.parts_late = data.draw(st.booleans())
         if data.draw(st.integers(0, 5)) == 0 and place.lives():
             place.kill()
         elif data.draw(st.integers(0, 2)) == 0 and not place.lives():
@@ -708,7 +667,6 @@ def test_whatever_comes_each_engine_has_its_weights_and_no_kv_of_another(
     for engine in engines:
         if engine.mover.level != 1:
             engine.mover.sleep(1)
-        engine.chunks.part()
     if place.lives():
         place.ask(op="shrink", to_bytes=0)
     assert gpu.used() == 0

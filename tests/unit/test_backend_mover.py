@@ -69,9 +69,6 @@ class StandIn:
     def hand_over(self, known: Collection[Region]) -> dict[str, float]:
         return {}
 
-    def part(self) -> None:
-        pass
-
     def let_go(self) -> None:
         pass
 

@@ -131,11 +131,11 @@ def test_a_model_gets_as_many_gpus_as_its_weights_need(tmp_path: Path) -> None:
 
 def test_an_environment_that_can_sleep_is_preferred(tmp_path: Path) -> None:
     old = VllmEnvironment(command=Path("/old env/bin/vllm"), version="0.10.0", place="PATH")
-    new = VllmEnvironment(command=Path("/new env/bin/vllm"), version="0.25.0", place="conda")
+    new = VllmEnvironment(command=Path("/new $env/bin/vllm"), version="0.25.0", place="conda")
     text = config_text(surroundings((), environments=(old, new)))
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    assert load(path).config.vllm_command == ("/new env/bin/vllm",)
+    assert load(path).config.vllm_command == ("/new $env/bin/vllm",)
     assert "# also found: /old env/bin/vllm  0.10.0" in text
 
 

@@ -191,8 +191,11 @@ def test_a_program_that_the_file_names_is_not_run_for_its_flags(tmp_path: Path) 
 
 
 def test_a_running_server_comes_with_its_words_as_they_were_given(tmp_path: Path) -> None:
-    override = '{"note": "it\'s one"}'
-    words = ["/nowhere/vllm", "serve", "org/of-a-test", "--api-key", "sekret", "--hf-overrides", override]
+    override = '{"note": "it\'s $one", "eos_token": "<|end|>"}'
+    words = ["/no$where/vllm", "serve", "org/of-a-test", "--api-key", "sekret", "--hf-overrides", override]
+    words += ["--kv-transfer-config", '{"kv_connector_extra_config": {"api_key": "sekret-2"}}']
+    words += ["--hf-token", "sekret-3", "--max-num-batched-tokens", "12345678"]
+    words += ["--revision", "0123456789abcdef0123456789abcdef01234567"]
     # Its name is a process' own choice, and so is what stands behind it.
     sleeper = [sys.executable, "-c", "import time; time.sleep(120)", *words]
     with subprocess.Popen(sleeper) as process:
@@ -202,7 +205,14 @@ def test_a_running_server_comes_with_its_words_as_they_were_given(tmp_path: Path
             process.kill()
     assert done.returncode == 0, done.stderr
     written = (tmp_path / "vllm-sleep-tui.yaml").read_text()
-    assert load(tmp_path / "vllm-sleep-tui.yaml").config.models["of-a-test"].args["hf-overrides"] == override
+    model = load(tmp_path / "vllm-sleep-tui.yaml").config.models["of-a-test"]
+    assert model.args == {
+        "hf-overrides": override,
+        "max-num-batched-tokens": "12345678",
+        "revision": "0123456789abcdef0123456789abcdef01234567",
+    }
+    assert model.vllm_command == ("/no$where/vllm",)
+    assert "--kv-transfer-config is left out, for it holds what looks like a key" in done.stdout + done.stderr
     assert "sekret" not in written + done.stdout + done.stderr
 
 

@@ -152,6 +152,20 @@ def test_an_unknown_exception_is_shown_as_it_is_and_not_taken_for_a_killed_worke
     assert diagnose(log, exit_code=1).reason == "ValueError: the moon is in the wrong place"
 
 
+def test_an_exception_whose_words_begin_on_a_later_line_is_told_with_them() -> None:
+    log = (
+        "Traceback (most recent call last):\n"
+        "RuntimeError: \n"
+        "\n"
+        "        An attempt has been made to dance before the music began.\n"
+    )
+    said = "RuntimeError: An attempt has been made to dance before the music began."
+    assert diagnose(log, exit_code=1).reason == said
+    assert (
+        diagnose("RuntimeError:\nTraceback (most recent call last):\n", exit_code=1).reason == "RuntimeError:"
+    )
+
+
 def test_a_setting_in_a_dumped_config_is_no_cause() -> None:
     log = "(APIServer pid=1) INFO 11-23 07:37:38 [x.py:1] config: trust_remote_code=True, HF_HUB_OFFLINE\n"
 

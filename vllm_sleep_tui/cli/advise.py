@@ -167,7 +167,7 @@ def _time_lines(estimate: Estimate) -> list[str]:
     if times is None:
         return []
     return [
-        f"  cold start    {time_text(times.start)}, the first {time_text(times.first_start)} (on an H100)",
+        f"  start         {time_text(times.start)}, the first {time_text(times.first_start)} (on an H100)",
         f"  level 1       sleeps in {time_text(times.sleep1)}, first in {time_text(times.sleep1_first)}; "
         f"wakes in {time_text(times.wake1)}",
         f"  level 2       sleeps in {time_text(times.sleep2)}; wakes in {time_text(times.wake2)}",

@@ -113,6 +113,7 @@ def _ask(loaded: LoadedConfig) -> None:
             f"{loaded.found} was found here and names commands or keys that nobody has agreed to use.",
             f"Look at it, then name it: --config {loaded.found.name}",
         )
+    agreement = loaded.agreement()  # before the question: a file that is another after it was not agreed to
     leads = f", a link to {loaded.path}," if loaded.path != loaded.found else ""
     own = (model.vllm_command for model in loaded.config.models.values() if model.vllm_command)
     commands = dict.fromkeys([loaded.config.vllm_command, *own])
@@ -123,7 +124,7 @@ def _ask(loaded: LoadedConfig) -> None:
             say(one_line(f"It would send an API key to: {model.url}"))
     if not confirm("Do what it says? (asked again only if it or a file that it names changes)"):
         raise CancelledByUser("Nothing was started.", f"Look at {loaded.found} first.")
-    trust(loaded.found, loaded.agreement(), state_dir())
+    trust(loaded.found, agreement, state_dir())
 
 
 # ── the person ──────────────────────────────────────────────────────────────────────────────────────────

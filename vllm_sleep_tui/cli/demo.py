@@ -27,8 +27,8 @@ _TEMPLATE = """\
 {mark} two simulated GPUs, four models, and real processes that speak vLLM's HTTP.
 vllm_command: [{python}, -m, vllm_sleep_tui.simulator]
 simulated_gpus:
-  - {{name: Demo 24 GB, memory: 24GiB}}
-  - {{name: Demo 24 GB, memory: 24GiB}}
+  - {{name: Demo, memory: 24GiB}}
+  - {{name: Demo, memory: 24GiB}}
 models:
   qwen:
     model: Qwen/Qwen3-0.6B

@@ -38,4 +38,5 @@ def events(ctx: click.Context, follow: bool, count: int, as_json: bool) -> None:
 
 def line(event: FleetEvent) -> str:
     """An event as a person reads it."""
-    return f"{time_of_day(event.time, time.time())}  {event.model}  {one_line(event.sentence())}"
+    moment = time_of_day(event.time, time.time())
+    return "  ".join(filter(None, [moment, event.model, one_line(event.sentence())]))

@@ -255,4 +255,5 @@ def gpus_needed(weights: int, gpus: Sequence[GpuReading]) -> int | None:
 
 
 def _quoted(text: str) -> str:
+    text = text.replace("$", "$$")  # in the config a variable would begin there
     return text if re.match(r"^[A-Za-z/][A-Za-z0-9_./-]*$", text) else "'" + text.replace("'", "''") + "'"

@@ -25,10 +25,17 @@ from vllm_sleep_tui.fleet.survey import ServeLine, arguments_in, read_arguments
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|PWD|CRED|AUTH|COOKIE|BEARER|_PAT\Z", re.IGNORECASE)
 """Names of variables whose values are not copied."""
-SECRET_VALUE = re.compile(
-    r"\b(?:hf|sk|pk|gh[opsu]|glpat|xox[abp])[-_]\w|://[^/@\s]*:[^/@\s]+@|\beyJ\w{8}"
-    r"|\A(?=[^\s/]*\d)(?=[^\s/]*[A-Za-z])[A-Za-z0-9+_=-]{24,}\Z"
+SIGN = r"\b(?:hf|sk|pk|gh[opsu]|glpat|xox[abp])[-_]\w|://[^/@\s]*:[^/@\s]+@|\beyJ\w{8}"
+SECRET_SIGN = re.compile(SIGN)
+SECRET_KEY = re.compile(
+    r"(?:\A|[-_.])(?:api[-_]?key|hf[-_]token|auth[-_]token|access[-_]?(?:key|token)|secret"
+    r"|secret[-_]\w*|password|passwd|credentials?)\Z|\A(?:key|token)\Z",
+    re.IGNORECASE,
 )
+"""Names of flags, and of what is in their JSON, whose values are not copied."""
+LEAST_KEY = 6
+"""Characters; shorter ones are no key, or not worth one."""
+SECRET_VALUE = re.compile(SIGN + r"|\A(?=[^\s/]*\d)(?=[^\s/]*[A-Za-z])[A-Za-z0-9+_=-]{24,}\Z")
 """Values that look like a key, whatever the name: by a maker's sign, in an address, by chance."""
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
@@ -117,6 +124,12 @@ class Found:
             self.notes.append(
                 f"{where}: {variable} is not copied: servers take it from the panel's environment"
             )
+        for flag in [flag for flag, value in line.args.items() if holds_key(flag, value)]:
+            del line.args[flag]
+            self.notes.append(
+                f"{where}: --{flag} is left out, for it holds what looks like a key: "
+                "write it with ${VAR} where the key stands"
+            )
         self.notes += [f"{where}: {note}" for note in line.notes]
         self.models.append(moved)
         return moved
@@ -125,6 +138,40 @@ class Found:
 def is_secret(name: str, value: str) -> bool:
     """Whether a variable's value stays where it is."""
     return bool(SECRET.search(name) or SECRET_VALUE.search(value))
+
+
+def holds_key(flag: str, value: Any) -> bool:
+    """Whether a flag's value, or something in the JSON that it is, looks like a key."""
+    if isinstance(value, list):
+        return any(holds_key(flag, item) for item in value)
+    if not isinstance(value, str):
+        return False
+    try:
+        inside = json.loads(value)
+    except (ValueError, RecursionError):
+        inside = None
+    if isinstance(inside, dict | list):
+        return any(_looks_like_key(name, text) for name, text in _leaves(flag, inside))
+    return _looks_like_key(flag, value)
+
+
+def _looks_like_key(name: str, text: str) -> bool:
+    if REFERENCE.fullmatch(text):
+        return False
+    # Not by chance: a revision looks like that, and so does the name of many a model.
+    return bool(SECRET_SIGN.search(text) or (SECRET_KEY.search(name) and len(text) >= LEAST_KEY))
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The texts in JSON, each with the name that it stands under."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(name, item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(key, item)
 
 
 def read(text: str, source: str) -> Found:
@@ -153,7 +200,7 @@ def read_running(commands: Iterable[Sequence[str]]) -> Found:
     """The servers that run now, by the words of their command lines."""
     found = Found()
     for words in commands:
-        found.add(None, words, {}, "a running server")
+        found.add(None, _literal(words), {}, "a running server")
     if not found.models:
         raise UsageError("No `vllm serve` runs here that was not started here.", "Give a file instead.")
     return found
@@ -351,7 +398,12 @@ def _from_flags(content: Mapping[str, Any], found: Found, source: str) -> None:
             words += [f"--{key}", json.dumps(value)]
         elif value is not None:
             words.append(f"--{key}={value}")
-    found.add_arguments(None, words, {}, source)
+    found.add_arguments(None, _literal(words), {}, source)
+
+
+def _literal(words: Iterable[str]) -> list[str]:
+    """Words in which no shell looks for variables, so that nothing here does."""
+    return [word.replace("$", "$$") for word in words]
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import click
 
 from vllm_sleep_tui.cli.common import config_option, given_config, is_agreed, load_config
-from vllm_sleep_tui.config.changes import changes
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
@@ -205,11 +204,9 @@ class Headless:
         if not self._is_named and not is_agreed(loaded):
             log.error("reload: %s was found, not named, and has changed. The old config holds.", loaded.found)
             return
-        running = {model.name: model.pid for model in fleet.snapshot().models if model.state in RUNNING}
-        for change in changes(self._loaded.config, loaded.config, running):
+        for change in fleet.reload(loaded):
             log.log(logging.WARNING if change.needs_care else logging.INFO, "reload: %s", change.sentence)
         self._loaded = loaded
-        fleet.reload(loaded)
         log.info("reload: done, %d models", len(loaded.config.models))
 
 

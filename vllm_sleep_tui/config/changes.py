@@ -5,36 +5,62 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from vllm_sleep_tui.config.types import Config
+from vllm_sleep_tui.config.types import Config, ModelConfig
 
 
 class Change(NamedTuple):
     """One thing that is another than before."""
 
-    sentence: str
+    words: str
+    model: str = ""
+    """The model that it is about; empty: none alone."""
     needs_care: bool = False
     """Whether it does nothing until somebody acts."""
+
+    @property
+    def sentence(self) -> str:
+        """The model and what is another of it."""
+        return f"{self.model} {self.words}".strip()
 
 
 def changes(old: Config, new: Config, running: Mapping[str, int | None]) -> list[Change]:
     """What differs, for a person; `running` has the models with a server of ours, each with its pid."""
-    found = [Change(f"{name} is new") for name in new.models if name not in old.models]
+    found = [Change("is new", name) for name in new.models if name not in old.models]
     for name, model in old.models.items():
+        runs = name in running
         if name not in new.models:
             left = (
-                f"; its server (pid {running[name]}) is left running, `orphans --end` ends it"
-                if name in running
-                else ""
+                f"; its server (pid {running[name]}) is left running, `orphans --end` ends it" if runs else ""
             )
-            found.append(Change(f"{name} is no longer in the config{left}", needs_care=name in running))
-        elif name in running and launch_part(new, name) != launch_part(old, name):
-            found.append(Change(f"{name} changed and needs a restart: `restart {name}`", needs_care=True))
+            found.append(Change(f"is no longer in the config{left}", name, needs_care=runs))
+        elif runs and launch_part(new, name) != launch_part(old, name):
+            what = _what(model, new.models[name]) or "vllm_command"
+            found.append(
+                Change(f"changed and needs a restart ({what}): `restart {name}`", name, needs_care=True)
+            )
         elif new.models[name] != model:
-            found.append(Change(f"{name} changed"))
+            found.append(Change(f"changed ({_what(model, new.models[name])})", name))
     if new.simulated_gpus != old.simulated_gpus:
         found.append(Change("simulated_gpus changed, which only a new serve or panel heeds", needs_care=True))
     others = ("vllm_command", "gateway", "keep_conversations")
     return found + [Change(f"{key} changed") for key in others if getattr(new, key) != getattr(old, key)]
+
+
+def _what(old: ModelConfig, new: ModelConfig) -> str:
+    """The keys of a model that differ, by name alone: values may be secrets, but for aliases."""
+    differing = [key for key in old.__struct_fields__ if getattr(old, key) != getattr(new, key)]
+    parts: list[str] = []
+    for key in differing:
+        before, after = getattr(old, key), getattr(new, key)
+        if key == "aliases":
+            parts += [f"alias {alias} added" for alias in after if alias not in before]
+            parts += [f"alias {alias} removed" for alias in before if alias not in after]
+        elif isinstance(before, dict):
+            names = dict.fromkeys([*before, *after])
+            parts += [f"{key} {name}" for name in names if before.get(name) != after.get(name)]
+        else:
+            parts.append(key)
+    return ", ".join(parts or differing)
 
 
 def launch_part(config: Config, name: str) -> tuple[object, ...]:

@@ -110,6 +110,8 @@ class LoadedConfig:
     """SHA-256 of the content of the file and of those that it includes, to know it again."""
     lines: Mapping[str, int] = field(repr=False)
     """The line of each key, such as models.qwen.gpus."""
+    read: tuple[Path, ...] = ()
+    """The other files whose content is in it: those that it includes, and those of keys."""
 
     def agreement(self) -> str:
         """What a person agrees to who agrees to this file: a digest of it and of the files it names."""
@@ -144,6 +146,7 @@ def load(path: Path) -> LoadedConfig:
         found=found,
         digest=document.whole_digest,
         lines={spell(key): line for key, line in document.lines.items()},
+        read=tuple(dict.fromkeys(document.read)),
     )
 
 

@@ -133,10 +133,13 @@ class Document(msgspec.Struct, frozen=True):
     lines: Mapping[Key, int]
     included: list[str] = msgspec.field(default_factory=list)
     """The digests of the files whose content counts as this one's."""
+    read: list[Path] = msgspec.field(default_factory=list)
+    """The other files that were read for it: those, and those of keys."""
 
     def include(self, other: Document) -> Document:
         """Count another file's content as part of this one; returns that file."""
         self.included.extend([other.digest, *other.included])
+        self.read.extend([other.path, *other.read])
         return other
 
     @property

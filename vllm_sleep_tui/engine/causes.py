@@ -36,6 +36,9 @@ _ENDINGS = re.compile(
     r"Invalid repository ID or local directory|failed to be inspected|Error raised in subprocess"
     r"|CalledProcessError"
 )
+_EMPTY_LINES = 3
+"""Before the words of an exception, at the most: some begin with an empty line."""
+_TRACEBACK = re.compile(r"^(?:Traceback \(|\s+File \"|During handling of|The above exception)")
 _HUB = "Error retrieving file list"
 _HUB_LINES = 9
 _INSPECTION = "Error in inspecting model architecture"
@@ -153,7 +156,20 @@ def _exceptions(lines: list[_Line]) -> Iterator[str]:
         if _ARGUMENT_ERROR.match(line.text):
             yield line.text
         elif match := _EXCEPTION.match(line.text):
-            yield _pydantic(lines, number) if match[1] == "ValidationError" else line.text
+            yield _pydantic(lines, number) if match[1] == "ValidationError" else _whole(lines, number)
+
+
+def _whole(lines: list[_Line], number: int) -> str:
+    """An exception's line, with the first line of its words where those begin further down."""
+    own, text = lines[number], lines[number].text.rstrip()
+    if text.endswith(":"):
+        for line in lines[number + 1 : number + 2 + _EMPTY_LINES]:
+            is_others = (line.worker, line.level) != (own.worker, own.level)
+            if is_others or _TRACEBACK.match(line.text) or _EXCEPTION.match(line.text):
+                break
+            if words := line.text.strip():
+                return f"{text} {words}"
+    return lines[number].text
 
 
 def _pydantic(lines: list[_Line], number: int) -> str:

@@ -34,7 +34,7 @@ from vllm_sleep_tui.sizing.hub import hub_cache
 from vllm_sleep_tui.telemetry.gpus import VISIBLE, fault_of, is_hidden
 from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import holder_of_port
-from vllm_sleep_tui.units import GIB, MIB, gib
+from vllm_sleep_tui.units import GIB, MIB, counted, gib
 
 LOW_RAM_BYTES = 8 * GIB
 LOW_STATE_BYTES = 200 * MIB
@@ -337,7 +337,8 @@ def _pool_checks() -> Iterator[Check]:
             cure = f"Switches are slower until it does; end it and it is started anew: kill -9 {holder.pid}"
             yield Check("kv pool", Verdict.WARN, f"{pool.uuid}: {who} does not answer", cure)
         else:
-            what = f"{pool.uuid}: {who} holds {gib(state.free_bytes)} for {len(state.engines)} engines"
+            whose = counted(len(state.engines), "engine")
+            what = f"{pool.uuid}: {who} holds {gib(state.free_bytes)} for {whose}"
             yield Check("kv pool", Verdict.OK, what)
 
 

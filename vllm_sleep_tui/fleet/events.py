@@ -23,6 +23,8 @@ class Kind(StrEnum):
     """A model failed, or its server died; `detail` is the reason."""
     OPERATION = "operation"
     """An operation ended; `outcome` says how."""
+    CONFIG = "config"
+    """The config is another than before and is heeded from now on; `detail` is what changed."""
 
 
 class Outcome(StrEnum):
@@ -42,7 +44,10 @@ class FleetEvent(msgspec.Struct, frozen=True, kw_only=True):
     """UTC seconds."""
     kind: Kind
     model: str
-    """The operation's target, where it is about an operation on several: their names with commas."""
+    """The operation's target, where it is about an operation on several: their names with commas.
+
+    Empty where it is about none: what the config says of no model alone.
+    """
     operation: str | None = None
     """The operation that did it, or that ended; None if it came by itself."""
     state: State | None = None
@@ -52,14 +57,16 @@ class FleetEvent(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float | None = None
     """How long the operation took."""
     detail: str | None = None
-    """One sentence: why it failed, or for whom a model made room."""
+    """One sentence: why it failed, for whom a model made room, or what of the config changed."""
+    config: str | None = None
+    """Of a changed config: the digest of what it says now. Who else heeds it tells it no second time."""
     pid: int | None = None
-    """The process that did it."""
+    """The process that did it; of a changed config, the first that heeded it."""
 
     @property
     def models(self) -> list[str]:
         """The names in `model`."""
-        return self.model.split(", ")
+        return self.model.split(", ") if self.model else []
 
     @property
     def is_failure(self) -> bool:
@@ -73,7 +80,10 @@ class FleetEvent(msgspec.Struct, frozen=True, kw_only=True):
             return f"{self.operation} {self.outcome}{took}{f': {self.detail}' if self.detail else ''}"
         if self.kind is Kind.FAULT:
             return f"failed: {self.detail or 'no reason is known'}"
-        words = str(self.state)
+        if self.kind is Kind.CONFIG:
+            by = f", by {self.operation}" if self.operation else ""
+            return f"config: {self.detail}{by}"
+        words = str(self.state).replace("-", " ")
         if self.level is not None:
             words += f" at level {self.level}"
         if self.operation is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import (
     AsyncGenerator,
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
 
+from vllm_sleep_tui.config.changes import Change, changes
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.errors import CancelledByUser, OperationError, RefusedError
@@ -27,7 +29,7 @@ from vllm_sleep_tui.fleet.attached.backend import probe, prober
 from vllm_sleep_tui.fleet.attached.probe import QUICK
 from vllm_sleep_tui.fleet.backend import Backend, backend_of
 from vllm_sleep_tui.fleet.core import Core, OperationLimits
-from vllm_sleep_tui.fleet.events import FleetEvent
+from vllm_sleep_tui.fleet.events import FleetEvent, Kind
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.predict import memory_in, waits
 from vllm_sleep_tui.fleet.observe.processes import held_processes
@@ -49,7 +51,7 @@ from vllm_sleep_tui.fleet.snapshot import (
     SwitchTimes,
     Way,
 )
-from vllm_sleep_tui.fleet.states import StartPhase, State
+from vllm_sleep_tui.fleet.states import RUNNING, StartPhase, State
 from vllm_sleep_tui.fleet.supervision.leader import LeaderLock
 from vllm_sleep_tui.fleet.supervision.supervisor import Leader, Watcher
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive
@@ -137,10 +139,22 @@ class Fleet:
         """Whether this process is the one that acts unasked."""
         return self._leader is not None and self._leader.seat.is_mine
 
-    def reload(self, loaded: LoadedConfig) -> None:
-        """Go on with a changed config file; what runs is left as it is."""
+    def reload(self, loaded: LoadedConfig, by: str | None = None) -> list[Change]:
+        """Go on with a changed config file; what runs is left as it is.
+
+        What differs, which is an event of each model that it is about; `by` is the operation that wrote the
+        file, if it is known.
+        """
+        models = self.snapshot().models
+        running = {model.name: model.pid for model in models if model.state in RUNNING}
+        found = changes(self.loaded.config, loaded.config, running)
         self.loaded = loaded
         self._core.reload(loaded)
+        if not self.is_read_only:
+            for change in found:
+                self._core.publish(_told(change, loaded.digest, by))
+            self._flush()
+        return found
 
     async def measured(self) -> FleetSnapshot:
         """Everything, with memory and attached servers looked at after this call."""
@@ -253,7 +267,7 @@ class Fleet:
         self._must_not_be_read_only("change of the config")
         from vllm_sleep_tui.fleet.advice import apply_text  # as `advice`
 
-        self.reload(await asyncio.to_thread(apply_text, self.loaded, text, self.state_dir))
+        self.reload(await asyncio.to_thread(apply_text, self.loaded, text, self.state_dir), by="advise")
 
     async def start(
         self,
@@ -392,9 +406,25 @@ class Fleet:
         finally:
             self._core.publish(ended(operation, error))
             self._sampler.refresh()
-            flushing = asyncio.get_running_loop().run_in_executor(None, self._core.flush)
-            self._flushing.add(flushing)
-            flushing.add_done_callback(self._flushing.discard)
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write what was published, off the loop; the end of the fleet waits for it."""
+        flushing = asyncio.get_running_loop().run_in_executor(None, self._core.flush)
+        self._flushing.add(flushing)
+        flushing.add_done_callback(self._flushing.discard)
+
+
+def _told(change: Change, digest: str, by: str | None) -> FleetEvent:
+    return FleetEvent(
+        time=time.time(),
+        kind=Kind.CONFIG,
+        model=change.model,
+        operation=by,
+        detail=change.words,
+        config=digest,
+        pid=os.getpid(),
+    )
 
 
 async def to_safe_point(operation: Operation, work: Awaitable[T]) -> T:

@@ -248,7 +248,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     used_after: dict[str, int] = {}
     """VRAM used on each GPU afterwards."""
     sentence: str = ""
-    """The whole thing for a person."""
+    """What would be done, and with which room, for a person; `seconds` stands beside it."""
 
 
 class Way(msgspec.Struct, frozen=True, kw_only=True):

@@ -241,25 +241,29 @@ class App:
         if endpoints.is_inference(ask.path):
             turn = self._desk.enter(ask)
         deadline = asyncio.get_running_loop().time() + self._give_up
-        for pause in (*PAUSES, None):
-            if turn is not None and not turn.done():
-                await self._waited(turn, deadline, ask, out)
-            elif turn is not None:
-                turn.result()
-            way = await self._way(ask)
-            answer = None if way is None else await self._sent(ask, body, scope, way)
-            if answer is None:
-                if pause is None:
-                    break
-                await asyncio.sleep(pause)
-                turn = self._again(ask)
-                continue
-            self._store.release(body.content, body.size)
-            try:
-                await out.relay(answer)
-            finally:
-                answer.close()
-            return
+        async with _Telling(ask, out) as telling:
+            for pause in (*PAUSES, None):
+                if turn is not None and not turn.done():
+                    telling.begin()
+                    await self._waited(turn, deadline, ask)
+                elif turn is not None:
+                    turn.result()
+                way = await self._way(ask)
+                answer = None if way is None else await self._sent(ask, body, scope, way)
+                if answer is None:
+                    if pause is None:
+                        break
+                    telling.begin()
+                    await asyncio.sleep(pause)
+                    turn = self._again(ask)
+                    continue
+                self._store.release(body.content, body.size)
+                try:
+                    await telling.end()
+                    await out.relay(answer)
+                finally:
+                    answer.close()
+                return
         message = f"{ask.target.model} was put away again and again before it could answer."
         raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after=5)
 
@@ -267,19 +271,12 @@ class App:
         """Its turn was none: wait for another, or, of what needs no turn as a rule, for the first one."""
         return self._desk.bounce(ask) if ask.began is not None else self._desk.enter(ask)
 
-    async def _waited(self, turn: asyncio.Future[None], deadline: float, ask: Ask, out: Outgoing) -> None:
-        """Wait for the turn; a client that streams hears meanwhile that it is waited."""
-        loop = asyncio.get_running_loop()
-        pause = FIRST_COMMENT
-        while not turn.done():
-            left = deadline - loop.time()
-            if left <= 0:
-                message = f"{ask.target.model} could not be made awake in {self._give_up:.0f} s."
-                raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after=10)
-            await asyncio.wait({turn}, timeout=min(pause, left) if ask.streams else left)
-            if not turn.done() and ask.streams:
-                await out.comment(f"waits for {ask.waits_for}")
-                pause = COMMENT_SECONDS
+    async def _waited(self, turn: asyncio.Future[None], deadline: float, ask: Ask) -> None:
+        """Wait for the turn."""
+        await asyncio.wait({turn}, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+        if not turn.done():
+            message = f"{ask.target.model} could not be made awake in {self._give_up:.0f} s."
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after=10)
         turn.result()
 
     async def _way(self, ask: Ask) -> Way | None:
@@ -416,6 +413,42 @@ class Outgoing:
 
     async def _end(self) -> None:
         await self._send({"type": "http.response.body", "body": b""})
+
+
+class _Telling:
+    """Tells a client that streams, from `begin` on, that it is waited: for a turn, or for the answer's head.
+
+    A request that need not wait has no task for it.
+    """
+
+    def __init__(self, ask: Ask, out: Outgoing) -> None:
+        self._ask = ask
+        self._out = out
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> _Telling:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.end()
+
+    def begin(self) -> None:
+        """Tell from now on, unless it is told already."""
+        if self._task is None and self._ask.streams:
+            self._task = asyncio.create_task(self._tell())
+
+    async def end(self) -> None:
+        """Say no more; after this somebody else may write."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _tell(self) -> None:
+        await asyncio.sleep(FIRST_COMMENT)
+        while True:
+            await self._out.comment(f"waits for {self._ask.waits_for or self._ask.target.model}")
+            await asyncio.sleep(COMMENT_SECONDS)
 
 
 async def _as_event(answer: Answer, path: str) -> bytes:

@@ -8,23 +8,20 @@ import gc
 import importlib
 import signal
 import sys
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 from textual import work
-from textual.app import App, SystemCommand
+from textual.app import App
 from textual.driver import Driver
 from textual.drivers.linux_driver import LinuxDriver
 from textual.filter import LineFilter
 from textual.notifications import SeverityLevel
-from textual.screen import Screen
 from textual.theme import Theme
 
 from vllm_sleep_tui import files, paths
-from vllm_sleep_tui.config.changes import changes
 from vllm_sleep_tui.config.types import GatewayConfig
 from vllm_sleep_tui.errors import PanelError
 from vllm_sleep_tui.files import read_regular
@@ -35,13 +32,11 @@ from vllm_sleep_tui.gateway.post import Post
 from vllm_sleep_tui.leaving import Leaving, leave_at_once
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.drawing.paint import cut, wrap
-from vllm_sleep_tui.tui.keys import keys_of
 from vllm_sleep_tui.tui.screens.dashboard import Dashboard
 from vllm_sleep_tui.tui.screens.dialogs import ThemeChooser
 from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.clipboard import to_tmux, words
 from vllm_sleep_tui.tui.state.config_watch import Agrees, ConfigWatch
-from vllm_sleep_tui.tui.state.copies import KINDS
 from vllm_sleep_tui.tui.state.operations import Operations
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.terminal import CLEANED, PanelDriver
@@ -56,6 +51,8 @@ from vllm_sleep_tui.tui.theme import (
 from vllm_sleep_tui.units import counted
 
 if TYPE_CHECKING:
+    from textual.command import Provider
+
     from vllm_sleep_tui.config.load import LoadedConfig
 
 
@@ -82,12 +79,19 @@ class Remembered(msgspec.Struct):
     theme: str = DEFAULT_THEME
 
 
+def _commands() -> type[Provider]:
+    from vllm_sleep_tui.tui.palette import Commands  # whoever opens the palette pays for it
+
+    return Commands
+
+
 class PanelApp(App[None]):
     """The panel over a fleet that is open already and outlives it."""
 
     CSS_PATH = "panel.tcss"
     TITLE = "vllm-sleep-tui"
     ENABLE_COMMAND_PALETTE = True
+    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {_commands}
     _lacks_themes = False
 
     def __init__(
@@ -200,10 +204,7 @@ class PanelApp(App[None]):
             self.notify(words, title="The config changed", severity="error", timeout=12, markup=False)
             return
         old, new = self.fleet.loaded.config, loaded.config
-        models = self.fleet.snapshot().models
-        running = {model.name: model.pid for model in models if model.state in RUNNING}
-        found = changes(old, new, running)
-        self.fleet.reload(loaded)
+        found = self.fleet.reload(loaded)
         if self.post is not None and new.gateway is not None:
             await self.post.reload(new.gateway)
             if not self.post.is_started:
@@ -246,26 +247,6 @@ class PanelApp(App[None]):
         chosen = await self.push_screen_wait(ThemeChooser(self.theme_names, self.theme))
         if chosen is not None:
             self._remember_theme(chosen)
-
-    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        """The palette: what the keys do, and what can be done to each model, by its name.
-
-        With nothing typed only the keys and the switches are offered: the rest is models times actions.
-        """
-        if not isinstance(screen, Dashboard):
-            return
-        dashboard, snapshot = self.dashboard, self.fleet.snapshot()
-        keys = keys_of(read_only=snapshot.read_only)
-        for key in keys:
-            yield SystemCommand(key.help, f"key {key.cap}", partial(dashboard.run_action, key.action))
-        for model in snapshot.models:
-            for key in filter(lambda key: key.named, keys):
-                words, does = key.named.replace("{}", model.name), partial(dashboard.act_on, model.name)
-                is_switch = key.action == "switch"
-                yield SystemCommand(words, model.source, partial(does, key.action), discover=is_switch)
-            for kind in KINDS:
-                does = partial(dashboard.act_on, model.name, f"copy_of('{kind}')")
-                yield SystemCommand(f"Copy the {kind} of {model.name}", model.source, does, discover=False)
 
     def notify(
         self,

@@ -16,7 +16,7 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from vllm_sleep_tui.fleet.survey import CachedModel, Surroundings, VllmEnvironment
-from vllm_sleep_tui.tui.theme import DEFAULT_THEME, package_folder, read_theme, textual_theme
+from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, package_folder, read_theme, textual_theme
 from vllm_sleep_tui.tui.widgets.bands import KeyLine
 from vllm_sleep_tui.units import GIB, MIB, counted, gib
 
@@ -85,6 +85,7 @@ class FirstRun(App[Wish]):
         theme = read_theme(package_folder() / f"{DEFAULT_THEME}.yaml")
         self.register_theme(textual_theme(theme))
         self.theme = theme.name
+        self.palette = Palette(theme)
 
     def get_theme_variable_defaults(self) -> dict[str, str]:
         """The names of ours that the styles use, before a theme is chosen."""

@@ -30,6 +30,17 @@ LOOKS: dict[State, Look] = {
 }
 
 
+DOING = {
+    "switch": "switching to {}",
+    "sleep": "putting {} to sleep",
+    "wake": "waking {}",
+    "start": "starting {}",
+    "stop": "stopping {}",
+    "restart": "restarting {}",
+}
+"""An operation under way, for a person, `{}` for the model; whoever began it."""
+
+
 GLOSSARY: tuple[tuple[str, str], ...] = (
     (
         "L0",

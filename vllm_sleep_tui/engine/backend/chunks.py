@@ -92,9 +92,7 @@ class Chunks:
         self._stock: list[int] = []
         """Descriptors of chunks that were taken and are not placed yet."""
         self._leaving: list[int] = []
-        """Descriptors of chunks that are the next engine's from now on."""
-        self._parting: list[tuple[int, int, int]] = []
-        """Address, size and one handle of what is handed over and mapped here still."""
+        """Descriptors of chunks that are not mapped any more."""
         self._has_holder = False
         self._free = 0
         """Of the device when the sleep or wake began."""
@@ -160,38 +158,18 @@ class Chunks:
         self.figures["created_bytes"] += size - taken
 
     def unmap(self, handle: Handle, unmap: Callable[[Handle], object]) -> None:
-        """Take a region's memory away by vLLM's own function, with its chunks ready for the next engine.
-
-        Chunks that all go to the pool stay mapped until `part`: who gets them need not wait for that.
-        """
-        _, size, address, cell = handle
-        chunks = self._mapped.pop((address, size), [])
-        ready = len(self._leaving) + len(chunks)
-        for number, descriptor in enumerate(chunks):
+        """Unmap a region by vLLM's own function, with its chunks ready for the next engine."""
+        _, size, address, _ = handle
+        for number, descriptor in enumerate(self._mapped.pop((address, size), [])):
             if descriptor is None and self._has_holder:
                 with contextlib.suppress(RuntimeError):  # then the driver gets it
                     self._leaving.append(self._exported(address + number * CHUNK))
             elif descriptor is not None:
                 self._leaving.append(descriptor)
-        if not chunks or len(self._leaving) < ready:
-            unmap(handle)
-            return
-        shared = len(chunks) * CHUNK
-        self._memory.remove(address + shared, size - shared)
-        self._parting.append((address, shared, ctypes.c_uint64.from_address(cell).value))
-
-    def part(self) -> None:
-        """Unmap what was handed over; may run in a thread until the next sleep or wake begins.
-
-        Raises RuntimeError.
-        """
-        while self._parting:
-            address, size, memory = self._parting.pop()
-            self._memory.remove(address, size)
-            self._memory.release(memory)
+        unmap(handle)
 
     def hand_over(self, known: Collection[tuple[int, int]]) -> None:
-        """The sleep or wake has ended: what left goes to the pool, and what stays is written down.
+        """The sleep or wake has ended: what is not mapped goes to the pool, and what is is written down.
 
         `known` are vLLM's regions by address and size: it may have freed some meanwhile.
         """
@@ -201,11 +179,8 @@ class Chunks:
         lent = [
             descriptor for chunks in self._mapped.values() for descriptor in chunks if descriptor is not None
         ]
-        self._holder.note_lent(len(lent) * CHUNK)  # before the next engine has it
-        kept = self._holder.give(CHUNK, self._leaving)
-        if kept < len(self._leaving):
-            self.part()  # what the pool does not keep is to be free when the sleep has ended
-        self.figures["given_bytes"] += kept * CHUNK
+        self._holder.note_lent(len(lent) * CHUNK)  # before the next engine has what is not mapped here now
+        self.figures["given_bytes"] += self._holder.give(CHUNK, self._leaving) * CHUNK
         self._stock, self._leaving = [], []
 
     def make_up(self) -> None:
@@ -213,10 +188,7 @@ class Chunks:
 
         vLLM fails a sleep after which the device has less free memory than before, whoever took it.
         """
-        if self._memory.free() >= self._free + SLACK // 2:
-            return
-        self.part()
-        if self._holder.shrink():
+        if self._memory.free() < self._free + SLACK // 2 and self._holder.shrink():
             until = time.monotonic() + FREED_SECONDS
             while self._memory.free() < self._free and time.monotonic() < until:
                 time.sleep(0.01)

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import secrets
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -42,14 +41,11 @@ class CudaDriver:
         self._plain: set[int] = set()
         """Addresses of what was unmapped and is of the usual kind; vLLM's own function maps the others."""
         self._copying, self._clearing = torch.cuda.Stream(), torch.cuda.Stream()
-        self._beside = ThreadPoolExecutor(1, initializer=self._vmm.use, initargs=(self._vmm.context(),))
-        self._parting: Future[None] | None = None
         self._seed = secrets.randbits(31)
         self._sums: Sums | None = None
 
     def begin(self) -> None:
         """Wait for every stream."""
-        self._see_parted()
         if self._chunks is not None:
             self._chunks.begin()
         torch.cuda.synchronize()
@@ -82,20 +78,8 @@ class CudaDriver:
         self._chunks.hand_over(known)
         return self._chunks.figures
 
-    def part(self) -> None:
-        """In a thread: of 60 GiB it takes 8 ms, in which the next engine can begin."""
-        if self._chunks is not None:
-            self._parting = self._beside.submit(self._chunks.part)
-
-    def _see_parted(self) -> None:
-        """Raises what parting raised."""
-        parting, self._parting = self._parting, None
-        if parting is not None:
-            parting.result()
-
     def let_go(self) -> None:
         """Of the descriptors of chunks."""
-        self._see_parted()
         if self._chunks is not None:
             self._chunks.let_go()
 

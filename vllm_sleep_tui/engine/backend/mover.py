@@ -69,9 +69,6 @@ class Driver(Protocol):
         `known` are all regions that vLLM has.
         """
 
-    def part(self) -> None:
-        """The sleep or wake has ended: unmap what was handed over, beside whatever comes, until the next."""
-
     def let_go(self) -> None:
         """All regions hold memory, and vLLM's own functions take it away from now on."""
 
@@ -152,7 +149,6 @@ class Mover:
         if level == 2 and not self._saved():
             self._drop_pool()
         self._driver.tidy()
-        self._driver.part()
         steps.take("tidy")
         if leaving or self.level is None:  # a model without a KV cache sleeps at level 0 all the same
             self.level = level
@@ -201,7 +197,6 @@ class Mover:
             self._driver.unmap(self._handle(region))
             self._asleep[region] = sleeping
         self._driver.hand_over(self._regions())
-        self._driver.part()
 
     def give_up(self, tags: Sequence[str]) -> int:
         """Give up what `tags` name without a copy, while the rest stays; bytes given up."""
@@ -209,7 +204,6 @@ class Mover:
         lost = [region for region in self._awake() if self._tag(region) in tags]
         self._give_up(lost, saved=False)
         self._driver.hand_over(self._regions())
-        self._driver.part()
         self.level = 0 if lost else self.level
         return sum(size for _, size in lost)
 

@@ -63,16 +63,6 @@ class Vmm:
         """On which memory is cleared."""
         self._location = _Location(ON_DEVICE, device)
 
-    def context(self) -> int:
-        """CUDA's context of the calling thread."""
-        found = ctypes.c_void_p()
-        self._call("cuCtxGetCurrent", ctypes.byref(found))
-        return found.value or 0
-
-    def use(self, context: int) -> None:
-        """Have the calling thread work in a context; a thread begins without one."""
-        self._call("cuCtxSetCurrent", ctypes.c_void_p(context))
-
     def make(self, size: int, *, exportable: bool) -> int:
         """Fresh memory, cleared by the driver, that can be handed to another process or not."""
         made = ctypes.c_uint64()

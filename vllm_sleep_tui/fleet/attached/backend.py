@@ -45,6 +45,7 @@ from vllm_sleep_tui.fleet.snapshot import Prediction, Serving, SwitchTimes, Way
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import holder
 from vllm_sleep_tui.fleet.store.records import Intent
+from vllm_sleep_tui.units import counted
 
 if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
     from vllm_sleep_tui.engine.client import VllmClient
@@ -305,10 +306,11 @@ class Attached:
         self.intend(operation, "drain")
         with operation.timed("drain"):
             while count := await self.under_way():
-                operation.tell(self.name, "drain", f"{count:.0f} answers under way")
+                answers = counted(round(count), "answer")
+                operation.tell(self.name, "drain", f"{answers} under way")
                 if time.monotonic() > deadline:
                     raise RefusedError(
-                        f"{self.name} still gives {count:.0f} answers after {DRAIN_SECONDS:.0f} s.",
+                        f"{self.name} still gives {answers} after {DRAIN_SECONDS:.0f} s.",
                         "Wait until they end, or use --force, which breaks them off.",
                     )
                 await operation.pause(DRAIN_POLL)

@@ -90,8 +90,8 @@ def _candidates(environ: Mapping[str, str], here: Path) -> Iterator[tuple[str, P
     for pipx in (Path(environ.get("PIPX_HOME") or data / "pipx"), home / ".local/pipx"):
         for environment in _folders(pipx / "venvs"):
             yield f"pipx, {environment.name}", environment / "bin/vllm"
-    for folder in (*_folders(home), *_folders(home / ".virtualenvs")):
-        for environment in (folder, folder / ".venv", folder / "venv"):
+    for place in (*_folders(home), *_folders(home / ".virtualenvs")):
+        for environment in (place, place / ".venv", place / "venv"):
             yield f"~/{environment.relative_to(home)}", environment / "bin/vllm"
 
 

@@ -13,7 +13,7 @@ from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import Holder, read_holder
 from vllm_sleep_tui.sizing.placement import Room
 from vllm_sleep_tui.telemetry.gpus import GpuReading
-from vllm_sleep_tui.units import gib, time_text
+from vllm_sleep_tui.units import gib
 
 BUSY = frozenset({State.STARTING, State.FALLING_ASLEEP, State.WAKING, State.STOPPING})
 TOKENS_WORTH_WORDS = 256
@@ -57,7 +57,7 @@ def predict(
         needs_bytes={str(gpu): size for gpu, size in need.items()},
         free_bytes={str(gpu): size for gpu, size in room.free.items()},
         used_after=used_after(memory, room, need),
-        sentence=sentence(name, action, seconds, room, need)
+        sentence=sentence(name, action, room, need)
         + cache_lost(room, serving)
         + level_2_risks(model.core, room)
         + failed_so(model, state),
@@ -105,8 +105,8 @@ def used_after(memory: Mapping[int, GpuMemory], room: Room, need: Mapping[int, i
     }
 
 
-def sentence(name: str, action: str, seconds: float | None, room: Room, need: Mapping[int, int]) -> str:
-    """The prediction for a person."""
+def sentence(name: str, action: str, room: Room, need: Mapping[int, int]) -> str:
+    """The prediction for a person, but for its time."""
     steps = [f"sleeps {who}" for who in room.sleeps] + [f"stops {who}" for who in room.stops]
     steps.append(f"{'starts' if action == 'start' else 'wakes'} {name}")
     if need:
@@ -117,8 +117,8 @@ def sentence(name: str, action: str, seconds: float | None, room: Room, need: Ma
         figures = ""
     if action == "refused":
         return f"Does not fit{figures}."
-    about = "time not measured yet; " if seconds is None else f"≈ {time_text(seconds)}; "
-    return f"{about}{', '.join(steps)}{figures}."
+    words = ", ".join(steps)
+    return f"{words[:1].upper()}{words[1:]}{figures}."
 
 
 def failed_so(model: Model, state: State) -> str:

@@ -588,7 +588,7 @@ class Server:
         self.model.write(reference=reference)
 
     def ask_along(self, level: int) -> asyncio.Future[bool] | None:
-        """Ask the proof's question while it wakes: vLLM lets it wait until everything is awake, and has it then.
+        """Ask the proof's question while it wakes: vLLM lets it wait until everything is awake.
 
         None where more than one call makes a wake, or without our sleep mode: there it was not tried.
         """

@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 
 from vllm_sleep_tui.files import as_text
-from vllm_sleep_tui.fleet.events import FleetEvent
+from vllm_sleep_tui.fleet.events import FleetEvent, Kind
 from vllm_sleep_tui.fleet.past import Past, PastSwitch, Percentiles, Saved, Served, StateSpan
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
@@ -119,8 +119,18 @@ class History:
     def record_event(self, event: FleetEvent) -> None:
         """Keep something that happened, for `events_after`."""
         content = msgspec.json.encode(event).decode()
-        statement = "INSERT INTO events (time, config, event) VALUES (?, ?, ?)"
-        self._keep(statement, (event.time, self._config, content))
+        statement = "INSERT INTO events (time, config, event) VALUES (?1, ?2, ?3)"
+        if event.kind is Kind.CONFIG:  # whoever has the same file open hears of the same change
+            statement = (
+                "INSERT INTO events (time, config, event) SELECT ?1, ?2, ?3 WHERE ?4 IS NOT (SELECT "
+                "json_extract(event, '$.config') FROM events WHERE config = ?2 AND json_valid(event) AND "
+                "json_extract(event, '$.kind') = ?5 AND json_extract(event, '$.model') = ?6 "
+                "ORDER BY id DESC LIMIT 1)"
+            )
+            more: tuple[Value, ...] = (event.config, event.kind.value, event.model)
+        else:
+            more = ()
+        self._keep(statement, (event.time, self._config, content, *more))
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────
 

@@ -111,9 +111,12 @@ def phase_bar(phases: Sequence[tuple[str, float]], width: int, color: str) -> Li
 
 
 def large(text: str, paint: str) -> list[Line]:
-    """The text three lines high: digits drawn, letters as they are."""
-    drawn = [part.text for part in Digits(text).render(Style()) if isinstance(part, Segment)]
-    return [((row, paint),) for row in "".join(drawn).splitlines()]
+    """A figure three lines high, its unit as it is at the foot of it."""
+    figure, _, unit = text.partition(" ")
+    drawn = [part.text for part in Digits(figure).render(Style()) if isinstance(part, Segment)]
+    rows = "".join(drawn).splitlines()
+    beside = [" " * len(unit)] * (len(rows) - 1) + [unit]
+    return [((f"{row} {end}", paint),) for row, end in zip(rows, beside, strict=True)]
 
 
 def legend(parts: Sequence[Part], width: int) -> Line:

@@ -16,6 +16,7 @@ from textual.widgets.option_list import Option
 
 from vllm_sleep_tui.fleet.snapshot import TokenChance
 from vllm_sleep_tui.text import clean
+from vllm_sleep_tui.units import counted
 
 BAR_CELLS = 10
 TOKEN_CELLS = 16
@@ -35,8 +36,9 @@ class ChancesScreen(ModalScreen[None]):
         """What it comes to, then the rows."""
         logs = [min(0.0, chance.logprob) for chance in self._chances]
         least = min(self._chances, key=lambda chance: chance.logprob)
+        average = math.exp(sum(logs) / len(logs))
         words = (
-            f"{len(logs)} tokens, on average {math.exp(sum(logs) / len(logs)) * 100:.0f} % likely; "
+            f"{counted(len(logs), 'token')}, on average {average * 100:.0f} % likely; "
             f"the least likely: {_shown(least.token)} {_percent(least.logprob)}"
         )
         with Vertical(classes="dialog wide") as box:

@@ -22,7 +22,7 @@ from vllm_sleep_tui.fleet.conversations import Conversations, Kept, as_json, as_
 from vllm_sleep_tui.paths import here
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
-from vllm_sleep_tui.units import date_and_time
+from vllm_sleep_tui.units import counted, date_and_time
 
 PAGE = 200
 """Conversations that are read at once; at the end of them the next ones are."""
@@ -171,7 +171,8 @@ class ConversationList(ModalScreen[int | None]):
         kept = self._at
         if kept is None:
             return
-        words = f"{clean(kept.title)}\n{kept.turns} turns with {kept.model}. It cannot be brought back."
+        turns = counted(kept.turns, "turn")
+        words = f"{clean(kept.title)}\n{turns} with {kept.model}. It cannot be brought back."
         choices = [Choice("y", "Delete it", "delete")]
         if await self.app.push_screen_wait(Question("Delete this conversation?", words, choices)):
             await asyncio.wrap_future(self._store.delete(kept.id))
@@ -183,8 +184,8 @@ def _line(kept: Kept) -> Text:
     return Text.assemble(
         (f"{date_and_time(kept.changed)}  ", "dim"),
         (f"{clean(kept.model):<12.12} ", "bold"),
-        (f"{kept.turns:>3}  ", "dim"),
         clean(kept.title),
+        (f"  {counted(kept.turns, 'turn')}", "dim"),
         no_wrap=True,
         overflow="ellipsis",
     )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import on, work
-from textual.app import ComposeResult, SuspendNotSupported
+from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.events import DescendantBlur, DescendantFocus, Resize
@@ -23,21 +22,20 @@ from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot, Predicti
 from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.drawing.timeline import WINDOWS
 from vllm_sleep_tui.tui.keys import CHANGING, bindings
+from vllm_sleep_tui.tui.screens.chat_keys import ChatKeys
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Chooser, Help, Question
-from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.copies import copies_of
-from vllm_sleep_tui.tui.state.editor import edited
 from vllm_sleep_tui.tui.state.operations import Operations, Running, Trouble, Work
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.past import PastReader, Readings
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.widgets.bands import BottomBand, TopBand
 from vllm_sleep_tui.tui.widgets.chat import ChatPane
-from vllm_sleep_tui.tui.widgets.chat_status import cost_words
 from vllm_sleep_tui.tui.widgets.detail import Detail
 from vllm_sleep_tui.tui.widgets.memory import MemoryPanel
 from vllm_sleep_tui.tui.widgets.models import FindInput, ModelTable
 from vllm_sleep_tui.tui.widgets.timeline import Timeline
+from vllm_sleep_tui.tui.words import DOING
 from vllm_sleep_tui.units import counted, gib
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ _FINDING_HINT = "⏎ to the table   ↑ ↓ move   esc all models   letters are 
 _TYPING_HINT = "⏎ send  alt+⏎ line  ↑ earlier  esc leave the input   letters are text"
 
 
-class Dashboard(LookingScreen):
+class Dashboard(ChatKeys):
     """The one screen of every day; the others are imported when they are opened, as the first paint waits."""
 
     BINDINGS: ClassVar[list[BindingType]] = bindings()
@@ -66,7 +64,7 @@ class Dashboard(LookingScreen):
 
     def __init__(self, fleet: PanelFleet, operations: Operations, conversations: Conversations) -> None:
         super().__init__()
-        self._conversations = conversations
+        self.conversations = conversations
         self.fleet = fleet
         self.operations = operations
         self._ticks = 0
@@ -97,7 +95,7 @@ class Dashboard(LookingScreen):
                 with VerticalScroll(id="scroll", can_focus=True):
                     yield Detail(id="detail")
                 yield Timeline(id="timeline")
-            yield ChatPane(self.fleet, self.operations, self._conversations, id="chat")
+            yield ChatPane(self.fleet, self.operations, self.conversations, id="chat")
         yield Static(id="too-small", markup=False)
 
     async def on_mount(self) -> None:
@@ -292,7 +290,7 @@ class Dashboard(LookingScreen):
         if snapshot.model(name).state is State.AWAKE and not moving:
             self.notify(f"{name} is awake.", markup=False)
             return
-        self.begin(name, "switching to {}", lambda report: self.fleet.switch(name, report=report))
+        self.begin(name, DOING["switch"], lambda report: self.fleet.switch(name, report=report))
 
     def action_sleep(self) -> None:
         """Put it to sleep at its own level."""
@@ -301,21 +299,21 @@ class Dashboard(LookingScreen):
 
     def sleep(self, name: str) -> None:
         """Put a model to sleep at its own level."""
-        self.begin(name, "putting {} to sleep", lambda report: self.fleet.sleep(name, report=report))
+        self.begin(name, DOING["sleep"], lambda report: self.fleet.sleep(name, report=report))
 
     def action_sleep_at(self, level: int) -> None:
         """Put it to sleep at a level."""
         if (name := self.selected) is not None:
             self.begin(
                 name,
-                f"putting {{}} to sleep at level {level}",
+                f"{DOING['sleep']} at level {level}",
                 lambda report: self.fleet.sleep(name, level=level, report=report),
             )
 
     def action_wake(self) -> None:
         """Wake it beside the others."""
         if (name := self.selected) is not None:
-            self.begin(name, "waking {}", lambda report: self.fleet.wake(name, report=report))
+            self.begin(name, DOING["wake"], lambda report: self.fleet.wake(name, report=report))
 
     def action_start(self) -> None:
         """Start it."""
@@ -326,7 +324,7 @@ class Dashboard(LookingScreen):
         """Start models; the fleet takes them one after the other where they share a GPU."""
         first, others = names[0], len(names) - 1
         self.begin(
-            first, "starting {}", lambda report: self.fleet.start(list(names), report=report), others=others
+            first, DOING["start"], lambda report: self.fleet.start(list(names), report=report), others=others
         )
 
     def action_start_all(self) -> None:
@@ -383,7 +381,7 @@ class Dashboard(LookingScreen):
 
     def stop(self, name: str) -> None:
         """Stop a model; what is under way on it is broken off."""
-        self.begin(name, "stopping {}", lambda report: self.fleet.stop([name], report=report), replaces=True)
+        self.begin(name, DOING["stop"], lambda report: self.fleet.stop([name], report=report), replaces=True)
 
     @work
     async def action_restart(self) -> None:
@@ -395,7 +393,7 @@ class Dashboard(LookingScreen):
         choices = [Choice("y", f"Restart {model.name}", "restart")]
         if await self.app.push_screen_wait(Question(f"Restart {model.name}?", text, choices)):
             name = model.name
-            self.begin(name, "restarting {}", lambda report: self.fleet.restart([name], report=report))
+            self.begin(name, DOING["restart"], lambda report: self.fleet.restart([name], report=report))
 
     @work
     async def ask_autostart(self, names: Sequence[str]) -> None:
@@ -445,94 +443,6 @@ class Dashboard(LookingScreen):
             self.app.exit()
 
     # ── what the keys show ──────────────────────────────────────────────────────────────────────────────────
-
-    def action_chat(self) -> None:
-        """Into the chat's input, at once: what is typed next is a question already."""
-        self.add_class("-chatting")
-        self.set_focus(self.query_one(ChatPane).input)
-
-    def action_chat_zoom(self) -> None:
-        """The chat over the whole screen, or beside the models again."""
-        self.toggle_class("-zoomed")
-        self.set_class(self.has_class("-zoomed"), "-chatting")
-
-    def action_chat_new(self) -> None:
-        """Begin a conversation."""
-        self.query_one(ChatPane).new()
-
-    def action_chat_parameters(self) -> None:
-        """How the model is asked."""
-        self.query_one(ChatPane).choose_parameters()
-
-    def action_chat_chances(self) -> None:
-        """How likely the tokens of an answer were."""
-        self.query_one(ChatPane).show_chances()
-
-    @work
-    async def action_chat_list(self) -> None:
-        """The conversations that were kept."""
-        from vllm_sleep_tui.tui.screens.conversations import ConversationList
-
-        chat = self.query_one(ChatPane)
-        chosen = await self.app.push_screen_wait(ConversationList(self._conversations, chat.forgotten))
-        if chosen is not None:
-            self.add_class("-chatting")
-            await chat.open_conversation(chosen)
-
-    @work
-    async def action_duel(self) -> None:
-        """Ask another model the same."""
-        chat = self.query_one(ChatPane)
-        others = [model.name for model in self.fleet.snapshot().models if model.name != self.selected]
-        if not chat.can_ask_another or not others:
-            self.notify(
-                f"Ask {self.selected} something first: another model is asked the same.", markup=False
-            )
-            return
-        models = [(name, cost_words(self.fleet.predict(name)) or "is awake") for name in others]
-        chooser = Chooser("Ask another model the same", models, "⏎ asks, esc does not")
-        if (other := await self.app.push_screen_wait(chooser)) is not None:
-            self.add_class("-chatting")
-            chat.ask_another(other)
-
-    def action_side_by_side(self) -> None:
-        """The last two answers to one question beside each other."""
-        self.query_one(ChatPane).side_by_side()
-
-    @work(exclusive=True, group="editor")
-    async def action_chat_editor(self) -> None:
-        """Write the question in the person's own editor; answers and the gateway go on meanwhile."""
-        chat = self.query_one(ChatPane)
-        failed: PanelError | None = None
-        try:
-            with self.app.suspend():
-                # No error may leave this block: the terminal would not be taken back.
-                try:
-                    text = await asyncio.to_thread(edited, chat.input.text)
-                except PanelError as error:
-                    failed = error
-        except SuspendNotSupported:
-            self.notify("An editor needs a terminal of its own.", severity="warning", markup=False)
-            return
-        if failed is not None:
-            self.notify(f"{failed.what}\n{failed.cure}", severity="error", markup=False)
-            return
-        chat.input.text = text
-        chat.input.move_cursor(chat.input.document.end)
-        self.action_chat()
-
-    def action_chat_again(self) -> None:
-        """Ask the last question again."""
-        self.query_one(ChatPane).regenerate()
-
-    def action_chat_edit(self) -> None:
-        """Ask the last question otherwise."""
-        self.add_class("-chatting")
-        self.query_one(ChatPane).edit()
-
-    def action_chat_go_on(self) -> None:
-        """Have a cut answer gone on with."""
-        self.query_one(ChatPane).go_on()
 
     def action_find(self) -> None:
         """Into the line that says which models have a row."""
@@ -587,22 +497,6 @@ class Dashboard(LookingScreen):
             self.remove_class("-chatting", "-zoomed")
             self._table.focus()
 
-    def action_copy_answer(self) -> None:
-        """What is selected, else the last answer, to the clipboard."""
-        if selected := self.get_selected_text():
-            self.app.copy_to_clipboard(selected)
-        elif text := self.query_one(ChatPane).last_answer():
-            self._copy(text, "the answer")
-        else:
-            self.notify(f"{self.selected} has not answered anything yet.", markup=False)
-
-    def action_copy_code(self) -> None:
-        """The block of code under the mouse, else the last one that is seen, to the clipboard."""
-        if text := self.query_one(ChatPane).code():
-            self._copy(text, "the code")
-        else:
-            self.notify("There is no block of code in sight.", markup=False)
-
     @work
     async def action_copy_of(self, kind: str = "") -> None:
         """Something of the selected model, asked which, to the clipboard."""
@@ -617,7 +511,7 @@ class Dashboard(LookingScreen):
             chosen: str | None = await self.app.push_screen_wait(chooser)
             kind = chosen or ""
         if kind in copies:
-            self._copy(copies[kind], f"the {kind} of {name}")
+            self.copy(copies[kind], f"the {kind} of {name}")
         elif kind:
             self.notify(f"{name} has no {kind} now.", markup=False)
 
@@ -629,15 +523,6 @@ class Dashboard(LookingScreen):
         self._table.selected = name
         await self.run_action(action)
         self.changed()
-
-    def _copy(self, text: str, what: str) -> None:
-        app: Any = self.app
-        app.copy_to_clipboard(text, what)
-
-    def action_fold(self) -> None:
-        """Show the reasoning of the last answer, or hide it."""
-        if not self.query_one(ChatPane).fold_last():
-            self.notify(f"The last answer of {self.selected} has no reasoning.", markup=False)
 
     def action_log(self) -> None:
         """The selected model's log."""
@@ -655,7 +540,7 @@ class Dashboard(LookingScreen):
         if event is None:
             return
         names = [model.name for model in self.fleet.snapshot().models]
-        if event.models[0] in names:
+        if event.models and event.models[0] in names:
             self._table.selected = event.models[0]
         view = self.view()
         if view.snapshot.time - event.time > WINDOWS[-1].seconds:

@@ -39,6 +39,8 @@ def _mark(event: FleetEvent) -> Span:
     if event.kind is Kind.STATE and event.state is not None:
         look = LOOKS[event.state]
         return look.glyph, look.paint
+    if event.kind is Kind.CONFIG:
+        return "≡", "accent"
     if event.is_failure:
         return "✗", "bad"
     return ("–", "warning") if event.outcome is Outcome.CANCELLED else ("✓", "muted")
@@ -244,5 +246,5 @@ class EventScreen(Screen["FleetEvent | None"]):
 
     def action_log(self) -> None:
         """The log of the selected event's model."""
-        if (event := self._list.selected) is not None:
+        if (event := self._list.selected) is not None and event.models:
             show_log(self, self._fleet, event.models[0])

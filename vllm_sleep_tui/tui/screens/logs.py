@@ -90,7 +90,7 @@ class LogScreen(LookingScreen):
         log = WrappedLog(id="log")
         log.border_title = f"Log of {self._model}"
         yield log
-        yield KeyLine("esc back   end follow   ↑ ↓ scroll   page up, page down", id="keys")
+        yield KeyLine("esc back   end follow   ↑ ↓ pgup pgdn scroll", id="keys")
 
     def on_mount(self) -> None:
         """Follow."""

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 
+from vllm_sleep_tui.units import counted
+
 SECONDS = 2.0
 """How long tmux may take for its buffer."""
 
@@ -39,7 +41,7 @@ async def to_tmux(text: str) -> bool:
 
 def words(text: str, what: str, *, arrived: bool) -> str:
     """What is known of a copy, for a person."""
-    size = f"{len(text)} characters" if len(text) != 1 else "1 character"
+    size = counted(len(text), "character")
     if arrived:
         return f"Copied {what}: {size}, in tmux's buffer."
     return f"Sent {what} to the terminal: {size}. Whether its clipboard took them, it does not say."

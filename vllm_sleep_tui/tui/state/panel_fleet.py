@@ -20,6 +20,7 @@ from vllm_sleep_tui.fleet.snapshot import (
 )
 
 if TYPE_CHECKING:  # reading checkpoints is slow to import, and seldom looked at
+    from vllm_sleep_tui.config.changes import Change
     from vllm_sleep_tui.config.load import LoadedConfig
     from vllm_sleep_tui.fleet.advice import Advice
 
@@ -30,8 +31,8 @@ class PanelFleet(Protocol):
     loaded: LoadedConfig
     state_dir: Path
 
-    def reload(self, loaded: LoadedConfig) -> None:
-        """Go on with a changed config file."""
+    def reload(self, loaded: LoadedConfig) -> list[Change]:
+        """Go on with a changed config file; what differs."""
         ...
 
     async def apply(self, text: str) -> None:

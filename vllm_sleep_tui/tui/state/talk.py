@@ -240,20 +240,16 @@ class Talk:
         return (pair[0], pair[1]) if len(pair) == 2 else None
 
     def compare(self) -> str:
-        """How the last two answers to one question differ, in words; empty if there are no two."""
+        """How the last two answers to one question differ, in words; empty if that is not to be said.
+
+        What each took stands below it.
+        """
         pair = self.pair()
-        if pair is None:
+        texts = [entry.turn.text.split() for entry in pair or () if isinstance(entry.turn, Answer)]
+        if not texts or max(map(len, texts)) >= MOST_WORDS:
             return ""
-        texts = [entry.turn.text.split() for entry in pair if isinstance(entry.turn, Answer)]
-        same = (
-            SequenceMatcher(None, texts[0], texts[1], autojunk=False).ratio()
-            if max(map(len, texts)) < MOST_WORDS
-            else None
-        )
-        parts = [f"{entry.turn.speaker} {entry.pace.words()}".rstrip() for entry in pair]
-        return "\n".join(
-            [*parts, *([] if same is None else [f"{same * 100:.0f} % of the words are the same"])]
-        )
+        share = SequenceMatcher(None, texts[0], texts[1], autojunk=False).ratio()
+        return f"{share * 100:.0f} % of the words are the same"
 
     def _add(self, entry: Entry) -> None:
         self._entries.append(entry)

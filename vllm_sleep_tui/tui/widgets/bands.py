@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from textual import events
 from textual.geometry import Size
-from textual.widgets import Static
 
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot
 from vllm_sleep_tui.fleet.states import State
@@ -33,6 +32,8 @@ def hardware(gpus: tuple[GpuSnapshot, ...]) -> str:
 
 
 _LOOK_SECONDS = 1.0
+_KEY = re.compile(r"((?:(?:(?:alt\+|\^)?\S|esc|tab|end|space|pgup|pgdn) )*)")
+"""The keys at the head of their words: `⏎`, `alt+⏎`, `+ −`, `esc`."""
 _NAMED_AWAKE = 3
 """More models awake than these are counted, not named."""
 ALARM = "ink-bad on-bad bold"
@@ -128,21 +129,31 @@ def keys_that_fit(words: str, width: int) -> str:
     return words
 
 
-class KeyLine(Static):
+def key_spans(words: str) -> list[Span]:
+    """A line of keys as they look everywhere: each key bright, what it does quiet."""
+    spans: list[Span] = []
+    for part in re.split(r"(  +)", words):
+        match = _KEY.match(part)
+        caps = match[1] if match else ""
+        spans += [(caps, "accent bold"), (part.removeprefix(caps), "muted")]
+    return spans
+
+
+class KeyLine(Painted):
     """A screen's keys in its last line, whole ones, as many as fit."""
 
     def __init__(self, words: str, *, id: str | None = None) -> None:
-        super().__init__(markup=False, id=id)
+        super().__init__(id=id)
         self._words = words
 
     def say(self, words: str) -> None:
         """Other keys from now on."""
         self._words = words
-        self.on_resize()
+        self.repaint()
 
-    def on_resize(self) -> None:
-        """Say what fits."""
-        self.update(keys_that_fit(self._words, self.content_size.width))
+    def paint(self, size: Size) -> list[Line]:
+        """What fits."""
+        return [tuple(key_spans(keys_that_fit(self._words, size.width)))]
 
 
 class BottomBand(Painted):
@@ -172,7 +183,7 @@ class BottomBand(Painted):
         """The keys, or the hint of the input that has the focus."""
         self._places = []
         if self._typing:
-            return [((keys_that_fit(self._typing, size.width), "muted"),)]
+            return [tuple(key_spans(keys_that_fit(self._typing, size.width)))]
         spans: list[Span] = []
         at = 0
         for key in self._keys_that_fit(size.width):

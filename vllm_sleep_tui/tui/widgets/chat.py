@@ -30,7 +30,7 @@ from vllm_sleep_tui.tui.widgets.chat_input import ChatInput
 from vllm_sleep_tui.tui.widgets.chat_status import ChatStatus
 from vllm_sleep_tui.tui.widgets.transcript import Transcript
 from vllm_sleep_tui.tui.words import phases_of, state_words
-from vllm_sleep_tui.units import time_of_day, took
+from vllm_sleep_tui.units import time_of_day, time_text, took
 
 FLUSH_SECONDS = 0.1
 KEEP_SECONDS = 2.0
@@ -190,8 +190,8 @@ class ChatPane(Vertical):
                 continue  # an answer or the line above the input says it
             is_failed = model.state is State.FAILED
             words = f"{time_of_day(time.time())} {model.name}: {state_words(model.state, model.level)}"
-            if is_failed and model.reason:
-                words += f". {model.reason} {model.cure or ''}".rstrip()
+            if is_failed:
+                words += "; key n says why"  # in full, and more surely than at this moment
             talk.tell(words, "bad" if is_failed else "muted", passes=not is_failed)
             self._shown(talk)
 
@@ -412,9 +412,8 @@ class ChatPane(Vertical):
             self._contexts[name] = entry.pace.context_tokens
         answer.say(*entry.note())
         talk.keep(entry)
-        if name != talk.handle.model and answer.text:
-            for words in talk.compare().splitlines():
-                talk.tell(words, "muted")
+        if name != talk.handle.model and answer.text and (words := talk.compare()):
+            talk.tell(words, "muted")
         self._shown(talk, answer)
         self._shown(talk)
         if not answer.text and error is not None and self.is_attached and talk is self._talk:
@@ -580,5 +579,6 @@ def _phases(times: SwitchTimes | None) -> list[Line]:
 
 
 def _sentence(prediction: Prediction) -> str:
-    """What would be done, for a question; all that `cost_words` names is in it."""
-    return prediction.sentence[:1].upper() + prediction.sentence[1:]
+    """What would be done and how long that takes, for a question; all that `cost_words` names is in it."""
+    about = "" if prediction.seconds is None else f"About {time_text(prediction.seconds)}. "
+    return about + prediction.sentence

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.past import Past
@@ -11,7 +13,7 @@ from vllm_sleep_tui.tui.drawing.bars import large, phase_bar, progress
 from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, cut, cut_line, rule, wrap
 from vllm_sleep_tui.tui.state.operations import Running
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.words import PARTS_OF_WAKE, phases_of
+from vllm_sleep_tui.tui.words import DOING, PARTS_OF_WAKE, phases_of
 from vllm_sleep_tui.units import clock, counted, time_sum, took
 
 _INDENT = "  "
@@ -23,7 +25,14 @@ AIRY_HEIGHT, TALL_WIDTH = 36, 48
 
 
 def _wrapped(text: str, width: int, paint: str) -> list[Line]:
-    return [((_INDENT, ""), (line, paint)) for line in wrap(text, width - len(_INDENT))]
+    """A text below a rule; it ends a cell before the edge, where the scrollbar may be."""
+    return [((_INDENT, ""), (line, paint)) for line in wrap(text, width - len(_INDENT) - 1)]
+
+
+def _facts(words: Iterable[str], width: int, paint: str) -> list[Line]:
+    """Facts beside each other, each in one piece and with its separator at the end of what it follows."""
+    pieces = [word.replace(" ", "\N{NO-BREAK SPACE}") for word in words]
+    return _wrapped("\N{NO-BREAK SPACE}· ".join(pieces), width, paint)
 
 
 def failure_lines(model: ModelSnapshot, width: int) -> list[Line]:
@@ -67,10 +76,8 @@ def running_lines(view: View, model: ModelSnapshot, width: int) -> list[Line]:
     if operation is not None and not view.running:
         elapsed = view.snapshot.time - operation.since
         fraction = min(0.99, elapsed / operation.eta) if operation.eta else None
-        title = [
-            (f"{operation.name} {model.name}", "warning bold"),
-            (f"  {_times(elapsed, operation.eta)}", "muted"),
-        ]
+        words = DOING.get(operation.name, f"{operation.name} {{}}")
+        title = [*_doing(words, view, model.name), (f"  {_times(elapsed, operation.eta)}", "muted")]
         lines.append(rule(title, width))
         lines += _step(str(model.phase or ""), model.progress or "", fraction, width)
     return lines
@@ -82,12 +89,8 @@ def _running(view: View, running: Running, width: int) -> list[Line]:
     acting = view.snapshot.model(latest.model) if latest is not None and _knows(view, latest.model) else model
     eta = model.operation.eta if model.operation else None
     elapsed = view.snapshot.time - running.since
-    color = view.colors[running.model]
-    before, _, after = running.verb.partition("{}")
     title: list[Span] = [
-        (before, "warning bold"),
-        (running.model, f"{color} bold"),
-        (after + running.and_others, "warning bold"),
+        *_doing(running.verb + running.and_others, view, running.model),
         (f"  {_times(elapsed, eta)}", "muted"),
     ]
     if running.cancelled:
@@ -100,6 +103,11 @@ def _running(view: View, running: Running, width: int) -> list[Line]:
     if fraction is None and eta:
         fraction = min(0.99, elapsed / eta)
     return [rule(title, width), *_step(phase, detail, fraction, width)]
+
+
+def _doing(words: str, view: View, name: str) -> list[Span]:
+    before, _, after = words.partition("{}")
+    return [(before, "warning bold"), (name, f"{view.colors[name]} bold"), (after, "warning bold")]
 
 
 def _knows(view: View, name: str) -> bool:
@@ -138,8 +146,9 @@ def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
     title: list[Span] = [("enter → ", "accent bold"), (prediction.target, f"{color} bold")]
     if prediction.action == "nothing":
         return [rule([*title, ("  is awake already", "muted")], width)]
-    if prediction.seconds is not None and prediction.action != "refused":
-        title.append((f"  ≈ {took(prediction.seconds)}", "text bold"))
+    if prediction.action != "refused":
+        about = None if prediction.seconds is None else f"  ≈ {took(prediction.seconds)}"
+        title.append((about, "text bold") if about else ("  not timed yet", "muted"))
     paint = "warning" if prediction.action == "refused" else "text"
     lines = [rule(title, width), *_wrapped(prediction.sentence, width, paint)]
     if view.waits is not None and prediction.action != "refused":
@@ -176,21 +185,20 @@ def last_switch_lines(view: View, model: ModelSnapshot, width: int, *, is_tall: 
         rest = times.total - sum(seconds for _, seconds in phases)
         if rest > times.total * NOTED_SHARE:
             phases.append(("start" if was_start else "rest", rest))
-        lines.append(((_INDENT, ""), *phase_bar(phases, width - len(_INDENT), color)))
-        lines += _wrapped(_phase_words(phases, phases_of(times)), width, "muted")
+        lines.append(((_INDENT, ""), *phase_bar(phases, width - len(_INDENT) - 1, color)))
+        lines += _facts(_phase_words(phases, phases_of(times)), width, "muted")
     if not is_tall and (saved := saved_words(view.past, model)):
         lines += _wrapped(saved, width, "muted")
     return lines
 
 
-def _phase_words(phases: list[tuple[str, float]], all_phases: list[tuple[str, float]]) -> str:
+def _phase_words(phases: list[tuple[str, float]], all_phases: list[tuple[str, float]]) -> list[str]:
     """Each phase with its time, what a wake consists of in brackets."""
     parts = " · ".join(f"{name} {took(seconds)}" for name, seconds in all_phases if name in PARTS_OF_WAKE)
-    words = [
+    return [
         f"{name} {took(seconds)}" + (f" ({parts})" if name == "wake" and parts else "")
         for name, seconds in phases
     ]
-    return " · ".join(word.replace(" ", "\N{NO-BREAK SPACE}") for word in words)
 
 
 def _was_start(times: SwitchTimes) -> bool:
@@ -267,7 +275,7 @@ def serving_lines(model: ModelSnapshot, width: int) -> list[Line]:
         words.append(f"prefix hits {serving.prefix_hit_share * 100:.0f} %")
     if serving.cached_tokens:
         words.append(f"{counted(serving.cached_tokens, 'token')} cached")
-    return _wrapped(" · ".join(words), width, "text") if words else []
+    return _facts(words, width, "text") if words else []
 
 
 def facts_line(model: ModelSnapshot, width: int) -> list[Line]:
@@ -290,7 +298,7 @@ def facts_line(model: ModelSnapshot, width: int) -> list[Line]:
         words.append(model.proof)
     if not model.frees_memory:
         words.append("sleeping frees no memory here")
-    return _wrapped(" · ".join(word for word in words if word), width, "muted")
+    return _facts(filter(None, words), width, "muted")
 
 
 class Detail(Shown):

@@ -80,7 +80,7 @@ def ram_parts(snapshot: FleetSnapshot, colors: dict[str, str]) -> list[Part]:
         if pinned:
             parts.append(Part(f"{model.name} {gib_number(pinned)}", pinned, colors[model.name], HATCHED))
     if private > 0:
-        parts.append(Part(f"private {gib_number(private)}", private, "muted", SOLID))
+        parts.append(Part(f"servers {gib_number(private)}", private, "muted", SOLID))
     if total is not None and available is not None:
         others = total - available - private - sum(part.size for part in parts if part.fill == HATCHED)
         if others > SHOWN:
@@ -168,23 +168,25 @@ def ram_lines(view: View, width: int, *, compact: bool) -> list[Line]:
     name = left("RAM", _NAME_WIDTH)
     if total is None or available is None:
         return [((name, "text bold"), (f"unknown ({UNKNOWN})", "muted"))]
-    parts = ram_parts(view.snapshot, view.colors)
+    parts, room = ram_parts(view.snapshot, view.colors), width - _NAME_WIDTH - _TOTAL_WIDTH
     limit = host.pinning_limit_bytes if _may_pin(view.snapshot) else None
     first: Line = (
         (name, "text bold"),
-        *stacked(parts, total, width - _NAME_WIDTH - _TOTAL_WIDTH, mark=limit),
+        *stacked(parts, total, room, mark=limit),
         (right(_totals(total - available, total), _TOTAL_WIDTH), "text"),
     )
     if compact:
         return [first]
-    hatched = [
-        part._replace(label=f"{part.label} pinned") if part.fill == HATCHED else part for part in parts
-    ]
+    pinned = sum(part.size for part in parts if part.fill == HATCHED)
+    named = _unlabelled(parts, total, room)
+    if pinned:
+        named.insert(0, Part(f"pinned {gib_number(int(pinned))}", pinned, "muted", HATCHED))
     words: list[Span] = []
     if limit is not None:
         words = [(f"{MARK} ", MARK_PAINT), (f"level 1 up to {gib_number(limit)}", "muted")]
-    room = width - _NAME_WIDTH - line_width(words) - 1
-    names = legend([*hatched, *_free_words(total - available, total)], room)
+    names = legend(
+        [*named, *_free_words(total - available, total)], width - _NAME_WIDTH - line_width(words) - 1
+    )
     return [first, spread([(" " * _NAME_WIDTH, ""), *names], words, width)]
 
 

@@ -122,8 +122,8 @@ class Timeline(Shown):
         self.repaint()
 
     def _frame(self, view: View, width: int = 0) -> Frame:
-        # Before it is shown for the first time its box tells how wide it will be, and before that the screen:
-        # a key may come before the first layout, and a width of nothing would put the cursor half a window back.
+        # Before it is shown for the first time its box tells how wide it will be, and before the first layout
+        # the screen: a width of nothing would put the cursor half a window back.
         cells = width or self.content_size.width or self.container_size.width or self.screen.size.width
         count = max(1, cells - _NAME_WIDTH)
         # Whole cells of time: the picture moves one cell at a time, not a little with each look.
@@ -149,7 +149,7 @@ class Timeline(Shown):
             lanes = _around(lanes, names.index(view.selected) if view.selected in names else 0, room)
         elif not self.shows_served:
             served = []
-        times = ((" " * _NAME_WIDTH, ""), (axis(frame), "faint"))
+        times = ((" " * _NAME_WIDTH, ""), (axis(frame), "muted"))
         return [rule(head, size.width), times, *lanes, *served, *below]
 
     @property
@@ -164,7 +164,7 @@ class Timeline(Shown):
         return [name for name in names if name == kept or was_used(self._states(name, frame))]
 
     def _quiet(self, view: View, frame: Frame) -> tuple[list[Span], list[Line]]:
-        head: list[Span] = [(f"last {self.window.words}", "muted"), ("  + −  ← →", "faint")]
+        head: list[Span] = [(f"last {self.window.words}", "muted"), ("  + −  ← →", "muted")]
         total = sum_of([entry for entry in view.past.served if entry.time + entry.seconds > frame.start])
         return [*head, (f"  {total.words}", "muted")] if total.words else head, []
 
