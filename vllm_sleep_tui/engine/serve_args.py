@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
-
-import msgspec
 
 UTILIZATION = "gpu-memory-utilization"
 OPTIMIZATION_LEVEL = "optimization-level"
@@ -60,7 +59,8 @@ def why_reserved(name: str) -> str | None:
     return RESERVED.get(head) or RESERVED.get(head.removeprefix("no-"))
 
 
-class ServeArgs(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class ServeArgs:
     """The `args:` of a model, by long names, each a text or several; what cannot be read counts as unset."""
 
     args: Mapping[str, Any]
