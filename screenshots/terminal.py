@@ -147,9 +147,9 @@ class Captures:
             while differing and time.monotonic() < end:
                 await self._pilot.pause(0.3)
                 self._app.clear_notifications()
-                differing = differences(
-                    self._tmux.text(), text_of(self._app.export_screenshot(title="")), shows
-                )
+                terminal = self._tmux.text()
+                drawn = terminal if is_log else text_of(self._app.export_screenshot(title=""))
+                differing = differences(terminal, drawn, shows)
             (self._into / f"{capture}.txt").write_text(self._tmux.text(), encoding="utf-8")
             (self._into / f"{capture}.ansi").write_text(self._tmux.colored(), encoding="utf-8")
             self.taken += 1
