@@ -142,7 +142,7 @@ async def _story(camera: Camera, app: PanelApp, pilot: Pilot[None], fleet: Fleet
         ("e", "gateway", "127.0.0.1"),
         ("b", "bench", "qwen"),
         ("a", "advice", "Advice"),
-        ("ctrl+p", "palette", "key"),
+        ("ctrl+p", "palette", "Switch to the selected model"),
     ):
         await pilot.press(key)
         await pilot.pause(0.8)
@@ -153,7 +153,8 @@ async def _story(camera: Camera, app: PanelApp, pilot: Pilot[None], fleet: Fleet
     assert pid is not None
     await pilot.press("home")
     os.kill(pid, signal.SIGKILL)
-    await until(pilot, lambda: state("qwen") is State.FAILED)
+    # Why it died is known once its keeper has seen its end.
+    await until(pilot, lambda: "SIGKILL" in (fleet.snapshot().model("qwen").reason or ""))
     await camera.take("failed", "failed", "SIGKILL")
 
 
