@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from vllm_sleep_tui.tui.theme import package_folder
 SIZES = "60x20,80x24,120x40,200x60"
 THEMES = "night,day"
 _TEXT = re.compile(r'<text class="[^"]*" x="([\d.]+)" y="([\d.]+)"[^>]*>(.*?)</text>', re.DOTALL)
+SETTLE_SECONDS = 20.0
 _CELL = 12.2
 """The width of a character in Textual's SVG."""
 
@@ -65,7 +67,7 @@ class Camera:
             self._app.theme = theme
             for width, height in self._sizes:
                 await self._pilot.resize_terminal(width, height)
-                await self._pilot.pause(0.2)
+                await self._settled(shows)
                 folder, picture = self._into / theme, f"{name}-{width}x{height}"
                 text = text_of(write(self._app, folder, picture, png=self._png))
                 (folder / f"{picture}.txt").write_text(text + "\n", encoding="utf-8")
@@ -74,6 +76,16 @@ class Camera:
                     self.faults.append(f"{theme}/{picture} does not show {', '.join(missing)}")
         await self._pilot.resize_terminal(120, 40)
         await self._pilot.pause(0.1)
+
+    async def _settled(self, shows: Sequence[str]) -> None:
+        """Wait for the words, as the panel looks by its own clock; what never comes is told afterwards."""
+        end = time.monotonic() + SETTLE_SECONDS
+        await self._pilot.pause(0.2)
+        while time.monotonic() < end:
+            text = text_of(self._app.export_screenshot(title=""))
+            if all(words in text for words in shows):
+                return
+            await self._pilot.pause(0.2)
 
 
 def text_of(svg: str) -> str:
@@ -142,7 +154,7 @@ async def _story(camera: Camera, app: PanelApp, pilot: Pilot[None], fleet: Fleet
         ("e", "gateway", "127.0.0.1"),
         ("b", "bench", "qwen"),
         ("a", "advice", "Advice"),
-        ("ctrl+p", "palette", "key"),
+        ("ctrl+p", "palette", "Switch to the selected model"),
     ):
         await pilot.press(key)
         await pilot.pause(0.8)
@@ -153,7 +165,8 @@ async def _story(camera: Camera, app: PanelApp, pilot: Pilot[None], fleet: Fleet
     assert pid is not None
     await pilot.press("home")
     os.kill(pid, signal.SIGKILL)
-    await until(pilot, lambda: state("qwen") is State.FAILED)
+    # Why it died is known once its keeper has seen its end.
+    await until(pilot, lambda: "SIGKILL" in (fleet.snapshot().model("qwen").reason or ""))
     await camera.take("failed", "failed", "SIGKILL")
 
 

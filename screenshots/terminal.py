@@ -41,6 +41,7 @@ AGREE_SECONDS = 60.0
 _CHANGING = re.compile(r"[\d.:/%]+|[░▒█▁▂▃▄▅▆▇╷│·–\s]+|[\u2800-\u28ff]")
 """What goes on while one looks: figures, the course of lines and bars."""
 _TMUX_CONFIG = "set -g status off\nset -g escape-time 0\n"
+_MORE_GPU = "  - {name: Demo, memory: 24GiB}\n"
 _MORE = """\
   {name}:
     model: {source}
@@ -57,18 +58,21 @@ _ROLES = ("assistant", "translator", "summariser", "reviewer", "extractor", "cla
 
 
 def write_config(folder: Path, speed: float, models: int) -> Path:
-    """The demo, with more models on its two GPUs where more are wanted."""
+    """The demo, and on six GPUs beside its two the more models that are wanted."""
     path = write_demo(folder, speed)
+    text = path.read_text(encoding="utf-8")
+    if models > 4:
+        text = text.replace("models:\n", _MORE_GPU * 6 + "models:\n", 1)
     more = [
         _MORE.format(
             name=f"{_ROLES[number % len(_ROLES)]}-{number:02d}",
             source=_SOURCES[number % len(_SOURCES)],
-            gpu=number % 2,
+            gpu=2 + number % 6,
             speed=speed,
         )
         for number in range(models - 4)
     ]
-    path.write_text(path.read_text(encoding="utf-8") + "".join(more), encoding="utf-8")
+    path.write_text(text + "".join(more), encoding="utf-8")
     return path
 
 
@@ -130,8 +134,11 @@ class Captures:
         """Wait until the terminal has these words."""
         await until(self._pilot, lambda: all(each in self._tmux.text() for each in words))
 
-    async def take(self, name: str, *shows: str) -> None:
-        """A capture in each size; the words must be in it, and it must be as it is without a terminal."""
+    async def take(self, name: str, *shows: str, is_log: bool = False) -> None:
+        """A capture in each size; the words must be in it, and it must be as it is without a terminal.
+
+        A log need not be: Rich breaks its lines for a console, which without a terminal has 80 columns.
+        """
         for width, height in self._sizes:
             self._tmux.resize(width, height)
             await self._pilot.resize_terminal(width, height)
@@ -140,9 +147,9 @@ class Captures:
             while differing and time.monotonic() < end:
                 await self._pilot.pause(0.3)
                 self._app.clear_notifications()
-                differing = differences(
-                    self._tmux.text(), text_of(self._app.export_screenshot(title="")), shows
-                )
+                terminal = self._tmux.text()
+                drawn = terminal if is_log else text_of(self._app.export_screenshot(title=""))
+                differing = differences(terminal, drawn, shows)
             (self._into / f"{capture}.txt").write_text(self._tmux.text(), encoding="utf-8")
             (self._into / f"{capture}.ansi").write_text(self._tmux.colored(), encoding="utf-8")
             self.taken += 1
@@ -201,7 +208,7 @@ async def _story(captures: Captures, tmux: Tmux, fleet: Fleet, pilot: Pilot[None
         (("n", "events", "awake by restart"), ("f", "failures", "SIGKILL"), ("l", "log", "Log of qwen")), 1
     ):
         await captures.press(key)
-        await captures.take(f"night-{number}-{name}", words)
+        await captures.take(f"night-{number}-{name}", words, is_log=name == "log")
 
 
 async def make(

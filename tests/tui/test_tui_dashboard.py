@@ -150,7 +150,7 @@ async def test_what_another_program_does_to_a_model_shows_with_its_expected_end(
     fleet = ScriptedFleet(starting(four_models()))
     async with panel(fleet, tmp_path) as pilot:
         await pilot.press("end")
-        await until_seen(pilot, "start vision", "0:21 of about 0:52", "compiling  torch.compile", "40 %")
+        await until_seen(pilot, "starting vision", "0:21 of about 0:52", "compiling  torch.compile", "40 %")
 
 
 async def test_a_refusal_is_told_and_stays_with_its_cure_until_the_next_operation(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ async def test_under_the_last_switch_stand_what_it_saved_and_what_is_usual(
         await until_seen(pilot, "last switch to phi", "102 × faster than a start")
         await until_seen(pilot, "46.7 s saved · today 3 switches, 2 min saved")
         await until_seen(pilot, "drain 4 ms · sleep 67 ms · settle 4 ms · wake 0.36 s ·", "prove 26 ms")
-        await until_seen(pilot, "╰─╯•  ╵╰─╯   s")  # 0.46 s, three lines high
+        await until_seen(pilot, "╰─╯•  ╵╰─╯ s")  # 0.46 s, three lines high
         await until_seen(pilot, "p50 0.46 s · p95 0.61 s over 3 switches at level 1")
 
 
