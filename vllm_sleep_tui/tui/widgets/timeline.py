@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from textual import events
 from textual.geometry import Size
 from textual.message import Message
+from textual.widget import Widget
 
 from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, left, rule
 from vllm_sleep_tui.tui.drawing.timeline import (
@@ -122,9 +123,10 @@ class Timeline(Shown):
         self.repaint()
 
     def _frame(self, view: View, width: int = 0) -> Frame:
-        # Before it is shown for the first time its box tells how wide it will be, and before the first layout
-        # the screen: a width of nothing would put the cursor half a window back.
-        cells = width or self.content_size.width or self.container_size.width or self.screen.size.width
+        # While it is hidden its own size is that of some layout before, which would put the cursor minutes
+        # away: its box tells how wide it will be, and before the first layout the screen.
+        box = self.parent.content_size.width if isinstance(self.parent, Widget) else 0
+        cells = width or box or self.screen.size.width
         count = max(1, cells - _NAME_WIDTH)
         # Whole cells of time: the picture moves one cell at a time, not a little with each look.
         step = self.window.seconds / count
