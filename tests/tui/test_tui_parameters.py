@@ -118,9 +118,11 @@ async def test_presets_come_by_name_from_the_config_and_from_what_was_kept_in_th
         await until(
             pilot, lambda: pilot.app.screen.query_one("#preset", Input).value == "wild", "what it fills in"
         )
-        await pilot.press("ctrl+x")
+        await pilot.press("ctrl+g")
+        await until_seen(pilot, "Delete the preset wild?")
+        await pilot.press("y")
         await until_seen(pilot, "The preset wild is deleted.")
-        await pilot.press("ctrl+x")
+        await pilot.press("ctrl+g")
         await until_seen(pilot, "No preset of that name")
         await pilot.press("ctrl+o")
         await until_seen(pilot, "exact  temperature 0 · seed 7")
@@ -129,7 +131,7 @@ async def test_presets_come_by_name_from_the_config_and_from_what_was_kept_in_th
         await until(
             pilot, lambda: pilot.app.screen.query_one("#preset", Input).value == "exact", "what it fills in"
         )
-        await pilot.press("ctrl+x")
+        await pilot.press("ctrl+g")
         await until_seen(pilot, "exact is a preset of the config.")
         await pilot.press("enter")
         await ask(pilot, "q")

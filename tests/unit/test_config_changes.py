@@ -44,22 +44,33 @@ def test_what_runs_is_told_to_need_a_restart(tmp_path: Path) -> None:
     assert change.needs_care
 
 
+def test_what_needs_a_restart_is_told_apart_from_what_does_not(tmp_path: Path) -> None:
+    before = config(tmp_path, "{model: x/y}")
+    after = config(tmp_path, "{model: x/y, idle: {sleep_after: 10m}, aliases: [new], vllm_command: [other]}")
+    assert [change.sentence for change in changes(before, after, {"qwen": 7})] == [
+        "qwen changed and needs a restart (alias new added, vllm_command): `restart qwen`",
+        "qwen changed (idle)",
+    ]
+
+
 def test_two_that_heed_the_same_change_keep_it_once_and_the_way_back_is_another(tmp_path: Path) -> None:
-    def told(digest: str, model: str = "qwen") -> FleetEvent:
-        return FleetEvent(time=1.0, kind=Kind.CONFIG, model=model, detail="changed (level)", config=digest)
+    def told(version: str, model: str = "qwen", detail: str = "changed (level)") -> FleetEvent:
+        return FleetEvent(time=1.0, kind=Kind.CONFIG, model=model, detail=detail, config=version)
 
     with closing(History(tmp_path)) as panel, closing(History(tmp_path)) as serve:
         panel.record_event(told("b"))
         panel.record_event(told("b", ""))
+        panel.record_event(told("b", "", "gateway changed"))
         panel.latest_events(1)  # it is written
         serve.record_event(told("b"))
         serve.record_event(told("b", ""))
+        serve.record_event(told("b", "", "gateway changed"))
         serve.record_event(told("a"))
         serve.latest_events(1)
-        panel.record_event(told("b"))
+        panel.record_event(told("b again"))
         kept = panel.latest_events(9)
     assert [(event.model, event.config) for event in kept] == [
-        ("qwen", "b"), ("", "b"), ("qwen", "a"), ("qwen", "b"),
+        ("qwen", "b"), ("", "b"), ("", "b"), ("qwen", "a"), ("qwen", "b again"),
     ]  # fmt: skip
     assert kept[0].sentence() == "config: changed (level)"
     assert kept[1].models == []

@@ -59,3 +59,30 @@ async def test_a_file_that_the_config_names_is_watched_as_the_config_is(tmp_path
     assert not has_changed()
     (tmp_path / "new.env").write_text("A=33")
     assert has_changed()
+
+
+async def test_a_file_that_is_named_before_it_is_there_is_heeded_once_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "vllm-sleep-tui.yaml"
+    path.write_text("vllm_command: [vllm]\nmodels: {own: {model: org/own}}\n")
+    watch = ConfigWatch(before := load(path), lambda _: True)
+    preset = "{schema: answer.json}"
+    models = "{own: {model: org/own, env_file: own.env}}"
+    path.write_text(f"vllm_command: [vllm]\nmodels: {models}\npresets: {{p: {preset}}}\n")
+
+    def has_changed() -> bool:
+        return [watch.has_changed() for _ in range(2)][-1]
+
+    assert has_changed()
+    with pytest.raises(UsageError, match=r"answer\.json"):
+        await watch.read()
+    assert not has_changed()
+    (tmp_path / "answer.json").write_text("{}")
+    assert has_changed()
+    with pytest.raises(UsageError, match=r"there is no file .*own\.env"):
+        await watch.read()
+    (tmp_path / "own.env").write_text("A=1")
+    assert has_changed()
+    now = await watch.read()
+    assert now.config.models["own"].env["A"] == "1"
+    assert now.version() not in (before.version(), before.digest)
+    assert not has_changed()

@@ -116,6 +116,7 @@ def open_first(ctx: click.Context) -> int:
     if wish.is_demo:
         from vllm_sleep_tui.cli.demo import open_demo
 
+        _look_for_garbage()
         return open_demo()
     return open_panel(ctx, begin=next(iter(write_wish(wish).config.models)))
 

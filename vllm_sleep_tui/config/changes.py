@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from vllm_sleep_tui.config.types import Config, ModelConfig
+import msgspec
+
+from vllm_sleep_tui.config.types import Config
 
 
 class Change(NamedTuple):
@@ -33,25 +35,30 @@ def changes(old: Config, new: Config, running: Mapping[str, int | None]) -> list
                 f"; its server (pid {running[name]}) is left running, `orphans --end` ends it" if runs else ""
             )
             found.append(Change(f"is no longer in the config{left}", name, needs_care=runs))
-        elif runs and launch_part(new, name) != launch_part(old, name):
-            what = _what(model, new.models[name]) or "vllm_command"
+            continue
+        before, now = launch_part(old, name), launch_part(new, name)
+        launched = [key for key in before if before[key] != now[key]] if runs else []
+        if launched:
+            what = _what(before, now, launched)
             found.append(
                 Change(f"changed and needs a restart ({what}): `restart {name}`", name, needs_care=True)
             )
-        elif new.models[name] != model:
-            found.append(Change(f"changed ({_what(model, new.models[name])})", name))
+        values, new_values = msgspec.structs.asdict(model), msgspec.structs.asdict(new.models[name])
+        told = {*launched, *(f"{key}_file" for key in launched)}  # where its values are from
+        rest = [key for key in values if values[key] != new_values[key] and key not in told]
+        if rest:
+            found.append(Change(f"changed ({_what(values, new_values, rest)})", name))
     if new.simulated_gpus != old.simulated_gpus:
         found.append(Change("simulated_gpus changed, which only a new serve or panel heeds", needs_care=True))
-    others = ("vllm_command", "gateway", "keep_conversations")
+    others = ("vllm_command", "gateway", "presets", "keep_conversations")
     return found + [Change(f"{key} changed") for key in others if getattr(new, key) != getattr(old, key)]
 
 
-def _what(old: ModelConfig, new: ModelConfig) -> str:
-    """The keys of a model that differ, by name alone: values may be secrets, but for aliases."""
-    differing = [key for key in old.__struct_fields__ if getattr(old, key) != getattr(new, key)]
+def _what(old: Mapping[str, Any], new: Mapping[str, Any], differing: Sequence[str]) -> str:
+    """The keys that differ, by name alone: values may be secrets, but for aliases."""
     parts: list[str] = []
     for key in differing:
-        before, after = getattr(old, key), getattr(new, key)
+        before, after = old[key], new[key]
         if key == "aliases":
             parts += [f"alias {alias} added" for alias in after if alias not in before]
             parts += [f"alias {alias} removed" for alias in before if alias not in after]
@@ -63,19 +70,23 @@ def _what(old: ModelConfig, new: ModelConfig) -> str:
     return ", ".join(parts or differing)
 
 
-def launch_part(config: Config, name: str) -> tuple[object, ...]:
+_LAUNCHED_WITH = (
+    "model",
+    "gpus",
+    "level",
+    "args",
+    "env",
+    "port",
+    "aliases",
+    "sleep_backend",
+    "kv_cache",
+    "api_key",
+)
+
+
+def launch_part(config: Config, name: str) -> dict[str, Any]:
     """What of the config the running server of a model was launched with."""
     model = config.models[name]
-    return (
-        model.model,
-        model.gpus,
-        model.level,
-        model.args,
-        model.env,
-        model.port,
-        model.aliases,
-        model.vllm_command or config.vllm_command,
-        model.sleep_backend,
-        model.kv_cache,
-        model.api_key,
-    )
+    return {key: getattr(model, key) for key in _LAUNCHED_WITH} | {
+        "vllm_command": model.vllm_command or config.vllm_command
+    }

@@ -227,7 +227,7 @@ def own_key(document: Document, key: Key, values: Mapping[str, Any]) -> dict[str
         if not isinstance(name, Written) or name.kind != "text":
             raise document.error(where, "must be the name of a file", "Correct the value.")
         path = document.path.resolve().parent / name
-        document.read.append(path)
+        document.reads(path)
         fields = {"api_key_file": str(path), "api_key": _key_in(document, where, path)}
     elif text is not None:
         where = (*key, "api_key")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +27,7 @@ from vllm_sleep_tui.config.types import (
     parse_duration,
 )
 from vllm_sleep_tui.config.values import fill_in, read_args, read_env
-from vllm_sleep_tui.config.yaml import Document, Key, is_null, parse, spell, typed
+from vllm_sleep_tui.config.yaml import Document, Key, Mark, is_null, mark, parse, spell, typed
 from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.errors import UsageError
 from vllm_sleep_tui.files import digest_with
@@ -110,12 +111,18 @@ class LoadedConfig:
     """SHA-256 of the content of the file and of those that it includes, to know it again."""
     lines: Mapping[str, int] = field(repr=False)
     """The line of each key, such as models.qwen.gpus."""
-    read: tuple[Path, ...] = ()
-    """The other files whose content is in it: those that it includes, and those of keys."""
+    marks: Mapping[Path, Mark] = field(default_factory=dict, repr=False)
+    """The file as it was found and all that were read for it: those that it includes, those of keys, schemas
+    and tools; each as it was just before it was read."""
 
     def agreement(self) -> str:
         """What a person agrees to who agrees to this file: a digest of it and of the files it names."""
         return digest_with(self.digest, self._named())
+
+    def version(self) -> str:
+        """Another one each time that one of these files was written, the same for all who read them then."""
+        marks = sorted(map(repr, self.marks.values()))
+        return hashlib.sha256(" ".join([self.digest, *marks]).encode()).hexdigest()
 
     def _named(self) -> Iterator[Path]:
         """The paths among its words, keys left out: they may change. Most words are of no file."""
@@ -134,19 +141,24 @@ class LoadedConfig:
         raise UsageError(f"No model is called {name!r} in {self.path}.", cure)
 
 
-def load(path: Path) -> LoadedConfig:
-    """Read and check a config file; raises UsageError on the first thing that is wrong in it."""
-    document = parse(path)
+def load(path: Path, marks: dict[Path, Mark] | None = None) -> LoadedConfig:
+    """Read and check a config file; raises UsageError on the first thing that is wrong in it.
+
+    `marks` is where it notes what it reads, for who wants to know that of a file that is wrong too.
+    """
+    found = Path(os.path.abspath(path))
+    marks = {} if marks is None else marks
+    marks[found] = mark(found)
+    document = parse(path, marks)
     config = _convert(document)
     check(document, config)
-    found = Path(os.path.abspath(path))
     return LoadedConfig(
         config=_located(config, path.resolve().parent),
         path=path.resolve(),
         found=found,
         digest=document.whole_digest,
         lines={spell(key): line for key, line in document.lines.items()},
-        read=tuple(dict.fromkeys(document.read)),
+        marks=marks,
     )
 
 
@@ -220,7 +232,8 @@ def _preset(document: Document, name: str, value: Any) -> Parameters:
     _check_keys(document, key, written, Parameters)
     given = {part: item for part, item in written.items() if not is_null(item)}
     try:
-        return parameters(typed(fill_in(document, key, given)), document.path.resolve().parent)
+        folder = document.path.resolve().parent
+        return parameters(typed(fill_in(document, key, given)), folder, document.reads)
     except ParameterError as error:
         raise document.error((*key, error.name), error.wrong, error.cure) from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,15 +95,18 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return " · ".join(parts)
 
 
-def parameters(values: Mapping[str, Any], folder: Path) -> Parameters:
+def parameters(
+    values: Mapping[str, Any], folder: Path, reads: Callable[[Path], object] | None = None
+) -> Parameters:
     """Those values, of which numbers may be text; raises ParameterError.
 
-    `schema` and `tools` may be the name of a file, which counts from `folder`, or JSON as text.
+    `schema` and `tools` may be the name of a file, which counts from `folder`, or JSON as text; `reads` is
+    told of a file before it is read.
     """
     given = {name: value for name, value in values.items() if value is not None and value != ""}
     for name in FROM_A_FILE:
         if isinstance(text := given.get(name), str):
-            given[name] = _json(name, text, folder)
+            given[name] = _json(name, text, folder, reads)
     if isinstance(text := given.get("stop"), str):
         given["stop"] = _stops(text)
     try:
@@ -134,7 +137,7 @@ def _stops(text: str) -> Any:
         return [text]
 
 
-def _json(name: str, text: str, folder: Path) -> Any:
+def _json(name: str, text: str, folder: Path, reads: Callable[[Path], object] | None) -> Any:
     """What stands in JSON in a text, or in the file that it names."""
     source, cure = "the text", f"Write {EXPECTED[name]}."
     if not text.lstrip().startswith(("{", "[")):
@@ -142,6 +145,8 @@ def _json(name: str, text: str, folder: Path) -> Any:
         try:
             path = folder / path_of(text).expanduser()
             source = str(path)
+            if reads is not None:
+                reads(path)
             text = read_regular(path, MAX_FILE, follow=True).decode()
         except OSError as error:
             raise ParameterError(name, f"cannot be read: {source}: {error.strerror}", cure) from None

@@ -208,7 +208,7 @@ def _read_config(document: Document, where: Key, given: Any) -> dict[str, Any]:
     if not isinstance(given, Written) or is_null(given) or not given:
         raise document.error(where, "must be the name of a file", "Write it like config: serve.yaml")
     path = document.path.resolve().parent / given
-    inside = document.include(parse(path))
+    inside = document.include(parse(document.reads(path), document.marks))
     values = inside.values
     if is_null(values):
         return {}
@@ -258,6 +258,7 @@ def _variables(document: Document, key: Key, value: Any) -> Iterator[tuple[Key, 
 
 def _env_file(document: Document, where: Key, path: Path, spans_machines: bool) -> dict[str, str]:
     """Lines `NAME=value`, with or without `export` and quotes; single quotes keep every sign."""
+    document.reads(path)
     try:
         content = read_regular(path, MAX_BYTES, follow=True) if path.is_file() else None
     except OSError as error:

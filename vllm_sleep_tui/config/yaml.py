@@ -122,6 +122,19 @@ def as_yaml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+Mark = tuple[int, int, int] | None
+"""By which a file is known to be the same: inode, size, time of its change (ns); None if it is not there."""
+
+
+def mark(path: Path) -> Mark:
+    """The mark of a file as it is now, links followed."""
+    try:
+        there = os.stat(path)
+    except OSError:  # gone, or for a moment: editors rename
+        return None
+    return there.st_ino, there.st_size, there.st_mtime_ns
+
+
 class Document(msgspec.Struct, frozen=True):
     """A file's values with the lines they stand on; it words the complaints about them."""
 
@@ -133,13 +146,17 @@ class Document(msgspec.Struct, frozen=True):
     lines: Mapping[Key, int]
     included: list[str] = msgspec.field(default_factory=list)
     """The digests of the files whose content counts as this one's."""
-    read: list[Path] = msgspec.field(default_factory=list)
-    """The other files that were read for it: those, and those of keys."""
+    marks: dict[Path, Mark] = msgspec.field(default_factory=dict)
+    """The other files that it names and that were read or looked for, each as it was just before."""
+
+    def reads(self, path: Path) -> Path:
+        """Note that a file is read for this one, before it is; returns its path."""
+        self.marks[path] = mark(path)
+        return path
 
     def include(self, other: Document) -> Document:
         """Count another file's content as part of this one; returns that file."""
         self.included.extend([other.digest, *other.included])
-        self.read.extend([other.path, *other.read])
         return other
 
     @property
@@ -166,8 +183,11 @@ def spell(key: Key) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
 
 
-def parse(path: Path) -> Document:
-    """Read a YAML file as it is written; raises UsageError with file and line for what is not YAML."""
+def parse(path: Path, marks: dict[Path, Mark] | None = None) -> Document:
+    """Read a YAML file as it is written; raises UsageError with file and line for what is not YAML.
+
+    `marks` is where it notes the other files that are read for it.
+    """
     content = _read(path)
     text = _decoded(path, content)
     reader = YAML(typ="rt", pure=True)
@@ -184,7 +204,8 @@ def parse(path: Path) -> Document:
     except Exception as error:  # ruamel itself trips over some files: a list as a key is a TypeError
         raise UsageError(f"{path}:1: not YAML: {_one_line(str(error))}", "Correct the file.") from None
     lines: dict[Key, int] = {(): 1}
-    document = Document(path, hashlib.sha256(content).hexdigest(), None, lines)
+    noted = {} if marks is None else marks
+    document = Document(path, hashlib.sha256(content).hexdigest(), None, lines, marks=noted)
     return msgspec.structs.replace(document, values=_plain(tree, (), lines, document))
 
 

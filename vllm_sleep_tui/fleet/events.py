@@ -59,7 +59,7 @@ class FleetEvent(msgspec.Struct, frozen=True, kw_only=True):
     detail: str | None = None
     """One sentence: why it failed, for whom a model made room, or what of the config changed."""
     config: str | None = None
-    """Of a changed config: the digest of what it says now. Who else heeds it tells it no second time."""
+    """Of a changed config: the version of its files. Who else heeds that one tells it no second time."""
     pid: int | None = None
     """The process that did it; of a changed config, the first that heeded it."""
 

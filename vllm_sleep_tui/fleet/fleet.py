@@ -151,8 +151,9 @@ class Fleet:
         self.loaded = loaded
         self._core.reload(loaded)
         if not self.is_read_only:
+            version = loaded.version()
             for change in found:
-                self._core.publish(_told(change, loaded.digest, by))
+                self._core.publish(_told(change, version, by))
             self._flush()
         return found
 
@@ -415,14 +416,14 @@ class Fleet:
         flushing.add_done_callback(self._flushing.discard)
 
 
-def _told(change: Change, digest: str, by: str | None) -> FleetEvent:
+def _told(change: Change, version: str, by: str | None) -> FleetEvent:
     return FleetEvent(
         time=time.time(),
         kind=Kind.CONFIG,
         model=change.model,
         operation=by,
         detail=change.words,
-        config=digest,
+        config=version,
         pid=os.getpid(),
     )
 

@@ -405,8 +405,10 @@ class Outgoing:
 
     async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         if not self._has_begun:
-            self._has_begun = True
             await self._send({"type": "http.response.start", "status": int(status), "headers": headers})
+            self._has_begun = (
+                True  # not before: a comment may be cut off while it waits for its turn to be sent
+            )
 
     async def _write(self, part: bytes) -> None:
         await self._send({"type": "http.response.body", "body": part, "more_body": True})
@@ -447,7 +449,9 @@ class _Telling:
     async def _tell(self) -> None:
         await asyncio.sleep(FIRST_COMMENT)
         while True:
-            await self._out.comment(f"waits for {self._ask.waits_for or self._ask.target.model}")
+            ask = self._ask
+            waits_for = "the answer" if ask.began else ask.waits_for or ask.target.model
+            await self._out.comment(f"waits for {waits_for}")
             await asyncio.sleep(COMMENT_SECONDS)
 
 

@@ -186,7 +186,7 @@ class PanelApp(App[None]):
         if screen is not None and not (isinstance(screen, LookingScreen) and screen.keeps_readings):
             self.dashboard.readings.see(self.fleet.snapshot())
 
-    @work
+    @work(exit_on_error=False)
     async def _import_rest(self) -> None:
         """Import and read what the first screen did without, while nobody waits for it."""
         await asyncio.to_thread(_import_rest)
@@ -395,5 +395,5 @@ def run_panel(
 def _import_rest() -> None:
     """The modules; one that cannot be imported is told by whoever needs it."""
     for name in _REST:
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(Exception):  # whatever a half installed module raises
             importlib.import_module(name)

@@ -122,12 +122,12 @@ class History:
         statement = "INSERT INTO events (time, config, event) VALUES (?1, ?2, ?3)"
         if event.kind is Kind.CONFIG:  # whoever has the same file open hears of the same change
             statement = (
-                "INSERT INTO events (time, config, event) SELECT ?1, ?2, ?3 WHERE ?4 IS NOT (SELECT "
-                "json_extract(event, '$.config') FROM events WHERE config = ?2 AND json_valid(event) AND "
-                "json_extract(event, '$.kind') = ?5 AND json_extract(event, '$.model') = ?6 "
-                "ORDER BY id DESC LIMIT 1)"
+                "INSERT INTO events (time, config, event) SELECT ?1, ?2, ?3 WHERE NOT EXISTS (SELECT 1 "
+                "FROM events WHERE config = ?2 AND json_valid(event) AND "
+                "json_extract(event, '$.kind') = ?4 AND json_extract(event, '$.config') = ?5 AND "
+                "json_extract(event, '$.model') = ?6 AND json_extract(event, '$.detail') = ?7)"
             )
-            more: tuple[Value, ...] = (event.config, event.kind.value, event.model)
+            more: tuple[Value, ...] = (event.kind.value, event.config, event.model, event.detail)
         else:
             more = ()
         self._keep(statement, (event.time, self._config, content, *more))

@@ -19,7 +19,7 @@ from textual.widgets import Input, Label, Static, TextArea
 from vllm_sleep_tui.config.parameters import ParameterError, Parameters, parameters
 from vllm_sleep_tui.paths import here
 from vllm_sleep_tui.text import one_line
-from vllm_sleep_tui.tui.screens.dialogs import Chooser
+from vllm_sleep_tui.tui.screens.dialogs import Choice, Chooser, Question
 
 _LINES = {
     "temperature": ("temperature", "0 to 100"),
@@ -42,7 +42,7 @@ class ParametersScreen(ModalScreen[Parameters | None]):
         Binding("escape", "dismiss", "cancel", show=False),
         Binding("ctrl+o", "choose", "presets", show=False),
         Binding("ctrl+s", "keep", "keep", show=False),
-        Binding("ctrl+x", "forget", "forget", show=False, priority=True),
+        Binding("ctrl+g", "forget", "delete", show=False),
         Binding("ctrl+r", "clear", "clear", show=False),
         Binding("up", "app.focus_previous", show=False),
         Binding("down", "app.focus_next", show=False),
@@ -69,7 +69,7 @@ class ParametersScreen(ModalScreen[Parameters | None]):
         """A line each, and what is wrong with one."""
         with Vertical(classes="dialog wide") as box:
             box.border_title = Text(f"How {self._model} is asked in this conversation").markup
-            box.border_subtitle = "⏎ take  ^o presets  ^s keep as preset  ^x delete it  ^r clear  esc"
+            box.border_subtitle = "⏎ take  ^o presets  ^s keep as preset  ^g delete it  ^r clear  esc"
             with VerticalScroll(id="parameters", can_focus=False):
                 with Horizontal():
                     yield Label("system")
@@ -147,16 +147,20 @@ class ParametersScreen(ModalScreen[Parameters | None]):
 
     @work
     async def action_forget(self) -> None:
-        """Delete the preset of the name in the last line."""
+        """Delete the preset of the name in the last line, once the person says so."""
         name = one_line(self.query_one("#preset", Input).value)
         if name in self._of_config:
             self._tell(f"{name} is a preset of the config.\nTake it out of that file.")
             return
-        deleted = await asyncio.wrap_future(self._forget(name))
-        if deleted:
-            self._tell(f"The preset {name} is deleted.")
-        else:
+        if name not in await asyncio.wrap_future(self._presets()):
             self._tell("No preset of that name was kept here.\nWrite one in the last line: ^o has them.")
+            return
+        words = "It is gone for good; this conversation and others go on as they are."
+        question = Question(f"Delete the preset {name}?", words, [Choice("y", "Delete it", "delete")])
+        if not await self.app.push_screen_wait(question):
+            return
+        deleted = await asyncio.wrap_future(self._forget(name))
+        self._tell(f"The preset {name} is deleted." if deleted else f"There was no preset {name} any more.")
 
     def action_clear(self) -> None:
         """Everything is the server's to choose again."""

@@ -245,12 +245,17 @@ class ChatPane(Vertical):
         shows = await self._shows(name, text) if self._is_free(name) else None
         if shows is not None and await self._agrees(name):
             # The same prompt found room before.
-            fits = is_same or await self._fits(name, self._talks[name], text)
-            if fits and self._is_free(name):  # while it was asked about, nothing else began
-                talk = self._talks[name]
+            talk = self._talks[name]
+            fits = is_same or await self._fits(name, talk, text)
+            leaves_out = fits and await self._is_blind_to(name, talk)
+            # While it was asked about, nothing else began; from here on nothing can.
+            if fits and self._is_free(name) and talk is self._talks[name]:
                 if again:
                     self._take_back(talk)
-                await self._tell_of_pictures(name, talk)
+                if leaves_out:
+                    talk.blind.add(name)
+                    words = f"{name} reads text alone: the pictures of this conversation are left out."
+                    talk.tell(words, "warning")
                 self._ask(name, talk, text, shows)
                 return
         if not is_same:
@@ -273,16 +278,16 @@ class ChatPane(Vertical):
             self.notify(f"{error.what}\n{error.cure}", severity="warning", markup=False)
             return None
 
-    async def _tell_of_pictures(self, name: str, talk: Talk) -> None:
-        """Tell once that a model that reads text alone is not shown what was asked about before."""
+    async def _is_blind_to(self, name: str, talk: Talk) -> bool:
+        """Whether a model is newly known to read text alone, and is not shown what was asked about before."""
         pictures = [picture for message in talk.messages() for picture in message.get("pictures", ())]
         if name in talk.blind or not pictures:
-            return
+            return False
         try:
             await self._fleet.check_sees(name, pictures)
         except PanelError:
-            talk.blind.add(name)
-            talk.tell(f"{name} reads text alone: the pictures of this conversation are left out.", "warning")
+            return True
+        return False
 
     def _is_free(self, name: str) -> bool:
         """Whether a model may be asked now; if not, the person is told."""
