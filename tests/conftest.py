@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
 import signal
-import socket
 import tempfile
 import time
 import uuid
@@ -16,6 +14,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.orphans import left_alone
+from tests.ports import PORTS
 
 MARKER = "VLLM_SLEEP_TUI_TEST"
 """In the environment of all processes a test starts: finds one left behind, whoever its parent is now."""
@@ -102,27 +103,17 @@ def own_surroundings(session_marker: str, tmp_path: Path, monkeypatch: pytest.Mo
         shutil.rmtree(short, ignore_errors=True)
 
 
-def hand_out_ports() -> Iterator[int]:
-    """Free loopback ports below those that the kernel gives to outgoing connections, each once a process."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-    ports = list(range(10_000 + worker % 20 * 1_000, 11_000 + worker % 20 * 1_000))
-    random.Random(os.getpid()).shuffle(ports)
-    for port in ports:
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        yield port
-
-
-PORTS = hand_out_ports()
-
-
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """A call gives a port that nobody listens on and no other test of this run is given."""
     return lambda: next(PORTS)
+
+
+@pytest.fixture
+def own_orphans() -> Iterator[None]:
+    """What this test leaves without a keeper, a record or a config is ended by no other test."""
+    with left_alone():
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

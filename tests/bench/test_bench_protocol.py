@@ -36,7 +36,7 @@ def wait_for_steps(bench: Bench, count: int) -> None:
     """Until the run's file holds that many steps."""
     wait_until(
         lambda: bench.result.exists() and len(steps_in(read(bench.result))) >= count,
-        seconds=60,
+        seconds=200,
         what=f"{count} steps in the file",
         every=0.005,
     )
@@ -143,12 +143,12 @@ def test_models_end_as_they_were_found_bystanders_too(pair: MakePair) -> None:
 
 
 def test_after_a_kill_it_resumes_at_the_unfinished_pass_and_puts_the_models_back(pair: MakePair) -> None:
-    bench = pair(speed=50)
+    bench = pair(speed=20)
     bench("start", "small")
     arguments = ("--modes", "level1,cold:1", "--repeats", "2", "--out", str(bench.result))
     process = bench.begin("bench", "run", "small", "large", *arguments)
     # The shuffle of seed 0 puts cold first; the kill hits the second pass of level 1.
-    wait_for_steps(bench, 14)
+    wait_for_steps(bench, 13)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     killed = read(bench.result)
@@ -199,7 +199,7 @@ def test_an_interrupted_run_puts_the_models_back_and_says_how_to_go_on(pair: Mak
     )
     wait_for_steps(bench, 2)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
 
     assert process.returncode == 130
     assert f"--resume {bench.result}" in err
@@ -217,7 +217,7 @@ def test_an_interruption_does_not_keep_the_models_from_being_put_back(pair: Make
     wait_for_steps(bench, 6)
     wait_until(lambda: bench.look("large").state == "starting", seconds=60, what="large is put back")
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=200)
 
     assert process.returncode == 130
     assert bench.states() == {"small": ("stopped", None), "large": ("awake", None)}
@@ -309,7 +309,7 @@ def test_a_run_that_cannot_be_is_refused_before_anything_starts(
 
 
 def test_a_killed_run_with_changes_finds_its_own_servers_again(pair: MakePair) -> None:
-    bench = pair(speed=50)
+    bench = pair(speed=20)
     bench("start", "large")
     process = bench.begin(
         *("bench", "run", "small", "large", "--modes", "level1", "--repeats", "2"),

@@ -154,6 +154,7 @@ class Storm:
     def kill(self, verb: ProcessId, name: str) -> str | None:
         """SIGKILL to one process, chosen by chance; its kind, None if it was not there."""
         kind = self.random.choices(list(VICTIMS), list(VICTIMS.values()))[0]
+        share = self.random.random()  # whether somebody is there or not: what comes next is the seed's alone
         record = self.core.records.read(name)
         candidates: dict[str, list[ProcessId | None]] = {
             "verb": [verb],
@@ -165,7 +166,7 @@ class Storm:
             "holder": [pool.holder() for pool in self.core.pools({0, 1}).values()],
         }
         victims = [victim for victim in candidates[kind] if victim is not None]
-        if not victims or not signal_process(self.random.choice(victims), signal.SIGKILL):
+        if not victims or not signal_process(victims[int(share * len(victims))], signal.SIGKILL):
             return None
         self.tally.kills[kind] += 1
         self.tally.states[record.state] += 1

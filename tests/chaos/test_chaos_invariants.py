@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 
 import msgspec
+import pytest
 
 from tests.chaos.invariants import OVERLAP, violations
 from tests.fleet.conftest import Box, until
@@ -14,6 +15,7 @@ from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.telemetry.processes import is_alive
 
+pytestmark = pytest.mark.usefixtures("own_orphans")
 MakeBox = Callable[..., Box]
 
 

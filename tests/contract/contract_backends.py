@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+
+from tests.ports import PORTS
 
 GIB = 1 << 30
 NAME = "contract"
@@ -79,7 +80,7 @@ class Server:
 
     def __init__(self, backend: Backend, folder: Path, *flags: str, **environment: str) -> None:
         self.backend = backend
-        self.port = free_port()
+        self.port = next(PORTS)
         self.log = folder / f"{self.port}.log"
         address = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME]
         common = [*address, "--enable-server-load-tracking"]
@@ -108,12 +109,14 @@ class Server:
         return self.process.poll() is not None
 
     def post(self, path: str, body: Any = None, *, timeout: float = 60.0) -> httpx.Response:
-        """POST on a connection of its own: vLLM drops a kept one after a 500 without saying so."""
+        """POST on a connection of its own: vLLM drops a kept one after a 500 without saying so.
+
+        It is the answer that is waited for so long; the way there may take longer on a busy machine.
+        """
         url = f"http://127.0.0.1:{self.port}{path}"
+        limit = httpx.Timeout(60.0, read=timeout)
         return (
-            httpx.post(url, json=body, timeout=timeout)
-            if body is not None
-            else httpx.post(url, timeout=timeout)
+            httpx.post(url, json=body, timeout=limit) if body is not None else httpx.post(url, timeout=limit)
         )
 
     def get(self, path: str) -> httpx.Response:
@@ -149,13 +152,6 @@ def title(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error, IndexError):
         return process.cmdline()[0].strip()
     return ""
-
-
-def free_port() -> int:
-    """A port that nobody holds now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -249,7 +249,7 @@ def test_a_start_can_be_made_to_fail(simulate: Simulate, fault: str, said: str) 
 def test_a_missing_folder_is_taken_for_a_hub_name() -> None:
     command = [sys.executable, "-m", "vllm_sleep_tui.simulator", "serve", "./no-such-dir"]
     run = subprocess.run(
-        command, capture_output=True, text=True, env={"VLLM_SIM_TIMES": "instant"}, timeout=20
+        command, capture_output=True, text=True, env={"VLLM_SIM_TIMES": "instant"}, timeout=120
     )
     assert run.returncode == 1
     assert "HFValidationError: Repo id must use alphanumeric chars" in run.stderr
@@ -258,7 +258,7 @@ def test_a_missing_folder_is_taken_for_a_hub_name() -> None:
 def test_without_gpus_sleep_mode_is_refused() -> None:
     command = [sys.executable, "-m", "vllm_sleep_tui.simulator", "serve", "sim/1GiB", "--enable-sleep-mode"]
     run = subprocess.run(
-        command, capture_output=True, text=True, env={"VLLM_SIM_TIMES": "instant"}, timeout=20
+        command, capture_output=True, text=True, env={"VLLM_SIM_TIMES": "instant"}, timeout=120
     )
     assert run.returncode == 1
     assert "Sleep mode is not supported on current platform." in run.stderr
@@ -266,7 +266,7 @@ def test_without_gpus_sleep_mode_is_refused() -> None:
 
 def test_an_unknown_flag_is_exit_2_in_vllms_words() -> None:
     command = [sys.executable, "-m", "vllm_sleep_tui.simulator", "serve", "sim/1GiB", "--no-such-flag"]
-    run = subprocess.run(command, capture_output=True, text=True, env={}, timeout=20)
+    run = subprocess.run(command, capture_output=True, text=True, env={}, timeout=120)
     assert run.returncode == 2
     assert run.stderr.rstrip().endswith("vllm: error: unrecognized arguments: --no-such-flag")
 
@@ -274,7 +274,7 @@ def test_an_unknown_flag_is_exit_2_in_vllms_words() -> None:
 def test_the_version_is_the_one_asked_for() -> None:
     command = [sys.executable, "-m", "vllm_sleep_tui.simulator", "--version"]
     run = subprocess.run(
-        command, capture_output=True, text=True, env={"VLLM_SIM_VERSION": "0.24.0"}, timeout=20
+        command, capture_output=True, text=True, env={"VLLM_SIM_VERSION": "0.24.0"}, timeout=120
     )
     assert run.stdout == "0.24.0\n"
 

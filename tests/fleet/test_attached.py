@@ -306,6 +306,7 @@ async def test_serve_that_stops_all_at_its_end_leaves_attached_servers_alone(
         assert process.poll() is None
 
 
+@pytest.mark.usefixtures("own_orphans")
 @pytest.mark.parametrize("how", ["stop --all", "serve --stop-on-exit"])
 def test_a_server_of_a_model_that_got_a_url_meanwhile_is_stopped_with_all(
     tmp_path: Path, free_port: FreePort, how: str

@@ -124,7 +124,7 @@ async def test_a_hang_is_named_for_everybody_and_nothing_is_ended(box: MakeBox, 
     port = free_port()
     machine = attached(box, port)
     with vllm(port, gpus=gpus_of(machine)) as process:
-        async with led(machine) as fleet:
+        async with led(machine, QUICK) as fleet:
             async with stuck_answer(fleet, port):
                 await until(lambda: "It hangs: 1 requests under way" in (seen(fleet, "far").reason or ""))
 
@@ -178,7 +178,7 @@ async def test_one_that_is_asked_again_before_it_would_sleep_is_left_at_once_and
             async with stuck_answer(fleet, port):
                 await until_used(far)
                 since = far.core.probes["far"].since
-                await asyncio.wait_for(care._put_away(far, before, since), 10)
+                await asyncio.wait_for(care._put_away(far, before, since), 40)
                 assert seen(fleet, "far").state is State.AWAKE
             await until_idle(far)
             now = await read_use(far)

@@ -99,7 +99,7 @@ async def test_a_start_whose_starter_died_is_stopped_like_any_other(box: MakeBox
 
 async def dies_asleep(box: MakeBox) -> tuple[Box, Core]:
     """A box whose sleeper `b` has died, and a core that nobody watches over."""
-    machine = box({"a": {"model": "sim/1GiB"}, "b": {"model": "sim/1GiB"}}, speed="20")
+    machine = box({"a": {"model": "sim/1GiB"}, "b": {"model": "sim/1GiB"}}, speed="10")
     async with machine.open() as fleet:
         await fleet.start(["b"])
         await fleet.sleep("b")

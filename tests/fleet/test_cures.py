@@ -29,7 +29,7 @@ from vllm_sleep_tui.fleet.states import State
 MakeBox = Callable[..., Box]
 Test = TypeVar("Test", bound=Callable[..., Any])
 
-SHORT = OperationLimits(drain=0.5, settle=0.3, call=2.0, call_per_gib=0.0)
+SHORT = OperationLimits(drain=0.5, settle=0.3, call=2.5, call_per_gib=0.0)
 PAGE = Path(__file__).parents[2] / "docs/cures.md"
 COVERED: set[Failure] = set()
 OLD = {"a": {"model": "sim/1GiB", "env": {"VLLM_SIM_VERSION": "0.24.0"}}}

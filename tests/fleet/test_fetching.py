@@ -237,7 +237,7 @@ async def test_a_cancelled_download_is_ended_with_its_group(loaded: LoadedConfig
         with pytest.raises(CancelledByUser):
             await task
     pid = int((tmp_path / "calls").read_text().split()[0])
-    assert not os.path.exists(f"/proc/{pid}")
+    await until(lambda: not os.path.exists(f"/proc/{pid}"))
 
 
 async def test_offline_nothing_is_fetched(

@@ -38,6 +38,7 @@ from vllm_sleep_tui.fleet.supervision.hang import end_hung
 from vllm_sleep_tui.fleet.supervision.idle import Idleness
 from vllm_sleep_tui.telemetry.processes import ProcessId
 
+pytestmark = pytest.mark.usefixtures("own_orphans")
 MakeBox = Callable[..., Box]
 ONE = {"a": {"model": "sim/1GiB"}}
 

@@ -32,6 +32,7 @@ from vllm_sleep_tui.fleet.keeper_client import (
 )
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive, start_ticks
 
+pytestmark = pytest.mark.usefixtures("own_orphans")
 READY = "import signal, sys, time, os, subprocess\nprint('up', flush=True)\n"
 SLEEP = "time.sleep(120)\n"
 

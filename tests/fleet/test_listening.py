@@ -20,7 +20,11 @@ LOOPBACK = ("0100007F", "00000000000000000000000001000000")
 def listening(pid: int) -> Iterator[str]:
     """The local addresses, in the kernel's hexadecimal, on which a process listens."""
     inodes = set()
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+    try:
+        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
+    except FileNotFoundError:
+        return  # it has ended
+    for descriptor in descriptors:
         try:
             inodes.add(os.readlink(descriptor))
         except OSError:

@@ -362,7 +362,8 @@ async def test_first_sleeps_on_different_gpus_share_the_ram_one_after_another(bo
 
 
 async def test_while_it_starts_nobody_elses_request_is_taken(box: MakeBox) -> None:
-    machine = box({"a": {"model": "sim/1GiB"}}, speed="5")
+    slowly = {"VLLM_SIM_FAULTS": "sleep_slow:1"}  # so that its priming is seen: it takes 3 s
+    machine = box({"a": {"model": "sim/1GiB", "level": 1, "env": slowly}}, speed="5")
     async with machine.open() as fleet:
         task = asyncio.create_task(fleet.start(["a"]))
         await until(lambda: seen(fleet, "a").phase in ("warming", "priming"))

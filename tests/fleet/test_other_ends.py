@@ -17,13 +17,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.fleet.conftest import SIMULATOR, Box, seen, until
+from tests.fleet.conftest import LIMIT, SIMULATOR, Box, seen, until
 from tests.squatter import UNUSED_UID, needs_root, squatter
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.keeper_client import KeeperSpec, KeeperStatus, launch
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record, RecordStore
 
+pytestmark = pytest.mark.usefixtures("own_orphans")
 MakeBox = Callable[..., Box]
 FreePort = Callable[[], int]
 KEY = "sk-the-key-of-this-test"
@@ -50,7 +51,7 @@ def record_of(machine: Box, name: str) -> Record:
 @needs_root
 def test_another_user_who_takes_the_port_of_a_start_hears_nothing_and_is_named(box: MakeBox) -> None:
     name = f"a{secrets.token_hex(4)}"  # so that this squatter finds no other test's server
-    machine = box({name: {"model": "sim/1GiB"}}, speed="20")
+    machine = box({name: {"model": "sim/1GiB"}}, speed="5")  # it has time to be the first
     with squatter(name) as other:
         done = verb(machine, "start", name)
         other.wait_for_port()
@@ -126,15 +127,22 @@ def test_the_key_of_a_url_server_goes_to_no_other_user_unless_the_config_names_t
         other.wait_for_port()
         for host in ("127.0.0.1", "localhost"):
             machine = box({"far": {"url": f"http://{host}:{port}", "api_key": "${FAR_KEY}"}})
-            shown, asked = verb(machine, "status"), verb(machine, "chat", "far", "hi")
             told = f"User {UNUSED_UID} answers at {host}:{port}, so its API key was not sent."
+            shown = verb(machine, "status")
+            while "did not answer within" in shown.stdout:  # a look gives it 0.3 s
+                shown = verb(machine, "status")
+            asked = verb(machine, "chat", "far", "hi")
             assert told in shown.stdout
             assert told in asked.stderr
             assert f"`url_user: {UNUSED_UID}`" in asked.stderr
             assert asked.returncode == 1
         assert other.heard == []
         named = {"api_key": "${FAR_KEY}", "url_user": str(UNUSED_UID)}
-        verb(box({"far": {"url": f"http://127.0.0.1:{port}", **named}}), "status")
+        trusting = box({"far": {"url": f"http://127.0.0.1:{port}", **named}})
+        deadline = time.monotonic() + LIMIT
+        while not any(KEY in text for text in other.heard):
+            assert time.monotonic() < deadline
+            verb(trusting, "status")
         heard = other.end()
     assert any(KEY in text for text in heard)
 

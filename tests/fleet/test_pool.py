@@ -17,6 +17,7 @@ import pytest
 from tests.fleet.beside import core_of, record_of
 from tests.fleet.conftest import GIB, Box, inject, seen, until
 from tests.fleet.test_fast_sleep import fast, verb
+from tests.orphans import ending
 from vllm_sleep_tui.fleet import pool_holder
 from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.pool import Pool, why_no_pool
@@ -272,14 +273,15 @@ async def test_a_holder_that_nobody_uses_any_more_is_an_orphan_and_ended_on_requ
     async with machine.open() as fleet:
         await fleet.start(["a"])
         holder, record = holder_of(fleet), record_of(fleet, "a")
-        signal_process(holder, signal.SIGSTOP)
         assert record.keeper is not None
-        signal_process(record.keeper, signal.SIGKILL)
-        await until(lambda: not pool_of(fleet).is_used())
-        found = json.loads(verb(machine, "orphans", "--json").stdout)["orphans"]
-        assert holder.pid in [orphan["pid"] for orphan in found]
-        assert verb(machine, "orphans", "--end", "--yes").returncode == 0
-        assert not is_alive(holder)
+        with ending():
+            signal_process(holder, signal.SIGSTOP)
+            signal_process(record.keeper, signal.SIGKILL)
+            await until(lambda: not pool_of(fleet).is_used())
+            found = json.loads(verb(machine, "orphans", "--json").stdout)["orphans"]
+            assert holder.pid in [orphan["pid"] for orphan in found]
+            assert verb(machine, "orphans", "--end", "--yes").returncode == 0
+            assert not is_alive(holder)
 
 
 async def test_without_a_folder_of_its_own_a_model_switches_without_a_pool(

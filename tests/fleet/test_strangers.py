@@ -81,9 +81,9 @@ async def test_a_question_to_a_model_that_has_just_died_does_not_go_to_whoever_t
     assert keeper is not None
     os.kill(keeper.pid, 9)
     await until(lambda: answers(port, "/health") is None)
+    assert record_of(fleet, "a").state is State.AWAKE
     with vllm(port, name="a") as stranger:
         async with machine.open() as fleet:
-            assert record_of(fleet, "a").state is State.AWAKE
             with pytest.raises(RefusedError, match=f"taken by pid {stranger.pid}"):
                 _ = [event async for event in fleet.chat("a", HELLO)]
 

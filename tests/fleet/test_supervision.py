@@ -31,12 +31,15 @@ from vllm_sleep_tui.fleet.supervision.leader import LeaderLock
 from vllm_sleep_tui.fleet.supervision.supervisor import Leader, Limits
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive
 
+pytestmark = pytest.mark.usefixtures("own_orphans")
 MakeBox = Callable[..., Box]
 QUICK = Limits(hang=1.0, hang_poll=0.1, hang_probe=0.5, orphans_poll=0.5, restart_pauses=(0.1, 0.1))
+CALM = msgspec.structs.replace(QUICK, hang=60.0, hang_probe=10.0)
+"""Where no hang is waited for: on a busy machine a server that is well may be silent for a second."""
 
 
 @asynccontextmanager
-async def led(machine: Box, limits: Limits = QUICK) -> AsyncIterator[Fleet]:
+async def led(machine: Box, limits: Limits = CALM) -> AsyncIterator[Fleet]:
     """A fleet beside a leader of little patience, which has a core of its own, as another process has."""
     async with machine.open() as fleet:
         core = core_of(fleet)
@@ -138,14 +141,14 @@ async def test_a_start_that_fails_is_not_tried_again(box: MakeBox) -> None:
 
 
 async def test_an_idle_model_sleeps_and_later_stops(box: MakeBox) -> None:
-    idle = {"sleep_after": "1s", "stop_after": "3s"}
+    idle = {"sleep_after": "1s", "stop_after": "6s"}  # the sleep, too, takes its time on a busy machine
     async with led(box({"a": {"model": "sim/1GiB", "idle": idle}})) as fleet:
         await fleet.start(["a"])
         awake = record_of(fleet, "a").since
         asleep = (await until_state(fleet, "a", State.ASLEEP)).since
         stopped = (await until_state(fleet, "a", State.STOPPED)).since
         assert awake + 0.9 <= asleep <= stopped - 1.0
-        assert stopped >= awake + 2.9
+        assert stopped >= awake + 5.9
 
 
 async def test_a_model_that_is_answering_is_not_idle(box: MakeBox) -> None:
@@ -202,7 +205,7 @@ def test_what_is_due_depends_on_the_limits_that_are_set() -> None:
 
 
 async def test_a_server_that_gives_no_token_is_ended_with_the_reason(box: MakeBox) -> None:
-    async with led(box({"a": {"model": "sim/1GiB", "restart": "never"}})) as fleet:
+    async with led(box({"a": {"model": "sim/1GiB", "restart": "never"}}), QUICK) as fleet:
         await fleet.start(["a"])
         keeper = record_of(fleet, "a").keeper
         await inject(fleet, "a", "hang")
@@ -212,12 +215,12 @@ async def test_a_server_that_gives_no_token_is_ended_with_the_reason(box: MakeBo
         reason = seen(fleet, "a").reason or ""
         assert "It hung: 1 requests under way and no token for 1 s" in reason
         assert keeper is not None
-        assert not is_alive(keeper)
+        await until(lambda: not is_alive(keeper))
         await asyncio.gather(reading, return_exceptions=True)
 
 
 async def test_a_client_that_sends_its_request_slowly_is_no_hang(box: MakeBox) -> None:
-    async with led(box({"a": {"model": "sim/1GiB"}})) as fleet:
+    async with led(box({"a": {"model": "sim/1GiB"}}), QUICK) as fleet:
         await fleet.start(["a"])
         record = record_of(fleet, "a")
         _, writer = await asyncio.open_connection("127.0.0.1", record.port)
@@ -398,7 +401,7 @@ async def test_a_server_whose_way_in_was_removed_is_not_taken_for_a_hung_one(
         record = record_of(fleet, "a")
         assert record.socket is not None
         Path(record.socket).unlink()
-    async with led(machine) as fleet:
+    async with led(machine, QUICK) as fleet:
         await until(lambda: "was removed" in caplog.text)
         await asyncio.sleep(3 * QUICK.hang)  # a hang would have ended it by then
         assert caplog.text.count("was removed") == 1

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.fleet.beside import record_of
 from tests.fleet.conftest import Box, seen, until
 from vllm_sleep_tui.fleet.keeper_client import LAUNCH_VARIABLE
@@ -23,6 +25,7 @@ from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record, encode
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive, start_ticks
 
+pytestmark = pytest.mark.usefixtures("own_orphans")
 MakeBox = Callable[..., Box]
 
 

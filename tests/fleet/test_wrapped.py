@@ -80,7 +80,7 @@ def test_a_server_whose_wrapper_is_killed_serves_on(make: Make, tmp_path: Path) 
     store = RecordStore(machine.state_home / "vllm-sleep-tui", machine.config)
     wait_until(
         lambda: f'"server": {{"pid": {server.pid}'.encode() in store.path("a", "keeper").read_bytes(),
-        seconds=20,
+        seconds=60,
         what="its keeper has it as its child",
     )
     machine("sleep", "a")

@@ -84,7 +84,7 @@ class Gated:
     def answers(self) -> bool:
         """Whether somebody listens."""
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{self.base}/health").status_code == 200
+            return httpx.get(f"{self.base}/health", timeout=20).status_code == 200
         return False
 
     def states(self) -> dict[str, str]:

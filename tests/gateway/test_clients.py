@@ -99,19 +99,19 @@ def test_an_agent_that_alternates_two_models_and_others_beside_it(here: Gated) -
             for turn in range(10):
                 await ask(model, f"turn {turn}")
 
-        async with client, asyncio.timeout(90):
+        async with client, asyncio.timeout(240):
             await asyncio.gather(agent(), person("a"), person("b"))
         return [name for name, state in here.states().items() if state == "awake"]
 
     assert len(asyncio.run(work())) in (1, 2)  # b counts with its alias
-    counted = httpx.get(f"{here.base}/metrics").text
+    counted = httpx.get(f"{here.base}/metrics", timeout=60).text
     assert 'status="200"' in counted
     assert 'status="5' not in counted
 
 
 def test_an_agent_with_tools_of_its_own_decides_with_one_model_and_does_with_the_other(here: Gated) -> None:
     """As MCP has it: the tool server, a process of its own, asks the other model through the same gateway."""
-    said = json.loads(agent(here, turns=6).communicate(timeout=90)[0])
+    said = json.loads(agent(here, turns=6).communicate(timeout=240)[0])
     assert len(said) == 6
     assert all(text.startswith("b: ") and len(text) > 3 for text in said), said
     broken_off = agent(here, turns=1000)
@@ -119,7 +119,7 @@ def test_an_agent_with_tools_of_its_own_decides_with_one_model_and_does_with_the
     broken_off.send_signal(signal.SIGINT)
     broken_off.communicate(timeout=60)
     here.until(lambda: not here.requests())
-    counted = httpx.get(f"{here.base}/metrics").text
+    counted = httpx.get(f"{here.base}/metrics", timeout=60).text
     assert 'status="5' not in counted, counted
 
 

@@ -30,7 +30,10 @@ def test_a_request_starts_wakes_and_switches_to_its_model(gated: MakeGated) -> N
     assert here.states()["a"] == "asleep"
     assert here.chat("a").json()["model"] == "a"
     assert here.states() == {"a": "awake", "gpt-4o": "awake", "b": "asleep"}
-    assert 'gateway_switches_total{model="a",outcome="done"} 2' in httpx.get(f"{here.base}/metrics").text
+    assert (
+        'gateway_switches_total{model="a",outcome="done"} 2'
+        in httpx.get(f"{here.base}/metrics", timeout=60).text
+    )
 
 
 def test_a_stream_is_passed_on_byte_for_byte(gated: MakeGated) -> None:
@@ -40,7 +43,7 @@ def test_a_stream_is_passed_on_byte_for_byte(gated: MakeGated) -> None:
         assert answer.headers["content-type"].startswith("text/event-stream")
         through = b"".join(answer.iter_raw())
     port = next(m["port"] for m in json.loads(here.verb("status", "--json"))["models"] if m["name"] == "a")
-    direct = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body).content
+    direct = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).content
 
     def pieces(events: bytes) -> list[object]:
         lines = [line.removeprefix(b"data: ") for line in events.split(b"\n\n") if line]
@@ -58,7 +61,7 @@ def test_names_paths_and_prefixes_lead_to_one_model(gated: MakeGated) -> None:
     for prefix in ("org/big:8b", "org-big-8b", "org%2Fbig%3A8b"):
         answer = httpx.post(f"{here.base}/{prefix}/v1/completions", json=body, timeout=60)
         assert answer.json()["model"] == "org/big:8b", answer.text
-    assert httpx.post(f"{here.url}/completions", json=body).status_code == 400  # which one?
+    assert httpx.post(f"{here.url}/completions", json=body, timeout=60).status_code == 400  # which one?
     missing = here.chat("org/bigg")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
@@ -71,7 +74,7 @@ ADMIN = ("/sleep", "/wake_up", "/collective_rpc", "/panel/gate", "/a/sleep", "/a
 def test_odd_names_and_paths_keep_nobody_waiting(gated: MakeGated) -> None:
     here = gated({"org/big:8b": {"model": "sim/1GiB"}}, starts=False)
     for prefix in ("/org/big:8b", "/org%2Fbig%3A8b", "/org-big-8b"):
-        assert httpx.post(f"{here.base}{prefix}/v1/completions", json={}).status_code == 503
+        assert httpx.post(f"{here.base}{prefix}/v1/completions", json={}, timeout=60).status_code == 503
     assert httpx.post(f"{here.base}/{'a/' * 30_000}v1/completions", json={}, timeout=60).status_code == 404
     refused = httpx.post(f"{here.url}/completions", json={"model": "big" * 10_000_000}, timeout=60)
     assert refused.status_code == 404
@@ -140,8 +143,8 @@ def test_a_page_of_another_site_is_refused(gated: MakeGated) -> None:
     ):
         headers = {name: value}
         for path in ("/v1/models", "/running", "/health"):
-            assert httpx.get(f"{here.base}{path}", headers=headers).status_code == 403
-        assert httpx.post(f"{here.url}/completions", headers=headers, json={}).status_code == 403
+            assert httpx.get(f"{here.base}{path}", headers=headers, timeout=60).status_code == 403
+        assert httpx.post(f"{here.url}/completions", headers=headers, json={}, timeout=60).status_code == 403
 
 
 def test_keys_have_models_and_limits(gated: MakeGated, tmp_path: Path) -> None:
@@ -161,7 +164,9 @@ def test_keys_have_models_and_limits(gated: MakeGated, tmp_path: Path) -> None:
     assert ask(authorization="Bearer nobody").status_code == 401
     assert ask(authorization="Bearer sekret-one").status_code == 403
     assert ask(**{"x-api-key": "sekret-two"}).status_code == 200
-    listed = httpx.get(f"{here.url}/models", headers={"authorization": "Bearer sekret-one"}).json()
+    listed = httpx.get(
+        f"{here.url}/models", headers={"authorization": "Bearer sekret-one"}, timeout=60
+    ).json()
     assert [entry["id"] for entry in listed["data"]] == ["a"]
     assert "sekret" not in here.log.read_text()
 
@@ -182,14 +187,14 @@ def test_an_alias_of_a_reloaded_config_is_one_of_a_server_that_was_launched_befo
 
 def test_what_is_not_carried_says_what_to_do_instead(gated: MakeGated) -> None:
     here = gated()
-    stored = httpx.get(f"{here.url}/responses/resp_1")
+    stored = httpx.get(f"{here.url}/responses/resp_1", timeout=60)
     assert stored.status_code == 404
     assert "/MODEL/v1/responses/resp_1" in stored.json()["error"]["message"]
     here.verb("start", "a")
     assert (
-        "not served here" not in httpx.get(f"{here.base}/a/v1/responses/resp_1").text
+        "not served here" not in httpx.get(f"{here.base}/a/v1/responses/resp_1", timeout=60).text
     )  # the server's own answer
-    assert httpx.head(f"{here.base}/a/v1/responses/resp_1").status_code == 404
+    assert httpx.head(f"{here.base}/a/v1/responses/resp_1", timeout=60).status_code == 404
     upgrade = {
         "connection": "upgrade",
         "upgrade": "websocket",
@@ -197,7 +202,7 @@ def test_what_is_not_carried_says_what_to_do_instead(gated: MakeGated) -> None:
         "sec-websocket-version": "13",
     }
     for headers in ({}, upgrade):
-        speech = httpx.get(f"{here.url}/realtime", headers=headers)
+        speech = httpx.get(f"{here.url}/realtime", headers=headers, timeout=60)
         assert speech.status_code == 501
         assert "own port" in speech.json()["error"]["message"]
 
@@ -212,7 +217,7 @@ def test_a_longer_body_than_allowed_is_refused(gated: MakeGated) -> None:
         for _ in range(40):
             yield b"x" * 65536
 
-    assert httpx.post(f"{here.url}/completions", content=parts()).status_code == 413  # type: ignore[arg-type]
+    assert httpx.post(f"{here.url}/completions", content=parts(), timeout=60).status_code == 413  # type: ignore[arg-type]
     assert here.states()["a"] == "stopped"
 
 
@@ -224,7 +229,7 @@ def test_who_leaves_while_waiting_leaves_the_queue(gated: MakeGated) -> None:
         leaves.sendall(head.encode() + body)
         here.until(lambda: [ask["state"] for ask in here.requests()] == ["waiting"])
     here.until(lambda: not here.requests())
-    here.until(lambda: 'status="499"' in httpx.get(f"{here.base}/metrics").text)
+    here.until(lambda: 'status="499"' in httpx.get(f"{here.base}/metrics", timeout=60).text)
 
 
 def test_a_full_queue_says_when_to_come_back(gated: MakeGated) -> None:
@@ -317,7 +322,7 @@ def test_large_images_pass_and_a_cancelled_stream_ends_at_the_server(gated: Make
     running = "vllm:num_requests_running"
 
     def count() -> float:
-        lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
+        lines = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(running))
 
     here.until(lambda: count() == 0)

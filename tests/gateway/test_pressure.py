@@ -103,4 +103,6 @@ def test_a_kv_pool_without_room_takes_the_sleepers_weights_out_of_vram(
 
 
 def levels(here: Gated) -> dict[str, int | None]:
-    return {model["id"]: model["level"] for model in httpx.get(f"{here.url}/models").json()["data"]}
+    return {
+        model["id"]: model["level"] for model in httpx.get(f"{here.url}/models", timeout=60).json()["data"]
+    }

@@ -8,6 +8,7 @@ import pty
 import select
 import struct
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from vllm_sleep_tui.text import clean
 
 DEADLINE = 60.0
+_PATIENT = """
+from vllm_sleep_tui import leaving
+
+leaving.Leaving.__init__.__kwdefaults__["limit"] = 30.0
+from vllm_sleep_tui.cli import main
+
+main()
+"""
+PANEL = [sys.executable, "-c", _PATIENT]
+"""The program with all the time that its orderly end takes on a busy machine: its own limit is 2 s."""
 
 
 class Terminal:
@@ -91,6 +102,23 @@ class Terminal:
     def press(self, keys: str) -> None:
         """Type, as fast as the terminal takes it."""
         self.written = b""
+        self._type(keys)
+
+    def press_until(self, keys: str, text: str) -> None:
+        """Type again every second until a text was written since the first time.
+
+        For a key that may be lost with the screen that goes, or be one with the escape before it.
+        """
+        self.written = b""
+        deadline = time.monotonic() + DEADLINE
+        while text not in self.text:
+            assert time.monotonic() < deadline, self.text[-4000:]
+            self._type(keys)
+            again = time.monotonic() + 1.0
+            while text not in self.text and time.monotonic() < again:
+                self.read()
+
+    def _type(self, keys: str) -> None:
         rest = keys.encode()
         while rest:
             rest = rest[os.write(self._main, rest) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import re
 import time
@@ -18,8 +19,10 @@ from vllm_sleep_tui.tui.theme import package_folder
 
 _TEXT = re.compile(r'<text class="[^"]*" x="([\d.]+)" y="([\d.]+)"[^>]*>(.*?)</text>', re.DOTALL)
 _CELL = 12.2
-DEADLINE = 30.0
+DEADLINE = 60.0
 """Generous: the cores may be busy; what does not come at all fails all the same."""
+STILL_TURNS, STILL_SECONDS = 20, 2.0
+"""So many turns of the loop without a message, and what a key begins at once is there; it has so long."""
 
 
 def lines_of(app: App[None]) -> list[str]:
@@ -39,6 +42,17 @@ def lines_of(app: App[None]) -> list[str]:
 def text_of(app: App[None]) -> str:
     """The whole screen."""
     return "\n".join(lines_of(app))
+
+
+async def settled(pilot: Pilot[None]) -> None:
+    """Wait until no widget has a message left, and what a message began at once, a question say, is there."""
+    deadline = time.monotonic() + STILL_SECONDS
+    still = 0
+    while still < STILL_TURNS and time.monotonic() < deadline:
+        app = pilot.app
+        widgets = app.screen.walk_children(with_self=True) if app.screen_stack else []
+        still = 0 if any(one.message_queue_size for one in (app, *widgets)) else still + 1
+        await asyncio.sleep(0)
 
 
 async def until(
@@ -68,3 +82,4 @@ async def panel(
         await until_seen(pilot, "qwen") if size >= (60, 20) else await pilot.pause()
         yield pilot
     await app.operations.close()
+    app.conversations.close()  # what was said is on the disk before the next panel reads it

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
-from pty_terminal import Terminal
+from pty_terminal import PANEL, Terminal
 from screen_text import lines_of, panel, text_of, until, until_seen
 from scripted_fleet import ScriptedFleet
 from talker import talker
@@ -19,8 +18,6 @@ from vllm_sleep_tui.cli.demo import write_demo
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.snapshot import ChatEvent
 from vllm_sleep_tui.fleet.states import State
-
-COMMAND = [sys.executable, "-m", "vllm_sleep_tui"]
 
 
 async def test_the_next_panel_goes_on_where_this_one_ended_and_ctrl_n_begins_anew(tmp_path: Path) -> None:
@@ -130,7 +127,7 @@ async def test_the_line_above_the_input_says_what_an_answer_costs_before_it_is_a
         await pilot.press("escape")
         await until(pilot, lambda: "Start vision?" not in text_of(pilot.app), "the end of the question")
         assert fleet.asked == []
-        assert any("hi" in line for line in lines_of(pilot.app)[-6:])  # it is back in the input
+        await until(pilot, lambda: any("hi" in line for line in lines_of(pilot.app)[-6:]), "it in the input")
 
 
 async def test_an_eviction_that_was_agreed_to_is_not_asked_about_again(tmp_path: Path) -> None:
@@ -237,7 +234,7 @@ def test_keys_typed_right_after_c_are_a_question_and_put_nobody_to_sleep(tmp_pat
     }
     line("start", "qwen")
     for width, height in ((120, 40), (80, 24)):
-        terminal = Terminal([*COMMAND, "--config", str(config)], environment, width, height)
+        terminal = Terminal([*PANEL, "--config", str(config)], environment, width, height)
         try:
             terminal.wait_for("qwen", "awake")
             terminal.press("cs0x1ws\x1b\rnext")
@@ -263,8 +260,9 @@ async def test_conversations_are_found_gone_on_with_renamed_exported_and_deleted
         fleet.answers["qwen"] = answer("qwen", "Something else.")
         await pilot.press("ctrl+n", *"other", "enter")
         await until(pilot, lambda: len(fleet.asked) == 2, "the other question")
+        await until(pilot, lambda: not pilot.app.dashboard.is_answering, "its answer")  # type: ignore[attr-defined]
         await pilot.press("escape", "h")
-        await until_seen(pilot, "Conversations", "sea?", "other")
+        await until_seen(pilot, "Conversations", "sea?", "other  2")
         await pilot.press("slash", *"blue")
         await until(pilot, lambda: not any("other  2" in line for line in lines_of(pilot.app)), "the search")
         await pilot.press("enter", "e")
@@ -274,7 +272,7 @@ async def test_conversations_are_found_gone_on_with_renamed_exported_and_deleted
         await pilot.press("J")
         await until(pilot, lambda: (tmp_path / "sea.json").exists(), "the export as JSON")
         await pilot.press("r", "end", "x", "enter")
-        await until_seen(pilot, "sea?x")
+        await until_seen(pilot, "sea?x  2")  # in the list, the input being left
         await pilot.press("enter")
         await until_seen(pilot, "Chat with qwen", "The sea is <blue>.")
         await pilot.press("h")
@@ -299,7 +297,7 @@ def test_a_question_is_written_in_the_persons_editor_and_the_panel_comes_back(tm
             "TERM": "xterm-256color",
         }
         environment.pop("VISUAL", None)
-        terminal = Terminal([*COMMAND, "--config", str(config)], environment, 100, 30)
+        terminal = Terminal([*PANEL, "--config", str(config)], environment, 100, 30)
         try:
             terminal.wait_for("far", "awake")
             terminal.press("c")
@@ -326,7 +324,7 @@ def test_an_editor_that_fails_leaves_the_panel_and_the_question_as_they_were(tmp
             "VISUAL": "false",
             "TERM": "xterm-256color",
         }
-        terminal = Terminal([*COMMAND, "--config", str(config)], environment, 100, 30)
+        terminal = Terminal([*PANEL, "--config", str(config)], environment, 100, 30)
         try:
             terminal.wait_for("far", "awake")
             terminal.press("c")

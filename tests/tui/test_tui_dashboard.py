@@ -9,6 +9,8 @@ import msgspec
 import pytest
 from screen_text import lines_of, panel, text_of, until, until_seen
 from scripted_fleet import NOW, ScriptedFleet, four_models, gib, starting
+from textual.pilot import Pilot
+from textual.widgets import Input
 
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.errors import OperationError, RefusedError
@@ -17,6 +19,13 @@ from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.screens.dashboard import Dashboard
 from vllm_sleep_tui.tui.screens.logs import WrappedLog
 from vllm_sleep_tui.tui.state.view import View
+
+
+async def find(pilot: Pilot[None], words: str) -> None:
+    """Write into the palette, once it listens."""
+    await pilot.press("ctrl+p")
+    await until(pilot, lambda: isinstance(pilot.app.focused, Input), "the palette")
+    await pilot.press(*words)
 
 
 def line_with(lines: list[str], *words: str) -> str:
@@ -123,7 +132,7 @@ async def test_all_are_started_slept_and_stopped_by_one_key_each_and_who_cannot_
         await until(pilot, lambda: fleet.calls == [("start", "qwen", "coder", "vision")], "the start")
         await until_seen(pilot, "2 models left out", "vision, coder")
         fleet.outcome = lambda: None
-        assert "!" in line_with(lines_of(pilot.app), "▌ vision")
+        await until(pilot, lambda: "!" in line_with(lines_of(pilot.app), "▌ vision"), "the mark of its row")
         await pilot.press("end")
         await until_seen(pilot, "starting vision did not work", "Name another.")
         await pilot.press("S")
@@ -321,10 +330,11 @@ async def test_long_lines_of_the_log_are_broken_at_the_edge_anew_for_each_width(
     async with panel(ScriptedFleet(logs=tmp_path), tmp_path, size=(80, 24)) as pilot:
         await pilot.press("down", "l")
         await until_seen(pilot, "ERROR 11-23", "word-39")
-        before = text_of(pilot.app).count("word-")
+        assert text_of(pilot.app).count("word-") == 40
         await pilot.resize_terminal(60, 24)
+        await until(pilot, lambda: text_of(pilot.app).count("word-") == 40, "all of it in fewer columns")
+        assert all(len(line) <= 60 for line in lines_of(pilot.app))
         await until_seen(pilot, "ERROR 11-23", "word-39")
-        assert text_of(pilot.app).count("word-") == before == 40
 
 
 async def test_help_lists_every_key_and_the_palette_knows_the_same_words(tmp_path: Path) -> None:
@@ -332,17 +342,17 @@ async def test_help_lists_every_key_and_the_palette_knows_the_same_words(tmp_pat
         await pilot.press("question_mark")
         await until_seen(pilot, "Put it to sleep at level 2", "Follow its log", "Choose a theme")
         await pilot.press("escape")
-        await pilot.press("ctrl+p")
-        await pilot.press(*"follow")
+        await until(pilot, lambda: "Choose a theme" not in text_of(pilot.app), "the end of the help")
+        await find(pilot, "follow")
         await until_seen(pilot, "Follow its log")
 
 
 async def test_the_palette_switches_to_a_model_by_name(tmp_path: Path) -> None:
     fleet = ScriptedFleet()
     async with panel(fleet, tmp_path) as pilot:
-        await pilot.press("ctrl+p")
-        await pilot.press(*"switch to cod")
+        await find(pilot, "switch to cod")
         await until_seen(pilot, "Switch to coder")
+        await until(pilot, lambda: "Switch to phi" not in text_of(pilot.app), "the end of other finds")
         await pilot.press("enter")
         await until(pilot, lambda: fleet.calls == [("switch", "coder")], "the switch")
         fleet.gate.set()
@@ -365,13 +375,15 @@ async def test_the_palette_knows_every_action_of_every_model_and_copies_what_the
     config.write_text("models: {qwen: {model: a/b}}")
     fleet.loaded = load(config)
     async with panel(fleet, tmp_path) as pilot:
-        await pilot.press("ctrl+p", *"wake phi")
+        await find(pilot, "wake phi")
         await until_seen(pilot, "Wake phi")
+        await until(pilot, lambda: "Wake qwen" not in text_of(pilot.app), "the end of other finds")
         await pilot.press("enter")
         await until(pilot, lambda: fleet.calls == [("wake", "phi")], "the wake")
         fleet.gate.set()
-        await pilot.press("ctrl+p", *"cause of vis")
+        await find(pilot, "cause of vis")
         await until_seen(pilot, "Copy the cause of vision")
+        await until(pilot, lambda: text_of(pilot.app).count("Copy ") == 1, "the end of other finds")
         await pilot.press("enter")
         await until(pilot, lambda: pilot.app.clipboard == "No room. Stop qwen.", "the copy")
         await pilot.press("home", "Y")

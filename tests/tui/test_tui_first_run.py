@@ -49,6 +49,7 @@ async def test_what_fits_is_chosen_already_and_what_was_chosen_is_the_result(tmp
         await pilot.click("#models", offset=(6, 2))
         await until_seen(pilot, "Starts a/usual.")
         await pilot.press("enter")
+        await until(pilot, lambda: app.return_value is not None, "the choice")
     assert app.return_value is not None
     assert app.return_value.environment == new  # the one that can sleep
     assert [model.name for model in app.return_value.models] == ["a/usual"]
@@ -77,7 +78,9 @@ async def test_a_binary_named_from_here_is_the_one_that_the_config_means(
     machine = surroundings()
     app = FirstRun(machine, offers_of(machine), tmp_path / "config.yaml")
     async with app.run_test(size=(60, 20)) as pilot:
+        await until_seen(pilot, "none was found; where is its binary?")
         await pilot.press(*"./vllm", "enter")
+        await until(pilot, lambda: app.return_value is not None, "the choice")
     assert app.return_value is not None
     assert app.return_value.environment is not None
     assert app.return_value.environment.command == tmp_path / "vllm"

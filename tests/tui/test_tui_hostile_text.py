@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pty_terminal import Terminal
+from pty_terminal import PANEL, Terminal
 
 from tests.hostile_text import OSC, PAYLOAD, HostileServer
 
-COMMAND = [sys.executable, "-m", "vllm_sleep_tui"]
 ORDERS = [
     OSC[:-1].encode(),
     b"\x1b[31mevil",
@@ -47,7 +45,7 @@ def config(tmp_path: Path, server: HostileServer, monkeypatch: pytest.MonkeyPatc
 
 def test_no_order_of_others_reaches_the_terminal(config: Path) -> None:
     environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
-    panel = Terminal([*COMMAND, "--config", str(config)], environment, 120, 40)
+    panel = Terminal([*PANEL, "--config", str(config)], environment, 120, 40)
     written = b""
 
     def step(keys: str, *shown: str) -> None:

@@ -70,6 +70,7 @@ async def test_what_is_set_is_sent_shown_and_kept_and_a_new_conversation_begins_
         await pilot.press("escape", "p")
         await until_seen(pilot, "How qwen is asked")
         await pilot.press("ctrl+r", "enter")
+        await until(pilot, lambda: "Chat with qwen · " not in text_of(pilot.app), "an end of the parameters")
         await pilot.press("ctrl+r")
         await until(pilot, lambda: len(fleet.asked_with) == 3, "the question again")
         assert fleet.asked_with[2] == {}
@@ -214,9 +215,9 @@ async def test_a_question_that_is_edited_stands_until_the_new_one_is_sent(tmp_pa
         await pilot.press("ctrl+l", "escape")
         await until_seen(pilot, "q1", "first answer")
         field = pilot.app.screen.query_one("#question", TextArea)
-        assert field.text == "q1"
+        await until(pilot, lambda: field.text == "q1", "the question in the input")
         await pilot.press("c", "up")
-        assert field.text == "begun"  # nothing that was typed is lost
+        await until(pilot, lambda: field.text == "begun", "what was typed, of which nothing is lost")
         await pilot.press("down", "x", "enter")
         await until(pilot, lambda: len(fleet.asked) == 2, "the edited question")
         assert fleet.asked[1][1] == [{"role": "user", "content": "q1x"}]
@@ -241,9 +242,9 @@ async def test_a_refused_question_is_kept_where_another_is_begun(tmp_path: Path)
         await pilot.press(*"refused", "enter")
         await until(pilot, lambda: field.text == "refused", "the question back in the input")
         await pilot.press(*"next")
-        assert field.text == "next"
+        await until(pilot, lambda: field.text == "next", "another one")
         await pilot.press("up")
-        assert field.text == "refused"
+        await until(pilot, lambda: field.text == "refused", "the one before")
         fleet.gate.set()
         await until(pilot, lambda: not pilot.app.dashboard.is_answering, "the end")  # type: ignore[attr-defined]
         await pilot.press("enter")

@@ -26,9 +26,9 @@ def fleet(tmp_path: Path) -> Iterator[ScriptedFleet]:
 
 
 def cells_of(lines: list[str], name: str, under: str) -> str:
-    """One lane of the timeline."""
-    start = next(index for index, line in enumerate(lines) if under in line)
-    lane = next(line for line in lines[start + 1 :] if f"  {name} " in line)
+    """One lane of the timeline; none as long as it is not there."""
+    start = next((index for index, line in enumerate(lines) if under in line), len(lines))
+    lane = next((line for line in lines[start + 1 :] if f"  {name} " in line), "│ ? ?")
     return lane.split("│")[1].split()[1]
 
 

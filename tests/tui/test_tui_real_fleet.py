@@ -43,7 +43,7 @@ async def real_panel(demo: LoadedConfig, state_dir: Path) -> AsyncIterator[tuple
 
 
 def row_of(pilot: Pilot[None], name: str) -> str:
-    return next(line for line in lines_of(pilot.app) if re.search(rf"│ [ ▶▸] ▌ {name} ", line))
+    return next((line for line in lines_of(pilot.app) if re.search(rf"│ [ ▶▸] ▌ {name} ", line)), "")
 
 
 async def test_one_key_starts_a_model_and_the_next_switches_and_another_panel_agrees(
@@ -94,12 +94,15 @@ async def test_stopping_all_on_quit_leaves_nothing_and_the_log_can_be_read_befor
         assert all(model.state is State.STOPPED for model in fleet.snapshot().models)
 
 
-async def test_escape_during_a_start_leaves_the_model_stopped(demo: LoadedConfig, tmp_path: Path) -> None:
-    async with real_panel(demo, tmp_path / "state") as (pilot, fleet):
+async def test_escape_during_a_start_leaves_the_model_stopped(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    slow = load(write_demo(tmp_path / "slow", 4))  # so that it still starts when escape is heard
+    async with real_panel(slow, tmp_path / "state") as (pilot, fleet):
         await pilot.press("enter")
         await until_seen(pilot, "switching to qwen")
         await until(pilot, lambda: fleet.snapshot().model("qwen").state is State.STARTING, "the start")
         await pilot.press("escape")
+        await until(pilot, lambda: "switching to qwen" not in text_of(pilot.app), "the end of the switch")
         await until(pilot, lambda: "○ stopped" in row_of(pilot, "qwen"), "qwen stopped")
         assert "did not work" not in text_of(pilot.app)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from pty_terminal import Terminal
+from pty_terminal import PANEL, Terminal
 
 from vllm_sleep_tui.cli.demo import write_demo
 
@@ -24,7 +23,7 @@ def opened(*words: str, **variables: str) -> Iterator[Terminal]:
         "COLORTERM": "truecolor",
         **variables,
     }
-    program = Terminal([sys.executable, "-m", "vllm_sleep_tui", *words], environment, 80, 24)
+    program = Terminal([*PANEL, *words], environment, 80, 24)
     try:
         yield program
     finally:
@@ -39,8 +38,7 @@ def test_the_demo_wakes_its_first_model_takes_keys_and_gives_the_terminal_back()
         terminal.wait_for("Put all models to sleep")
         terminal.press("\x1b")
         terminal.wait_for("Qwen/Qwen3-0.6B")
-        terminal.press("q")
-        terminal.wait_for("Quit the panel?")
+        terminal.press_until("q", "Quit the panel?")  # the help may hear the first one
         terminal.press("s")
         assert terminal.end() == 0
         assert b"\x1b[?1049l" in terminal.written

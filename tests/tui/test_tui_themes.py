@@ -28,6 +28,7 @@ async def test_t_tries_themes_on_escape_undoes_enter_keeps_and_the_choice_is_rem
         await until(pilot, lambda: "⏎ keeps" not in text_of(pilot.app), "the end of the question")
         chosen = pilot.app.theme
         assert chosen != "night"
+        await until(pilot, (tmp_path / "panel.json").exists, "the memory of it")
     async with panel(ScriptedFleet(), tmp_path) as pilot:
         assert pilot.app.theme == chosen
 
@@ -38,7 +39,7 @@ async def test_a_theme_changes_the_colours_of_what_we_paint_ourselves(tmp_path: 
         assert "#5fb3f6" in before
         pilot.app.theme = "day"
         await until(pilot, lambda: "#1f6fc4" in pilot.app.export_screenshot(), "the day's blue")
-        assert "#5fb3f6" not in pilot.app.export_screenshot()
+        await until(pilot, lambda: "#5fb3f6" not in pilot.app.export_screenshot(), "the end of the night's")
 
 
 async def test_a_bad_theme_of_the_user_is_told_in_one_line_and_the_panel_opens(tmp_path: Path) -> None:

@@ -50,16 +50,16 @@ def fleet(tmp_path: Path) -> Iterator[ScriptedFleet]:
 
 def cursor_of(pilot: Pilot[None]) -> tuple[int, bool]:
     """The cursor's column on the screen, and whether it stands at the right end of its row."""
-    line = next(line for line in lines_of(pilot.app) if "  requests  " in line)
-    column = line.index("│", 2)
+    line = next((line for line in lines_of(pilot.app) if "  requests  " in line), "")
+    column = line.find("│", 2)
     return column, line[column + 1 : column + 3] == " │"
 
 
 def lane_of(pilot: Pilot[None], name: str) -> str:
-    """The cells of a row of the timeline."""
+    """The cells of a row of the timeline; none as long as it is not there."""
     lines = lines_of(pilot.app)
-    start = next(index for index, line in enumerate(lines) if "─ last " in line)
-    row = next(line for line in lines[start + 1 :] if f"  {name} " in line)
+    start = next((index for index, line in enumerate(lines) if "─ last " in line), len(lines))
+    row = next((line for line in lines[start + 1 :] if f"  {name} " in line), "│ ? ?")
     return row.split("│")[1].split()[1]
 
 

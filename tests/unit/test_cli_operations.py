@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import select
 import signal
 import subprocess
 import sys
@@ -137,7 +139,10 @@ def test_logs_shows_the_last_lines_and_follows_what_comes(shell: Shell) -> None:
         text=True,
     )
     assert follower.stdout is not None
-    shell.done("sleep", "qwen")
+    # What is said before it listens is not new to it.
+    verbs = itertools.cycle(("sleep", "wake"))
+    while not select.select([follower.stdout], [], [], 1.0)[0]:
+        shell.done(next(verbs), "qwen")
     assert follower.stdout.readline()
     follower.send_signal(signal.SIGINT)
     _, said = follower.communicate(timeout=LIMIT_SECONDS)

@@ -196,7 +196,7 @@ def test_watching_as_json_gives_one_line_for_each_look(command: list[str]) -> No
         assert process.stdout is not None
         looks = [json.loads(process.stdout.readline()) for _ in range(2)]
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(60) == 130
     assert [look["models"][0]["state"] for look in looks] == ["stopped", "stopped"]
 
 
@@ -208,16 +208,16 @@ def test_watching_on_a_terminal_clears_it_once_and_then_draws_in_place(command: 
         seen = b""
         for piece in read_terminal(ours):
             seen += piece
-            if seen.count(b"MODEL") == 2 and seen.endswith(b"\x1b[J"):
+            if seen.count(b"MODEL") >= 2 and seen.endswith(b"\x1b[J"):
                 break
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(60) == 130
     finally:
         process.kill()
         process.wait()
         os.close(ours)
     assert seen.count(b"\x1b[2J") == 1
-    assert seen.count(b"\x1b[J") == 2
+    assert seen.count(b"\x1b[J") == seen.count(b"MODEL")  # more than two where reading was late
 
 
 def read_terminal(descriptor: int) -> Iterator[bytes]:

@@ -163,7 +163,7 @@ async def guarded(
     config = uvicorn.Config(guard, host="127.0.0.1", port=port, log_level="error", ws="none")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not server.started:
             await asyncio.sleep(0.005)
     yield Guarded(port, panel_socket, app)

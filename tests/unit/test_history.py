@@ -296,7 +296,10 @@ def test_a_folder_that_cannot_be_written_costs_a_note(tmp_path: Path) -> None:
         assert history.note is not None
 
 
-def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
+def test_two_processes_may_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "vllm_sleep_tui.fleet.store.history.LOCK_SECONDS", 60.0
+    )  # on a busy machine one may be held up in a write
     with closing(History(tmp_path)) as first, closing(History(tmp_path)) as second:
         for _ in range(50):
             switch(first, "a", 1.0)

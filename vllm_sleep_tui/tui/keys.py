@@ -132,6 +132,7 @@ KEYS: tuple[Key, ...] = (
         short="find",
         help="Find models: only those whose name, source, state or GPU holds a text",
         shown="/",
+        is_first=True,
     ),
     Key(
         key="f",
