@@ -126,7 +126,10 @@ class PanelApp(App[None]):
         self._register_themes()
         self._lacks_themes = True
         first = remembered if remembered in self._files else DEFAULT_THEME
-        self.set_reactive(PanelApp.theme, first)  # which asks for no other one
+        self.set_reactive(PanelApp.theme, first)  # which asks for no other one, and tells nobody:
+        self.stylesheet.set_variables(self.get_css_variables())
+        self.set_class(self.current_theme.dark, "-dark-mode", update=False)
+        self.set_class(not self.current_theme.dark, "-light-mode", update=False)
         self.palette = Palette(self._files[first])
 
     @property
