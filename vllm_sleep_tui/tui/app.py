@@ -231,9 +231,9 @@ class PanelApp(App[None]):
         if theme.name not in self._files:
             return
         self.palette = Palette(self._files[theme.name])
-        dashboard = getattr(self, "dashboard", None)
-        if dashboard is not None and dashboard.is_attached:
-            dashboard.recolor()
+        for screen in self.screen_stack:
+            if isinstance(screen, LookingScreen):
+                screen.recolor()
 
     def _recall(self) -> Remembered:
         try:
