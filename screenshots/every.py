@@ -60,11 +60,17 @@ class Camera:
         self.taken = 0
         self.faults: list[str] = []
 
-    async def take(self, name: str, *shows: str) -> None:
-        """A picture in each size and theme; all these texts must be in each."""
+    async def take(self, name: str, *shows: str, opened_by: str | None = None) -> None:
+        """A picture in each size and theme; all these texts must be in each.
+
+        What a key opens anew for each theme is what keeps the colours in which it was opened.
+        """
         self._app.clear_notifications()
         for theme in self._themes:
             self._app.theme = theme
+            if opened_by is not None:
+                await self._pilot.pause(0.3)
+                await self._pilot.press(opened_by)
             for width, height in self._sizes:
                 await self._pilot.resize_terminal(width, height)
                 await self._settled(shows)
@@ -74,6 +80,8 @@ class Camera:
                 self.taken += 1
                 if missing := [words for words in shows if words not in text]:
                     self.faults.append(f"{theme}/{picture} does not show {', '.join(missing)}")
+            if opened_by is not None:
+                await self._pilot.press("escape")
         await self._pilot.resize_terminal(120, 40)
         await self._pilot.pause(0.1)
 
@@ -154,13 +162,13 @@ async def _story(camera: Camera, app: PanelApp, pilot: Pilot[None], fleet: Fleet
         ("e", "gateway", "127.0.0.1"),
         ("b", "bench", "qwen"),
         ("a", "advice", "Advice"),
-        ("ctrl+p", "palette", "Switch to the selected model"),
     ):
         await pilot.press(key)
         await pilot.pause(0.8)
         await camera.take(name, shows)
         await pilot.press("escape")
         await pilot.pause(0.2)
+    await camera.take("palette", "Switch to the selected model", opened_by="ctrl+p")
     pid = fleet.snapshot().model("qwen").pid
     assert pid is not None
     await pilot.press("home")

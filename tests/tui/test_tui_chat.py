@@ -13,7 +13,9 @@ from textual.pilot import Pilot
 
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, Progress
+from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.state import clipboard
+from vllm_sleep_tui.tui.widgets.chat_input import ChatInput
 
 
 async def ask(pilot: Pilot[None], text: str) -> None:
@@ -52,6 +54,32 @@ async def test_the_steps_of_a_switch_show_in_the_answer_while_it_waits(tmp_path:
         await until_seen(pilot, "qwen: sleep level 1  50 %")
         fleet.gate.set()
         await until(pilot, lambda: "qwen: sleep" not in text_of(pilot.app), "the end of the switch")
+
+
+@pytest.mark.parametrize("comes_up", [True, False], ids=["it comes up", "it fails"])
+async def test_a_model_that_is_being_started_is_asked_once_it_is_awake_and_never_started_again(
+    tmp_path: Path, comes_up: bool
+) -> None:
+    fleet = ScriptedFleet()
+    fleet.answers["vision"] = answer("vision", "A cat.")
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("down", "down", "down", "u")
+        await until(pilot, lambda: fleet.calls == [("start", "vision")], "the start")
+        await ask(pilot, "what?")
+        await until_seen(pilot, "starting vision; asked once it is awake")
+        assert fleet.asked == []
+        if comes_up:
+            fleet.change("vision", state=State.AWAKE)
+            fleet.gate.set()
+            await until_seen(pilot, "A cat.")
+            assert "asked once" not in text_of(pilot.app)
+        else:
+            fleet.change("vision", state=State.FAILED)
+            fleet.gate.set()
+            await until_seen(pilot, "vision was not asked: starting vision")
+            await until(pilot, lambda: pilot.app.screen.query_one(ChatInput).text == "what?", "its return")
+            assert fleet.asked == []
+        assert fleet.calls == [("start", "vision")]
 
 
 async def test_each_model_has_its_own_conversation_of_many_turns(tmp_path: Path) -> None:

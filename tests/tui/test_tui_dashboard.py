@@ -428,6 +428,23 @@ async def test_a_question_fits_into_the_smallest_terminal(tmp_path: Path) -> Non
         await until(pilot, lambda: pilot.app.screen.query_one(".dialog").region.right <= 60, "room for it")
 
 
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])
+async def test_a_toast_is_seen_once_beside_a_question_and_never_on_its_answers(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    async with panel(ScriptedFleet(), tmp_path, size=size) as pilot:
+        pilot.app.notify(" ".join(f"word-{number}" for number in range(200)), title="Long", timeout=60)
+        await until_seen(pilot, "▌ Long")
+        await pilot.press("q")
+        await until_seen(pilot, "Quit the panel?", "▌ Long")
+        toasts, buttons = (pilot.app.screen.query(kind) for kind in ("Toast", "Button"))
+        assert not any(toast.region.overlaps(button.region) for toast in toasts for button in buttons)
+        await until(pilot, lambda: text_of(pilot.app).count("▌ Long") == 1, "one toast alone")
+        await pilot.press("escape")
+        await until(pilot, lambda: "Quit the panel?" not in text_of(pilot.app), "the end of the question")
+        await until_seen(pilot, "▌ Long")
+
+
 async def test_quitting_with_s_stops_all_servers_first(tmp_path: Path) -> None:
     fleet = ScriptedFleet()
     fleet.gate.set()

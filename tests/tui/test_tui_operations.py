@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 from eager import eager_tasks
 from screen_text import panel, text_of, until, until_seen
 from scripted_fleet import ScriptedFleet
+from textual.notifications import Notification
 
 from vllm_sleep_tui.errors import OperationError, PanelError
 from vllm_sleep_tui.fleet.snapshot import Progress, Report
+from vllm_sleep_tui.tui.state.failure import READ_SECONDS, ToldFailures
 from vllm_sleep_tui.tui.state.operations import Operations, Running
 
 
@@ -99,3 +102,16 @@ async def test_enter_on_an_awake_model_beside_another_operation_leaves_nothing_b
             await until(pilot, lambda: "switching to qwen" not in text_of(pilot.app), "its end")
         assert "switching to phi" in text_of(pilot.app)
         fleet.gate.set()
+
+
+def test_what_is_told_of_a_failure_goes_once_when_it_is_over_and_was_there_to_be_read() -> None:
+    told, now = ToldFailures(), time.time()
+    read, stands, new = (
+        Notification(name, timeout=600, raised_at=now + since)
+        for name, since in (("read", -READ_SECONDS), ("stands", -READ_SECONDS), ("new", 500.0))
+    )
+    told.add(read, lambda: True)
+    told.add(stands, lambda: False)
+    told.add(new, lambda: True)
+    assert told.over() == [read]
+    assert told.over() == []

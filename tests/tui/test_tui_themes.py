@@ -7,8 +7,16 @@ from pathlib import Path
 
 from screen_text import panel, text_of, until, until_seen
 from scripted_fleet import ScriptedFleet
+from textual.color import Color
+from textual.pilot import Pilot
 
 from vllm_sleep_tui.tui.theme import package_folder
+
+
+def is_in_its_theme(pilot: Pilot[None]) -> bool:
+    """Whether what the stylesheet colours has the theme's colours, as what we paint has."""
+    background = pilot.app.current_theme.background
+    return background is not None and pilot.app.screen.styles.background == Color.parse(background)
 
 
 async def test_t_tries_themes_on_escape_undoes_enter_keeps_and_the_choice_is_remembered(
@@ -16,6 +24,7 @@ async def test_t_tries_themes_on_escape_undoes_enter_keeps_and_the_choice_is_rem
 ) -> None:
     async with panel(ScriptedFleet(), tmp_path) as pilot:
         assert pilot.app.theme == "night"
+        assert is_in_its_theme(pilot)
         await pilot.press("t")
         await until_seen(pilot, "Theme", "night", "clear")
         await pilot.press("down")
@@ -31,6 +40,7 @@ async def test_t_tries_themes_on_escape_undoes_enter_keeps_and_the_choice_is_rem
         await until(pilot, (tmp_path / "panel.json").exists, "the memory of it")
     async with panel(ScriptedFleet(), tmp_path) as pilot:
         assert pilot.app.theme == chosen
+        assert is_in_its_theme(pilot)
 
 
 async def test_a_theme_changes_the_colours_of_what_we_paint_ourselves(tmp_path: Path) -> None:

@@ -23,6 +23,12 @@ from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.text import clean
 
 DEADLINE = 60.0
+PASTE = """
+const pasted = new DataTransfer();
+pasted.setData("text/plain", "🐑".repeat(300_000));
+const event = new ClipboardEvent("paste", {clipboardData: pasted, bubbles: true});
+document.querySelector(".xterm-helper-textarea").dispatchEvent(event);
+"""
 
 
 @pytest.fixture
@@ -155,6 +161,7 @@ async def test_chromium_shows_it_takes_keys_and_asks_nobody_else(
         await page.until(lambda: b"READ-ONLY" in page.received, "the panel")
         await page.until(lambda: "coder" in clean(page.received.decode(errors="replace")), "its models")
         assert await page.value("location.href") == address
+        await page.value(PASTE)  # more than one message may have
         page.received = b""
         await page.press("?")
         await page.until(

@@ -15,7 +15,8 @@ from tests.unit.made_checkpoints import QWEN, write_model, write_safetensors
 
 COMMAND = [sys.executable, "-m", "vllm_sleep_tui"]
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
-DEEP = "[" * 100_000 + "]" * 100_000
+DEEP = "[" * 400_000 + "]" * 400_000
+"""Deeper than any Python's stack: up to 3.13 1,000 are too deep, from 3.14 on it is what 8 MiB hold."""
 TENSOR = '"dtype":"BF16","shape":[8],"data_offsets":[0,16]'
 Spoil = Callable[[Path], None]
 

@@ -18,7 +18,7 @@ from textual.app import App
 from textual.driver import Driver
 from textual.drivers.linux_driver import LinuxDriver
 from textual.filter import LineFilter
-from textual.notifications import SeverityLevel
+from textual.notifications import Notification, Notify, SeverityLevel
 from textual.theme import Theme
 
 from vllm_sleep_tui import files, paths
@@ -37,6 +37,7 @@ from vllm_sleep_tui.tui.screens.dialogs import ThemeChooser
 from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.clipboard import to_tmux, words
 from vllm_sleep_tui.tui.state.config_watch import Agrees, ConfigWatch
+from vllm_sleep_tui.tui.state.failure import TOLD_SECONDS, Failure, ToldFailures
 from vllm_sleep_tui.tui.state.operations import Operations
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.terminal import CLEANED, PanelDriver
@@ -115,6 +116,7 @@ class PanelApp(App[None]):
         """The gateway, open or not."""
         self._watch = watch
         self._begin, self._hint = begin, hint
+        self._failures = ToldFailures()
         self.is_told_to_leave = False
         """By a signal or the terminal's end, and not by the person."""
         self._memory = state_dir / "panel.json"
@@ -124,7 +126,10 @@ class PanelApp(App[None]):
         self._register_themes()
         self._lacks_themes = True
         first = remembered if remembered in self._files else DEFAULT_THEME
-        self.set_reactive(PanelApp.theme, first)  # which asks for no other one
+        self.set_reactive(PanelApp.theme, first)  # which asks for no other one, and tells nobody:
+        self.stylesheet.set_variables(self.get_css_variables())
+        self.set_class(self.current_theme.dark, "-dark-mode", update=False)
+        self.set_class(not self.current_theme.dark, "-light-mode", update=False)
         self.palette = Palette(self._files[first])
 
     @property
@@ -170,6 +175,7 @@ class PanelApp(App[None]):
         self.push_screen(self.dashboard)
         self.set_interval(READING_SECONDS, self._keep_reading)
         self.set_interval(READING_SECONDS, self._look_at_config)
+        self.set_interval(READING_SECONDS, self._take_back)
         self.dashboard.call_after_refresh(self.set_timer, REST_SECONDS, self._import_rest)
         for complaint in self._complaints:
             self.notify(complaint, severity="warning", timeout=12, markup=False)
@@ -225,9 +231,9 @@ class PanelApp(App[None]):
         if theme.name not in self._files:
             return
         self.palette = Palette(self._files[theme.name])
-        dashboard = getattr(self, "dashboard", None)
-        if dashboard is not None and dashboard.is_attached:
-            dashboard.recolor()
+        for screen in self.screen_stack:
+            if isinstance(screen, LookingScreen):
+                screen.recolor()
 
     def _recall(self) -> Remembered:
         try:
@@ -258,10 +264,26 @@ class PanelApp(App[None]):
         markup: bool = True,
     ) -> None:
         """A toast of a few lines: what it covers is looked at too, and all of it stands elsewhere."""
+        self._toast(message, title, severity, timeout or self.NOTIFICATION_TIMEOUT, markup=markup)
+
+    def _toast(
+        self, message: str, title: str, severity: SeverityLevel, seconds: float, *, markup: bool
+    ) -> Notification:
         lines, room = wrap(message, _TOAST_WIDTH), max(2, self.size.height // _TOAST_SHARE)
         if len(lines) > room:
             message = "\n".join([*lines[: room - 1], f"{cut(lines[room - 1], _TOAST_WIDTH - 2)} …"])
-        super().notify(message, title=title, severity=severity, timeout=timeout, markup=markup)
+        toast = Notification(message, title, severity, seconds, markup=markup)
+        self.post_message(Notify(toast))
+        return toast
+
+    def on_failure(self, failure: Failure) -> None:
+        """A toast that goes before its time once what it tells is over."""
+        toast = self._toast(failure.text, failure.title, "error", TOLD_SECONDS, markup=False)
+        self._failures.add(toast, failure.is_over)
+
+    def _take_back(self) -> None:
+        for toast in self._failures.over():
+            self._unnotify(toast)
 
     def copy_to_clipboard(self, text: str, what: str = "the selection") -> None:
         """Copy a text, and say how far it is known to have come."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,6 +25,7 @@ from vllm_sleep_tui.tui.keys import CHANGING, bindings
 from vllm_sleep_tui.tui.screens.chat_keys import ChatKeys
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Chooser, Help, Question
 from vllm_sleep_tui.tui.state.copies import copies_of
+from vllm_sleep_tui.tui.state.failure import Failure
 from vllm_sleep_tui.tui.state.operations import Operations, Running, Trouble, Work
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.past import PastReader, Readings
@@ -189,7 +190,11 @@ class Dashboard(ChatKeys):
         models = [model for model in self.fleet.snapshot().models if model.name == event.model]
         cure = next((model.cure for model in models if model.state is State.FAILED), None)
         text = "\n".join(filter(None, [event.detail or "No reason is known; its log (l) may tell.", cure]))
-        self.notify(text, title=f"{event.model} failed", severity="error", timeout=12, markup=False)
+        self.post_message(Failure(f"{event.model} failed", text, lambda: not self._is_failed(event.model)))
+
+    def _is_failed(self, name: str | None) -> bool:
+        models = self.fleet.snapshot().models
+        return any(model.name == name and model.state is State.FAILED for model in models)
 
     async def look(self) -> None:
         """Look at the fleet and show what changed."""
@@ -265,15 +270,22 @@ class Dashboard(ChatKeys):
             left_out = ", ".join(error.by_model)
             text = f"{left_out}: their rows (!) say why. The others are done."
             title = f"{counted(len(error.by_model), 'model')} left out"
-            self.notify(text, title=title, severity="error", timeout=12, markup=False)
+            self._say_trouble(title, text, error.by_model)
         elif error is not None:
             text = f"{error.what}\n{error.cure}" if error.cure else error.what
             title = f"{running.doing[:1].upper()}{running.doing[1:]} did not work"
-            self.notify(text, title=title, severity="error", timeout=12, markup=False)
+            self._say_trouble(title, text, (running.model,))
         elif running.cancelled:
             self.notify(f"Stopped {running.doing}.", markup=False)
         if self.is_attached:
             self.changed()
+
+    def _say_trouble(self, title: str, text: str, models: Iterable[str]) -> None:
+        """Of an operation, until these models have moved on."""
+        names = frozenset(models)
+        self.post_message(
+            Failure(title, text, lambda: names.isdisjoint(self._troubles(self.fleet.snapshot())))
+        )
 
     def _model(self) -> ModelSnapshot | None:
         return None if self.selected is None else self.fleet.snapshot().model(self.selected)

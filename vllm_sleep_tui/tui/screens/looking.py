@@ -26,6 +26,10 @@ class LookingScreen(Screen[None]):
         """Rest while another screen is in front, unless it lets this one be seen."""
         if self.look_timer is not None and not self.app.screen.is_modal:
             self.look_timer.pause()
+        for rack in self.query(
+            "#textual-toastrack"
+        ):  # the screen in front shows the same toasts; back, so does this
+            rack.display = False
 
     def on_screen_resume(self) -> None:
         """Go on."""

@@ -11,12 +11,15 @@ import msgspec
 
 from vllm_sleep_tui.errors import CancelledByUser, PanelError
 from vllm_sleep_tui.fleet.snapshot import WAITING, ModelSnapshot, Progress, Report
+from vllm_sleep_tui.tui.words import DOING
 from vllm_sleep_tui.units import counted
 
 CLOSE_SECONDS = 30.0
 """How long leaving waits for operations to reach a safe point."""
 TROUBLE_SECONDS = 30.0
 """So long a refusal stands on the screen; after it, it tells of a past that may be another one by now."""
+
+_BRINGING = frozenset(DOING[verb] for verb in ("switch", "wake", "start", "restart"))
 
 T = TypeVar("T")
 Work = Callable[[Report], Awaitable[object]]
@@ -127,6 +130,11 @@ class Operations:
         self.running[name] = msgspec.structs.replace(self.running[name], cancelled=True)
         self._tasks[name].cancel()
         return name
+
+    def brings(self, model: str) -> Running | None:
+        """The operation at whose end the model is to be awake; None if there is none."""
+        running = self.running.get(model)
+        return running if running is not None and running.verb in _BRINGING else None
 
     def waiting(self) -> list[str]:
         """The models whose operation waits for somebody else's and has begun nothing."""

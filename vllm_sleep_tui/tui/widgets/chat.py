@@ -12,7 +12,7 @@ from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.timer import Timer
 
-from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.errors import OperationError, PanelError
 from vllm_sleep_tui.fleet.conversations import Conversations
 from vllm_sleep_tui.fleet.pictures import pictures_in
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Prediction, Progress, SwitchTimes
@@ -21,7 +21,7 @@ from vllm_sleep_tui.tui.drawing.paint import Line
 from vllm_sleep_tui.tui.drawing.preview import Preview, looked_at
 from vllm_sleep_tui.tui.drawing.turns import Answer
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
-from vllm_sleep_tui.tui.state.operations import Operations, expected
+from vllm_sleep_tui.tui.state.operations import Operations, Running, expected
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.talk import Entry, Talk
 from vllm_sleep_tui.tui.state.view import View
@@ -296,8 +296,12 @@ class ChatPane(Vertical):
         return name not in self._answering
 
     async def _agrees(self, name: str) -> bool:
-        """Whether what comes before the answer was asked for: a start always is, an eviction once."""
-        if self._fleet.snapshot().model(name).state is State.AWAKE:
+        """Whether what comes before the answer was asked for: a start always is, an eviction once.
+
+        Nothing is asked while the person's own operation makes the model awake: the question waits for it.
+        """
+        is_awake = self._fleet.snapshot().model(name).state is State.AWAKE
+        if is_awake or self._operations.brings(name) is not None:
             return True
         prediction = self._fleet.predict(name)
         victims = (*prediction.sleeps, *prediction.stops)
@@ -394,6 +398,8 @@ class ChatPane(Vertical):
         """Take the pieces as they come; the error that came in the middle, if one did."""
         error, pace, answer = None, entry.pace, entry.turn
         assert isinstance(answer, Answer)
+        if (bringing := self._operations.brings(name)) is not None:
+            await self._brought(name, talk, answer, bringing)
         chat = self._fleet.chat(
             name,
             messages,
@@ -410,6 +416,21 @@ class ChatPane(Vertical):
             if event.error is not None:
                 error = PanelError(event.error)
         return error
+
+    async def _brought(self, name: str, talk: Talk, answer: Answer, bringing: Running) -> None:
+        """Wait for the operation that makes the model awake; raises OperationError if it did not.
+
+        Asked at once, the question would begin an operation of its own where that one fails, which nobody
+        agreed to.
+        """
+        answer.say_above(((f"{bringing.doing}; asked once it is awake", "muted"),))
+        self._shown(talk, answer)
+        await self._operations.settled([name])
+        if self._fleet.snapshot().model(name).state is not State.AWAKE:
+            raise OperationError(
+                f"{name} was not asked: {bringing.doing} did not make it awake.",
+                "The question is in the input again.",
+            )
 
     def _ended(
         self, name: str, talk: Talk, entry: Entry, text: str, task: asyncio.Task[PanelError | None]
