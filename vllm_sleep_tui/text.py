@@ -25,6 +25,7 @@ _OBEYED = (
     r"\u2028\u2029\ufff9-\ufffb"  # line ends of another kind, notes between lines
     r"\ud800-\udfff"  # halves of a character, and bytes of a name that is not UTF-8
 )
+_MOST_PIECES = 1000
 OBEYED = re.compile(f"[{_OBEYED}]")
 """A character that a terminal obeys or that cannot be written at all."""
 
@@ -58,6 +59,28 @@ class Cleaner:
         """The rest, as no more text comes."""
         rest, self._held = self._held, ""
         return clean(rest)
+
+
+class Pieces:
+    """A text that comes in pieces, in few strings: one of its own for each token takes ten times as much."""
+
+    def __init__(self, text: str = "") -> None:
+        self._parts = [text] if text else []
+        self._new: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._parts or self._new)
+
+    def add(self, text: str) -> None:
+        """Take a piece."""
+        self._new.append(text)
+        if len(self._new) >= _MOST_PIECES:
+            self._parts.append("".join(self._new))
+            self._new.clear()
+
+    def whole(self) -> str:
+        """The text so far."""
+        return "".join([*self._parts, *self._new])
 
 
 def one_line(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -208,3 +209,36 @@ def test_a_long_list_is_laid_out_while_it_streams() -> None:
     document.end()
     rows = ["".join(part for part, _ in row.spans()) for row in document.rows]
     assert rows == [f"{number}. item {number} with some words" for number in range(1, 2001)]
+
+
+def test_rows_that_were_let_go_are_made_again_as_they_were() -> None:
+    source = "".join(
+        f"Paragraph {number}.\n\n- one\n- two\n\n```python\nx = {number}\n```\n\n" for number in range(50)
+    )
+    answer = fed(source + "```\n" + "one line\n" * 20, 7, ends=False)
+    downwards = shown(answer, 60)
+    height = answer.lay(60)
+    upwards = [answer.row(number) for number in reversed(range(1, height))]
+    assert ["".join(text for text, _ in row.spans()) for row in reversed(upwards)] == downwards
+    answer.add("a line of the block that is still open\nand one that has not ended")
+    answer.flush()
+    added = ["a line of the block that is still open", "and one that has not ended"]
+    assert [row.strip() for row in shown(answer, 60)] == [row.strip() for row in downwards] + added
+
+
+def test_a_long_answer_takes_some_times_the_memory_of_its_words() -> None:
+    answer = Answer("m", "m0")
+    answer.lay(60)
+    tracemalloc.start()
+    try:
+        for number in range(10_000):
+            answer.add(f"w{number} " if number % 50 else f"w{number}\n\n")
+            if number % 100 == 0:
+                answer.flush()
+                answer.lay(60)
+        answer.end()
+        answer.lay(60)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 6 * len(answer.text)

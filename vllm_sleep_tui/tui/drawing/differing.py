@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ class Differing(Turn):
         super().__init__(speaker, paint)
         self._lines = list(_lines(text, same))
 
-    def _sections(self, width: int) -> list[list[Row]]:
+    def _sections(self, width: int) -> list[Sequence[Row]]:
         return [[row for line in self._lines for row in Flow(line).rows(width)]]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import overload
 
 from vllm_sleep_tui.tui.drawing.code import GROUND, Code
 from vllm_sleep_tui.tui.drawing.flow import BLANK, TAB, Flow, Growing, Row
@@ -13,19 +16,106 @@ _INNER_FENCE = re.compile(r"\s*(?:(?:[-*+]|\d{1,9}[.)])\s+)*(`{3,}|~{3,})([^`\n]
 _ITEM = re.compile(r"([-*+]|\d{1,9}[.)])( |$)")
 LONGEST = 4000
 """Characters of a list from which on its next item begins a block of its own."""
+KEPT_PARTS = 64
+"""Of so many parts the rows are kept: rows take five times as much memory as the words in them."""
+
+
+class Parts(Sequence[Row]):
+    """Finished parts as the rows of a width, none before `lay`: all are counted, and made when seen."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Block | Code, bool, str]] = []
+        """Each with whether it goes on without a blank row before it, and what stands above it."""
+        self._starts: list[int] = []
+        """The first row of each."""
+        self._length = 0
+        self._width = 0
+        self._made: dict[int, list[Row]] = {}
+        """Of those that were looked at last, the latest last."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, at: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Row]: ...
+
+    def __getitem__(self, at: int | slice) -> Row | list[Row]:
+        if isinstance(at, slice):
+            return [self[each] for each in range(*at.indices(self._length))]
+        if not 0 <= at < self._length:
+            raise IndexError(at)
+        number = bisect_right(self._starts, at) - 1
+        rows = self._made.pop(number, None) or self._rows(number)
+        self._keep(number, rows)
+        return rows[at - self._starts[number]]
+
+    @property
+    def last(self) -> Block | Code:
+        """The one that was added last."""
+        return self._parts[-1][0]
+
+    def add(self, part: Block | Code, *, goes_on: bool, above: str) -> None:
+        """One more."""
+        self._parts.append((part, goes_on, above))
+        if self._width:
+            self._lay_next()
+
+    def grew(self) -> None:
+        """The last one, which is code, has a line more."""
+        code = self.last
+        assert isinstance(code, Code)
+        if self._width:
+            rows = code.rows(self._width, len(code.lines) - 1)
+            self._length += len(rows)
+            if (made := self._made.get(len(self._parts) - 1)) is not None:
+                made += rows
+
+    def lay(self, width: int) -> None:
+        """Lay them out for a width, unless they are."""
+        if width != self._width:
+            self._width, self._length = width, 0
+            self._starts, self._made = [], {}
+            for _ in self._parts:
+                self._lay_next()
+
+    def codes(self) -> list[tuple[int, Code]]:
+        """Every block of code, with the first row of the part that it is in."""
+        found: list[tuple[int, Code]] = []
+        for number, (part, _, _) in enumerate(self._parts):
+            start = self._starts[number] if self._width else 0
+            inside = [part] if isinstance(part, Code) else part.pieces()
+            found += [(start, piece) for piece in inside if isinstance(piece, Code)]
+        return found
+
+    def _lay_next(self) -> None:
+        number = len(self._starts)
+        self._starts.append(self._length)
+        rows = self._rows(number)
+        self._length += len(rows)
+        self._keep(number, rows)
+
+    def _rows(self, number: int) -> list[Row]:
+        part, goes_on, above = self._parts[number]
+        rows: list[Row] = [BLANK] if self._starts[number] and not goes_on else []
+        if above:
+            rows += Flow(((above, "muted"),)).rows(self._width)
+        return rows + part.rows(self._width)
+
+    def _keep(self, number: int, rows: list[Row]) -> None:
+        self._made[number] = rows
+        if len(self._made) > KEPT_PARTS:
+            del self._made[next(iter(self._made))]
 
 
 class Document:
     """Markdown that grows; `rows` is right after `lay` for its width."""
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.rows = Parts()
         """Of all that is finished."""
-        self.parts: list[Block | Code] = []
-        self._starts: list[int] = []
-        """The first row of each part."""
-        self._heads: list[tuple[bool, str]] = []
-        """Of each part: whether it goes on without a blank row before it; what stands above it."""
         self._width = 0
         self._pending = ""
         """Lines of the block under way, and the line that has not ended."""
@@ -124,36 +214,19 @@ class Document:
     # ── its parts ────────────────────────────────────────────────────────────────────────────────────────
 
     def _add(self, part: Block | Code, info: str = "") -> None:
-        self.parts.append(part)
-        self._heads.append((self._goes_on, info))
-        if self._width:
-            self._lay_part(len(self.parts) - 1)
-        else:
-            self._starts.append(0)
-
-    def _lay_part(self, number: int) -> None:
-        part, (goes_on, info) = self.parts[number], self._heads[number]
-        if self.rows and not goes_on:
-            self.rows.append(BLANK)
-        if number == len(self._starts):
-            self._starts.append(0)
-        self._starts[number] = len(self.rows)
-        if info:
-            self.rows += Flow(((info, "muted"),)).rows(self._width)
-        self.rows += part.rows(self._width)
+        self.rows.add(part, goes_on=self._goes_on, above=info)
 
     def _open_code(self, info: str) -> None:
         self._add(Code(info.split(" ")[0].split("{")[0]), info)
 
     def _add_code_line(self, line: str) -> None:
-        code = self.parts[-1]
+        code = self.rows.last
         assert isinstance(code, Code)
         code.add(line)
-        if self._width:
-            self.rows += code.rows(self._width, len(code.lines) - 1)
+        self.rows.grew()
 
     def _close_code(self) -> None:
-        code = self.parts[-1]
+        code = self.rows.last
         assert isinstance(code, Code)
         code.is_open = False
         self._fence = ""
@@ -162,11 +235,8 @@ class Document:
 
     def lay(self, width: int) -> None:
         """Lay everything out for a width, unless it is."""
-        if width != self._width:
-            self._width = width
-            self.rows = []
-            for number in range(len(self.parts)):
-                self._lay_part(number)
+        self._width = width
+        self.rows.lay(width)
         self._tail.lay(width)
 
     @property
@@ -184,8 +254,4 @@ class Document:
     @property
     def codes(self) -> list[tuple[int, Code]]:
         """Every block of code, with the first row of the part that it is in."""
-        found: list[tuple[int, Code]] = []
-        for part, start in zip(self.parts, self._starts, strict=True):
-            inside = [part] if isinstance(part, Code) else part.pieces()
-            found += [(start, piece) for piece in inside if isinstance(piece, Code)]
-        return found
+        return self.rows.codes()

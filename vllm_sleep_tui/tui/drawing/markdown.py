@@ -154,7 +154,7 @@ class Block:
     def pieces(self) -> list[Piece]:
         """What it is made of."""
         if self._pieces is None:
-            self._pieces = _read(self._source)
+            self._pieces, self._source = _read(self._source), ""  # the pieces have all of it
         return self._pieces
 
 

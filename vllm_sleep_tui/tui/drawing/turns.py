@@ -9,7 +9,7 @@ import msgspec
 
 from vllm_sleep_tui.fleet.conversations import KeptTurn
 from vllm_sleep_tui.fleet.snapshot import CallDelta, TokenChance
-from vllm_sleep_tui.text import Cleaner, clean, one_line
+from vllm_sleep_tui.text import Cleaner, Pieces, clean, one_line
 from vllm_sleep_tui.tui.drawing.code import Code
 from vllm_sleep_tui.tui.drawing.document import Document
 from vllm_sleep_tui.tui.drawing.flow import BLANK, Flow, Growing, PlainRow, Row
@@ -32,7 +32,7 @@ class Turn:
         self.speaker = speaker
         self.paint = paint
         self._width = 0
-        self._rows: list[list[Row]] = []
+        self._rows: list[Sequence[Row]] = []
 
     def lay(self, width: int) -> int:
         """Lay it out for a width; how many rows that makes."""
@@ -52,7 +52,7 @@ class Turn:
         """The last block of code that begins at or before a row."""
         return None
 
-    def _sections(self, width: int) -> list[list[Row]]:
+    def _sections(self, width: int) -> list[Sequence[Row]]:
         raise NotImplementedError
 
     def _head(self) -> list[Row]:
@@ -71,7 +71,7 @@ class Question(Turn):
         self._shown = Growing("text")
         self._shown.feed(clean(text))
 
-    def _sections(self, width: int) -> list[list[Row]]:
+    def _sections(self, width: int) -> list[Sequence[Row]]:
         self._shown.lay(width)
         previews = [row for preview in self._previews for row in preview.rows(width)]
         return [self._head(), self._shown.rows, previews]
@@ -85,7 +85,7 @@ class Notice(Turn):
         self.passes = passes
         self._line: Line = ((clean(words), paint),)
 
-    def _sections(self, width: int) -> list[list[Row]]:
+    def _sections(self, width: int) -> list[Sequence[Row]]:
         return [Flow(self._line).rows(width)]
 
 
@@ -153,8 +153,8 @@ class Answer(Turn):
         self.is_over = False
         self.thought_seconds: float | None = None
         self._began: float | None = None
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
+        self._text = Pieces()
+        self._reasoning = Pieces()
         self._cleaners = (Cleaner(), Cleaner())
         self._unshown = ""
         self._document = Document()
@@ -171,12 +171,12 @@ class Answer(Turn):
     @property
     def text(self) -> str:
         """What was answered so far, cleaned: what is shown is what is copied and kept."""
-        return "".join(self._text)
+        return self._text.whole()
 
     @property
     def reasoning(self) -> str:
         """What was thought so far, cleaned."""
-        return "".join(self._reasoning)
+        return self._reasoning.whole()
 
     @property
     def calls(self) -> list[Call]:
@@ -200,12 +200,12 @@ class Answer(Turn):
     def _take(self, text: str, reasoning: str) -> None:
         if reasoning:
             self._began = self._began or time.monotonic()
-            self._reasoning.append(reasoning)
+            self._reasoning.add(reasoning)
             self._unshown_thought += reasoning
         if text:
             if self._began is not None and self.thought_seconds is None:
                 self.thought_seconds = time.monotonic() - self._began
-            self._text.append(text)
+            self._text.add(text)
             self._unshown += text
 
     def flush(self) -> bool:
@@ -255,7 +255,7 @@ class Answer(Turn):
             self._thought.feed(self.reasoning)
             self._words, self._unshown_thought = len(self.reasoning.split()), ""
 
-    def _sections(self, width: int) -> list[list[Row]]:
+    def _sections(self, width: int) -> list[Sequence[Row]]:
         self._document.lay(width)
         top = self._head()
         for line in self._above:
@@ -286,7 +286,7 @@ class Answer(Turn):
         text, reasoning, self.thought_seconds = kept.text, kept.reasoning, kept.thought_seconds
         self.chances = list(kept.chances)
         self._calls = {at: Call(call.name, call.arguments, call.id) for at, call in enumerate(kept.calls)}
-        self._text, self._reasoning = [text], [reasoning] if reasoning else []
+        self._text, self._reasoning = Pieces(text), Pieces(reasoning)
         self._words = len(reasoning.split())
         self._document.feed(text)
         self._document.end()

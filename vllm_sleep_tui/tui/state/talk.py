@@ -299,6 +299,7 @@ class Talk:
             entry.is_dropped = True
             self.turns.remove(entry.turn)
             self.keep(entry)
+            _empty(entry)
 
     def restore(self, turns: tuple[KeptTurn, ...], colors: dict[str, str]) -> None:
         """Take over what was said in an earlier run."""
@@ -315,10 +316,18 @@ class Talk:
                 finish_reason=kept.finish_reason,
             )
             self._entries.append(entry)
+            if entry.is_dropped:
+                _empty(entry)
+                continue
             if isinstance(entry.turn, Answer):
                 entry.turn.say(*entry.note())
-            if not entry.is_dropped:
-                self.turns.append(entry.turn)
+            self.turns.append(entry.turn)
+
+
+def _empty(entry: Entry) -> None:
+    """Let go of an answer that was replaced: it is kept, or was not to be, and nobody is shown it again."""
+    if isinstance(entry.turn, Answer):
+        entry.turn = Answer(entry.turn.model, entry.turn.paint)
 
 
 def _turn(kept: KeptTurn, colors: dict[str, str]) -> Turn:
