@@ -2,13 +2,14 @@
 
 Raw calls by hand and the product's switch take turns in one run:
 
-    python benchmarks/switch_overhead.py [--rounds 100] [--level stock|1|0] [--verbs 5] [--profile FILE] [--json]
+    python benchmarks/switch_overhead.py [--rounds 100] [--level stock|1|0] [--verbs 5] [--profile FILE]
 
 Raw is sleep + wake_up + one completion of one token, on kept connections; at level 0 the workers are told
 first that the weights stay, as they must be. Before each switch of either kind nothing is done for a moment,
 so that what the last one left to be written (history, measurements) is written. `--level stock` is vLLM's own
 sleep mode, 1 and 0 are ours. `--verbs` also makes so many switches there and back by the command line, a
-process each. `--profile` writes the CPU of the loop's thread in 60 more switches, for `python -m pstats`.
+process each. `--profile` writes the CPU of the loop's thread in 60 more switches, for `python -m pstats`;
+`--json` prints the figures as JSON.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ async def measure(folder: Path, arguments: argparse.Namespace) -> Samples:
             await box.there_and_back(["verb"])
         if arguments.profile is not None:
             took, box.took = box.took, {}
-            with cProfile.Profile() as profile:
+            with cProfile.Profile(time.thread_time) as profile:
                 for _ in range(PROFILED_ROUNDS):
                     await box.there_and_back(["ours"])
             profile.dump_stats(arguments.profile)

@@ -46,7 +46,7 @@ from vllm_sleep_tui.fleet.store.records import Intent, Record
 from vllm_sleep_tui.sizing.footprints import Footprint
 from vllm_sleep_tui.units import GIB, gib
 
-if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
+if TYPE_CHECKING:  # `status` asks no server, and does without it
     from vllm_sleep_tui.engine.client import Gate, VllmClient
 
 SETTLE_POLL = 0.003
