@@ -87,7 +87,7 @@ def run_backend(path: str) -> None:
 
 def own_client_app(path: str) -> Callable[..., Any]:
     """A raw ASGI application over the gateway's own client."""
-    from vllm_sleep_tui.gateway.upstream import Address, Upstream
+    from vllm_sleep_tui.upstream import Address, Upstream
 
     upstream = Upstream(Address(uds=path))
 

@@ -41,9 +41,9 @@ class Actors:
 
 def main() -> None:
     """Fork for each line: a log file and the arguments of a command."""
-    import httpx  # noqa: F401 - imported once, here, for all children
-
+    # Imported once, here, for all children.
     from vllm_sleep_tui.cli import app, operations, orphans, serve, status  # noqa: F401
+    from vllm_sleep_tui.engine import client  # noqa: F401
     from vllm_sleep_tui.fleet import fleet  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children

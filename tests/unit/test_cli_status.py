@@ -112,7 +112,7 @@ def test_the_table_tells_states_reasons_strangers_and_what_is_not_known() -> Non
 
 
 @pytest.mark.parametrize("option", ["--json", None])
-def test_status_imports_neither_textual_nor_httpx(tmp_path: Path, option: str | None) -> None:
+def test_status_imports_neither_textual_nor_the_http_client(tmp_path: Path, option: str | None) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("models: {qwen: {model: a/b, gpus: []}}\n")
     arguments = ["--config", str(config), "status", *([option] if option else [])]
@@ -127,7 +127,7 @@ def test_status_imports_neither_textual_nor_httpx(tmp_path: Path, option: str | 
     assert done.returncode == 0, done.stderr
     loaded = {name.split(".")[0] for name in json.loads(done.stderr.splitlines()[-1])}
     assert "vllm_sleep_tui" in loaded
-    assert loaded & {"textual", "rich", "httpx", "uvicorn", "anyio"} == set()
+    assert loaded & {"textual", "rich", "httptools", "uvicorn"} == set()
 
 
 def scraped(snapshot: FleetSnapshot, name: str, /, **labels: str) -> float | None:

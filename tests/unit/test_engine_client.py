@@ -20,6 +20,7 @@ from vllm_sleep_tui.engine.answers import CallDelta
 from vllm_sleep_tui.engine.chat import ChatDelta, deltas
 from vllm_sleep_tui.engine.client import Completion, Gate, ModelCard, SleepReply, VllmClient, WakeReply
 from vllm_sleep_tui.engine.failures import EngineRefused, EngineTimeout, EngineUnreachable
+from vllm_sleep_tui.fleet.peer_checks import check_own
 
 DATA = Path(__file__).parent / "data"
 SECRET = "the-secret-of-this-launch"
@@ -288,6 +289,17 @@ async def test_a_socket_that_was_removed_is_named_with_a_cure(tmp_path: Path) ->
             await client.gate()
     assert str(gone) in failure.value.what
     assert "--force" in failure.value.cure
+
+
+async def test_a_frozen_server_whose_socket_is_full_is_silent_and_no_stranger(tmp_path: Path) -> None:
+    path = str(tmp_path / "panel.sock")
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as filling:
+        listening.bind(path)
+        listening.listen(0)
+        filling.connect(path)  # as much as it has room for
+        async with VllmClient(1, uds=path, check=check_own) as client:
+            with pytest.raises(EngineTimeout):
+                await client.gate(timeout=0.1)
 
 
 async def test_no_answer_in_time_says_that_it_may_still_happen(server: Server, client: VllmClient) -> None:

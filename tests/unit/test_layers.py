@@ -39,15 +39,16 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"text", "errors"},
     "paths": BASE | {"config"},
     "leaving": set(),
+    "upstream": set(),
     "simulator": set(),
     "config": BASE | {"engine.serve_args"},  # which imports nothing of ours
-    "engine": BASE | {"config", "telemetry.prometheus"},
+    "engine": BASE | {"upstream", "config", "telemetry.prometheus"},
     "telemetry": BASE | {"config", "simulator.devices"},
     "sizing": DOWN_TO_ENGINE,
     "fleet": DOWN_TO_ENGINE | {"paths", "sizing", "simulator.devices"},
     "bench": FACE,
     "tui": FACE | {"bench", "gateway", "leaving"},
-    "gateway": FACE | {"engine.endpoints"},  # what a path is, which the guard knows
+    "gateway": FACE | {"upstream", "engine.endpoints"},  # what a path is, which the guard knows
     "web": FACE | {"engine.endpoints"},  # the guard's rules for pages of other sites
     "cli": FACE | {"bench", "gateway", "leaving", "tui", "web"},
     "__main__": {"cli"},
@@ -119,11 +120,11 @@ def test_our_sleep_mode_runs_inside_vllm_and_needs_nothing_of_ours() -> None:
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("vllm_sleep_tui.fleet.survey", {"httpx", "textual", "rich", "sqlite3"}),
+        ("vllm_sleep_tui.fleet.survey", {"httptools", "textual", "rich", "sqlite3"}),
         ("vllm_sleep_tui.fleet.fleet", {"textual"}),
-        ("vllm_sleep_tui.cli", {"httpx", "textual", "rich"}),
-        ("vllm_sleep_tui.cli.chat", {"httpx", "textual", "rich", "sqlite3", "prompt_toolkit"}),
-        ("vllm_sleep_tui.cli.status", {"httpx", "textual", "rich", "sqlite3"}),
+        ("vllm_sleep_tui.cli", {"httptools", "textual", "rich"}),
+        ("vllm_sleep_tui.cli.chat", {"httptools", "textual", "rich", "sqlite3", "prompt_toolkit"}),
+        ("vllm_sleep_tui.cli.status", {"httptools", "textual", "rich", "sqlite3"}),
     ],
 )
 def test_a_late_import_is_late(module: str, unwanted: set[str]) -> None:

@@ -194,7 +194,7 @@ def test_closing_ends_the_thread_and_may_be_done_before_it_began() -> None:
 def test_importing_telemetry_loads_no_screen_no_http_and_no_nvml() -> None:
     code = (
         "import sys, vllm_sleep_tui.telemetry.sampler, vllm_sleep_tui.telemetry.prometheus;"
-        "print([m for m in ('textual', 'httpx', 'pynvml', 'asyncio') if m in sys.modules])"
+        "print([m for m in ('textual', 'httptools', 'pynvml', 'asyncio') if m in sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"

@@ -82,7 +82,7 @@ def run_verb(
     again = _again(ctx, path)
 
     async def measure(fleet: Fleet) -> Run:
-        from vllm_sleep_tui.bench import run as experiment  # with httpx, which reports do without
+        from vllm_sleep_tui.bench import run as experiment  # which reports do without
 
         try:
             return await experiment.run(

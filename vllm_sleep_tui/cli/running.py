@@ -43,7 +43,7 @@ def with_fleet(loaded: LoadedConfig, act: Callable[[Fleet], Awaitable[Result]]) 
     """Open the fleet and act on it; raises PanelError, CancelledByUser after an interruption."""
 
     async def opened() -> Result:
-        from vllm_sleep_tui.fleet.fleet import Fleet  # with httpx, which a usage error does without
+        from vllm_sleep_tui.fleet.fleet import Fleet  # which a usage error does without
 
         fleet = Fleet(loaded, state_dir())
         try:

@@ -80,7 +80,7 @@ class Headless:
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT."""
-        from vllm_sleep_tui.fleet.fleet import Fleet  # with httpx, which a usage error does without
+        from vllm_sleep_tui.fleet.fleet import Fleet  # which a usage error does without
 
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, self._reloads.set)

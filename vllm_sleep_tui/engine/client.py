@@ -11,7 +11,8 @@ from vllm_sleep_tui.engine import endpoints
 from vllm_sleep_tui.engine.chat import ChatDelta, chat_body, deltas
 from vllm_sleep_tui.engine.failures import NOT_JSON, EngineError, EngineRefused, refused, unreadable
 from vllm_sleep_tui.engine.guard import CLIENT_HEADER
-from vllm_sleep_tui.engine.wire import Check, Wire
+from vllm_sleep_tui.engine.wire import Wire
+from vllm_sleep_tui.upstream import Check
 
 JSON = {"content-type": "application/json"}
 Decoded = TypeVar("Decoded")

@@ -1,4 +1,4 @@
-"""What `status` asks of a server that we did not start, by the standard library: httpx takes 0.2 s to import.
+"""What `status` asks of a server that we did not start, by the standard library and without a loop.
 
 Each call raises OSError (TimeoutError among them), HTTPException, ValueError or EngineStranger.
 """
@@ -20,7 +20,7 @@ from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.engine.metrics import Page
 
 if TYPE_CHECKING:
-    from vllm_sleep_tui.engine.wire import Check
+    from vllm_sleep_tui.upstream import Check
 
 MAX_BYTES = 2**20
 """Of an answer that are read; a page of metrics has 60 kB."""

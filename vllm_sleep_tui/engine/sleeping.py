@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -26,7 +27,7 @@ from vllm_sleep_tui.engine.failures import (
 from vllm_sleep_tui.engine.metrics import Page
 
 if TYPE_CHECKING:
-    from vllm_sleep_tui.engine.client import VllmClient, WakeReply
+    from vllm_sleep_tui.engine.client import VllmClient
 
 T = TypeVar("T")
 Step = Callable[[str], AbstractContextManager[None]]
@@ -34,6 +35,17 @@ Step = Callable[[str], AbstractContextManager[None]]
 OWN = "own"
 ALONG_SECONDS = 0.003
 """From sending a wake until the engine has it: a question after that is answered when the wake is done."""
+
+
+class Told(Enum):
+    """When it is known whether a wake has woken everything, where the reply does not tell (before 0.32)."""
+
+    AFTER = auto()
+    """It is asked after the reply."""
+    ALONG = auto()
+    """It is asked while it wakes."""
+    LATER = auto()
+    """Whoever called finds out, by `check_awake` if by nothing else."""
 
 
 class WorkerFacts(msgspec.Struct, frozen=True):
@@ -125,22 +137,19 @@ async def sleep(client: VllmClient, level: int, seconds: float, *, is_own: bool)
 
 
 async def wake(
-    client: VllmClient, level: int, seconds: float, step: Step, *, quick: float, asks_along: bool = False
+    client: VllmClient, level: int, seconds: float, step: Step, *, quick: float, told: Told = Told.AFTER
 ) -> None:
     """Wake a sleeper of `level`; `quick` is the limit of the one call that moves no weights.
 
-    With `asks_along` it is asked whether it is awake while it wakes: for vLLM whose reply does not tell.
     Raises StillAsleep if it answers well and sleeps on, EngineRefused if it refuses.
     """
     if level == 2:
-        await _wake_from_2(client, seconds, step, quick, asks_along=asks_along)
+        await _wake_from_2(client, seconds, step, quick, told)
     else:
-        await _wake_the_last(client, (), seconds, asks_along=asks_along)
+        await _wake_the_last(client, (), seconds, told)
 
 
-async def _wake_from_2(
-    client: VllmClient, seconds: float, step: Step, quick: float, *, asks_along: bool
-) -> None:
+async def _wake_from_2(client: VllmClient, seconds: float, step: Step, quick: float, told: Told) -> None:
     """The four steps that vLLM wants from its client; any of them may be repeated after a crash."""
     with step("weights"):
         await answered(client, lambda: client.wake_up(("weights",), timeout=seconds), seconds, asleep=False)
@@ -149,22 +158,24 @@ async def _wake_from_2(
             client, lambda: client.collective_rpc("reload_weights", seconds), seconds, asleep=False
         )
     with step("kv_cache"):
-        await _wake_the_last(client, ("kv_cache",), seconds, asks_along=asks_along)
+        await _wake_the_last(client, ("kv_cache",), seconds, told)
     with step("reset"):
         await client.reset_prefix_cache(quick)
 
 
-async def _wake_the_last(
-    client: VllmClient, tags: Sequence[str], seconds: float, *, asks_along: bool
-) -> None:
-    """Wake what sleeps still; raises StillAsleep unless everything is awake then."""
-    along = asyncio.ensure_future(_is_awake_soon(client, seconds)) if asks_along else None
+async def _wake_the_last(client: VllmClient, tags: Sequence[str], seconds: float, told: Told) -> None:
+    """Wake what sleeps still; raises StillAsleep unless everything is awake then, as far as that is told."""
+    along = asyncio.ensure_future(_is_awake_soon(client, seconds)) if told is Told.ALONG else None
     try:
         reply = await answered(client, lambda: client.wake_up(tags, timeout=seconds), seconds, asleep=False)
         # It was asleep before: that it is awake is true of now. That it sleeps may be of before the wake.
         if along is not None and await along:
             return
-        await _check_awake(client, reply, seconds)
+        if reply is not None and reply.status is not None:
+            if reply.status != "awake":
+                raise StillAsleep
+        elif told is not Told.LATER:
+            await check_awake(client, seconds)
     finally:
         if along is not None:
             along.cancel()
@@ -180,13 +191,9 @@ async def _is_awake_soon(client: VllmClient, seconds: float) -> bool:
         return False
 
 
-async def _check_awake(client: VllmClient, reply: WakeReply | None, seconds: float) -> None:
-    """Raises StillAsleep; without a word of that in the reply it is asked (before vLLM 0.32)."""
-    if reply is not None and reply.status is not None:
-        sleeping = reply.status != "awake"
-    else:
-        sleeping = await client.is_sleeping(seconds)
-    if sleeping:
+async def check_awake(client: VllmClient, seconds: float) -> None:
+    """Raises StillAsleep if it sleeps on after a wake."""
+    if await client.is_sleeping(seconds):
         raise StillAsleep
 
 

@@ -1,20 +1,15 @@
 """HTTP to one server, with as little between the call and the socket as possible, and to nobody else.
 
-httpx's core is used without its client: redirects, cookies and events of the client would cost 0.3 ms a call
-(measured), and a switch makes six calls within 5 ms. The core also lets us look at each new connection before
-a byte goes over it: whoever has the port of a server that is down would hear the key or the prompt.
+A switch makes seven calls within 5 ms of their own, so that what a client spends on each of them counts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import socket
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-
-import httpcore
-import httpx
+from urllib.parse import quote, urlsplit
 
 from vllm_sleep_tui.engine.failures import (
     EngineRefused,
@@ -25,25 +20,17 @@ from vllm_sleep_tui.engine.failures import (
     timed_out,
     unreachable,
 )
+from vllm_sleep_tui.upstream import Address, Check, NoConnectionError, Upstream, UpstreamError
+from vllm_sleep_tui.upstream import Answer as Coming
 
-KEEP_ALIVE_SECONDS = 4.0
-"""Less than vLLM's own 5 s (`VLLM_HTTP_TIMEOUT_KEEP_ALIVE`), so that we hang up first."""
 FRESH_SECONDS = 3.0
 """For so long after a good answer a kept connection is sure to be open still."""
 LATE_SECONDS = 0.3
 """A limit that is noticed so late says nothing of the server: this process was stopped, by Ctrl-Z say."""
-REUSED_BODY_BYTES = 512
-"""The calls of a switch have less; a chat's body is another each time, and not worth keeping."""
-REUSED_REQUESTS = 64
-"""More than there are different calls to one server."""
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
 """The longest that we ask for, a page of metrics, has 60 kB; a stranger may send without an end."""
-BROKEN = (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError)
-FAILED = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
-Check = Callable[[socket.socket], None]
-"""Looks who is at the other end of a fresh connection; raises EngineStranger if nothing may be sent there.
-
-OSError is a connection that broke meanwhile. For TCP it runs in a thread: it reads the kernel's tables."""
+PORTS = {"http": 80, "https": 443}
+IN_PATHS = "/%:@!$&'()*+,;=~"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +45,17 @@ class Wire:
     """Connections to one server: to its address, or over `uds`, a unix socket; all of them pass `check`."""
 
     def __init__(self, base_url: str, *, uds: str | None = None, check: Check | None = None) -> None:
-        base = httpx.URL(base_url)
-        self.where = f"{base.host}:{base.port}" if base.port else base.host
+        parts = urlsplit(base_url)
+        host, usual = parts.hostname or "", PORTS.get(parts.scheme)
+        port = None if parts.port == usual else parts.port
+        self.where = f"{host}:{port}" if port else host
         self._uds = uds
-        self._base = str(base).rstrip("/")
-        self._requests: dict[tuple[str, str, bytes | None, int], tuple[object, httpcore.Request]] = {}
-        # Certificates take 20 ms to read; loopback needs none.
-        tls = httpx.create_ssl_context(trust_env=False) if base.scheme == "https" else None
-
-        def pool(kept: int) -> httpcore.AsyncConnectionPool:
-            # A proxy variable must not carry loopback traffic away: the core reads no environment.
-            return httpcore.AsyncConnectionPool(
-                ssl_context=tls,
-                max_connections=100,
-                max_keepalive_connections=kept,
-                keepalive_expiry=KEEP_ALIVE_SECONDS,
-                uds=uds,
-                network_backend=_Network(check),
-            )
-
-        self._pool, self._single = pool(8), pool(0)
+        self._prefix = quote(parts.path.rstrip("/"), safe=IN_PATHS)
+        name = f"[{host}]" if ":" in host else _ascii(host)
+        self._host = f"{name}:{port}" if port else name
+        # A proxy variable must not carry loopback traffic away: nothing here reads the environment.
+        address = Address(uds=uds, host=host, port=port or usual or 80, tls=parts.scheme == "https")
+        self._upstream = Upstream(address, check)
         self._fresh_until = 0.0
         self.has_answered = False
         """Whether anything came back yet: the first call of a process pays for imports and connections."""
@@ -99,50 +77,36 @@ class Wire:
         kept one gave a good answer just now: vLLM closes idle ones after 5 s and any after a 500, and a
         break on a kept one does not tell whether the request arrived.
         """
-        request = self._request(method, target, headers, body)
-        name = _name(request)
+        head, name = self._head(method, target, headers, body), _name(method, target)
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
             try:
                 async with asyncio.timeout(timeout):
-                    return await self._attempt(request, repeatable)
+                    return await self._exchange(head, body or b"", repeatable)
             except TimeoutError:
                 if not repeatable or loop.time() < began + timeout + LATE_SECONDS:
                     raise
             async with asyncio.timeout(timeout):
-                return await self._attempt(request, repeatable)
+                return await self._exchange(head, body or b"", repeatable)
         except TimeoutError:
             raise timed_out(self.where, name, timeout) from None
-        except httpcore.ConnectError:
+        except NoConnectionError:
             raise self._unreachable(name) from None
-        except FAILED:
+        except UpstreamError:
             raise broken_off(self.where, name) from None
 
-    async def _attempt(self, request: httpcore.Request, repeatable: bool) -> Answer:
-        if repeatable or asyncio.get_running_loop().time() < self._fresh_until:
-            try:
-                return await self._on_kept(request)
-            except BROKEN:
-                if not repeatable:
-                    raise
-                # The kept connection had been closed; once more on a new one.
-        return await self._exchange(self._single, request)
-
-    async def _on_kept(self, request: httpcore.Request) -> Answer:
+    async def _exchange(self, head: bytes, body: bytes, repeatable: bool) -> Answer:
+        on_kept = repeatable or asyncio.get_running_loop().time() < self._fresh_until
         self._fresh_until = 0.0
-        answer = await self._exchange(self._pool, request)
+        coming = await self._upstream.send(head, (body,), on_kept=on_kept, repeats=repeatable)
+        try:
+            answer = Answer(coming.status, await _read(coming))
+        finally:
+            coming.close()
+        self.has_answered = True
         if answer.status == 200:
             self._fresh_until = asyncio.get_running_loop().time() + FRESH_SECONDS
-        return answer
-
-    async def _exchange(self, pool: httpcore.AsyncConnectionPool, request: httpcore.Request) -> Answer:
-        response = await pool.handle_async_request(request)
-        try:
-            answer = Answer(response.status, await _read(response))
-        finally:
-            await response.aclose()
-        self.has_answered = True
         return answer
 
     async def stream(
@@ -153,123 +117,58 @@ class Wire:
         It has no limit of its own: only who reads the parts knows which of them are progress. Closing the
         generator closes the connection, which makes vLLM abort the request.
         """
-        request = self._request("POST", target, headers, body)
-        name = _name(request)
-        response: httpcore.Response | None = None
+        head, name = self._head("POST", target, headers, body), _name("POST", target)
+        coming: Coming | None = None
         try:
-            response = await self._single.handle_async_request(request)
-            if response.status != 200:
-                raise refused(response.status, await _read(response))
-            async for part in _stream_of(response):
+            coming = await self._upstream.send(head, (body,), on_kept=False)
+            if coming.status != 200:
+                raise refused(coming.status, await _read(coming))
+            async for part in coming.parts():
                 yield part
-        except httpcore.ConnectError:
+        except NoConnectionError:
             raise self._unreachable(name) from None
-        except FAILED:
+        except UpstreamError:
             raise broken_off(self.where, name) from None
         finally:
-            if response is not None:
-                await response.aclose()
+            if coming is not None:
+                coming.close()
 
     def _unreachable(self, request: str) -> EngineUnreachable:
         if self._uds is not None and not os.path.exists(self._uds):
             return no_way_in(self._uds, request)
         return unreachable(self.where, request)
 
-    def _request(
-        self, method: str, target: str, headers: Mapping[str, str], body: bytes | None
-    ) -> httpcore.Request:
-        if body is not None and len(body) > REUSED_BODY_BYTES:
-            return self._new_request(method, target, headers, body)
-        # The same few calls come again and again; to make one anew costs 0.1 ms.
-        key = (method, target, body, id(headers))
-        cached = self._requests.get(key)
-        if cached is None or cached[0] is not headers:
-            cached = (headers, self._new_request(method, target, headers, body))
-            if len(self._requests) < REUSED_REQUESTS:
-                self._requests[key] = cached
-        return cached[1]
-
-    def _new_request(
-        self, method: str, target: str, headers: Mapping[str, str], body: bytes | None
-    ) -> httpcore.Request:
-        made = httpx.Request(method, self._base + target, headers=headers, content=body)
-        url = httpcore.URL(
-            scheme=made.url.raw_scheme,
-            host=made.url.raw_host,
-            port=made.url.port,
-            target=made.url.raw_path,
-        )
-        return httpcore.Request(method, url, headers=made.headers.raw, content=body)
+    def _head(self, method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
+        """The request's head; what is in it is ours, or was checked where it came from."""
+        lines = [f"{method} {self._prefix}{target} HTTP/1.1", f"host: {self._host}"]
+        lines += [f"{key}: {value}" for key, value in headers.items()]
+        if body is not None or method == "POST":
+            lines.append(f"content-length: {len(body or b'')}")
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
 
     async def aclose(self) -> None:
         """Close every connection."""
-        await self._pool.aclose()
-        await self._single.aclose()
+        self._upstream.close()
+        await asyncio.sleep(0)  # asyncio closes them in its next round
 
 
-class _Network(httpcore.AsyncNetworkBackend):
-    """Opens connections as httpx's core does, and has each looked at before anything is sent over it."""
-
-    def __init__(self, check: Check | None) -> None:
-        self._inner = httpcore.AnyIOBackend()
-        self._check = check
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        """A connection to the host."""
-        stream = await self._inner.connect_tcp(host, port, timeout, local_address, socket_options)
-        return await self._checked(stream)
-
-    async def connect_unix_socket(
-        self,
-        path: str,
-        timeout: float | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        """A connection to the socket."""
-        return await self._checked(await self._inner.connect_unix_socket(path, timeout, socket_options))
-
-    async def sleep(self, seconds: float) -> None:
-        """Between attempts, of which there are none."""
-        await self._inner.sleep(seconds)
-
-    async def _checked(self, stream: httpcore.AsyncNetworkStream) -> httpcore.AsyncNetworkStream:
-        if self._check is not None:
-            connection = stream.get_extra_info("socket")
-            try:
-                if connection.family == socket.AF_UNIX:
-                    self._check(connection)
-                else:
-                    await asyncio.to_thread(self._check, connection)
-            except OSError as error:
-                await stream.aclose()
-                raise httpcore.ConnectError(str(error)) from error
-            except BaseException:
-                await stream.aclose()
-                raise
-        return stream
+def _name(method: str, target: str) -> str:
+    return f"{method} {target.partition('?')[0]}"
 
 
-def _name(request: httpcore.Request) -> str:
-    return f"{request.method.decode()} {request.url.target.decode().partition('?')[0]}"
+def _ascii(host: str) -> str:
+    """A host's name as it is sent; as it is where it can be none."""
+    try:
+        return host.encode("idna").decode()
+    except UnicodeError:
+        return quote(host)
 
 
-def _stream_of(response: httpcore.Response) -> AsyncIterator[bytes]:
-    assert isinstance(response.stream, AsyncIterable)
-    return aiter(response.stream)
-
-
-async def _read(response: httpcore.Response) -> bytes:
+async def _read(coming: Coming) -> bytes:
     body = bytearray()
-    async for part in _stream_of(response):
+    async for part in coming.parts():
         body += part
         if len(body) > MAX_ANSWER_BYTES:
             limit = MAX_ANSWER_BYTES >> 20
-            raise EngineRefused(response.status, f"the answer is longer than {limit} MiB")
+            raise EngineRefused(coming.status, f"the answer is longer than {limit} MiB")
     return bytes(body)

@@ -19,7 +19,7 @@ from vllm_sleep_tui.fleet.operations.supervised import Supervised
 from vllm_sleep_tui.fleet.snapshot import Prediction, Serving, SwitchTimes, Way
 from vllm_sleep_tui.fleet.states import State
 
-if TYPE_CHECKING:  # httpx costs 0.2 s that verbs which ask no server do not have
+if TYPE_CHECKING:  # verbs that ask no server do without it
     from vllm_sleep_tui.engine.client import VllmClient
 
 

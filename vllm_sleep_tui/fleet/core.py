@@ -196,7 +196,7 @@ class Core:
 
     def client(self, record: Record) -> VllmClient:
         """The client of the record's running server, one per launch."""
-        from vllm_sleep_tui.engine.client import VllmClient  # httpx costs 0.2 s that `status` does not have
+        from vllm_sleep_tui.engine.client import VllmClient  # `status` asks no server, and does without it
 
         assert record.launch is not None
         assert record.port is not None

@@ -30,7 +30,7 @@ from vllm_sleep_tui.gateway.replies import (
     reply,
     reply_json,
 )
-from vllm_sleep_tui.gateway.upstream import Address, Answer, Upstream, UpstreamError
+from vllm_sleep_tui.upstream import Address, Answer, Upstream, UpstreamError
 
 FIRST_COMMENT = 2.0
 """Seconds that a stream waits before its client hears that it is alive; until then it gets a true status."""

@@ -65,11 +65,10 @@ _TOAST_WIDTH, _TOAST_SHARE = 54, 6
 """Cells of a toast's text, and the part of the screen's height that its lines may take."""
 _SCREENS = "vllm_sleep_tui.tui.screens"
 _REST = (
-    "httpx",
     "markdown_it",
     *(f"{_SCREENS}.{name}" for name in ("events", "logs", "gpus", "parameters", "conversations", "duel")),
 )
-"""What the first request, the first answer and the first other screen need."""
+"""What the first answer and the first other screen need."""
 _TOLD_CHANGES = 4
 """So many changes of the config fit into a toast."""
 

@@ -47,7 +47,7 @@ from vllm_sleep_tui.fleet.store.locks import holder
 from vllm_sleep_tui.fleet.store.records import Intent
 from vllm_sleep_tui.units import counted
 
-if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
+if TYPE_CHECKING:  # `status` asks no server, and does without it
     from vllm_sleep_tui.engine.client import VllmClient
 
 INTERVAL = 2.0

@@ -1,4 +1,4 @@
-"""What attached servers (`url:`) say of themselves, seen from outside: no httpx, one limit for all together.
+"""What attached servers (`url:`) say of themselves, seen from outside, with one limit for all together.
 
 Asked in this order: `/is_sleeping`, which exists with VLLM_SERVER_DEV_MODE=1 alone; where it is closed,
 `/health`, and the gauge in `/metrics`, which every vLLM with sleep mode has. `/is_sleeping` waits while the

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 
 from vllm_sleep_tui.errors import RefusedError
@@ -22,7 +22,6 @@ from vllm_sleep_tui.fleet.operations.room import (
     have_holders,
     plan_for,
     read_memory,
-    without_holder,
 )
 from vllm_sleep_tui.fleet.snapshot import WAITING
 from vllm_sleep_tui.fleet.states import State
@@ -36,11 +35,16 @@ CONNECT_SECONDS = 0.2
 NO_ROOM_NEEDED = Room(sleeps=(), stops=(), free={}, missing={})
 
 
-def others_on(model: Model) -> list[Model]:
-    """The other models of the config that share a GPU with this one and whose files can be read."""
+def others_on(model: Model, everybody: Iterable[Model] | None = None) -> list[Model]:
+    """The other models of the config that share a GPU with this one and whose files can be read.
+
+    `everybody` whose files can be read is looked up unless given.
+    """
     mine = set(model.config.gpus)
     near = {other.name for other in model.core.models() if mine & set(other.config.gpus)} - {model.name}
-    return [other for other in model.core.readable() if other.name in near] if near else []
+    if not near:
+        return []
+    return [other for other in everybody or model.core.readable() if other.name in near]
 
 
 @contextlib.asynccontextmanager
@@ -62,12 +66,12 @@ async def connecting(models: Iterable[Model]) -> AsyncIterator[set[asyncio.Futur
         await asyncio.gather(*opening, return_exceptions=True)
 
 
-async def idle_of(model: Model) -> dict[str, tuple[float, bool]]:
+async def idle_of(near: Iterable[Model]) -> dict[str, tuple[float, bool]]:
     """Of each awake neighbour its last request and whether it is answering, where there is a choice at all.
 
     A guard that does not answer within a second leaves the time of the wake as the best that is known.
     """
-    awake = [other for other in others_on(model) if is_awake(other) and other.record.launch]
+    awake = [other for other in near if is_awake(other) and other.record.launch]
     if len(awake) < 2:
         return {}
     gates = await asyncio.gather(
@@ -80,12 +84,13 @@ async def idle_of(model: Model) -> dict[str, tuple[float, bool]]:
     }
 
 
-async def plan(model: Model) -> tuple[Room, Memory]:
-    """Who must make room for the model, by the memory of its GPUs as it is measured now."""
+async def plan(model: Model, everybody: Sequence[Model]) -> tuple[Room, Memory]:
+    """Who of `everybody` must make room for the model, by the memory of its GPUs as it is measured now."""
     idle, memory = await asyncio.gather(
-        idle_of(model), asyncio.to_thread(read_memory, model.core, set(model.config.gpus))
+        idle_of(others_on(model, everybody)),
+        asyncio.to_thread(read_memory, model.core, set(model.config.gpus)),
     )
-    return plan_for(model, memory=memory, idle=idle), memory
+    return plan_for(model, memory=memory, idle=idle, everybody=everybody), memory
 
 
 def is_awake(model: Model) -> bool:
@@ -93,11 +98,11 @@ def is_awake(model: Model) -> bool:
     return model.record.state is State.AWAKE
 
 
-def awake_on(model: Model) -> set[str]:
-    """The others that are awake there, or asleep with their weights: any of them may have to make room."""
+def awake_in(near: Iterable[Model]) -> set[str]:
+    """Those that are awake, or asleep with their weights: any of them may have to make room."""
     return {
         other.name
-        for other in others_on(model)
+        for other in near
         if is_awake(other) or (other.record.state is State.ASLEEP and other.record.level == 0)
     }
 
@@ -125,9 +130,10 @@ async def acquire(
     this = holder(operation.name, model.name, seconds)
     # Once more whenever the locks turn out to be too few: nobody waits for a GPU while holding a model.
     while True:
+        near = others_on(model)
         if make_room:
-            names |= awake_on(model)
-        names |= {other.name for other in others_on(model) if is_unfinished(other)}
+            names |= awake_in(near)
+        names |= {other.name for other in near if is_unfinished(other)}
         touched = [core.model(name) for name in sorted(names)]
         gpus = gpus_of(touched)
         paths = [*core.gpu_locks(gpus), *(each.lock for each in touched)]
@@ -137,19 +143,20 @@ async def acquire(
             for each in touched:
                 await reconcile(each, operation)
             model.read()  # it may have been reconciled by another handle
-            room, memory = await plan(model) if make_room else (NO_ROOM_NEEDED, {})
-            needed = {*room.leaving, *(awake_on(model) if make_room else ())}
+            room, needed = NO_ROOM_NEEDED, set[str]()
+            memory: Memory = {}
+            if make_room:
+                everybody = core.readable()  # once: with many models that takes longer than the rest
+                room, memory = await plan(model, everybody)
+                needed = {*room.leaving, *awake_in(others_on(model, everybody))}
             if needed <= names:
                 if opening:
                     await asyncio.wait(opening, timeout=CONNECT_SECONDS)
-                starting = None
-                if lacking := without_holder(core, gpus):
-                    starting = asyncio.ensure_future(asyncio.to_thread(have_holders, lacking))
+                starting = asyncio.ensure_future(asyncio.to_thread(have_holders, core, gpus))
                 try:
                     yield room, memory
                 finally:
-                    if starting is not None:
-                        await starting
+                    await starting
                     # What was handed over is taken by now; what is left is nobody's before the next switch.
                     if left := gpus - operation.emptied:
                         await asyncio.to_thread(give_up, core, left)

@@ -17,7 +17,7 @@ from vllm_sleep_tui.fleet.snapshot import ChatEvent, Report, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.sizing.vision import takes_pictures
 
-if TYPE_CHECKING:  # with httpx, which a panel that is opening does without
+if TYPE_CHECKING:  # a panel that is opening does without it
     from vllm_sleep_tui.engine.client import VllmClient
 
 UNFINISHED = "The server ended the answer without saying that it is whole."

@@ -47,7 +47,7 @@ from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.telemetry import kernel
 from vllm_sleep_tui.telemetry.processes import ProcessId, ProcessTable, command_words, is_alive
 
-if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
+if TYPE_CHECKING:  # `status` asks no server, and does without it
     from vllm_sleep_tui.engine.client import VllmClient
 
 ASK_LIMIT = 60.0

@@ -13,7 +13,6 @@ from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.levels import installed_version, never_level2
 from vllm_sleep_tui.fleet.model import Model
-from vllm_sleep_tui.fleet.pool import Pool
 from vllm_sleep_tui.fleet.states import RUNNING, State
 from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.sizing import budget
@@ -99,15 +98,14 @@ def give_up(core: Core, gpus: Collection[int]) -> None:
         pool.give_up()
 
 
-def without_holder(core: Core, gpus: Collection[int]) -> list[Pool]:
-    """The pools that servers may use and whose holder has died: without one, switches are slower."""
-    return [pool for pool in core.pools(gpus).values() if pool.holder() is None and pool.is_used()]
+def have_holders(core: Core, gpus: Collection[int]) -> None:
+    """Have holders again where one has died that servers may use: without one, switches are slower.
 
-
-def have_holders(pools: Iterable[Pool]) -> None:
-    """Have holders for these; blocks for as long as a Python takes to start."""
-    for pool in pools:
-        pool.start_holder()
+    Blocks for as long as a Python takes to start.
+    """
+    for pool in core.pools(gpus).values():
+        if pool.holder() is None and pool.is_used():
+            pool.start_holder()
 
 
 def give_up_for_weights(model: Model, memory: Mapping[int, GpuMemory], level: int) -> None:
@@ -255,15 +253,19 @@ def plan_for(
     *,
     memory: Mapping[int, GpuMemory] | None = None,
     idle: Mapping[str, tuple[float, bool]] | None = None,
+    everybody: Sequence[Model] | None = None,
 ) -> Room:
     """Who must make room so that the model can be awake.
 
-    `memory` is read now unless given; `idle` tells of each model its last request and whether one is running.
+    `memory`, and `everybody` whose files can be read, are read now unless given; `idle` tells of each model
+    its last request and whether one is running.
     """
     if memory is None:
         memory = read_memory(model.core, set(model.config.gpus))
+    if everybody is None:
+        everybody = model.core.readable()
     free = {gpu: memory[gpu].free for gpu in model.config.gpus if gpu in memory}
-    return make_room(needed(model, memory), free, neighbours(model, memory, idle or {}))
+    return make_room(needed(model, memory), free, neighbours(model, everybody, memory, idle or {}))
 
 
 def needed(model: Model, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
@@ -275,13 +277,16 @@ def needed(model: Model, memory: Mapping[int, GpuMemory]) -> dict[int, int]:
 
 
 def neighbours(
-    model: Model, memory: Mapping[int, GpuMemory], idle: Mapping[str, tuple[float, bool]]
+    model: Model,
+    everybody: Iterable[Model],
+    memory: Mapping[int, GpuMemory],
+    idle: Mapping[str, tuple[float, bool]],
 ) -> list[Neighbour]:
-    """The others on the model's GPUs that hold more than they must: awake, or asleep at level 0."""
+    """Those on the model's GPUs that hold more than they must: awake, or asleep at level 0."""
     near = []
     mine = set(model.config.gpus)
     sleeps = model.record.state is State.ASLEEP  # a start needs more than it will hold
-    for other in model.core.readable():
+    for other in everybody:
         record = other.record
         resident = record.state is State.ASLEEP and record.level == 0
         if other.name == model.name or not mine & set(record.gpus):

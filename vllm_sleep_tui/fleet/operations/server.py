@@ -20,6 +20,7 @@ from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
 from vllm_sleep_tui.engine.logs import MAX_WHY, LogTail, sleepers_in
 from vllm_sleep_tui.engine.proof import Verdict
 from vllm_sleep_tui.engine.serve_args import ServeArgs
+from vllm_sleep_tui.engine.sleeping import Told
 from vllm_sleep_tui.engine.versions import capabilities
 from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
 from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
@@ -46,7 +47,7 @@ from vllm_sleep_tui.fleet.store.records import Intent, Record
 from vllm_sleep_tui.sizing.footprints import Footprint
 from vllm_sleep_tui.units import GIB, gib
 
-if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
+if TYPE_CHECKING:  # `status` asks no server, and does without it
     from vllm_sleep_tui.engine.client import Gate, VllmClient
 
 SETTLE_POLL = 0.003
@@ -149,7 +150,7 @@ class Server:
         if level 1 has no RAM; CancelledByUser if the person asked for the end while it was draining: it is
         awake then, its gate open. So it is if `unless`, awaited between drain and sleep, raises.
         """
-        pool = self.model.pinned_now()
+        pool = self.model.pinned_now() if level else 0
         async with self.room_to_pin(level, pool):
             self.intend("drain", level=level, event=Event.SLEEP)
             if level == 2 and (risk := self.level_2_risk()):
@@ -499,7 +500,7 @@ class Server:
         await self.leave_room(memory, level)
         asked = self.ask_along(level)
         try:
-            await self.bring_back(level, more_room)
+            await self.bring_back(level, more_room, is_asked=asked is not None)
             seconds = time.perf_counter() - began
             # What of the pool nobody has taken is given up beside the proof, not after it.
             giving_up = asyncio.ensure_future(asyncio.to_thread(give_up, self.core, self.record.gpus))
@@ -544,8 +545,16 @@ class Server:
             return
         await asyncio.to_thread(give_up_for_weights, self.model, memory, level)
 
-    async def bring_back(self, level: int, more_room: MoreRoom | None = None) -> None:
-        """The wake itself, once more after it ran out of memory; raises OperationError if it failed."""
+    async def bring_back(
+        self, level: int, more_room: MoreRoom | None = None, *, is_asked: bool = False
+    ) -> None:
+        """The wake itself, once more after it ran out of memory; raises OperationError if it failed.
+
+        Whether all of it is awake is left to the proof if its question `is_asked` already.
+        """
+        told = Told.LATER if is_asked else Told.ALONG
+        if capabilities(self.record.vllm_version or "").wake_tells:
+            told = Told.AFTER  # the reply says it
         for attempt in (1, 2):
             try:
                 with self.operation.timed("wake"):
@@ -555,7 +564,7 @@ class Server:
                         self.limit(),
                         self.step,
                         quick=self.core.limits.call,
-                        asks_along=not capabilities(self.record.vllm_version or "").wake_tells,
+                        told=told,
                     )
                 return
             except EngineRefused as error:
@@ -606,7 +615,7 @@ class Server:
     async def prove(self, asked: asyncio.Future[bool] | None = None) -> str:
         """The first token after a wake, compared with the reference; twice wrong is reloaded, then failed.
 
-        An answer to what was `asked` while it woke counts if it is right.
+        An answer to what was `asked` while it woke counts if it is right: then it is awake as well.
         """
         self.operation.tell(self.name, "prove")
         with self.operation.timed("prove"):
@@ -618,11 +627,22 @@ class Server:
                 if asked is not None:
                     await asyncio.wait({asked}, timeout=self.core.limits.call)
                 is_well = asked is not None and asked.done() and asked.result()
+                if not is_well and asked is not None:
+                    await self.check_awake()
                 if is_well or await self.is_itself() or await self.is_itself():
                     return proof.proven(self.replicas, self.record.reference)
             except EngineError as error:
                 await self.fail(Failure.PROOF_REFUSED, error)
             return await self.reload_and_prove()
+
+    async def check_awake(self) -> None:
+        """Fail it if the wake has left it asleep: then it would keep the proof's question for ever."""
+        try:
+            await sleeping.check_awake(self.client, self.limit())
+        except EngineRefused as error:
+            await self.fail(wake_failure(self.record, error), error)
+        except EngineError as error:
+            await self.fail(Failure.SILENT, error)
 
     async def reload_and_prove(self) -> str:
         """The cure of wrong answers, tried once; raises OperationError if they stay wrong."""

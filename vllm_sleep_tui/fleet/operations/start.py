@@ -59,7 +59,7 @@ from vllm_sleep_tui.telemetry.host import host_memory
 from vllm_sleep_tui.telemetry.processes import ProcessTable, command_of, has_listener, listens
 from vllm_sleep_tui.units import GIB
 
-if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
+if TYPE_CHECKING:  # `status` asks no server, and does without it
     from vllm_sleep_tui.engine.client import VllmClient
 
 READY_LIMIT = 900.0

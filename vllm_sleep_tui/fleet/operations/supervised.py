@@ -40,7 +40,7 @@ from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Intent
 from vllm_sleep_tui.sizing.placement import Room
 
-if TYPE_CHECKING:  # httpx costs 0.2 s that `status` does not have
+if TYPE_CHECKING:  # `status` asks no server, and does without it
     from vllm_sleep_tui.engine.client import VllmClient
 
 

@@ -432,7 +432,10 @@ async def wait_for(
     waiting: Callable[[Holder | None], None],
     checkpoint: Callable[[], None],
 ) -> None:
-    """Wait until the open file is locked for us; says who is waited for, and again when that changes."""
+    """Wait until the open file is locked for us; says who is waited for, and again when that changes.
+
+    Who has no time to wait does not hear who holds it: to find that out takes 10 ms, on the loop.
+    """
     told: list[Holder | None] = []
     next_look = 0.0
     who: Holder | None = None
@@ -444,6 +447,8 @@ async def wait_for(
         except BlockingIOError:
             pass
         now = time.monotonic()
+        if now >= deadline and not next_look:
+            raise LockBusyError(path, None)
         if now >= next_look:
             next_look = now + LOOK_SECONDS
             who = who_holds(descriptor)

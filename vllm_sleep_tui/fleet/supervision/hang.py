@@ -21,7 +21,7 @@ from vllm_sleep_tui.fleet.operations.end import fail
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.store.records import Record
 
-if TYPE_CHECKING:  # with httpx, which a panel that is opening does without
+if TYPE_CHECKING:  # a panel that is opening does without it
     from vllm_sleep_tui.engine.client import Gate, VllmClient
 
 

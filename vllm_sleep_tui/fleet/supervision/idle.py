@@ -23,7 +23,7 @@ from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.records import Record
 
-if TYPE_CHECKING:  # with httpx, which a panel that is opening does without
+if TYPE_CHECKING:  # a panel that is opening does without it
     from vllm_sleep_tui.engine.client import Gate
 
 

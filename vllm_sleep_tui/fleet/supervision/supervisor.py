@@ -24,7 +24,7 @@ from vllm_sleep_tui.fleet.operations.acquire import gpus_of
 from vllm_sleep_tui.fleet.operations.end import cut_off_words, is_cut_off
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished, needs_care, reconcile
-from vllm_sleep_tui.fleet.operations.room import have_holders, without_holder
+from vllm_sleep_tui.fleet.operations.room import have_holders
 from vllm_sleep_tui.fleet.poller import FaultLog, Poller
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import LockBusyError, hold, holder
@@ -111,7 +111,7 @@ class Watcher:
         What a switch left in a pool that was cut off is given up, unless the next one is under way.
         """
         with self._faults.catch(f"the pools of {model.name}"):
-            await asyncio.to_thread(have_holders, without_holder(self._core, model.record.gpus))
+            await asyncio.to_thread(have_holders, self._core, model.record.gpus)
             for gpu, pool in self._core.pools(model.record.gpus).items():
                 state = await asyncio.to_thread(pool.state)
                 if state is not None and state.free_bytes:

@@ -1,14 +1,17 @@
 """Connections to the servers of models: one request out, its answer in, byte for byte and with back pressure.
 
-httpx and httpcore cost 0.5 ms of CPU a request and more (docs/gateway.md); here is httptools' parser on
-asyncio's own transports and nothing between.
+httpx and httpcore cost 0.5 ms of CPU a request and more (docs/gateway.md), and 0.2 s to import; here is
+httptools' parser on asyncio's own transports and nothing between. Each new connection is looked at before a
+byte goes over it: whoever has the port of a server that is down would hear the key or the prompt.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
+import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +21,12 @@ import httptools
 
 HeaderList = list[tuple[bytes, bytes]]
 Check = Callable[[socket.socket], None]
+"""Looks who is at the other end of a fresh connection; raises a PanelError if nothing may be sent there.
+
+OSError is a connection that broke meanwhile. For TCP it runs in a thread: it reads the kernel's tables."""
 
 KEEP_ALIVE_SECONDS = 4.0
-"""Less than vLLM's own 5 s, so that we hang up first."""
+"""Less than vLLM's own 5 s (`VLLM_HTTP_TIMEOUT_KEEP_ALIVE`), so that we hang up first."""
 KEPT = 64
 """Idle connections to one server."""
 HIGH_WATER = 256 * 1024
@@ -28,6 +34,8 @@ HIGH_WATER = 256 * 1024
 WRITE_HIGH_WATER = 256 * 1024
 MAX_HEAD_BYTES = 64 * 1024
 CONNECT_SECONDS = 10.0
+FULL_SECONDS = 0.01
+"""Between two tries for a unix socket on which more wait to be accepted than it has room for."""
 
 
 class UpstreamError(Exception):
@@ -37,6 +45,10 @@ class UpstreamError(Exception):
         super().__init__(what)
         self.sent = sent
         """Whether the server may have seen the request."""
+
+
+class NoConnectionError(UpstreamError):
+    """There is nobody who takes a connection, or nobody any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +70,20 @@ class Upstream:
         self._idle: deque[tuple[float, _Connection]] = deque()
         self._is_closed = False
 
-    async def send(self, head: bytes, body: Sequence[bytes]) -> Answer:
+    async def send(
+        self, head: bytes, body: Sequence[bytes], *, on_kept: bool = True, repeats: bool = True
+    ) -> Answer:
         """Send one request and read the head of its answer; raises UpstreamError.
 
-        A kept connection that turns out to be closed costs one more try on a new one. If that is not to be
-        had either, the server may have died of the request.
+        A kept connection that turns out to be closed costs one more try on a new one, if it `repeats`. If
+        that is not to be had either, the server may have died of the request.
         """
         may_be_sent = False
-        while (connection := self._kept()) is not None:
+        while on_kept and (connection := self._kept()) is not None:
             try:
                 return await self._exchange(connection, head, body)
             except UpstreamError:
-                if connection.has_heard:
+                if connection.has_heard or not repeats:
                     raise
                 may_be_sent = True
         try:
@@ -118,13 +132,15 @@ class Upstream:
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 if address.uds is not None:
-                    _, connection = await loop.create_unix_connection(_Connection, address.uds)
+                    plain = await _connected_to(address.uds)
+                    _, connection = await loop.create_unix_connection(_Connection, sock=plain)
                 else:
+                    tls = _tls() if address.tls else None
                     _, connection = await loop.create_connection(
-                        _Connection, address.host, address.port, ssl=address.tls or None
+                        _Connection, address.host, address.port, ssl=tls
                     )
-        except (OSError, TimeoutError) as error:
-            raise UpstreamError(f"no connection: {error}", sent=False) from None
+        except (OSError, TimeoutError, UnicodeError) as error:  # the last for a host that is no name
+            raise NoConnectionError(f"no connection: {error}", sent=False) from None
         if self._check is not None:
             try:
                 await connection.look(self._check)
@@ -132,6 +148,28 @@ class Upstream:
                 connection.abort()
                 raise
         return connection
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """The machine's own certificates, which take 20 ms to read."""
+    return ssl.create_default_context()
+
+
+async def _connected_to(path: str) -> socket.socket:
+    """A socket that is connected to the unix socket; waits while that has no room for it. Raises OSError."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.setblocking(False)
+        while True:
+            try:
+                made.connect(path)
+                return made
+            except BlockingIOError:  # asyncio takes it for a connection that is under way
+                await asyncio.sleep(FULL_SECONDS)
+    except BaseException:
+        made.close()
+        raise
 
 
 class Answer:
@@ -263,7 +301,7 @@ class _Connection(asyncio.Protocol):
             else:
                 await asyncio.to_thread(check, plain)  # it reads the kernel's tables
         except OSError as error:
-            raise UpstreamError(f"no connection: {error}", sent=False) from None
+            raise NoConnectionError(f"no connection: {error}", sent=False) from None
 
     async def send(self, head: bytes, body: Sequence[bytes]) -> None:
         """Write a request."""
