@@ -64,7 +64,12 @@ CPU = Backend(
     name="cpu",
     command=_cpu_command,
     flags=["--enforce-eager", "--kv-cache-memory-bytes", "64M", "--max-model-len", "4096"],
-    environment={"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"},
+    environment={
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    },
 )
 GPU = Backend(
     name="gpu",

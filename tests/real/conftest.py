@@ -16,8 +16,8 @@ SAME_ANSWER = {"dtype": "float32", "override-generation-config": {"temperature":
 """A model of 135 million parameters knows Paris, but at vLLM's default temperature says so only mostly; and
 in BF16, on processors with AMX, it says something else (vLLM 0.32, measured; transformers says Paris)."""
 SHARED_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-"""By default every server takes core 0 for itself (vLLM 0.32); and two threads that wait for each other at every
-operator take seven times as long as one where others use the cores too (measured at a load of 3)."""
+"""By default every server takes core 0 for itself (vLLM 0.32); and two threads that wait for each other at
+every operator take seven times as long as one where others use the cores too (measured at a load of 3)."""
 
 
 def from_environment(name: str) -> Path:
