@@ -29,8 +29,8 @@ MAX_AGREEMENTS = 4 * 2**20
 MAX_HASHED = 16 * 2**20
 """Of a larger file that a config names, size and time stand for its content."""
 LOCK_SECONDS = 5.0
-SAME_TICK = 2 * 10**9
-"""Nanoseconds within which a file system may give two writes the same time."""
+SAME_TICK = 2.0
+"""Seconds within which a file system may give two writes the same time."""
 _AS_BYTES = "bytes:"
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ class Unchanged(Generic[T]):
     def __init__(self, make: Callable[[Path], T]) -> None:
         self._make = make
         self._kept: dict[Path, tuple[tuple[int, ...], T]] = {}
+        self._since: dict[Path, tuple[tuple[int, ...], float]] = {}
+        """Of each file that was looked at: its mark, and when that was seen first, by our own clock."""
 
     def get(self, path: Path) -> T:
         """What `make` made of the file as it is now; raises what `make` raises, and OSError."""
@@ -88,9 +90,12 @@ class Unchanged(Generic[T]):
         kept = self._kept.get(path)
         if kept is not None and kept[0] == mark:
             return kept[1]
+        now, since = time.monotonic(), self._since.get(path)
+        if since is None or since[0] != mark:
+            since = self._since[path] = (mark, now)
         made = self._make(path)
-        if time.time_ns() - max(seen.st_mtime_ns, seen.st_ctime_ns) > SAME_TICK:
-            self._kept[path] = (mark, made)  # else a write after this one could bear the same time
+        if now - since[1] > SAME_TICK:  # a write from now on bears another time, whoever's clock tells it
+            self._kept[path] = (mark, made)
         return made
 
 

@@ -596,7 +596,7 @@ class Server:
         reference = await proof.ask(self.client, self.name, self.core.limits.call)
         self.model.write(reference=reference)
 
-    def ask_along(self, level: int) -> asyncio.Future[bool] | None:
+    def ask_along(self, level: int) -> asyncio.Future[bool | None] | None:
         """Ask the proof's question while it wakes; vLLM keeps it until everything is awake.
 
         None where a wake takes more than one call, and without our sleep mode.
@@ -605,17 +605,17 @@ class Server:
             return None
         return asyncio.ensure_future(self.is_itself_soon())
 
-    async def is_itself_soon(self) -> bool:
-        """Whether it is known to be itself, asked while it wakes; never raises an EngineError."""
+    async def is_itself_soon(self) -> bool | None:
+        """Whether it is itself, asked while it wakes; None, and never an EngineError, if it does not say."""
         await asyncio.sleep(sleeping.ALONG_SECONDS)
         with contextlib.suppress(EngineError):
             return await self.is_itself(self.limit() + self.core.limits.call)
-        return False
+        return None
 
-    async def prove(self, asked: asyncio.Future[bool] | None = None) -> str:
+    async def prove(self, asked: asyncio.Future[bool | None] | None = None) -> str:
         """The first token after a wake, compared with the reference; twice wrong is reloaded, then failed.
 
-        An answer to what was `asked` while it woke counts if it is right: then it is awake as well.
+        An answer to what was `asked` while it woke counts; if it is right, then it is awake as well.
         """
         self.operation.tell(self.name, "prove")
         with self.operation.timed("prove"):
@@ -624,12 +624,18 @@ class Server:
                     if not await self.client.health(self.core.limits.call):
                         await self.fail(Failure.PROOF_REFUSED, "its health is bad.")
                     return Verdict.UNPROVEN
+                limit = self.core.limits.call
+                is_well = None
                 if asked is not None:
-                    await asyncio.wait({asked}, timeout=self.core.limits.call)
-                is_well = asked is not None and asked.done() and asked.result()
-                if not is_well and asked is not None:
-                    await self.check_awake()
-                if is_well or await self.is_itself() or await self.is_itself():
+                    begun = time.monotonic()
+                    await asyncio.wait({asked}, timeout=limit)
+                    is_well = asked.result() if asked.done() else None
+                    # Who hangs is not given all of the time once more: others wait for this GPU.
+                    limit = max(limit - (time.monotonic() - begun), limit / 4)
+                    if not is_well:
+                        await self.check_awake()
+                answers = is_well or await self.is_itself(limit)
+                if answers or (is_well is None and await self.is_itself(limit)):
                     return proof.proven(self.replicas, self.record.reference)
             except EngineError as error:
                 await self.fail(Failure.PROOF_REFUSED, error)
