@@ -47,7 +47,8 @@ def write_config(folder: Path, level: str) -> Path:
     """Two models of which one GPU holds one awake."""
     version = {} if level == STOCK else {"VLLM_SIM_VERSION": "0.26.0"}
     model: dict[str, Any] = {
-        "args": {"max-model-len": 2048},
+        # By hand nobody has the KV pool give up memory for weights that come back: these have room beside it.
+        "args": {"max-model-len": 2048, "gpu-memory-utilization": 0.7},
         "env": {"VLLM_SIM_TIMES": "instant", **version},
         "level": 1 if level == STOCK else int(level),
         "sleep_backend": STOCK if level == STOCK else "auto",
@@ -125,12 +126,13 @@ class Box:
             *command,
             "--json",
             stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
             env={**os.environ, "XDG_STATE_HOME": str(self.state_dir.parent)},
         )
         said, _ = await process.communicate()
         self.add("verb process", time.perf_counter() - began)
         self.add("verb CPU", cpu_of_children() - cpu)
-        told = json.loads(said)
+        told = json.loads(said)["last_switch"]
         self.add("verb switch", told["total"])
         self.add_phases("verb ", SwitchTimes(phases=told["phases"], total=told["total"]))
 
@@ -150,7 +152,7 @@ class Box:
 async def measure(folder: Path, arguments: argparse.Namespace) -> Samples:
     """Milliseconds of each switch, raw and ours in turn."""
     state_dir = folder / "vllm-sleep-tui"
-    state_dir.mkdir()
+    state_dir.mkdir(mode=0o700)
     box = Box(write_config(folder, arguments.level), state_dir, arguments.level)
     async with contextlib.AsyncExitStack() as stack:
         await box.connect(stack)
