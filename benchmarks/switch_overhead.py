@@ -48,7 +48,7 @@ def write_config(folder: Path, level: str) -> Path:
     version = {} if level == STOCK else {"VLLM_SIM_VERSION": "0.26.0"}
     model: dict[str, Any] = {
         # By hand nobody has the KV pool give up memory for weights that come back: these have room beside it.
-        "args": {"max-model-len": 2048, "gpu-memory-utilization": 0.7},
+        "args": {"max-model-len": 2048, "gpu-memory-utilization": 0.6},
         "env": {"VLLM_SIM_TIMES": "instant", **version},
         "level": 1 if level == STOCK else int(level),
         "sleep_backend": STOCK if level == STOCK else "auto",
