@@ -5,7 +5,8 @@ Raw calls by hand and the product's switch take turns in one run:
     python benchmarks/switch_overhead.py [--rounds 100] [--level stock|1|0] [--verbs 5] [--profile FILE]
 
 Raw is sleep + wake_up + one completion of one token, on kept connections; at level 0 the workers are told
-first that the weights stay, as they must be. Before each switch of either kind nothing is done for a moment,
+first that the weights stay, as they must be. CPU is what the process used during one switch, which other
+work on the machine changes less than times. Before each switch of either kind nothing is done for a moment,
 so that what the last one left to be written (history, measurements) is written. `--level stock` is vLLM's own
 sleep mode, 1 and 0 are ours. `--verbs` also makes so many switches there and back by the command line, a
 process each. `--profile` writes the CPU of the loop's thread in 60 more switches, for `python -m pstats`;
@@ -20,6 +21,7 @@ import contextlib
 import cProfile
 import json
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -45,7 +47,8 @@ def write_config(folder: Path, level: str) -> Path:
     """Two models of which one GPU holds one awake."""
     version = {} if level == STOCK else {"VLLM_SIM_VERSION": "0.26.0"}
     model: dict[str, Any] = {
-        "args": {"max-model-len": 2048},
+        # By hand nobody has the KV pool give up memory for weights that come back: these have room beside it.
+        "args": {"max-model-len": 2048, "gpu-memory-utilization": 0.6},
         "env": {"VLLM_SIM_TIMES": "instant", **version},
         "level": 1 if level == STOCK else int(level),
         "sleep_backend": STOCK if level == STOCK else "auto",
@@ -101,9 +104,11 @@ class Box:
 
     async def ours(self, coming: str) -> None:
         """The panel's own switch, with its phases."""
-        began = time.perf_counter()
+        began, loops, whole = time.perf_counter(), time.thread_time(), time.process_time()
         ledger = await self.fleet.switch(coming)
         self.add("ours", time.perf_counter() - began)
+        self.add("CPU, loop", time.thread_time() - loops)
+        self.add("CPU, all", time.process_time() - whole)
         self.add_phases("", ledger)
 
     def add_phases(self, prefix: str, ledger: SwitchTimes) -> None:
@@ -116,16 +121,18 @@ class Box:
     async def verb(self, coming: str) -> None:
         """`switch` by the command line: the whole process, and what it says of its switch."""
         command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(self.config), "switch", coming]
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), cpu_of_children()
         process = await asyncio.create_subprocess_exec(
             *command,
             "--json",
             stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
             env={**os.environ, "XDG_STATE_HOME": str(self.state_dir.parent)},
         )
         said, _ = await process.communicate()
         self.add("verb process", time.perf_counter() - began)
-        told = json.loads(said)
+        self.add("verb CPU", cpu_of_children() - cpu)
+        told = json.loads(said)["last_switch"]
         self.add("verb switch", told["total"])
         self.add_phases("verb ", SwitchTimes(phases=told["phases"], total=told["total"]))
 
@@ -145,7 +152,7 @@ class Box:
 async def measure(folder: Path, arguments: argparse.Namespace) -> Samples:
     """Milliseconds of each switch, raw and ours in turn."""
     state_dir = folder / "vllm-sleep-tui"
-    state_dir.mkdir()
+    state_dir.mkdir(mode=0o700)
     box = Box(write_config(folder, arguments.level), state_dir, arguments.level)
     async with contextlib.AsyncExitStack() as stack:
         await box.connect(stack)
@@ -163,6 +170,12 @@ async def measure(folder: Path, arguments: argparse.Namespace) -> Samples:
             profile.dump_stats(arguments.profile)
             box.took = took
     return box.took
+
+
+def cpu_of_children() -> float:
+    """Seconds of processor time of the children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def figures(samples: Sequence[float]) -> dict[str, float]:

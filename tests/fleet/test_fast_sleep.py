@@ -217,6 +217,24 @@ async def test_vllms_own_sleep_mode_has_a_level_0_from_0_31_on(box: MakeBox) -> 
             assert seen(fleet, "a").proof == "proven"
 
 
+async def test_vllms_own_gives_up_a_small_kv_cache_and_takes_over_where_ours_fell_back(box: MakeBox) -> None:
+    env = {"VLLM_SIM_VERSION": "0.33.0"}
+    small = {"kv-cache-memory-bytes": "300M"}
+    async with box({"a": {"model": "sim/1GiB", "env": env, "args": small}}).open() as fleet:
+        await fleet.start(["a"])
+        model = model_of(fleet, "a")
+        model.read()
+        model.write(sleep_backend="own")  # as it was when a worker fell back
+        with pytest.raises(RefusedError, match="cannot sleep at level 0") as refused:
+            await fleet.sleep("a", level=0)
+        assert "Ask for it again: that of vLLM 0.33.0" in refused.value.cure
+        assert (seen(fleet, "a").state, seen(fleet, "a").sleep_backend) == (State.AWAKE, "stock")
+        await fleet.sleep("a", level=0)
+        assert (seen(fleet, "a").level, seen(fleet, "a").proof) == (0, "proven")
+        await fleet.wake("a")
+        assert (seen(fleet, "a").state, seen(fleet, "a").proof) == (State.AWAKE, "proven")
+
+
 async def test_stock_is_stock(box: MakeBox) -> None:
     machine = box({"a": fast("sim/1GiB", sleep_backend="stock")})
     async with machine.open() as fleet:

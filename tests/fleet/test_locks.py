@@ -27,9 +27,12 @@ async def test_only_one_holds_it_and_the_holder_can_be_read(tmp_path: Path) -> N
         assert who is not None
         assert (who.operation, who.model, who.pid) == ("switch", "qwen", os.getpid())
         with pytest.raises(LockBusyError) as caught:
-            async with hold([path], holder("sleep", "phi"), limit=0.0):
+            async with hold([path], holder("sleep", "phi"), limit=0.01):
                 pass
         assert caught.value.holder == who
+        with pytest.raises(LockBusyError):  # at once, by whom it does not say
+            async with hold([path], holder("sleep", "phi"), limit=0.0):
+                pass
     assert read_holder(path) is None
 
 

@@ -126,12 +126,11 @@ def test_weights_of_the_longest_idle_give_way_to_those_used_last_and_to_nobody_e
 # ── shares ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shared(levels: dict[str, object], staying: dict[str, int], least: int | None) -> Plan:
+def shared(levels: dict[str, object], staying: dict[str, int], least: int | None, bare: int = 0) -> Plan:
     """The plan for `a` on an 80 GiB card beside the other models."""
     models = {name: ModelConfig(model="m", level=level) for name, level in levels.items()}
-    plan = utilization(
-        "a", Config(models=models), {0: 80 * GIB}, {}, {}, staying=staying, least=least and least * GIB
-    )
+    config, known = Config(models=models), least and least * GIB
+    plan = utilization("a", config, {0: 80 * GIB}, {}, {}, staying=staying, least=known, bare=bare * GIB)
     assert plan is not None
     return plan
 
@@ -149,6 +148,8 @@ def test_where_nobody_knows_what_a_model_needs_it_is_cut_for_none_but_level_0() 
     levels = {"a": "auto", "b": "auto", "c": 0}
     sizes = {"b": 4 * GIB, "c": 30 * GIB}
     assert shared(levels, sizes, None).stay == ("c",)
+    assert shared(levels, sizes, None, bare=42).stay == ("c",)
+    assert shared(levels, sizes, None, bare=50).stay == ()  # it could not start
     assert shared(levels, sizes, 50).stay == ("b",)
     assert shared(levels, sizes, 42).stay == ("c",)  # the person wants it
 

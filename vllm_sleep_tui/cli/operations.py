@@ -159,7 +159,7 @@ def _operate(
         await act(fleet)
         return await fleet.measured()
 
-    snapshot = with_fleet(loaded, act_and_look)
+    snapshot = with_fleet(loaded, act_and_look, looks=False)
     return [snapshot.model(name) for name in names]
 
 

@@ -39,13 +39,15 @@ class Reporter:
         say("  ".join(filter(None, (progress.model, progress.phase, progress.detail))))
 
 
-def with_fleet(loaded: LoadedConfig, act: Callable[[Fleet], Awaitable[Result]]) -> Result:
-    """Open the fleet and act on it; raises PanelError, CancelledByUser after an interruption."""
+def with_fleet(
+    loaded: LoadedConfig, act: Callable[[Fleet], Awaitable[Result]], *, looks: bool = True
+) -> Result:
+    """Open the fleet and act on it, see `Fleet`; raises PanelError, CancelledByUser after an interruption."""
 
     async def opened() -> Result:
         from vllm_sleep_tui.fleet.fleet import Fleet  # which a usage error does without
 
-        fleet = Fleet(loaded, state_dir())
+        fleet = Fleet(loaded, state_dir(), looks=looks)
         try:
             async with fleet:
                 return await act(fleet)

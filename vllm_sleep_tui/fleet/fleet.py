@@ -69,7 +69,9 @@ class Fleet:
     """The models of one config; an async context manager whose end leaves the servers running.
 
     With `leads` it tries to be the leader, who restarts, times idleness and looks for hangs. With `read_only`
-    it changes no server and no config: what would is refused, nothing is settled, nobody is led.
+    it changes no server and no config: what would is refused, nothing is settled, nobody is led. Without
+    `looks` nobody draws it: memory is looked at when `measured` is asked and not all the time, which would
+    take a verb's processor from its operation.
     Operations raise PanelError with what is wrong and what to do. Cancelling the task that awaits one stops
     it at its next safe point and raises CancelledByUser.
     """
@@ -81,11 +83,13 @@ class Fleet:
         *,
         leads: bool = False,
         read_only: bool = False,
+        looks: bool = True,
         limits: OperationLimits | None = None,
     ) -> None:
         self.loaded = loaded
         self.state_dir = state_dir
         self.is_read_only = read_only
+        self._looks = looks
         self._core = Core(loaded, state_dir, limits)
         self._snapshotter = Snapshotter(self._core)
         self._sampler = Sampler(self._core.reader, self._core.simulated)
@@ -101,7 +105,8 @@ class Fleet:
         self._loop = asyncio.get_running_loop()
         self._core.on_written = self._wake_subscribers
         self._sampler.set_roots(self._snapshotter.roots())
-        self._sampler.start()
+        if self._looks:
+            self._sampler.start()
         if not self.is_read_only:  # it settles, and ends what is left of servers
             self._watcher.start()
         self._prober.start()

@@ -43,6 +43,7 @@ def utilization(
     *,
     staying: Mapping[str, int] | None = None,
     least: int | None = None,
+    bare: int = 0,
 ) -> Plan | None:
     """The share of each GPU that `name` may take, so that all its neighbours' residues still fit.
 
@@ -51,7 +52,8 @@ def utilization(
 
     `staying` are the bytes that the weights of neighbours take on each of their GPUs if they sleep at level
     0: room is left for as many as leave this one `least` bytes, those of `level: 0` first, then the smallest.
-    Where `least` is not known there is room for those of `level: 0` alone.
+    Where `least` is not known there is room for those of `level: 0` alone, as long as `bare` bytes are left:
+    below that it could not even start.
     """
     model = config.models[name]
     if not set(model.gpus) <= totals.keys():
@@ -66,7 +68,8 @@ def utilization(
     for key in sorted(guests, key=lambda key: (config.models[key].level != 0, guests[key])):
         shared = [gpu for gpu in model.gpus if gpu in config.models[key].gpus]
         is_bound = config.models[key].level == 0 and least is None
-        if shared and (is_bound or all(room[gpu] - guests[key] >= (least or math.inf) for gpu in shared)):
+        enough = bare if is_bound else least or math.inf
+        if shared and all(room[gpu] - guests[key] >= enough for gpu in shared):
             stay.append(key)
             room |= {gpu: room[gpu] - guests[key] for gpu in shared}
     share = min([HIGHEST_UTILIZATION, *(room[gpu] / totals[gpu] for gpu in model.gpus)])

@@ -25,6 +25,8 @@ from vllm_sleep_tui.units import GIB, gib
 
 LEAST_GONE = GIB // 2
 """Bytes that a sleep must have given up to be seen, where nothing else is known of it."""
+LEAST_LISTED = GIB // 16
+"""The same where only the sleeper's own processes are looked at, and only a KV cache can have gone."""
 
 
 class GpuMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,7 +189,7 @@ def plans_of(models: Sequence[Model], memory: Mapping[int, GpuMemory]) -> dict[s
         fixed = budget.fixed_utilization(model.config)
         least = least_awake(model) if fixed is None else int(fixed * max(totals.values(), default=0))
         plan = budget.utilization(
-            model.name, core.config, totals, others, asleep, staying=staying, least=least
+            model.name, core.config, totals, others, asleep, staying=staying, least=least, bare=bare_of(model)
         )
         if plan is not None:
             plans[model.name] = plan if fixed is None else plan._replace(share=fixed)
@@ -221,6 +223,12 @@ def least_awake(model: Model) -> int | None:
     if weights is None or cache is None:
         return None
     return weights // max(1, len(model.config.gpus)) + ACTIVATIONS + cache
+
+
+def bare_of(model: Model) -> int:
+    """What it takes on each GPU before its KV cache has anything, and the least of that."""
+    weights = weights_of(model)
+    return 0 if weights is None else weights // max(1, len(model.config.gpus)) + ACTIVATIONS + LEAST_GONE
 
 
 def kv_floor(model: Model) -> int | None:

@@ -31,12 +31,14 @@ from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
 from vllm_sleep_tui.fleet.operations.room import (
     LEAST_GONE,
+    LEAST_LISTED,
     GpuMemory,
     Memory,
     check_ram,
     give_up,
     give_up_for_weights,
     has_gone,
+    has_level_0,
     needed_to_wake,
     own_level,
     read_memory,
@@ -78,8 +80,11 @@ class NoLevel0Error(RefusedError):
 def no_level_0(record: Record) -> tuple[str, str]:
     """What and cure: this launch's sleep mode cannot leave the weights in VRAM."""
     why = f": {record.sleep_backend_why}" if record.sleep_backend_why else ""
+    what = f"{record.name} cannot sleep at level 0 (weights in VRAM): it runs on vLLM's own sleep mode{why}."
+    if has_level_0(record):  # that is known only now: it was asked for by ours
+        return what, f"Ask for it again: that of vLLM {record.vllm_version} leaves them there as well."
     return (
-        f"{record.name} cannot sleep at level 0 (weights in VRAM): it runs on vLLM's own sleep mode{why}.",
+        what,
         "Sleep it at level 1 or 2; our sleep mode can (docs/fast-switch.md), vLLM's own from 0.31 on.",
     )
 
@@ -176,7 +181,7 @@ class Server:
         began = time.monotonic()
         wish = asyncio.ensure_future(self.keep_weights()) if level == 0 and self.is_own else None
         try:
-            await self.drain(force=force)
+            await self.drain(force=force, unless=wish)
             if unless is not None:
                 await unless
             if wish is not None:
@@ -250,11 +255,16 @@ class Server:
         await self.bring_back(1)
         await self.prove()
 
-    async def drain(self, *, force: bool) -> None:
-        """Close the gate and wait for answers under way, within the limit for it; forced: not at all."""
+    async def drain(self, *, force: bool, unless: asyncio.Future[None] | None = None) -> None:
+        """Close the gate and wait for answers under way, within the limit for it; forced: not at all.
+
+        What `unless` raises meanwhile is raised at once.
+        """
         gate = await self.set_gate(closed=True)
         deadline, client = time.monotonic() + self.core.limits.drain, self.client
         while gate.in_flight and not force and time.monotonic() < deadline:
+            if unless is not None and unless.done():
+                await unless
             self.operation.tell(self.name, "drain", f"{gate.in_flight} answers under way")
             await self.operation.pause(0.05)
             gate = await self.patiently(lambda: client.gate(GATE_LIMIT))
@@ -375,11 +385,18 @@ class Server:
                 left = {gpu: held for gpu, m in now.items() if (held := m.held_by(self.record)) is not None}
                 return Settled(Verdict.PROVEN if all(gone) else Verdict.UNVERIFIED, left, now)
             if not has_asked:
-                least, has_asked = await self.told_gone(), True
+                least, has_asked = await self.told_gone(now), True
             await asyncio.sleep(SETTLE_POLL)
 
-    async def told_gone(self) -> int:
-        """What must be seen gone after a sleep at level 0: of a small KV cache half of what it tells."""
+    async def told_gone(self, now: Memory) -> int:
+        """What must be seen gone after a sleep at level 0: of a small KV cache half of what it tells.
+
+        vLLM's own sleep mode tells nothing, and gives up nothing else either: what has gone of its processes'
+        memory, `now` listed, is its KV cache.
+        """
+        if not self.is_own:
+            is_listed = all(memory.held_by(self.record) is not None for memory in now.values())
+            return LEAST_LISTED if is_listed else LEAST_GONE
         with contextlib.suppress(EngineError):
             workers = await sleeping.worker_facts(self.client, FACTS_LIMIT)
             told = [worker.freed_bytes // 2 for worker in workers if worker.freed_bytes is not None]

@@ -37,6 +37,8 @@ from vllm_sleep_tui.text import one_line
 
 POLL_SECONDS = 0.02
 LIMIT_SECONDS = 1800.0
+AT_ONCE = 0.0
+"""A deadline that has always passed."""
 WATCH_SECONDS = 1.0
 """Between two looks at whether a lock that is held still has its name."""
 LOOK_SECONDS = 1.0
@@ -321,10 +323,11 @@ async def hold(
 ) -> AsyncIterator[None]:
     """Hold all of `paths`, taken in the order given; raises LockBusyError after `limit` seconds.
 
+    With a limit of 0 that does not tell who holds it: to find that out takes 10 ms, on the loop.
     Raises OperationError if a lock file cannot be opened or has no room for a word.
     """
     held: list[tuple[Path, int]] = []
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + limit if limit else AT_ONCE
     word = msgspec.json.encode(who).ljust(WORD_SIZE)
     watching = asyncio.create_task(watch(held, word), name="locks")
     try:
@@ -432,10 +435,7 @@ async def wait_for(
     waiting: Callable[[Holder | None], None],
     checkpoint: Callable[[], None],
 ) -> None:
-    """Wait until the open file is locked for us; says who is waited for, and again when that changes.
-
-    Who has no time to wait does not hear who holds it: to find that out takes 10 ms, on the loop.
-    """
+    """Wait until the open file is locked for us; says who is waited for, and again when that changes."""
     told: list[Holder | None] = []
     next_look = 0.0
     who: Holder | None = None
@@ -447,7 +447,7 @@ async def wait_for(
         except BlockingIOError:
             pass
         now = time.monotonic()
-        if now >= deadline and not next_look:
+        if deadline == AT_ONCE:
             raise LockBusyError(path, None)
         if now >= next_look:
             next_look = now + LOOK_SECONDS
