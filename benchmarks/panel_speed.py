@@ -145,12 +145,14 @@ def flood(path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextlib.contextmanager
-def talker() -> Iterator[str]:
-    """A server of another process that streams 1,000 tokens/s; its address."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import chat_pane as c; c.TOKENS = 10**7; c.serve()"
-    server = subprocess.Popen(
-        [sys.executable, "-c", code, str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+def talker(tokens: int = 10**7, rate: int = 1000) -> Iterator[str]:
+    """A server of another process that streams so many tokens, so many a second; its address."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import chat_pane as c\n"
+        "c.TOKENS, c.RATE = map(int, sys.argv[2:]); c.serve()"
     )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tokens), str(rate)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
         yield server.stdout.readline().split()[0]

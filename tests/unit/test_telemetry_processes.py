@@ -96,6 +96,25 @@ def test_a_zombie_is_not_alive_and_takes_no_signal() -> None:
         assert not processes.signal_process(this, signal.SIGTERM)
 
 
+def test_a_process_that_was_asked_after_again_and_again_is_seen_to_end() -> None:
+    with python(WAIT) as process:
+        this = identity(process.pid)
+        assert [processes.is_alive(this) for _ in range(5)] == [True] * 5
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert [processes.is_alive(this) for _ in range(3)] == [False] * 3
+    assert not processes.is_alive(this)
+
+
+def test_asking_after_many_that_are_gone_holds_no_descriptors() -> None:
+    own = identity(os.getpid())
+    before = len(os.listdir("/proc/self/fd"))
+    for start in range(1, 400):
+        gone = ProcessId(own.pid, own.start - start)
+        assert [processes.is_alive(gone) for _ in range(3)] == [False] * 3
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
 def test_a_signal_reaches_the_process() -> None:
     with python(WAIT) as process:
         assert processes.signal_process(identity(process.pid), signal.SIGTERM)

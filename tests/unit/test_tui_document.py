@@ -227,6 +227,7 @@ def test_rows_that_were_let_go_are_made_again_as_they_were() -> None:
 
 
 def test_a_long_answer_takes_some_times_the_memory_of_its_words() -> None:
+    shown(fed("A *first* one\n\nloads the parser.\n\n", 7), 60)
     answer = Answer("m", "m0")
     answer.lay(60)
     tracemalloc.start()

@@ -104,17 +104,45 @@ def ram_total(folder: Path) -> int:
 
 def allocations(folder: Path) -> tuple[Allocation, ...]:
     """What living processes hold; files of the dead are removed."""
-    held = []
-    for path in folder.glob("[0-9]*.json"):
-        content = _read(path)
-        if content is None:
+    held, known, read = [], _read_before.get(folder, {}), {}
+    for path, mark in _claims(folder):
+        before = known.get(path)
+        claim = before[1] if before is not None and before[0] == mark else _allocation(path)
+        if claim is None:
             continue
-        if start_ticks(content["pid"]) != content["start_ticks"]:
-            path.unlink(missing_ok=True)
+        if start_ticks(claim.pid) != claim.start_ticks:
+            Path(path).unlink(missing_ok=True)
             continue
-        vram = {int(index): int(amount) for index, amount in content.pop("vram").items()}
-        held.append(Allocation(vram=vram, **content))
+        if time.time_ns() - mark[1] > SAME_TICK:
+            read[path] = (mark, claim)  # else another claim could bear the same time
+        held.append(claim)
+    _read_before[folder] = read
     return tuple(sorted(held, key=lambda allocation: allocation.pid))
+
+
+SAME_TICK = 2 * 10**9
+"""Nanoseconds within which a file system may give two files the same time."""
+_Mark = tuple[int, int, int]
+_read_before: dict[Path, dict[str, tuple[_Mark, Allocation]]] = {}
+"""Of each folder: what its files held, while they are the same. A panel asks every second."""
+
+
+def _claims(folder: Path) -> Iterator[tuple[str, _Mark]]:
+    """The file of each process that holds memory, with what changes when another takes its place."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".json") and entry.name[:1].isdigit():
+                with contextlib.suppress(FileNotFoundError):
+                    found = entry.stat(follow_symlinks=False)
+                    yield entry.path, (found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+def _allocation(path: str) -> Allocation | None:
+    content = _read(Path(path))
+    if content is None:
+        return None
+    vram = {int(index): int(amount) for index, amount in content.pop("vram").items()}
+    return Allocation(vram=vram, **content)
 
 
 def claim(
@@ -224,7 +252,8 @@ def _is_held(path: Path) -> bool:
 def start_ticks(pid: int) -> int | None:
     """When the process started, in clock ticks since boot; None if it does not live (a zombie does not)."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            fields = file.read(1024).rsplit(b")", 1)[1].split(None, 20)
     except (OSError, IndexError):
         return None
     # The name may hold spaces, so fields are counted from its end: state is field 3, start time field 22.

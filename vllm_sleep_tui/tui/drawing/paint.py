@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len, set_cell_size
 from rich.segment import Segment
+from rich.style import Style
 from textual.geometry import Region, Size
 from textual.strip import Strip
 from textual.widget import Widget
 
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.theme import palette_of
+from vllm_sleep_tui.tui.theme import Palette, palette_of
 
 Span = tuple[str, str]
 """A text and its paint (see `theme.Palette`)."""
@@ -101,12 +102,25 @@ def wrap(text: str, width: int) -> list[str]:
     return lines
 
 
+class Looks(dict[str, Style]):
+    """The style of each paint over a widget's own, which the empty paint stands for."""
+
+    def __init__(self, base: Style, palette: Palette) -> None:
+        super().__init__({"": base})
+        self._base, self._palette = base, palette
+
+    def __missing__(self, paint: str) -> Style:
+        self[paint] = style = self._base + self._palette.style(paint)
+        return style
+
+
 class Painted(Widget):
     """A widget that paints lines of spans and repaints only the lines that changed."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._lines: list[Line] = []
+        self._looks: Looks | None = None
 
     def paint(self, size: Size) -> list[Line]:
         """The lines for a content area of this size."""
@@ -134,15 +148,20 @@ class Painted(Widget):
         self._lines = []
         self.repaint()
 
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """The lines of a part of it: what it looks like is asked once for all of them."""
+        self._looks = None
+        return super().render_lines(crop)
+
     def render_line(self, y: int) -> Strip:
         """One line for the compositor."""
-        base = self.rich_style
-        width = self.content_size.width
+        if self._looks is None:
+            self._looks = Looks(self.rich_style, palette_of(self))
+        width, looks = self.content_size.width, self._looks
         if not 0 <= y < len(self._lines):
-            return Strip.blank(width, base)
-        style = palette_of(self).style
-        segments = [Segment(text, base + style(paint)) for text, paint in self._lines[y]]
-        return Strip(segments).adjust_cell_length(width, base)
+            return Strip.blank(width, looks[""])
+        segments = [Segment(text, looks[paint]) for text, paint in self._lines[y]]
+        return Strip(segments).adjust_cell_length(width, looks[""])
 
 
 class Shown(Painted):

@@ -14,7 +14,7 @@ from textual.widgets import Input
 
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
-from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, left, middle, right, rule
 from vllm_sleep_tui.tui.state.view import COLORS, View
 from vllm_sleep_tui.tui.words import LOOKS, memory_words, state_words
@@ -62,8 +62,13 @@ def _tokens(view: View, model: ModelSnapshot) -> str:
 
 
 def _time_in_state(view: View, model: ModelSnapshot) -> str:
-    is_unknown = model.since is None or model.state is State.STOPPED
-    return NONE if is_unknown else clock(view.snapshot.time - (model.since or 0.0))
+    if model.since is None or model.state is State.STOPPED:
+        return NONE
+    seconds = view.snapshot.time - model.since
+    if model.state in SETTLED and seconds < 3600:
+        # Nobody waits for it: seconds that count on in each row would be half of what an idle panel costs.
+        return "<1 min" if seconds < 60 else f"{seconds // 60:.0f} min"
+    return clock(seconds)
 
 
 def _queue(_: View, model: ModelSnapshot) -> str:

@@ -55,6 +55,7 @@ class Timeline(Shown):
         self._zoom = 0
         self._cursor: float | None = None
         self._rows: dict[str, tuple[object, list[Span], list[Span]]] = {}
+        self._cells: dict[str, tuple[object, list[Change | None]]] = {}
         self.shows_served = True
         """Whether a tall timeline has requests and tokens under the lanes."""
 
@@ -218,7 +219,12 @@ class Timeline(Shown):
         return joined([*cells[:cell], marked(cells[cell]), *cells[cell + 1 :]])
 
     def _states(self, name: str, frame: Frame) -> list[Change | None]:
-        return cells_of_states(self._lanes.changes(name), frame)
+        """Its cells, reckoned anew only when they could differ: the picture moves once in a cell's time."""
+        key = (frame, self._lanes.changes(name))
+        known = self._cells.get(name)
+        if known is None or known[0] != key:
+            self._cells[name] = known = (key, cells_of_states(key[1], frame))
+        return known[1]
 
 
 def _around(lanes: Sequence[Line], index: int, room: int) -> list[Line]:
