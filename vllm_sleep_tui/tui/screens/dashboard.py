@@ -457,9 +457,9 @@ class Dashboard(ChatKeys):
     # ── what the keys show ──────────────────────────────────────────────────────────────────────────────────
 
     def action_find(self) -> None:
-        """Into the line that says which models have a row."""
+        """Into the line that says which models have a row, at once: the next letter belongs to it."""
         self.add_class("-finding")
-        self.query_one(FindInput).focus()
+        self.set_focus(self.query_one(FindInput))
 
     @on(Input.Changed, "#find")
     def _find(self, event: Input.Changed) -> None:
