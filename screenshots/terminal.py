@@ -193,11 +193,15 @@ async def _story(captures: Captures, tmux: Tmux, fleet: Fleet, pilot: Pilot[None
         for keys, name, words in (
             ("?", "help", "Keys and words"),
             ("g", "gpus", "Processes by VRAM"),
-            ("/co", "finding", "coder"),
+            ("/co", "finding", "esc all models"),
         ):
-            await captures.press(*keys)
+            for key in keys:  # as fast as a person: keys that are read in one all go to where the first went
+                await captures.press(key)
+                await pilot.pause(0.5)
             await captures.take(name, words)
             await captures.press("Escape")
+            # Read in one with the next key, an escape would be that key's alt.
+            await until(pilot, lambda gone=words: gone not in tmux.text())
     pid = fleet.snapshot().model("qwen").pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)

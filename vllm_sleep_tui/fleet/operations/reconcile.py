@@ -35,6 +35,7 @@ from vllm_sleep_tui.fleet.operations.end import (
     fail,
     is_cut_off,
     is_whole,
+    keeper_gone,
     stop_server,
 )
 from vllm_sleep_tui.fleet.operations.failures import Failure
@@ -51,6 +52,8 @@ if TYPE_CHECKING:  # `status` asks no server, and does without it
     from vllm_sleep_tui.engine.client import VllmClient
 
 ASK_LIMIT = 60.0
+WORD_LIMIT = 3.0
+"""Seconds for a keeper to end what its dead server left, and to say how that ended."""
 OLD_SECRET_VARIABLE = "VLLM_SLEEP_TUI_SECRET"
 """Of a server that the version before started."""
 
@@ -121,6 +124,10 @@ async def back_to_sleep(model: Model, operation: Operation) -> None:
 async def record_death(model: Model) -> None:
     """The server or its engine is gone: end what is left of it, write down why."""
     record, status = model.record, read_status(model.keeper_file)
+    if status.exit is None and record.server is not None and not is_alive(record.server):
+        # Its engine dies with the server, and that is all to be seen until the keeper says how that ended.
+        await keeper_gone(model.keeper_file, WORD_LIMIT)
+        status = read_status(model.keeper_file)
     if status.launch == record.launch and status.exit is not None and status.exit.asked:
         await finish_stop(model)
         return

@@ -131,8 +131,8 @@ class ConversationList(ModalScreen[int | None]):
             self.dismiss(None)
 
     def action_find(self) -> None:
-        """Into the input."""
-        self.query_one(Input).focus()
+        """Into the input, at once: the next letter belongs to it, and `x` deletes."""
+        self.set_focus(self.query_one(Input))
 
     def action_down(self) -> None:
         """The next one."""
@@ -147,7 +147,7 @@ class ConversationList(ModalScreen[int | None]):
         if (kept := self._at) is not None:
             self._renaming = kept.id
             self.query_one(Input).value = kept.title
-            self.query_one(Input).focus()
+            self.set_focus(self.query_one(Input))
 
     @work
     async def action_export(self, kind: str) -> None:
