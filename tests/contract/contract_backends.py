@@ -36,6 +36,8 @@ class Backend:
     flags: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     ready_seconds: float = 300.0
+    endless_tokens: int = 4000
+    """So many take seconds, in which a test comes to its point."""
     frees_memory: bool = False
 
 
@@ -57,7 +59,8 @@ SIMULATOR = Backend(
     command=lambda: [sys.executable, "-m", "vllm_sleep_tui.simulator", "serve", "Qwen/Qwen3-0.6B"],
     flags=["--enable-sleep-mode", "--gpu-memory-utilization", "0.5"],
     environment={"VLLM_SIM_SPEED": "25"},
-    ready_seconds=60.0,
+    ready_seconds=120.0,
+    endless_tokens=30_000,
     frees_memory=True,
 )
 CPU = Backend(

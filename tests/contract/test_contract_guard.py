@@ -73,7 +73,8 @@ def test_the_port_serves_clients_and_the_socket_the_panel(guarded: Guarded) -> N
     assert panel.post("/panel/gate", json={"closed": False}).status_code == 200
 
     # An answer under way on the socket is counted, and a stop is not held by who listens to it.
-    streamed = {**QUESTION, "model": NAME, "stream": True, "max_tokens": 2000, "ignore_eos": True}
+    tokens = server.backend.endless_tokens
+    streamed = {**QUESTION, "model": NAME, "stream": True, "max_tokens": tokens, "ignore_eos": True}
     with panel.stream("POST", CHAT, json=streamed, headers={"X-Panel-Client": "1"}) as answer:
         lines = answer.iter_lines()
         next(lines)

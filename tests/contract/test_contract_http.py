@@ -253,7 +253,7 @@ def test_a_pause_counts_as_sleep_until_resume(server: Server) -> None:
 
 
 def test_sleep_ends_a_running_stream_with_an_abort(server: Server) -> None:
-    body = {**QUESTION, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    body = {**QUESTION, "max_tokens": server.backend.endless_tokens, "ignore_eos": True, "stream": True}
     url = f"http://127.0.0.1:{server.port}{CHAT}"
     with httpx.Client(timeout=60) as client, client.stream("POST", url, json=body) as answer:
         lines = answer.iter_lines()
@@ -288,7 +288,7 @@ def test_a_stream_to_a_sleeper_whose_client_leaves_is_forgotten(server: Server) 
 
 
 def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
-    body = {**QUESTION, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    body = {**QUESTION, "max_tokens": server.backend.endless_tokens, "ignore_eos": True, "stream": True}
     url = f"http://127.0.0.1:{server.port}{CHAT}"
     with httpx.Client(timeout=60) as client, client.stream("POST", url, json=body) as answer:
         next(answer.iter_lines())

@@ -56,7 +56,7 @@ def test_a_killed_engine_ends_its_server_with_0_and_its_stream_with_an_error(
     start: Callable[[], Server],
 ) -> None:
     server = start().wait_ready()
-    body = {**QUESTION, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    body = {**QUESTION, "max_tokens": server.backend.endless_tokens, "ignore_eos": True, "stream": True}
     with httpx.Client(timeout=60) as client:
         url = f"http://127.0.0.1:{server.port}{CHAT}"
         with client.stream("POST", url, json=body) as answer:

@@ -329,7 +329,7 @@ def test_an_operation_can_hang_while_health_is_fine(simulate: Simulate, fault: s
 def test_an_engine_can_die_in_an_answer_or_in_an_operation(simulate: Simulate) -> None:
     server = simulate(VLLM_SIM_SPEED="25").wait_ready()
     set_faults(server, "engine_dies")
-    body = {**QUESTION, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    body = {**QUESTION, "max_tokens": server.backend.endless_tokens, "ignore_eos": True, "stream": True}
     assert 'data: {"error"' in server.post(CHAT, body).text
     assert server.wait_exit() == 0
     other = simulate(VLLM_SIM_FAULTS="engine_dies_on_sleep", **INSTANT).wait_ready()
@@ -358,7 +358,7 @@ def test_a_hang_is_healthy_and_silent(simulate: Simulate) -> None:
 
 def test_sigterm_can_wait_for_the_client_of_a_stream(simulate: Simulate) -> None:
     server = simulate(VLLM_SIM_FAULTS="sigterm_waits_for_client", VLLM_SIM_SPEED="25").wait_ready()
-    body = {**QUESTION, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    body = {**QUESTION, "max_tokens": server.backend.endless_tokens, "ignore_eos": True, "stream": True}
     url = f"http://127.0.0.1:{server.port}{CHAT}"
     with httpx.Client(timeout=60) as client, client.stream("POST", url, json=body) as answer:
         lines = answer.iter_lines()  # held: the end of this generator would close the connection

@@ -136,7 +136,7 @@ def test_serve_stops_what_it_can_on_exit_where_a_record_cannot_be_read(served: C
 def test_a_start_under_way_at_sigterm_is_carried_on_by_the_next_serve(
     served: Callable[..., Served],
 ) -> None:
-    here = served({"a": {"model": "sim/1GiB", "autostart": True}}, speed="5")
+    here = served({"a": {"model": "sim/1GiB", "autostart": True}}, speed="3")
     first = here.serve()
     here.until_said(first, "a: starting")
     while here.look("a").pid is None:

@@ -305,14 +305,14 @@ def test_a_taken_port_is_said_and_tried_again(gated: MakeGated) -> None:
 
 
 def test_large_images_pass_and_a_cancelled_stream_ends_at_the_server(gated: MakeGated) -> None:
-    here = gated(speed="20")
+    here = gated({"a": {"model": "sim/1GiB", "args": {"max-model-len": 40_000}}}, speed="20")
     here.verb("start", "a")
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 3_000_000}}
     content = [{"type": "text", "text": "what is this"}, image]
     body = {"model": "a", "messages": [{"role": "user", "content": content}], "max_tokens": 2}
     whole = httpx.post(f"{here.url}/chat/completions", json=body, timeout=60)
     assert whole.status_code in (200, 400), whole.text
-    endless = {"model": "a", "prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    endless = {"model": "a", "prompt": "x", "max_tokens": 30_000, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{here.url}/completions", json=endless, timeout=60) as answer:
         parts = answer.iter_raw()  # with it, the answer would end
         first = next(parts)
@@ -340,13 +340,14 @@ def test_a_body_is_let_go_when_its_answer_begins(gated: MakeGated) -> None:
 
 
 def test_the_model_to_return_to_leaves_one_in_use_beside_the_gateway_alone(gated: MakeGated) -> None:
-    models = {"a": {"model": "sim/14GiB"}, "b": {"model": "sim/14GiB"}}
+    large = {"model": "sim/14GiB", "args": {"max-model-len": 16_000}}
+    models = {"a": dict(large), "b": dict(large)}
     here = gated(models, speed="20", return_to="a", return_after="3s")
     here.verb("start", "a", "b")
     port = next(m["port"] for m in json.loads(here.verb("status", "--json"))["models"] if m["name"] == "b")
     assert here.chat("b").status_code == 200
     said = len(here.log.read_text())
-    endless = {"model": "b", "prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    endless = {"model": "b", "prompt": "x", "max_tokens": 15_000, "ignore_eos": True, "stream": True}
     began = time.monotonic()
     with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=endless, timeout=60) as answer:
         for _ in answer.iter_raw():

@@ -32,7 +32,7 @@ def measure(out: Path, rounds: int) -> subprocess.CompletedProcess[str]:
         "80GiB",
     ]
     return subprocess.run(
-        command, env=os.environ | simulated, capture_output=True, text=True, timeout=120, check=False
+        command, env=os.environ | simulated, capture_output=True, text=True, timeout=280, check=False
     )
 
 
@@ -91,7 +91,7 @@ def test_the_script_of_the_fast_sleep_mode_measures_every_kind(tmp_path: Path) -
         env=os.environ | simulated,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -126,7 +126,7 @@ def test_the_agents_loop_goes_on_where_it_stopped_and_counts_each_turn_once(tmp_
         env=os.environ | simulated,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
