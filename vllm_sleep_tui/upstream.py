@@ -34,6 +34,8 @@ HIGH_WATER = 256 * 1024
 WRITE_HIGH_WATER = 256 * 1024
 MAX_HEAD_BYTES = 64 * 1024
 CONNECT_SECONDS = 10.0
+EYEBALLS_SECONDS = 0.25
+"""After which the next address of a host is tried beside the first (RFC 8305 recommends this)."""
 FULL_SECONDS = 0.01
 """Between two tries for a unix socket on which more wait to be accepted than it has room for."""
 
@@ -137,7 +139,11 @@ class Upstream:
                 else:
                     tls = _tls() if address.tls else None
                     _, connection = await loop.create_connection(
-                        _Connection, address.host, address.port, ssl=tls
+                        _Connection,
+                        address.host,
+                        address.port,
+                        ssl=tls,
+                        happy_eyeballs_delay=EYEBALLS_SECONDS,
                     )
         except (OSError, TimeoutError, UnicodeError) as error:  # the last for a host that is no name
             raise NoConnectionError(f"no connection: {error}", sent=False) from None
@@ -211,6 +217,8 @@ class _Connection(asyncio.Protocol):
         self._buffered = 0
         self._failure: str | None = None
         self._has_head = False
+        self._is_too_much = False
+        """Whether the server sends more than the answer that was asked for."""
         self._head_bytes = 0
         self.is_paused = False
         self.is_complete = True
@@ -238,6 +246,8 @@ class _Connection(asyncio.Protocol):
                 return
         try:
             self._parser.feed_data(data)
+            if self._is_too_much:
+                self._fail("it sent what nobody asked for")
         except httptools.HttpParserUpgrade:
             self._fail("it changed the protocol")
         except httptools.HttpParserError:
@@ -245,7 +255,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_open = False
-        if not self.is_complete and self._has_head and self._ends_with_connection():
+        if error is None and not self.is_complete and self._has_head and self._ends_with_connection():
             self.on_message_complete()
         self._fail("it broke off")
         if self._can_write is not None and not self._can_write.done():
@@ -261,11 +271,21 @@ class _Connection(asyncio.Protocol):
 
     # ── httptools ────────────────────────────────────────────────────────────────────────────────────────
 
+    def on_message_begin(self) -> None:
+        self._is_too_much = self.is_complete  # another answer behind the one that was asked for
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name, value))
+        if not self._has_head:
+            self.headers.append((name, value))
+            return
+        self._head_bytes += len(name) + len(value)  # behind the body, where nobody needs it
+        if self._head_bytes > MAX_HEAD_BYTES + 65536:
+            self._is_too_much = True
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
+        if self._is_too_much:
+            return
         status = self._parser.get_status_code()
         if status < 200:  # 100 Continue, 103 Early Hints: the answer comes after it
             self.headers = []
@@ -274,6 +294,8 @@ class _Connection(asyncio.Protocol):
         self._wake()
 
     def on_body(self, part: bytes) -> None:
+        if self._is_too_much:
+            return
         self._parts.append(part)
         self._buffered += len(part)
         if self._buffered > HIGH_WATER and not self.is_paused and self._transport is not None:
@@ -283,7 +305,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         assert self._parser is not None
-        if not self._has_head:
+        if not self._has_head or self._is_too_much:
             return
         self.is_complete = True
         self.is_reusable = self.is_open and self._parser.should_keep_alive()
@@ -307,7 +329,7 @@ class _Connection(asyncio.Protocol):
         """Write a request."""
         assert self._transport is not None
         self._parser = httptools.HttpResponseParser(self)
-        self._has_head = self.is_complete = self.has_heard = False
+        self._has_head = self.is_complete = self.has_heard = self._is_too_much = False
         self._head_bytes, self.headers = 0, []
         self._parts.clear()  # of an answer that nobody read to its end
         self._buffered = 0

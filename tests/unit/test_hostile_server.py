@@ -21,6 +21,7 @@ from vllm_sleep_tui.engine.client import VllmClient
 from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.fleet.attached.probe import probe_all
 from vllm_sleep_tui.fleet.states import State
+from vllm_sleep_tui.upstream import Address, Upstream, UpstreamError
 
 LIMIT = 5.0
 
@@ -231,6 +232,30 @@ def test_an_answer_that_never_ends_is_given_up_in_time(server: AnyServer, reply:
     server.reply, server.hangs_up = reply, False
     raised = asyncio.run(try_all(server.port, limit=0.1))
     assert all(isinstance(error, EngineError) for error in raised.values())
+
+
+async def got(server: AnyServer, reply: bytes) -> tuple[int, bytes, int]:
+    """Status and body of one answer, and how many headers came with it."""
+    server.reply, server.hangs_up = reply, True
+    upstream = Upstream(Address(host="127.0.0.1", port=server.port))
+    coming = await upstream.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", ())
+    try:
+        body = b"".join([part async for part in coming.parts()])
+        return coming.status, body, len(coming.headers)
+    finally:
+        coming.close()
+        upstream.close()
+
+
+async def test_a_second_answer_behind_the_first_is_not_taken_for_a_part_of_it(server: AnyServer) -> None:
+    assert await got(server, answer(200, b"ok") + answer(500, b"bad")) == (200, b"ok", 1)
+
+
+async def test_headers_behind_a_body_are_not_kept_and_have_an_end(server: AnyServer) -> None:
+    chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n"
+    assert await got(server, chunked + b"x: y\r\n\r\n") == (200, b"ok", 1)
+    with pytest.raises(UpstreamError):
+        await got(server, chunked + b"x: yyyyyyyy\r\n" * 100_000 + b"\r\n")
 
 
 @settings(max_examples=60)

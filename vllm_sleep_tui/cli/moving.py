@@ -25,9 +25,10 @@ from vllm_sleep_tui.fleet.survey import ServeLine, arguments_in, read_arguments
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|PWD|CRED|AUTH|COOKIE|BEARER|_PAT\Z", re.IGNORECASE)
 """Names of variables whose values are not copied."""
-MAKER = r"(?<![\w/.-])(?:hf_|[sp]k[-_]|gh[opsu]_|glpat-|xox[abp]-)"
-OTHER_SIGN = r"://[^/@\s]*:[^/@\s]+@|\beyJ\w{8}"
-SECRET_SIGN = re.compile(rf"{MAKER}[\w-]{{16,}}(?![\w/.-])|{OTHER_SIGN}")
+MAKER = r"(?<![\w/.-])(?:hf_|[sp]k[-_]|gh[opsu]_|xox[abp]-)"
+NO_PATH = r"(?![\w-]|[/.]\w)"
+OTHER_SIGN = r"\bglpat-[\w.-]{6}|://[^/@\s]+@|\beyJ\w{8}"
+SECRET_SIGN = re.compile(rf"{MAKER}[\w-]{{16,}}{NO_PATH}|{OTHER_SIGN}")
 """In a flag's value: by a maker's sign with as much behind it as a key has, and no path; or in an address."""
 SECRET_KEY = re.compile(
     r"(?:\A|[-_.])(?:api[-_]?key|hf[-_]token|auth[-_]token|access[-_]?(?:key|token)|secret"
@@ -38,7 +39,7 @@ SECRET_KEY = re.compile(
 LEAST_KEY = 6
 """Characters; shorter ones are no key, or not worth one."""
 SECRET_VALUE = re.compile(
-    rf"{MAKER}[\w-]+(?![\w/.-])|{OTHER_SIGN}|\A(?=[^\s/]*\d)(?=[^\s/]*[A-Za-z])[A-Za-z0-9+_=-]{{24,}}\Z"
+    rf"{MAKER}[\w-]+{NO_PATH}|{OTHER_SIGN}|\A(?=[^\s/]*\d)(?=[^\s/]*[A-Za-z])[A-Za-z0-9+_=-]{{24,}}\Z"
 )
 """Variables' values that look like a key, whatever the name: by a maker's sign, in an address, by chance."""
 REFERENCE = re.compile(r"\$\{(\w+)\}")

@@ -122,17 +122,18 @@ def as_yaml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-Mark = tuple[int, int, int] | None
-"""By which a file is known to be the same: inode, size, time of its change (ns); None if it is not there."""
+Mark = tuple[int, ...] | None
+"""By which a file, and a link to it, is known to be the same; None if it is not there."""
 
 
 def mark(path: Path) -> Mark:
     """The mark of a file as it is now, links followed."""
     try:
-        there = os.stat(path)
+        there, link = os.stat(path), os.lstat(path)
     except OSError:  # gone, or for a moment: editors rename
         return None
-    return there.st_ino, there.st_size, there.st_mtime_ns
+    own = there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns
+    return *own, link.st_ino, link.st_ctime_ns
 
 
 class Document(msgspec.Struct, frozen=True):

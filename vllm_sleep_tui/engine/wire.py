@@ -53,7 +53,7 @@ class Wire:
         self._prefix = quote(parts.path.rstrip("/"), safe=IN_PATHS)
         name = f"[{host}]" if ":" in host else _ascii(host)
         self._host = f"{name}:{port}" if port else name
-        # A proxy variable must not carry loopback traffic away: nothing here reads the environment.
+        # A proxy variable must not carry loopback traffic away: none is read here.
         address = Address(uds=uds, host=host, port=port or usual or 80, tls=parts.scheme == "https")
         self._upstream = Upstream(address, check)
         self._fresh_until = 0.0

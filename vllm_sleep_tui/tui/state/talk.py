@@ -277,6 +277,8 @@ class Talk:
         if not is_whole:
             kept = msgspec.structs.replace(kept, chances=())
         self._store.keep(self.handle, self._entries.index(entry), kept)
+        if entry.is_dropped:
+            _let_go(entry)
 
     def drop_last(self) -> None:
         """Take the last question and its answer out of the conversation; both are kept, as replaced."""
@@ -299,7 +301,6 @@ class Talk:
             entry.is_dropped = True
             self.turns.remove(entry.turn)
             self.keep(entry)
-            _empty(entry)
 
     def restore(self, turns: tuple[KeptTurn, ...], colors: dict[str, str]) -> None:
         """Take over what was said in an earlier run."""
@@ -317,16 +318,16 @@ class Talk:
             )
             self._entries.append(entry)
             if entry.is_dropped:
-                _empty(entry)
+                _let_go(entry)
                 continue
             if isinstance(entry.turn, Answer):
                 entry.turn.say(*entry.note())
             self.turns.append(entry.turn)
 
 
-def _empty(entry: Entry) -> None:
-    """Let go of an answer that was replaced: it is kept, or was not to be, and nobody is shown it again."""
-    if isinstance(entry.turn, Answer):
+def _let_go(entry: Entry) -> None:
+    """Forget an answer that was replaced, once it has ended: it is kept, and nobody is shown it again."""
+    if isinstance(entry.turn, Answer) and entry.turn.is_over:
         entry.turn = Answer(entry.turn.model, entry.turn.paint)
 
 

@@ -243,13 +243,15 @@ class ChatPane(Vertical):
         """
         is_same = again and text == self._talks[name].asked
         shows = await self._shows(name, text) if self._is_free(name) else None
+        was_coming = self._comes_awake(name)
         if shows is not None and await self._agrees(name):
             # The same prompt found room before.
-            talk = self._talks[name]
-            fits = is_same or await self._fits(name, talk, text)
-            leaves_out = fits and await self._is_blind_to(name, talk)
+            talk = self._talks[name] if is_same else await self._with_room(name, text)
+            leaves_out = talk is not None and await self._is_blind_to(name, talk)
+            # What was to make it awake may have failed meanwhile, or somebody put it to sleep.
+            agrees = not was_coming or self._comes_awake(name) or await self._agrees(name)
             # While it was asked about, nothing else began; from here on nothing can.
-            if fits and self._is_free(name) and talk is self._talks[name]:
+            if talk is not None and agrees and self._is_free(name) and talk is self._talks[name]:
                 if again:
                     self._take_back(talk)
                 if leaves_out:
@@ -295,13 +297,21 @@ class ChatPane(Vertical):
             self.notify(f"{name} is still answering; escape stops it.", markup=False)
         return name not in self._answering
 
+    def _is_awake(self, name: str) -> bool:
+        """Whether it is awake; not if the config has no such model any more."""
+        models = self._fleet.snapshot().models
+        return any(model.name == name and model.state is State.AWAKE for model in models)
+
+    def _comes_awake(self, name: str) -> bool:
+        """Whether it is awake, or the person's own operation makes it so."""
+        return self._is_awake(name) or self._operations.brings(name) is not None
+
     async def _agrees(self, name: str) -> bool:
         """Whether what comes before the answer was asked for: a start always is, an eviction once.
 
         Nothing is asked while the person's own operation makes the model awake: the question waits for it.
         """
-        is_awake = self._fleet.snapshot().model(name).state is State.AWAKE
-        if is_awake or self._operations.brings(name) is not None:
+        if self._comes_awake(name):
             return True
         prediction = self._fleet.predict(name)
         victims = (*prediction.sleeps, *prediction.stops)
@@ -316,11 +326,15 @@ class ChatPane(Vertical):
         self._agreed.add((name, *victims))
         return True
 
-    async def _fits(self, name: str, talk: Talk, text: str) -> bool:
-        """Whether the context has room for the question, if need be after the person chose how."""
+    async def _with_room(self, name: str, text: str) -> Talk | None:
+        """The conversation whose context has room for the question, if need be after the person chose how.
+
+        None if they chose not to ask.
+        """
+        talk = self._talks[name]
         used, limit = talk.tokens_used(text), self._contexts.get(name)
         if used is None or limit is None or used + ROOM_TOKENS <= limit:
-            return True
+            return talk
         words = (
             f"The conversation has about {used} tokens of the {limit} that {name} can hold, "
             "which leaves little or nothing for an answer."
@@ -331,6 +345,8 @@ class ChatPane(Vertical):
             Choice("s", "Send", "send"),
         ]
         answer = await self.app.push_screen_wait(Question("The context is full", words, choices))
+        if answer is None:
+            return None
         if answer == "new":
             self.new()
         elif answer == "drop":
@@ -340,7 +356,7 @@ class ChatPane(Vertical):
             while sum(len(turn["content"]) for turn in talk.messages()) > goal and talk.drop_first():
                 pass
             self.transcript.show(talk.turns, self._hint)
-        return answer is not None
+        return self._talks[name]
 
     def _ask(self, name: str, talk: Talk, text: str, shows: list[Preview]) -> None:
         view = self._view
@@ -351,7 +367,8 @@ class ChatPane(Vertical):
         self._shown(talk)
         if talk is self._talk:
             self.transcript.to_end()
-        task = self._operations.spawn(self._stream(name, talk, entry, talk.messages()))
+        bringing = self._operations.brings(name)
+        task = self._operations.spawn(self._stream(name, talk, entry, talk.messages(), bringing))
         self._follow(name, talk, entry, task, text)
 
     def _follow(
@@ -377,7 +394,8 @@ class ChatPane(Vertical):
         entry = talk.ask_another(other, view.colors[other], was_started=was_started)
         self._shown(talk)
         self.transcript.to_end()
-        task = self._operations.spawn(self._stream(other, talk, entry, messages))
+        bringing = self._operations.brings(other)
+        task = self._operations.spawn(self._stream(other, talk, entry, messages, bringing))
         self._follow(other, talk, entry, task, "")
         self.side_by_side()
 
@@ -393,12 +411,20 @@ class ChatPane(Vertical):
         self.app.push_screen(DuelScreen(question, pair))
 
     async def _stream(
-        self, name: str, talk: Talk, entry: Entry, messages: list[dict[str, Any]]
+        self,
+        name: str,
+        talk: Talk,
+        entry: Entry,
+        messages: list[dict[str, Any]],
+        bringing: Running | None,
     ) -> PanelError | None:
-        """Take the pieces as they come; the error that came in the middle, if one did."""
+        """Take the pieces as they come; the error that came in the middle, if one did.
+
+        `bringing` is the person's own operation that it waits for.
+        """
         error, pace, answer = None, entry.pace, entry.turn
         assert isinstance(answer, Answer)
-        if (bringing := self._operations.brings(name)) is not None:
+        if bringing is not None:
             await self._brought(name, talk, answer, bringing)
         chat = self._fleet.chat(
             name,
@@ -426,10 +452,9 @@ class ChatPane(Vertical):
         answer.say_above(((f"{bringing.doing}; asked once it is awake", "muted"),))
         self._shown(talk, answer)
         await self._operations.settled([name])
-        if self._fleet.snapshot().model(name).state is not State.AWAKE:
+        if not self._is_awake(name):
             raise OperationError(
-                f"{name} was not asked: {bringing.doing} did not make it awake.",
-                "The question is in the input again.",
+                f"{name} was not asked: {bringing.doing} did not make it awake.", "Ask it again."
             )
 
     def _ended(
