@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fleet.beside import model_of, record_of, record_path
+from tests.fleet.beside import client_of, model_of, record_of, record_path
 from tests.fleet.conftest import GIB, Box, inject, seen, until
 from tests.unit.made_checkpoints import PHI, QWEN, SMOLLM, write_model
 from vllm_sleep_tui.engine.sleeping import keep_weights
@@ -336,7 +336,8 @@ async def test_a_small_kv_cache_is_seen_gone(box: MakeBox) -> None:
 
 
 async def test_a_panel_that_dies_before_its_sleep_at_level_0_leaves_no_wish(box: MakeBox) -> None:
-    async with box({"a": fast("sim/1GiB")}).open() as fleet:
+    machine = box({"a": fast("sim/1GiB")})
+    async with machine.open() as fleet:
         await fleet.start(["a"])
         model = model_of(fleet, "a")
         model.read()
@@ -350,16 +351,22 @@ async def test_a_panel_that_dies_before_its_sleep_at_level_0_leaves_no_wish(box:
 
 
 async def test_a_sleep_at_level_0_that_is_cancelled_while_it_drains_leaves_no_wish(box: MakeBox) -> None:
-    async with box({"a": fast("sim/1GiB")}).open() as fleet:
+    machine = box({"a": fast("sim/1GiB")})
+    async with machine.open() as fleet:
         await fleet.start(["a"])
-        long = fleet.chat("a", [{"role": "user", "content": "Go on."}], params={"max_tokens": 2000})
-        await anext(long)
-        asking = asyncio.ensure_future(fleet.sleep("a", level=0))
-        await until(lambda: seen(fleet, "a").state is State.FALLING_ASLEEP)
+        await inject(fleet, "a", "hang")
+        answer = fleet.chat("a", [{"role": "user", "content": "Go on."}])
+        reading = asyncio.create_task(anext(answer))  # type: ignore[arg-type]
+        client = client_of(fleet, "a")
+        while not (await client.gate()).in_flight:
+            await asyncio.sleep(0.01)
+        asking = asyncio.ensure_future(fleet.sleep("a", level=0, report=machine.report))
+        await until(lambda: any("answers under way" in step.detail for step in machine.progress))
         asking.cancel()
         with pytest.raises(CancelledByUser):
             await asking
-        await long.aclose()
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
         await fleet.sleep("a", level=1)
         await until(lambda: 0 < (seen(fleet, "a").vram_bytes or 0) < GIB)  # its weights have left
 

@@ -20,7 +20,10 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     named: str = ""
     """What it does to one model, `{}` for its name, if the palette offers it for each by name."""
     is_first: bool = False
-    """Heeded before the widget in focus hears it; a letter is text all the same where text is typed."""
+    """Heeded before the widget in focus hears it; a letter is text all the same where text is typed.
+
+    A slash would not be: Textual does not find its sign by its name, and takes it from who types it.
+    """
     changes: bool = False
     """Whether it changes a server, or opens a port: a panel that only looks has no such key."""
 
@@ -132,7 +135,6 @@ KEYS: tuple[Key, ...] = (
         short="find",
         help="Find models: only those whose name, source, state or GPU holds a text",
         shown="/",
-        is_first=True,
     ),
     Key(
         key="f",
