@@ -14,7 +14,6 @@ from textual.pilot import Pilot
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.snapshot import ChatEvent, Progress
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.state import clipboard
 from vllm_sleep_tui.tui.widgets.chat_input import ChatInput
 
 
@@ -266,7 +265,6 @@ async def test_in_tmux_a_copy_is_told_to_have_arrived_once_tmux_has_it(
     tmux.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("TMUX", "/tmp/tmux-0/default,1,0")
-    monkeypatch.setattr(clipboard, "SECONDS", 60.0)
     fleet = ScriptedFleet()
     fleet.answers["qwen"] = answer("qwen", "<b>ü")
     async with panel(fleet, tmp_path) as pilot:

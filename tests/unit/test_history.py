@@ -7,6 +7,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -296,11 +297,10 @@ def test_a_folder_that_cannot_be_written_costs_a_note(tmp_path: Path) -> None:
         assert history.note is not None
 
 
-def test_two_processes_may_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "vllm_sleep_tui.fleet.store.history.LOCK_SECONDS", 60.0
-    )  # on a busy machine one may be held up in a write
-    with closing(History(tmp_path)) as first, closing(History(tmp_path)) as second:
+def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
+    # On a busy machine one may be held up in a write.
+    patient = partial(History, tmp_path, lock_seconds=60.0)
+    with closing(patient()) as first, closing(patient()) as second:
         for _ in range(50):
             switch(first, "a", 1.0)
             switch(second, "b", 1.0)

@@ -56,10 +56,18 @@ STRETCHES = 120
 class History:
     """The past of one config's models; opened when it is first needed, `close` writes what is left.
 
-    What is too old is dropped then, and every `drop_every` seconds while it stays open.
+    What is too old is dropped then, and every `drop_every` seconds while it stays open. Another process's
+    write is waited for `lock_seconds`.
     """
 
-    def __init__(self, state_dir: Path, config: Path | str = "", *, drop_every: float = DAY) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        config: Path | str = "",
+        *,
+        drop_every: float = DAY,
+        lock_seconds: float = LOCK_SECONDS,
+    ) -> None:
         self._path = state_dir / "history.db"
         self._config = as_text(config)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="history")
@@ -67,6 +75,7 @@ class History:
         self._connection: sqlite3.Connection | None = None
         self._note: str | None = None
         self._drop_every = drop_every
+        self._lock_seconds = lock_seconds
         self._next_drop = 0.0
         self._impatient_until = 0.0
 
@@ -322,7 +331,7 @@ class History:
         """The open database; raises sqlite3.Error or OSError."""
         if self._connection is None:
             with self._alone():
-                connection = sqlite3.connect(self._path, timeout=LOCK_SECONDS, check_same_thread=False)
+                connection = sqlite3.connect(self._path, timeout=self._lock_seconds, check_same_thread=False)
                 try:
                     prepare(connection)
                 except BaseException:
@@ -380,7 +389,7 @@ class History:
 
     def _patience(self) -> float:
         """How long to wait now, in seconds."""
-        return LOCK_SECONDS if time.monotonic() >= self._impatient_until else 0.0
+        return self._lock_seconds if time.monotonic() >= self._impatient_until else 0.0
 
     def _who_writes(self) -> Holder | None:
         """Who holds SQLite's own locks; None if the kernel does not show it."""

@@ -8,8 +8,8 @@ import os
 
 from vllm_sleep_tui.units import counted
 
-SECONDS = 2.0
-"""How long tmux may take for its buffer."""
+SECONDS = 10.0
+"""How long tmux may take for its buffer; nothing but the words about it waits."""
 
 
 async def to_tmux(text: str) -> bool:
