@@ -1,13 +1,14 @@
 """How fast the panel is there, and how fast it answers keys while everything happens at once.
 
-    python benchmarks/panel_speed.py [--first 10] [--keys 200] [--json]
+    python benchmarks/panel_speed.py [--first 10] [--keys 200] [--hours 0] [--json]
 
 The first screen: from the start of the process until the last line of the screen has come out of its
 terminal, over the demo's config with nothing running; wall time, and the processor time that the process had
 taken by then. Keys: from the key until the terminal shows what it asked for, in a panel of 64 models on 8
 GPUs (63 simulated servers run, 8 of them awake, beside the one that streams), while an answer streams at
-1,000 tokens/s and 50,000 lines/s are written to the log of a model. On a machine that does other things too,
-read the processor time.
+1,000 tokens/s and 50,000 lines/s are written to the log of a model. With `--hours` the storm goes on for that
+long, an answer of 45,000 tokens each minute, three in a conversation, and a look into the flooded log; what
+the panel holds is noted each minute. On a machine that does other things too, read the processor time.
 """
 
 from __future__ import annotations
@@ -122,6 +123,29 @@ def first_screens(count: int) -> dict[str, object]:
 
 
 @contextlib.contextmanager
+def fleet(tokens: int) -> Iterator[tuple[Screen, Path]]:
+    """A panel over 63 running servers and one that streams answers of so many tokens; the flood's log."""
+    with tempfile.TemporaryDirectory() as name, talker(tokens) as url:
+        folder = Path(name)
+        config = write_config(folder, 63, 8)
+        content = json.loads(config.read_text())
+        content["models"]["talker"] = {"url": url}
+        config.write_text(json.dumps(content))
+        state = folder / "vllm-sleep-tui"
+        asyncio.run(start_all(config, state, 8, [f"m{number:02}" for number in range(63)]))
+        screen = Screen(
+            [sys.executable, "-m", "vllm_sleep_tui", "--config", str(config)], own(folder), folder
+        )
+        try:
+            screen.until("q quit")
+            screen.drain(5)
+            yield screen, state / "logs" / "m00.log"
+        finally:
+            screen.close()
+            asyncio.run(stop_all(config, state))
+
+
+@contextlib.contextmanager
 def flood(path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Another process that appends LINES_PER_SECOND lines to a file, which begins anew at 64 MiB."""
     script = (
@@ -163,50 +187,66 @@ def talker(tokens: int = 10**7, rate: int = 1000) -> Iterator[str]:
 
 def keys(count: int) -> dict[str, object]:
     """Times from key to screen, quiet and in the storm, and what the storm costs."""
-    with tempfile.TemporaryDirectory() as name, talker() as url:
-        folder = Path(name)
-        config = write_config(folder, 63, 8)
-        content = json.loads(config.read_text())
-        content["models"]["talker"] = {"url": url}
-        config.write_text(json.dumps(content))
-        state = folder / "vllm-sleep-tui"
-        asyncio.run(start_all(config, state, 8, [f"m{number:02}" for number in range(63)]))
-        screen = Screen(
-            [sys.executable, "-m", "vllm_sleep_tui", "--config", str(config)], own(folder), folder
-        )
-        try:
-            screen.until("q quit")
-            screen.drain(5)
-            found: dict[str, object] = {"key to screen, quiet, ms": spread(moves(screen, count), 1000)}
-            screen.press("\x1b[F")  # the talker is the last
-            screen.until("Chat with talker")
-            screen.press("cfast\r")
-            screen.until(r"w\d+ w\d+")
-            screen.press("\x1b")
-            screen.drain(1)
-            with flood(state / "logs" / "m00.log"):
-                memory = [memory_of(screen)]
-                began, spent = time.monotonic(), screen.cpu()
-                found["key to screen, a stream and the flood, ms"] = spread(moves(screen, count), 1000)
-                screen.press("\x1b[H")
-                screen.drain(0.5)
-                logs = []
-                for _ in range(max(3, count // 10)):
-                    at = screen.press("l")
-                    logs.append(screen.until("log of|Log of|esc back|follow") - at)
-                    screen.drain(1)
-                    screen.press("\x1b")
-                    screen.drain(0.5)
-                found["log of the flood opened, ms"] = spread(logs, 1000)
-                took = time.monotonic() - began
-                found["CPU in the storm, % of a core"] = round(100 * (screen.cpu() - spent) / took, 1)
-                memory.append(memory_of(screen))
-            found["memory, MB, before the storm and after it"] = [round(size / 1e6) for size in memory]
-            found["storm, s"] = round(took)
-            return found
-        finally:
-            screen.close()
-            asyncio.run(stop_all(config, state))
+    with fleet(10**7) as (screen, log):
+        found: dict[str, object] = {"key to screen, quiet, ms": spread(moves(screen, count), 1000)}
+        ask(screen)
+        with flood(log):
+            memory = [memory_of(screen)]
+            began, spent = time.monotonic(), screen.cpu()
+            found["key to screen, a stream and the flood, ms"] = spread(moves(screen, count), 1000)
+            logs = [open_log(screen) for _ in range(max(3, count // 10))]
+            found["log of the flood opened, ms"] = spread(logs, 1000)
+            took = time.monotonic() - began
+            found["CPU in the storm, % of a core"] = round(100 * (screen.cpu() - spent) / took, 1)
+            memory.append(memory_of(screen))
+        found["memory, MB, before the storm and after it"] = [round(size / 1e6) for size in memory]
+        found["storm, s"] = round(took)
+        return found
+
+
+def long_storm(hours: float) -> dict[str, object]:
+    """Keys and memory, minute by minute."""
+    with fleet(45_000) as (screen, log), flood(log):
+        times, memory, spent = list[float](), [memory_of(screen)], screen.cpu()
+        began = time.monotonic()
+        while time.monotonic() < began + 3600 * hours:
+            minute = time.monotonic()
+            ask(screen, anew=len(memory) % 3 == 0)
+            times += moves(screen, 40)
+            open_log(screen)
+            screen.drain(max(0.0, minute + 60 - time.monotonic()))
+            memory.append(memory_of(screen))
+        took = time.monotonic() - began
+        return {
+            "storm, s": round(took),
+            "key to screen in it, ms": spread(times, 1000),
+            "CPU in it, % of a core": round(100 * (screen.cpu() - spent) / took, 1),
+            "memory, MB, by the minute": [round(size / 1e6) for size in memory],
+        }
+
+
+def ask(screen: Screen, *, anew: bool = False) -> None:
+    """Ask the model that streams, which is the last, in a new conversation if so wanted; its answer runs."""
+    screen.press("\x1b[F")
+    screen.until("Chat with talker|talker ·")
+    screen.press("c" + ("\x0e" if anew else ""))
+    screen.drain(0.5)
+    screen.press("fast\r")
+    screen.until(r"w\d+ w\d+")
+    screen.press("\x1b")
+    screen.drain(1)
+
+
+def open_log(screen: Screen) -> float:
+    """Seconds until the flooded log, the first model's, is on the screen; closed again."""
+    screen.press("\x1b[H")
+    screen.drain(0.5)
+    at = screen.press("l")
+    took = screen.until("log of|Log of|esc back|follow") - at
+    screen.drain(1)
+    screen.press("\x1b")
+    screen.drain(0.5)
+    return took
 
 
 def moves(screen: Screen, count: int) -> list[float]:
@@ -240,10 +280,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--first", type=int, default=10, help="starts until the first screen; 0: none")
     parser.add_argument("--keys", type=int, default=200, help="keys of each kind; 0: none")
+    parser.add_argument(
+        "--hours", type=float, default=0, help="how long the storm goes on beside that; 0: not"
+    )
     parser.add_argument("--json", action="store_true", help="JSON instead of lines")
     given = parser.parse_args()
     found = first_screens(given.first) if given.first else {}
     found |= keys(given.keys) if given.keys else {}
+    found |= long_storm(given.hours) if given.hours else {}
     print(json.dumps(found, indent=2) if given.json else "\n".join(f"{k}: {v}" for k, v in found.items()))
 
 
