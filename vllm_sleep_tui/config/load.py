@@ -115,6 +115,10 @@ class LoadedConfig:
     """The file as it was found and all that were read for it: those that it includes, those of keys, schemas
     and tools; each as it was just before it was read."""
 
+    def is_current(self) -> bool:
+        """Whether none of these files was written since."""
+        return all(mark(path) == seen for path, seen in self.marks.items())
+
     def agreement(self) -> str:
         """What a person agrees to who agrees to this file: a digest of it and of the files it names."""
         return digest_with(self.digest, self._named())

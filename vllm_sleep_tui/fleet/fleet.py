@@ -55,12 +55,13 @@ from vllm_sleep_tui.fleet.states import RUNNING, StartPhase, State
 from vllm_sleep_tui.fleet.supervision.leader import LeaderLock
 from vllm_sleep_tui.fleet.supervision.supervisor import Leader, Watcher
 from vllm_sleep_tui.telemetry.processes import ProcessId, is_alive
-from vllm_sleep_tui.telemetry.sampler import Sampler
+from vllm_sleep_tui.telemetry.sampler import SAMPLE_SECONDS, Sampler
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.sizing.advice import Advice
 
 T = TypeVar("T")
+LESS_SECONDS = 2 * SAMPLE_SECONDS
 OTHERS_SECONDS = 1.0
 """Between two looks at what other processes have added to the history."""
 
@@ -138,6 +139,13 @@ class Fleet:
         notes += tuple(filter(None, [self.history_note]))
         snapshot = self._snapshotter.snapshot(self._sampler.latest(), notes, self._serving.figures)
         return msgspec.structs.replace(snapshot, read_only=True) if self.is_read_only else snapshot
+
+    def look_less(self, less: bool) -> None:
+        """Whether figures may be taken half as often: nothing moves and nobody is at the keys.
+
+        What fails is seen and told as soon as ever.
+        """
+        self._sampler.interval = LESS_SECONDS if less else SAMPLE_SECONDS
 
     @property
     def is_leader(self) -> bool:

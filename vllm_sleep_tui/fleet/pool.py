@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import fnmatch
 import json
 import os
 import re
@@ -100,7 +101,7 @@ def is_ours(place: Path) -> bool:
 def entries(place: Path, pattern: str) -> list[Path]:
     """What is in a folder of pools; nothing where there is none, or it is not ours or closed to us."""
     try:
-        return list(place.glob(pattern)) if is_ours(place) else []
+        return [place / name for name in fnmatch.filter(os.listdir(place), pattern)] if is_ours(place) else []
     except OSError:
         return []
 

@@ -24,6 +24,7 @@ from vllm_sleep_tui.telemetry.processes import Memory, ProcessId, ProcessTable, 
 
 T = TypeVar("T")
 
+SAMPLE_SECONDS = 1.0
 JOIN_LIMIT = 2.0
 """Seconds that `close` waits for the thread; a driver that hangs must not hold up leaving."""
 FULL_SCAN_EVERY = 10
@@ -53,14 +54,15 @@ class Sampler:
         self,
         reader: GpuReader,
         simulated: Path | None,
-        interval: float = 1.0,
+        interval: float = SAMPLE_SECONDS,
         *,
         late_after: float = LATE_AFTER,
     ) -> None:
         self._reader = reader
         self._simulated = simulated
-        self._interval = interval
-        self._late_after = interval + late_after
+        self.interval = interval
+        """Seconds between two samples; may be changed at any time."""
+        self._late_after = late_after
         self._roots: Mapping[str, int] = {}
         self._latest = Sample()
         self._table: ProcessTable | None = None
@@ -79,7 +81,7 @@ class Sampler:
         """The newest sample, at once; it says so in its notes if the thread has been stuck."""
         sample = self._latest
         age = time.time() - sample.time
-        if not sample.time or not self._thread.is_alive() or age < self._late_after:
+        if not sample.time or not self._thread.is_alive() or age < self.interval + self._late_after:
             return sample
         late = f"The figures are {age:.0f} s old: the GPU driver or /proc does not answer."
         return msgspec.structs.replace(sample, notes=(*sample.notes, late))
@@ -108,7 +110,7 @@ class Sampler:
     def _run(self) -> None:
         while not self._closed.is_set():
             self.sample_once()
-            self._wake.wait(self._interval)
+            self._wake.wait(self.interval)
             self._wake.clear()
 
     def _sample(self) -> Sample:

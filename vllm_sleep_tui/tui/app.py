@@ -8,6 +8,7 @@ import gc
 import importlib
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -17,6 +18,7 @@ from textual import work
 from textual.app import App
 from textual.driver import Driver
 from textual.drivers.linux_driver import LinuxDriver
+from textual.events import Event, InputEvent
 from textual.filter import LineFilter
 from textual.notifications import Notification, Notify, SeverityLevel
 from textual.theme import Theme
@@ -38,6 +40,7 @@ from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.clipboard import to_tmux, words
 from vllm_sleep_tui.tui.state.config_watch import Agrees, ConfigWatch
 from vllm_sleep_tui.tui.state.failure import TOLD_SECONDS, Failure, ToldFailures
+from vllm_sleep_tui.tui.state.hands import Hands
 from vllm_sleep_tui.tui.state.operations import Operations
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.terminal import CLEANED, PanelDriver
@@ -59,6 +62,10 @@ if TYPE_CHECKING:
 
 READING_SECONDS = 1.0
 REST_SECONDS = 0.5
+CLEAN_SECONDS, CLEAN_AT_LAST_SECONDS = 100.0, 600.0
+"""Garbage is looked for in all memory each time that many seconds are over, if no key came just before."""
+NEVER = 1_000_000
+"""Of the youngest generations' collections before the oldest is looked at too."""
 """After the first screen."""
 MAX_MEMORY = 2**16
 _TOAST_WIDTH, _TOAST_SHARE = 54, 6
@@ -116,6 +123,8 @@ class PanelApp(App[None]):
         self._watch = watch
         self._begin, self._hint = begin, hint
         self._failures = ToldFailures()
+        self._hands = Hands()
+        self._cleaned = time.monotonic()
         self.is_told_to_leave = False
         """By a signal or the terminal's end, and not by the person."""
         self._memory = state_dir / "panel.json"
@@ -166,15 +175,31 @@ class PanelApp(App[None]):
         """The last gate before the terminal: whatever a widget was given, it gets no order of others."""
         return [*super().get_line_filters(), CLEANED]
 
+    async def on_event(self, event: Event) -> None:
+        """As every app's; that hands have moved is kept."""
+        if isinstance(event, InputEvent):
+            self._hands.move()
+        await super().on_event(event)
+
+    def _look_for_garbage(self) -> None:
+        """Look through all that the panel holds, which takes as long as ten keys, between two of them."""
+        if (
+            self._hands.rest_seconds > REST_SECONDS
+            or time.monotonic() - self._cleaned > CLEAN_AT_LAST_SECONDS
+        ):
+            gc.collect()
+            self._cleaned = time.monotonic()
+
     def on_mount(self) -> None:
         """Open the dashboard."""
         self.theme_changed_signal.subscribe(self, self._recolor)
         self._recolor(self.current_theme)
-        self.dashboard = Dashboard(self.fleet, self.operations, self.conversations)
+        self.dashboard = Dashboard(self.fleet, self.operations, self.conversations, self._hands)
         self.push_screen(self.dashboard)
         self.set_interval(READING_SECONDS, self._keep_reading)
         self.set_interval(READING_SECONDS, self._look_at_config)
         self.set_interval(READING_SECONDS, self._take_back)
+        self.set_interval(CLEAN_SECONDS, self._look_for_garbage)
         self.dashboard.call_after_refresh(self.set_timer, REST_SECONDS, self._import_rest)
         for complaint in self._complaints:
             self.notify(complaint, severity="warning", timeout=12, markup=False)
@@ -197,6 +222,7 @@ class PanelApp(App[None]):
         await asyncio.to_thread(_import_rest)
         self._take_themes((await asyncio.to_thread(load_themes, [package_folder()]))[0])
         gc.freeze()  # what was loaded is no garbage to look for, which held up a key for 44 ms
+        gc.set_threshold(*gc.get_threshold()[:2], NEVER)  # nor in the midst of keys, see `_look_for_garbage`
 
     async def _look_at_config(self) -> None:
         """Go on with a config that was changed on disk, and say what is another than before."""

@@ -9,14 +9,13 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 import psutil
 
-from vllm_sleep_tui.config.load import load
+from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.config.types import ModelConfig
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError, UsageError
@@ -38,8 +37,6 @@ from vllm_sleep_tui.telemetry.processes import (
 )
 from vllm_sleep_tui.units import GIB, gib
 
-ModelsOf = Callable[[Path], Mapping[str, ModelConfig]]
-"""The models that a config file gives; raises UsageError if it cannot be read."""
 KIND_SECONDS = 15.0
 """For a keeper to stop its server; a killed engine frees tens of GiB within this too."""
 END_SECONDS = 25.0
@@ -66,9 +63,8 @@ def find_orphans(state_dir: Path) -> tuple[Orphan, ...]:
     launches = {pid: launch for pid in mine if (launch := launch_of(pid))}
     keepers = {pid: launch for pid, launch in launches.items() if is_keeper(pid)}
     orphans: dict[int, Orphan] = {}
-    models_of = cache(_models_in)  # of 64 keepers most have the same config
     for pid, launch in keepers.items():
-        why = fault_of(pid, launch, models_of)
+        why = fault_of(pid, launch)
         if why is not None:
             for member in (pid, *table.descendants(pid)):
                 note(orphans, table, member, launch, why, member == pid)
@@ -128,7 +124,7 @@ def holder_file(pid: int) -> Path | None:
     return next((Path(path) for path in files if path.endswith(".holder")), None)
 
 
-def fault_of(pid: int, launch: str, models_of: ModelsOf) -> str | None:
+def fault_of(pid: int, launch: str) -> str | None:
     """Why nobody looks after a living keeper; None if somebody does."""
     file = keeper_file(pid)
     if file is None:
@@ -141,14 +137,22 @@ def fault_of(pid: int, launch: str, models_of: ModelsOf) -> str | None:
         return "it has no record"
     if record.launch != launch or record.state in (State.STOPPED, State.FAILED):
         return "its record tells of another server, or of none"
-    return fault_of_config(record, models_of)
+    return fault_of_config(record)
+
+
+_read: dict[Path, LoadedConfig] = {}
+"""Of 64 keepers most have the same config, and at the next look it is as it was: to read it takes 0.1 s."""
 
 
 def _models_in(path: Path) -> Mapping[str, ModelConfig]:
-    return load(path).config.models
+    """The models of a config file as it is now; raises UsageError."""
+    loaded = _read.get(path)
+    if loaded is None or not loaded.is_current():
+        loaded = _read[path] = load(path)
+    return loaded.config.models
 
 
-def fault_of_config(record: Record, models_of: ModelsOf = _models_in) -> str | None:
+def fault_of_config(record: Record) -> str | None:
     """Whether the config of a record still names its model; a config that cannot be read may."""
     path = path_of(record.config)
     try:
@@ -158,7 +162,7 @@ def fault_of_config(record: Record, models_of: ModelsOf = _models_in) -> str | N
     except OSError:
         return None
     try:
-        model = models_of(path).get(record.name)
+        model = _models_in(path).get(record.name)
     except UsageError:
         return None
     if model is None:

@@ -26,6 +26,7 @@ from vllm_sleep_tui.tui.screens.chat_keys import ChatKeys
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Chooser, Help, Question
 from vllm_sleep_tui.tui.state.copies import copies_of
 from vllm_sleep_tui.tui.state.failure import Failure
+from vllm_sleep_tui.tui.state.hands import Hands
 from vllm_sleep_tui.tui.state.operations import Operations, Running, Trouble, Work
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
 from vllm_sleep_tui.tui.state.past import PastReader, Readings
@@ -47,8 +48,10 @@ if TYPE_CHECKING:
 
 
 TICK_SECONDS = 0.25
-IDLE_TICKS = 3
-"""While nothing is under way, only every third tick looks at the fleet."""
+IDLE_TICKS, CALM_TICKS = 4, 8
+"""While nothing is under way, every fourth tick looks at the fleet, or every eighth if no key came either."""
+CALM_SECONDS = 10.0
+"""Without a key."""
 MIN_WIDTH, MIN_HEIGHT = 60, 20
 NARROW_WIDTH, LOW_HEIGHT = 100, 30
 TIMELINE_HEIGHT, SERVED_HEIGHT = 29, 2
@@ -63,8 +66,11 @@ class Dashboard(ChatKeys):
     BINDINGS: ClassVar[list[BindingType]] = bindings()
     keeps_readings = True
 
-    def __init__(self, fleet: PanelFleet, operations: Operations, conversations: Conversations) -> None:
+    def __init__(
+        self, fleet: PanelFleet, operations: Operations, conversations: Conversations, hands: Hands
+    ) -> None:
         super().__init__()
+        self._hands = hands
         self.conversations = conversations
         self.fleet = fleet
         self.operations = operations
@@ -172,8 +178,15 @@ class Dashboard(ChatKeys):
 
     async def _tick(self) -> None:
         self._ticks += 1
-        if self._is_busy or self._ticks % IDLE_TICKS == 0:
+        calm = not self._is_busy and not self.is_answering and self._hands.rest_seconds > CALM_SECONDS
+        self.fleet.look_less(calm)
+        if self._is_busy or self._ticks % (CALM_TICKS if calm else IDLE_TICKS) == 0:
             await self.look()
+
+    def on_screen_suspend(self) -> None:
+        """Figures as often as ever for the screen in front."""
+        super().on_screen_suspend()
+        self.fleet.look_less(False)
 
     async def _hear(self) -> None:
         """Show what happens when it happens, whoever does it; say so if a model failed."""

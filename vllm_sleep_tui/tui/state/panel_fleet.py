@@ -47,6 +47,10 @@ class PanelFleet(Protocol):
         """What is known now; cheap."""
         ...
 
+    def look_less(self, less: bool) -> None:
+        """Whether figures may be taken half as often: nobody is at the keys."""
+        ...
+
     def predict(self, name: str) -> Prediction:
         """What switching to a model would do; cheap."""
         ...
