@@ -165,6 +165,9 @@ class ScriptedFleet:
     def predict(self, name: str) -> Prediction:
         return prediction_for(self.now, name)
 
+    def look_less(self, less: bool) -> None:
+        """Its figures are those of the script."""
+
     def waits(self, name: str) -> str | None:
         return self.waits_for
 
