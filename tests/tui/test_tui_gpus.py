@@ -61,7 +61,7 @@ async def test_a_card_says_all_it_reads_and_why_it_is_slowed(tmp_path: Path) -> 
         await until_seen(
             pilot,
             "GPU 0  Card 0",
-            "87 % busy   72.9 / 79.6 GiB   61 °C   412 of 700 W   1980 MHz   slowed by power cap",
+            "87 % busy   72.9 / 79.6 GiB   61 °C   412 of 700 W   slowed by power cap   1980 MHz",
         )
         await until_seen(pilot, "100 %┤", "−10 min", "memory")
         await pilot.press("plus")

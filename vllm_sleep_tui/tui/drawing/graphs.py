@@ -31,6 +31,9 @@ def graph(
     import plotext  # 0.1 s that only whoever looks at graphs pays
 
     width, height = size
+    plotext.terminal.limit(
+        False, False
+    )  # it would draw no wider than a terminal, or 80 cells where there is none
     figure = plotext.figure
     figure.clear()
     figure.theme("colorless")

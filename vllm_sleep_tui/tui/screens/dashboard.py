@@ -53,6 +53,7 @@ MIN_WIDTH, MIN_HEIGHT = 60, 20
 NARROW_WIDTH, LOW_HEIGHT = 100, 30
 TIMELINE_HEIGHT, SERVED_HEIGHT = 29, 2
 """The lanes need so many lines beside the table's and their own; requests and tokens so many more."""
+_WHY_BELOW = "Why stands below the table."
 _FINDING_HINT = "⏎ to the table   ↑ ↓ move   esc all models   letters are text"
 _TYPING_HINT = "⏎ send  alt+⏎ line  ↑ earlier  esc leave the input   letters are text"
 
@@ -190,7 +191,18 @@ class Dashboard(ChatKeys):
         models = [model for model in self.fleet.snapshot().models if model.name == event.model]
         cure = next((model.cure for model in models if model.state is State.FAILED), None)
         text = "\n".join(filter(None, [event.detail or "No reason is known; its log (l) may tell.", cure]))
+        if event.model is not None and self._says_why([event.model]):
+            text = _WHY_BELOW
         self.post_message(Failure(f"{event.model} failed", text, lambda: not self._is_failed(event.model)))
+
+    def _says_why(self, names: Iterable[str]) -> bool:
+        """Whether the text below the table is in sight and about one of these models."""
+        return (
+            self.is_attached
+            and self.is_current
+            and self.selected in names
+            and self.query_one(Detail).is_on_screen
+        )
 
     def _is_failed(self, name: str | None) -> bool:
         models = self.fleet.snapshot().models
@@ -274,7 +286,7 @@ class Dashboard(ChatKeys):
         elif error is not None:
             text = f"{error.what}\n{error.cure}" if error.cure else error.what
             title = f"{running.doing[:1].upper()}{running.doing[1:]} did not work"
-            self._say_trouble(title, text, (running.model,))
+            self._say_trouble(title, _WHY_BELOW if self._says_why([running.model]) else text, [running.model])
         elif running.cancelled:
             self.notify(f"Stopped {running.doing}.", markup=False)
         if self.is_attached:

@@ -13,7 +13,7 @@ from textual.screen import Screen
 
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot
 from vllm_sleep_tui.text import one_line
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left, right
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left, right, wrap
 from vllm_sleep_tui.tui.widgets.bands import FollowingBand, KeyLine
 from vllm_sleep_tui.units import UNKNOWN, counted, time_text
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:  # with an HTTP server, for who opens it
 
 STEP_SECONDS = 0.5
 LAST_SHOWN = 50
+_WHAT_FOR = (
+    "Key o opens it: one address for every client and all models. A request for a model that is not awake "
+    "waits until it has been switched to."
+)
 _KEYS = "esc back   o open, close   y copy address   m copy a model's   ↑ ↓ scroll"
 
 
@@ -57,6 +61,8 @@ class Requests(Painted):
         lines += [
             cut_line([(left(name, 20), "text"), (url, "muted")], size.width) for name, url in self._ports
         ]
+        if not (view.is_open or view.asks or view.last):
+            return [*lines, (), *(((line, "text"),) for line in wrap(_WHAT_FOR, size.width))]
         for title, asks in (("Now", view.asks), ("Before", view.last[:LAST_SHOWN])):
             lines += [(), cut_line([(title, "muted")], size.width)]
             lines += [cut_line(_row(ask), size.width) for ask in asks] or [(("nothing", "muted"),)]

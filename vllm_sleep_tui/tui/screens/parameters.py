@@ -69,7 +69,7 @@ class ParametersScreen(ModalScreen[Parameters | None]):
         """A line each, and what is wrong with one."""
         with Vertical(classes="dialog wide") as box:
             box.border_title = Text(f"How {self._model} is asked in this conversation").markup
-            box.border_subtitle = "⏎ take  ^o presets  ^s keep as preset  ^g delete it  ^r clear  esc"
+            box.border_subtitle = "⏎ take  ^o presets  ^s keep as preset  ^g delete it  ^r clear  esc back"
             with VerticalScroll(id="parameters", can_focus=False):
                 with Horizontal():
                     yield Label("system")

@@ -16,7 +16,7 @@ from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, left, middle, right, rule
-from vllm_sleep_tui.tui.state.view import COLORS, View
+from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.words import LOOKS, memory_words, state_words
 from vllm_sleep_tui.units import NONE, clock, counted, took
 
@@ -57,7 +57,9 @@ def _tokens(view: View, model: ModelSnapshot) -> str:
     if serving is None or serving.generation_tokens_per_s is None:
         return NONE
     top = max(course, default=0.0)
-    picture = "".join(_LEVELS[min(7, int(8 * value / top))] for value in course) if top > 0 else ""
+    # One moment has no course, and of less than a token a full bar would stand beside a 0.
+    is_course = len(course) > 1 and top >= 1
+    picture = "".join(_LEVELS[min(7, int(8 * value / top))] for value in course) if is_course else ""
     return f"{picture} {serving.generation_tokens_per_s:.0f}".strip()
 
 
@@ -151,7 +153,7 @@ def header(layout: Layout, shown: str) -> Line:
 
 def swatch(view: View, name: str) -> str:
     """The shape beside a model's colour, which tells apart those that share one."""
-    return _SWATCHES[view.places[name] // COLORS % len(_SWATCHES)]
+    return _SWATCHES[view.shapes[name] % len(_SWATCHES)]
 
 
 def row(view: View, model: ModelSnapshot, layout: Layout, *, is_selected: bool, is_focused: bool) -> Line:
@@ -251,6 +253,7 @@ class ModelTable(Shown, can_focus=True):
         if self.selected not in names:
             # With no row, keys act on nobody.
             self._select(names[0] if names else None)
+        self.refresh(layout=True)
         self.repaint()
 
     def reorder(self) -> str:
