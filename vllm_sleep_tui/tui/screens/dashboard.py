@@ -191,18 +191,14 @@ class Dashboard(ChatKeys):
         models = [model for model in self.fleet.snapshot().models if model.name == event.model]
         cure = next((model.cure for model in models if model.state is State.FAILED), None)
         text = "\n".join(filter(None, [event.detail or "No reason is known; its log (l) may tell.", cure]))
-        if event.model is not None and self._says_why([event.model]):
+        if event.model is not None and self._says_why(event.model):
             text = _WHY_BELOW
         self.post_message(Failure(f"{event.model} failed", text, lambda: not self._is_failed(event.model)))
 
-    def _says_why(self, names: Iterable[str]) -> bool:
-        """Whether the text below the table is in sight and about one of these models."""
-        return (
-            self.is_attached
-            and self.is_current
-            and self.selected in names
-            and self.query_one(Detail).is_on_screen
-        )
+    def _says_why(self, name: str) -> bool:
+        """Whether the text below the table is in sight and about this model."""
+        is_about_it = self.is_attached and self.is_current and self.selected == name
+        return is_about_it and self.query_one(Detail).is_on_screen
 
     def _is_failed(self, name: str | None) -> bool:
         models = self.fleet.snapshot().models
@@ -286,7 +282,7 @@ class Dashboard(ChatKeys):
         elif error is not None:
             text = f"{error.what}\n{error.cure}" if error.cure else error.what
             title = f"{running.doing[:1].upper()}{running.doing[1:]} did not work"
-            self._say_trouble(title, _WHY_BELOW if self._says_why([running.model]) else text, [running.model])
+            self._say_trouble(title, _WHY_BELOW if self._says_why(running.model) else text, [running.model])
         elif running.cancelled:
             self.notify(f"Stopped {running.doing}.", markup=False)
         if self.is_attached:
@@ -496,7 +492,7 @@ class Dashboard(ChatKeys):
 
     def action_reorder(self) -> None:
         """Sort the table another way."""
-        self.query_one("#models").border_subtitle = f"sorted by {self._table.reorder()}  f"
+        self._table.reorder()
 
     def action_back(self) -> None:
         """Leave the input; else the timeline's cursor; else stop the answer; else an operation; else show all

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -139,7 +139,7 @@ class GatewayScreen(Screen[None]):
 
     def action_copy(self) -> None:
         """The gateway's address."""
-        self._copy(self._post.view().url)
+        self._copy(self._post.view().url, "the gateway's address")
 
     def action_copy_model(self) -> None:
         """The address of a running model of its own; of the next one each time."""
@@ -147,8 +147,9 @@ class GatewayScreen(Screen[None]):
             self.notify("No model runs that has an address of its own.", markup=False)
             return
         self._copied = (self._copied + 1) % len(self._addresses)
-        self._copy(self._addresses[self._copied][1])
+        name, address = self._addresses[self._copied]
+        self._copy(address, f"the address of {name}")
 
-    def _copy(self, text: str) -> None:
-        self.app.copy_to_clipboard(text)
-        self.notify(f"Copied {text}", markup=False)
+    def _copy(self, text: str, what: str) -> None:
+        app: Any = self.app
+        app.copy_to_clipboard(text, what)

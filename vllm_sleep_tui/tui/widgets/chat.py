@@ -39,7 +39,7 @@ ROOM_TOKENS = 256
 """What an answer needs at least; a prompt that leaves less is asked about."""
 GO_ON = "Go on exactly where you stopped."
 _NOTHING: Line = (("Nothing said yet.", "muted"),)
-_HINT: Line = (("Nothing said yet. c goes to the input below.", "muted"),)
+_HINT: Line = (("Nothing said yet; c asks.", "muted"),)
 _TOLD = (State.AWAKE, State.ASLEEP, State.STOPPED, State.FAILED)
 
 

@@ -133,9 +133,9 @@ def _times(elapsed: float, eta: float | None) -> str:
 
 
 def _step(phase: str, detail: str, fraction: float | None, width: int) -> list[Line]:
-    if fraction is None and phase in _START:
-        # A first start is of unknown length, but its phases are known.
-        lines: list[Line] = [cut_line(((_INDENT, ""), *_track(phase)), width)]
+    if (fraction is None or fraction >= 1) and phase in _START:
+        # A first start is of unknown length, but its phases are known; and one that is over is not the start.
+        lines: list[Line] = [((_INDENT, ""), *_track(phase, width - len(_INDENT)))]
         return [*lines, ((_INDENT, ""), (cut(detail, width - len(_INDENT)), "text"))] if detail else lines
     per_cent = "" if fraction is None else f" {fraction * 100:3.0f} %"
     bar = progress(fraction, width - len(_INDENT) - len(per_cent) - 1)
@@ -143,15 +143,16 @@ def _step(phase: str, detail: str, fraction: float | None, width: int) -> list[L
     return [((_INDENT, ""), (words, "text")), ((_INDENT, ""), *bar, (per_cent, "muted"))]
 
 
-def _track(phase: str) -> list[Span]:
+def _track(phase: str, width: int) -> Line:
     """The phases of a start, those that are over and the one under way marked."""
     at = _START.index(phase)
+    between = " › " if len(" › ".join(_START)) <= width else "›"
     spans: list[Span] = []
     for number, name in enumerate(_START):
-        paint = "warning bold" if number == at else "muted" if number < at else "faint"
-        spans += [(" › ", "faint")] if spans else []
+        paint = "warning bold" if number == at else "text" if number < at else "muted"
+        spans += [(between, "muted")] if spans else []
         spans.append((name, paint))
-    return spans
+    return cut_line(spans, width)
 
 
 def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
@@ -193,7 +194,7 @@ def last_switch_lines(view: View, model: ModelSnapshot, width: int, *, is_tall: 
             start: Line = ((_INDENT, ""), *row, ("   ", ""))
             lines.append((*start, (_shortened(words, width - line_width(start)), paint)))
     else:
-        title.append((f"  {figure}  ", "accent bold"))
+        title += [(f"  {figure}", "accent bold"), ("  " if gain else "", "")]
         lines = [rule([*title, (_shortened(gain, width - line_width(title) - _RULE_WIDTH), "good")], width)]
     phases = [phase for phase in phases_of(times) if phase[0] not in PARTS_OF_WAKE]
     if phases:

@@ -33,10 +33,12 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def wakes_in(past: Past, model: ModelSnapshot) -> str:
-    """What the next wake of a model takes, by those that were; of one without a server what a start takes."""
+    """What the next wake of a model takes, by those that were; of one that does not run, its start."""
     if model.state in {State.STOPPED, State.FAILED}:
         start = past.cold_starts.get(model.name)
         return NONE if start is None else f"start {_roughly(start)}"
+    if model.state in {State.STARTING, State.STOPPING}:
+        return NONE
     level = model.level if model.level is not None else int(model.resolved_level or -1)
     usual = past.percentiles.get(model.name, {}).get(level)
     if usual is not None:
@@ -142,7 +144,7 @@ def layout_for(width: int, longest_name: int, gpus: int = 1) -> Layout:
 
 
 def header(layout: Layout, shown: str) -> Line:
-    """The titles of the columns; `shown` says which rows are, if not all."""
+    """The titles of the columns; `shown` says which rows are, if not all, and in which order."""
     numbers = "".join(right(column.title, column.width) for column in layout.columns)
     names = f"model  {shown}".rstrip()
     if len(names) < layout.name:  # else what is shown takes the place of a word that states do without
@@ -256,13 +258,12 @@ class ModelTable(Shown, can_focus=True):
         self.refresh(layout=True)
         self.repaint()
 
-    def reorder(self) -> str:
-        """Sort the rows by the next of the orders; its name."""
+    def reorder(self) -> None:
+        """Sort the rows by the next of the orders."""
         self.order = ORDERS[(ORDERS.index(self.order) + 1) % len(ORDERS)]
         self._first = 0
         self.refresh(layout=True)
         self.repaint()
-        return self.order.name
 
     def _models(self) -> list[ModelSnapshot]:
         """Those that have a row, in their order."""
@@ -299,7 +300,8 @@ class ModelTable(Shown, can_focus=True):
         count = sum(isinstance(each, ModelSnapshot) for each in rows[: self._first])
         places = [number for number, name in enumerate(filter(None, self._seen), count + 1)]
         shown = f"{places[0]}–{places[-1]} of {len(models)}" if places and len(places) < len(models) else ""
-        return [header(layout, shown), *lines]
+        by = "" if self.order.key is None else f"by {self.order.name}"
+        return [header(layout, ", ".join(filter(None, [shown, by]))), *lines]
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         """One line for each model and group, and one for the titles."""
