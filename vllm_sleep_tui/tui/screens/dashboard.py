@@ -121,14 +121,14 @@ class Dashboard(ChatKeys):
         self.set_class(height < LOW_HEIGHT, "-low")
         # The timeline is the first thing to go, what a key would do the last; but with its cursor out the
         # timeline is what is looked at.
-        self._fit_timeline(len(self.fleet.snapshot().models))
+        self._fit_timeline()
         words = f"The panel needs {MIN_WIDTH}×{MIN_HEIGHT} at least; this terminal has {width}×{height}."
         self.query_one("#too-small", Static).update(words)
 
-    def _fit_timeline(self, models: int) -> None:
-        timeline = self.query_one(Timeline)
-        rows = min(models, self.size.height // 3)
-        self.set_class(models > rows, "-many")
+    def _fit_timeline(self) -> None:
+        timeline, wanted = self.query_one(Timeline), self._table.rows
+        rows = min(wanted, self.size.height // 3)
+        self.set_class(wanted > rows, "-many")
         spare = self.size.height - TIMELINE_HEIGHT - rows - timeline.lanes
         self.set_class(spare < 0, "-cramped")
         timeline.shows_served = spare >= SERVED_HEIGHT
@@ -217,7 +217,7 @@ class Dashboard(ChatKeys):
         self.query_one(Detail).show(view)
         timeline = self.query_one(Timeline)
         timeline.show(view)
-        self._fit_timeline(len(view.snapshot.models))
+        self._fit_timeline()
         self._past.look(view.snapshot, timeline.window.seconds)
         self.query_one(ChatPane).show(view)
 

@@ -44,6 +44,8 @@ def wakes_in(past: Past, model: ModelSnapshot) -> str:
     if usual is not None:
         return took(usual.p50)
     last = model.last_switch
+    if last is not None and model.level is not None and str(model.level) != (model.resolved_level or ""):
+        return NONE  # it was from another level, as a rule
     return NONE if last is None or last.phases.get("wake") is None else took(last.total)
 
 
@@ -305,7 +307,12 @@ class ModelTable(Shown, can_focus=True):
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         """One line for each model and group, and one for the titles."""
-        return 1 + len(self._rows(self._models()))
+        return 1 + self.rows
+
+    @property
+    def rows(self) -> int:
+        """The lines below the titles, if there is room for all."""
+        return len(self._rows(self._models()))
 
     def _rows(self, models: Sequence[ModelSnapshot]) -> list[ModelSnapshot | tuple[int, ...]]:
         """What stands in the table: models, and before the first one of each group its GPUs."""
