@@ -37,6 +37,8 @@ SIZES = "60x20,80x24,120x40,200x60"
 THEMES = "night,day"
 _TEXT = re.compile(r'<text class="[^"]*" x="([\d.]+)" y="([\d.]+)"[^>]*>(.*?)</text>', re.DOTALL)
 SETTLE_SECONDS = 20.0
+_SLOW = "big"
+"""The last model of the demo."""
 _CELL = 12.2
 """The width of a character in Textual's SVG."""
 
@@ -119,13 +121,13 @@ async def _story(camera: Camera, app: PanelApp, pilot: Pilot[None], fleet: Fleet
     await camera.take("empty", "SIMULATED", "qwen", "stopped")
     await pilot.press("question_mark")
     await camera.take("help", "Keys and words", "Switch to the selected model")
-    await pilot.press("escape", "t")
-    await pilot.pause(0.3)
-    await camera.take("themes", "forest")
-    await pilot.press("escape", "home", "u")
-    await until(pilot, lambda: state("qwen") is State.STARTING)
-    await camera.take("starting", "qwen")
-    await until(pilot, lambda: state("qwen") is State.AWAKE)
+    await pilot.press("escape")
+    await camera.take("themes", "forest", opened_by="t")
+    await pilot.press("end", "u")
+    await until(pilot, lambda: state(_SLOW) is State.STARTING)
+    await camera.take("starting", f"starting {_SLOW}")
+    await fleet.stop([_SLOW], force=True)
+    await fleet.start(["qwen"])
     await fleet.start(["coder"])
     await fleet.switch("phi")
     await fleet.switch("qwen")
@@ -178,6 +180,15 @@ async def _story(camera: Camera, app: PanelApp, pilot: Pilot[None], fleet: Fleet
     await camera.take("failed", "failed", "SIGKILL")
 
 
+def _with_a_slow_one(path: Path, speed: float) -> Path:
+    """The same config, in which the start of one model lasts until it has been taken in every size."""
+    text = path.read_text(encoding="utf-8")
+    head, _, model = text.partition(f"  {_SLOW}:\n")
+    ours, theirs = (f'VLLM_SIM_SPEED: "{each:g}"' for each in (speed, min(speed, 1.0)))
+    path.write_text(f"{head}  {_SLOW}:\n{model.replace(ours, theirs, 1)}", encoding="utf-8")
+    return path
+
+
 async def make(
     into: Path, sizes: Sequence[tuple[int, int]], themes: Sequence[str], speed: float, *, png: bool
 ) -> Camera:
@@ -185,7 +196,8 @@ async def make(
     with tempfile.TemporaryDirectory(prefix="vst-") as folder:
         state = Path(folder) / "state"
         state.mkdir(mode=0o700)
-        async with Fleet(load(write_demo(Path(folder) / "demo", speed)), state) as fleet:
+        config = _with_a_slow_one(write_demo(Path(folder) / "demo", speed), speed)
+        async with Fleet(load(config), state) as fleet:
             post = Post(fleet, GatewayConfig())
             app = PanelApp(fleet, state_dir=state, theme_folders=[package_folder()], post=post)
             try:

@@ -38,8 +38,8 @@ from vllm_sleep_tui.tui.theme import package_folder
 
 AGREE_SECONDS = 60.0
 """So long the two may differ: each looks at the models by its own clock."""
-_CHANGING = re.compile(r"[\d.:/%]+|[░▒█▁▂▃▄▅▆▇╷│·–\s]+|[\u2800-\u28ff]")
-"""What goes on while one looks: figures, the course of lines and bars."""
+_CHANGING = re.compile(r"[\d.:/%░▒█▁▂▃▄▅▆▇╷│·–\s\u2800-\u28ff]+")
+"""What goes on while one looks: figures, the course of lines, bars and curves."""
 _TMUX_CONFIG = "set -g status off\nset -g escape-time 0\n"
 _MORE_GPU = "  - {name: Demo, memory: 24GiB}\n"
 _MORE = """\

@@ -61,8 +61,8 @@ def hundredths(seconds: float) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """A short measured time: 26 ms."""
-    return f"{seconds * 1000:.0f} ms"
+    """A short measured time: 26 ms, <1 ms."""
+    return "<1 ms" if 0 < seconds < 0.0005 else f"{seconds * 1000:.0f} ms"
 
 
 def precise(seconds: float) -> str:

@@ -193,9 +193,9 @@ async def test_z_gives_the_chat_the_whole_screen_and_the_input_scrolls_it(tmp_pa
         await until_seen(pilot, "line 199")
         await pilot.press("pageup", "pageup", "x")
         await until(pilot, lambda: "line 199" not in text_of(pilot.app), "what was said before")
-        await until_seen(pilot, "x")
+        await until_seen(pilot, "x", "─ new ^n ─")
         await pilot.press("escape", "z")
-        await until_seen(pilot, "Models", "Chat with qwen")
+        await until_seen(pilot, "Models", "Chat with qwen", "─ new ^n · all h · ask p · zoom z ─")
 
 
 async def test_at_80_by_24_a_death_is_told_in_the_chat_too(tmp_path: Path) -> None:
@@ -262,7 +262,10 @@ async def test_conversations_are_found_gone_on_with_renamed_exported_and_deleted
         await until(pilot, lambda: len(fleet.asked) == 2, "the other question")
         await until(pilot, lambda: not pilot.app.dashboard.is_answering, "its answer")  # type: ignore[attr-defined]
         await pilot.press("escape", "h")
-        await until_seen(pilot, "Conversations", "sea?", "other  2")
+        await until_seen(pilot, "Conversations", "sea?", "other  2", "x delete  e export  J as JSON ─")
+        await pilot.resize_terminal(60, 20)
+        await until_seen(pilot, "─ esc back  ⏎ open  / find  r rename  x delete ─")  # whole keys
+        await pilot.resize_terminal(120, 40)
         await pilot.press("slash", *"blue")
         await until(pilot, lambda: not any("other  2" in line for line in lines_of(pilot.app)), "the search")
         await pilot.press("enter", "e")

@@ -175,7 +175,8 @@ async def test_a_refusal_is_told_and_stays_with_its_cure_until_the_next_operatio
         await until_seen(
             pilot, "waking phi did not work", "3 GiB are free. [/b]", "Put qwen to sleep first (s)."
         )
-        await until_seen(pilot, "Waking phi did not work")
+        await until_seen(pilot, "Waking phi did not work", "Why stands below the table.")
+        assert text_of(pilot.app).count("3 GiB are free.") == 1  # said once, where it stays
         pilot.app.clear_notifications()
         await until(pilot, lambda: "Waking phi" not in text_of(pilot.app), "the end of the toast")
         assert "waking phi did not work" in text_of(pilot.app)
@@ -335,6 +336,21 @@ async def test_long_lines_of_the_log_are_broken_at_the_edge_anew_for_each_width(
         await until(pilot, lambda: text_of(pilot.app).count("word-") == 40, "all of it in fewer columns")
         assert all(len(line) <= 60 for line in lines_of(pilot.app))
         await until_seen(pilot, "ERROR 11-23", "word-39")
+        with (tmp_path / "phi.log").open("a") as file:
+            file.writelines(f"INFO line {number} of the log\n" for number in range(100))
+        await until_seen(pilot, "line 99 of")
+        for size in (
+            (60, 20),
+            (100, 30),
+            (100, 22),
+        ):  # who follows still does in another size, who reads reads on
+            await pilot.resize_terminal(*size)
+            await until_seen(pilot, "line 99 of")
+        await pilot.press("pageup")
+        await until(pilot, lambda: "line 99 of" not in text_of(pilot.app), "further up")
+        await pilot.resize_terminal(100, 20)
+        await pilot.pause()
+        assert "line 99 of" not in text_of(pilot.app)
 
 
 async def test_help_lists_every_key_and_the_palette_knows_the_same_words(tmp_path: Path) -> None:
@@ -599,9 +615,24 @@ async def test_of_64_models_on_8_gpus_the_rows_are_counted_and_neighbours_on_a_b
         await until_seen(pilot, "model  1–11 of 64", "GPU 6", "GPU 7")
         await pilot.press("end")
         await until_seen(pilot, "of 64", "▶ ▟ extra-59")
-        colors = View(snapshot=fleet.now).colors
+        view = View(snapshot=fleet.now)
         for gpu in range(8):
-            assert len({colors[one.name] for one in models if one.gpus == (gpu,)}) == 8
+            assert len({view.colors[one.name] for one in models if one.gpus == (gpu,)}) == 8
+        assert len({(view.colors[one.name], view.shapes[one.name]) for one in models}) == 64
+
+
+def test_of_twelve_models_the_first_eight_have_a_colour_each_whatever_gpus_they_share() -> None:
+    fleet = ScriptedFleet()
+    many(fleet, 8)
+    gpus = ((0,), (0,), (1,), (0, 1), (2,), (3,), (4,), (5,), (), (0,), (2,), (3,))
+    models = tuple(
+        msgspec.structs.replace(one, gpus=on) for one, on in zip(fleet.now.models, gpus, strict=True)
+    )
+    view = View(snapshot=msgspec.structs.replace(fleet.now, models=models))
+    names = [one.name for one in models]
+    assert [view.colors[name] for name in names[:8]] == [f"m{number}" for number in range(8)]
+    assert len({(view.colors[name], view.shapes[name]) for name in names}) == 12
+    assert view.colors[names[9]] not in {view.colors[name] for name in (names[0], names[1], names[3])}
 
 
 async def test_the_table_sorts_by_what_is_asked(tmp_path: Path) -> None:
@@ -611,10 +642,10 @@ async def test_the_table_sorts_by_what_is_asked(tmp_path: Path) -> None:
         await until_seen(pilot, "▌ extra-0")
         in_file = rows(lines_of(pilot.app))
         await pilot.press("f")
-        await until_seen(pilot, "sorted by state")
+        await until_seen(pilot, "model  by state")
         assert rows(lines_of(pilot.app))[:2] == ["extra-10", "qwen"]
         await pilot.press("f")
-        await until_seen(pilot, "sorted by GPU")
+        await until_seen(pilot, "model  by GPU")
         assert rows(lines_of(pilot.app))[-1] == "extra-11"
         await until_seen(pilot, "─ GPU 1  4 models, 0 awake ─")
         # The row under a group's title is chosen by its place on the screen, titles counted.
@@ -623,7 +654,7 @@ async def test_the_table_sorts_by_what_is_asked(tmp_path: Path) -> None:
         await pilot.click(offset=(10, at + 1))
         await until_seen(pilot, "Chat with extra-1")
         await pilot.press("f", "f", "f")
-        await until_seen(pilot, "sorted by the config")
+        await until(pilot, lambda: "model  by" not in text_of(pilot.app), "the order of the config")
         assert rows(lines_of(pilot.app)) == in_file
 
 

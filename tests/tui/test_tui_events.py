@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -129,6 +130,9 @@ async def test_what_happens_meanwhile_appears_and_the_cursor_stays_where_it_was_
         assert "─ vision " in text_of(pilot.app)
         await pilot.press("end")
         await until_seen(pilot, "─ qwen ", "by process 9")
+        keep(fleet, FleetEvent(time=now, kind=Kind.STATE, model="qwen", state=State.ASLEEP, pid=os.getpid()))
+        await pilot.press("end")
+        await until_seen(pilot, "─ qwen ", "by this panel")
 
 
 async def test_without_events_it_says_so(fleet: ScriptedFleet, tmp_path: Path) -> None:

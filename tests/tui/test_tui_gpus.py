@@ -61,13 +61,25 @@ async def test_a_card_says_all_it_reads_and_why_it_is_slowed(tmp_path: Path) -> 
         await until_seen(
             pilot,
             "GPU 0  Card 0",
-            "87 % busy   72.9 / 79.6 GiB   61 °C   412 of 700 W   1980 MHz   slowed by power cap",
+            "87 % busy   72.9 / 79.6 GiB   61 °C   412 of 700 W   slowed by power cap   1980 MHz",
         )
         await until_seen(pilot, "100 %┤", "−10 min", "memory")
         await pilot.press("plus")
         await until_seen(pilot, "−1 h")
         await pilot.press("escape")
         await until_seen(pilot, "last switch to qwen")
+
+
+async def test_eight_cards_are_in_sight_and_none_cuts_a_figure(tmp_path: Path) -> None:
+    fleet = fleet_of(8, power_limit_watts=700, sm_clock_mhz=1980, throttle=())
+    async with panel(fleet, tmp_path, size=(80, 24)) as pilot:
+        await pilot.press("g")
+        await until_seen(pilot, *(f"GPU {index}  Card {index}" for index in range(6)))
+        assert not [line for line in lines_of(pilot.app) if "% busy" in line and "…" in line]
+        await pilot.resize_terminal(120, 40)
+        await until_seen(pilot, *(f"GPU {index}  Card {index}" for index in range(8)), "412 of 700 W")
+        await pilot.resize_terminal(200, 60)
+        await until_seen(pilot, "full speed allowed", "−10 min")
 
 
 async def test_a_card_that_tells_nothing_shows_no_zero(tmp_path: Path) -> None:

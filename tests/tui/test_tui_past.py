@@ -47,6 +47,8 @@ async def test_under_the_last_switch_stand_what_it_saved_and_what_is_usual(
         await until_seen(pilot, "drain 4 ms · sleep 67 ms · settle 4 ms · wake 0.36 s ·", "prove 26 ms")
         await until_seen(pilot, "╰─╯•  ╵╰─╯ s")  # 0.46 s, three lines high
         await until_seen(pilot, "p50 0.46 s · p95 0.61 s over 3 switches at level 1")
+        await pilot.resize_terminal(100, 30)  # what does not fit is said in fewer words
+        await until_seen(pilot, "last switch to phi  0.46 s  102 × faster ─", "46.7 s saved")
 
 
 async def test_a_start_is_called_one_and_saves_nothing(fleet: ScriptedFleet, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ async def test_the_cursor_tells_state_switch_phases_and_what_was_served(
         await until_told(pilot, f"{woke}  qwen  ● awake", "● qwen      ·", "◐ phi       ▁")
         await until_seen(pilot, "switch to qwen", "0.46 s   drain 4 ms · sleep 67 ms", "prove 26 ms")
         await pilot.press("left")
-        await until_told(pilot, "qwen  ◐ asleep L1  esc ─", "◐ qwen      ·", "switch to qwen")
+        await until_told(pilot, "qwen  ◐ asleep L1  esc ends ─", "◐ qwen      ·", "switch to qwen")
         await walk_to(pilot, "right", "qwen  ● awake  2 requests · 1,000 tokens in 10 s")
         await pilot.press("down")
         await until_told(pilot, "phi  ◐ asleep L1  qwen: 2 requests", "no switch to phi in this time")
@@ -162,7 +162,7 @@ async def test_an_input_keeps_the_keys_of_the_cursor(fleet: ScriptedFleet, tmp_p
     async with panel(fleet, tmp_path, size=USUAL) as pilot:
         await pilot.press("c", "a", "b", "left", "left_square_bracket")
         await until_seen(pilot, "a[b")
-        assert " esc ─" not in text_of(pilot.app)
+        assert " esc ends ─" not in text_of(pilot.app)
 
 
 async def test_in_a_low_terminal_the_timeline_takes_the_place_of_the_detail_while_its_cursor_is_out(
@@ -178,7 +178,7 @@ async def test_in_a_low_terminal_the_timeline_takes_the_place_of_the_detail_whil
         await until_told(pilot, "phi  ◐ asleep L1")
         await pilot.press("escape")
         await until_seen(pilot, "then wakes phi.")
-        assert " esc ─" not in text_of(pilot.app)
+        assert " esc ends ─" not in text_of(pilot.app)
 
 
 async def test_with_many_models_requests_and_tokens_give_way_and_the_selected_lane_stays(

@@ -11,7 +11,7 @@ from enum import StrEnum
 import msgspec
 
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.units import hundredths
+from vllm_sleep_tui.units import took
 
 
 class Kind(StrEnum):
@@ -76,8 +76,8 @@ class FleetEvent(msgspec.Struct, frozen=True, kw_only=True):
     def sentence(self) -> str:
         """What happened, for a person, without its time and model."""
         if self.kind is Kind.OPERATION:
-            took = f" after {hundredths(self.seconds)}" if self.seconds is not None else ""
-            return f"{self.operation} {self.outcome}{took}{f': {self.detail}' if self.detail else ''}"
+            after = f" after {took(self.seconds)}" if self.seconds is not None else ""
+            return f"{self.operation} {self.outcome}{after}{f': {self.detail}' if self.detail else ''}"
         if self.kind is Kind.FAULT:
             return f"failed: {self.detail or 'no reason is known'}"
         if self.kind is Kind.CONFIG:

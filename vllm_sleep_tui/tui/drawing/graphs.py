@@ -9,6 +9,8 @@ from vllm_sleep_tui.tui.drawing.paint import Line
 from vllm_sleep_tui.tui.state.past import Point
 
 MIN_WIDTH, MIN_HEIGHT = 20, 4
+_ROOM_FOR_THREE = 5
+"""Lines of a graph that has one for each of three marks."""
 _FIRST_DOT, _LAST_DOT = "\u2800", "\u28ff"
 
 
@@ -31,6 +33,9 @@ def graph(
     import plotext  # 0.1 s that only whoever looks at graphs pays
 
     width, height = size
+    plotext.terminal.limit(
+        False, False
+    )  # it would draw no wider than a terminal, or 80 cells where there is none
     figure = plotext.figure
     figure.clear()
     figure.theme("colorless")
@@ -40,7 +45,9 @@ def graph(
     figure.ruler("x").lim(-seconds, 0)
     figure.ruler("x").ticks([-seconds, 0], [f"−{words}", "now"])
     figure.ruler("y").lim(0, 100)
-    figure.ruler("y").ticks([0, 50, 100], ["0", "50", "100 %"])
+    middle = {} if height < _ROOM_FOR_THREE else {50: "50"}  # else it would stand where 0 is
+    marks = {0: "0", **middle, 100: "100 %"}
+    figure.ruler("y").ticks(list(marks), list(marks.values()))
     if values:
         signal = figure.signal([at for at, _ in values], [value for _, value in values], marker="braille")
         figure.draw(signal.lines() if len(values) > 1 else signal)

@@ -295,7 +295,7 @@ def title(
     if total.words:
         spans += [(f"  {whose(entries, name)}{total.words}", "text")]
         spans += [(f" in {time_sum(total.seconds)}", "muted")]
-    spans.append(("  esc", "muted"))
+    spans.append(("  esc ends", "muted"))
     while line_width(spans) > width and len(spans) > 1:
         spans.pop()
     return spans

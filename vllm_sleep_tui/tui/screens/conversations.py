@@ -11,7 +11,6 @@ from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
@@ -21,11 +20,12 @@ from vllm_sleep_tui.files import is_taken, write_private
 from vllm_sleep_tui.fleet.conversations import Conversations, Kept, as_json, as_markdown
 from vllm_sleep_tui.paths import here
 from vllm_sleep_tui.text import clean
-from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
+from vllm_sleep_tui.tui.screens.dialogs import Choice, KeyedBox, Question
 from vllm_sleep_tui.units import counted, date_and_time
 
 PAGE = 200
 """Conversations that are read at once; at the end of them the next ones are."""
+_KEYS = "esc back  ⏎ open  / find  r rename  x delete  e export  J as JSON"
 
 
 class ConversationList(ModalScreen[int | None]):
@@ -53,9 +53,8 @@ class ConversationList(ModalScreen[int | None]):
 
     def compose(self) -> ComposeResult:
         """Words to find by, and the list."""
-        with Vertical(classes="dialog wide") as box:
+        with KeyedBox(_KEYS, classes="dialog wide") as box:
             box.border_title = "Conversations"
-            box.border_subtitle = "⏎ open  / find  r rename  e export  J as JSON  x delete  esc"
             yield Input(placeholder="/ finds by words of titles, questions and answers", compact=True)
             yield OptionList(id="conversations")
 

@@ -56,6 +56,7 @@ MIN_WIDTH, MIN_HEIGHT = 60, 20
 NARROW_WIDTH, LOW_HEIGHT = 100, 30
 TIMELINE_HEIGHT, SERVED_HEIGHT = 29, 2
 """The lanes need so many lines beside the table's and their own; requests and tokens so many more."""
+_WHY_BELOW = "Why stands below the table."
 _FINDING_HINT = "⏎ to the table   ↑ ↓ move   esc all models   letters are text"
 _TYPING_HINT = "⏎ send  alt+⏎ line  ↑ earlier  esc leave the input   letters are text"
 
@@ -126,14 +127,14 @@ class Dashboard(ChatKeys):
         self.set_class(height < LOW_HEIGHT, "-low")
         # The timeline is the first thing to go, what a key would do the last; but with its cursor out the
         # timeline is what is looked at.
-        self._fit_timeline(len(self.fleet.snapshot().models))
+        self._fit_timeline()
         words = f"The panel needs {MIN_WIDTH}×{MIN_HEIGHT} at least; this terminal has {width}×{height}."
         self.query_one("#too-small", Static).update(words)
 
-    def _fit_timeline(self, models: int) -> None:
-        timeline = self.query_one(Timeline)
-        rows = min(models, self.size.height // 3)
-        self.set_class(models > rows, "-many")
+    def _fit_timeline(self) -> None:
+        timeline, wanted = self.query_one(Timeline), self._table.rows
+        rows = min(wanted, self.size.height // 3)
+        self.set_class(wanted > rows, "-many")
         spare = self.size.height - TIMELINE_HEIGHT - rows - timeline.lanes
         self.set_class(spare < 0, "-cramped")
         timeline.shows_served = spare >= SERVED_HEIGHT
@@ -203,7 +204,14 @@ class Dashboard(ChatKeys):
         models = [model for model in self.fleet.snapshot().models if model.name == event.model]
         cure = next((model.cure for model in models if model.state is State.FAILED), None)
         text = "\n".join(filter(None, [event.detail or "No reason is known; its log (l) may tell.", cure]))
+        if event.model is not None and self._says_why(event.model):
+            text = _WHY_BELOW
         self.post_message(Failure(f"{event.model} failed", text, lambda: not self._is_failed(event.model)))
+
+    def _says_why(self, name: str) -> bool:
+        """Whether the text below the table is in sight and about this model."""
+        is_about_it = self.is_attached and self.is_current and self.selected == name
+        return is_about_it and self.query_one(Detail).is_on_screen
 
     def _is_failed(self, name: str | None) -> bool:
         models = self.fleet.snapshot().models
@@ -222,7 +230,7 @@ class Dashboard(ChatKeys):
         self.query_one(Detail).show(view)
         timeline = self.query_one(Timeline)
         timeline.show(view)
-        self._fit_timeline(len(view.snapshot.models))
+        self._fit_timeline()
         self._past.look(view.snapshot, timeline.window.seconds)
         self.query_one(ChatPane).show(view)
 
@@ -287,7 +295,7 @@ class Dashboard(ChatKeys):
         elif error is not None:
             text = f"{error.what}\n{error.cure}" if error.cure else error.what
             title = f"{running.doing[:1].upper()}{running.doing[1:]} did not work"
-            self._say_trouble(title, text, (running.model,))
+            self._say_trouble(title, _WHY_BELOW if self._says_why(running.model) else text, [running.model])
         elif running.cancelled:
             self.notify(f"Stopped {running.doing}.", markup=False)
         if self.is_attached:
@@ -497,7 +505,7 @@ class Dashboard(ChatKeys):
 
     def action_reorder(self) -> None:
         """Sort the table another way."""
-        self.query_one("#models").border_subtitle = f"sorted by {self._table.reorder()}  f"
+        self._table.reorder()
 
     def action_back(self) -> None:
         """Leave the input; else the timeline's cursor; else stop the answer; else an operation; else show all

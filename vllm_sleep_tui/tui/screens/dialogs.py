@@ -16,6 +16,7 @@ from textual.widgets import Button, Label, OptionList, Static
 from textual.widgets.option_list import Option
 
 from vllm_sleep_tui.tui.keys import ELSEWHERE, keys_of
+from vllm_sleep_tui.tui.widgets.bands import keys_that_fit
 from vllm_sleep_tui.tui.words import GLOSSARY
 
 ROOMY_WIDTH = 80
@@ -23,6 +24,20 @@ ROOMY_WIDTH = 80
 LINE_WIDTH = 70
 """Columns in the widest dialog."""
 _CANCEL = "esc  Cancel"
+_CORNERS_WIDTH = 6
+"""Of a border, where no title can be."""
+
+
+class KeyedBox(Vertical):
+    """A dialog's box with its keys in the lower border, whole ones, as many as fit."""
+
+    def __init__(self, keys: str, *, classes: str) -> None:
+        super().__init__(classes=classes)
+        self._keys = keys
+
+    def on_resize(self) -> None:
+        """Fit them."""
+        self.border_subtitle = keys_that_fit(self._keys, self.outer_size.width - _CORNERS_WIDTH)
 
 
 class Choice(NamedTuple):

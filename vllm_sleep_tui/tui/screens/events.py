@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from bisect import bisect_left
 from collections import deque
@@ -139,6 +140,7 @@ class EventList(Painted, can_focus=True):
         lines += [((" ", ""),)] * (room - len(lines))
         chosen = shown[index]
         who = f"by process {chosen.pid}" if chosen.pid is not None else ""
+        who = "by this panel" if chosen.pid == os.getpid() else who
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(chosen.time))
         title = [(f"{chosen.model} ", "text bold"), (f"{moment} {who}".rstrip(), "muted")]
         lines.append(rule(title, size.width))

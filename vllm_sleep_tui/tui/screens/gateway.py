@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -13,7 +13,7 @@ from textual.screen import Screen
 
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot
 from vllm_sleep_tui.text import one_line
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left, right
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left, right, wrap
 from vllm_sleep_tui.tui.widgets.bands import FollowingBand, KeyLine
 from vllm_sleep_tui.units import UNKNOWN, counted, time_text
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:  # with an HTTP server, for who opens it
 
 STEP_SECONDS = 0.5
 LAST_SHOWN = 50
+_WHAT_FOR = (
+    "Key o opens it: one address for every client and all models. A request for a model that is not awake "
+    "waits until it has been switched to."
+)
 _KEYS = "esc back   o open, close   y copy address   m copy a model's   ↑ ↓ scroll"
 
 
@@ -57,6 +61,8 @@ class Requests(Painted):
         lines += [
             cut_line([(left(name, 20), "text"), (url, "muted")], size.width) for name, url in self._ports
         ]
+        if not (view.is_open or view.asks or view.last):
+            return [*lines, (), *(((line, "text"),) for line in wrap(_WHAT_FOR, size.width))]
         for title, asks in (("Now", view.asks), ("Before", view.last[:LAST_SHOWN])):
             lines += [(), cut_line([(title, "muted")], size.width)]
             lines += [cut_line(_row(ask), size.width) for ask in asks] or [(("nothing", "muted"),)]
@@ -133,7 +139,7 @@ class GatewayScreen(Screen[None]):
 
     def action_copy(self) -> None:
         """The gateway's address."""
-        self._copy(self._post.view().url)
+        self._copy(self._post.view().url, "the gateway's address")
 
     def action_copy_model(self) -> None:
         """The address of a running model of its own; of the next one each time."""
@@ -141,8 +147,9 @@ class GatewayScreen(Screen[None]):
             self.notify("No model runs that has an address of its own.", markup=False)
             return
         self._copied = (self._copied + 1) % len(self._addresses)
-        self._copy(self._addresses[self._copied][1])
+        name, address = self._addresses[self._copied]
+        self._copy(address, f"the address of {name}")
 
-    def _copy(self, text: str) -> None:
-        self.app.copy_to_clipboard(text)
-        self.notify(f"Copied {text}", markup=False)
+    def _copy(self, text: str, what: str) -> None:
+        app: Any = self.app
+        app.copy_to_clipboard(text, what)

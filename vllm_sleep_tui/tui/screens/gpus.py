@@ -12,7 +12,7 @@ from textual.geometry import Size
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot
 from vllm_sleep_tui.tui.drawing.bars import stacked
 from vllm_sleep_tui.tui.drawing.graphs import MIN_HEIGHT, MIN_WIDTH, buckets, graph
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left, line_width
 from vllm_sleep_tui.tui.drawing.timeline import WINDOWS, Window
 from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.panel_fleet import PanelFleet
@@ -30,6 +30,10 @@ _KEYS = "esc back   + − time   o order   ↑ ↓ scroll"
 _CARD_SHARE = 0.6
 """Of the screen's height that the cards may take together."""
 _AXIS_WIDTH = 6
+_ALWAYS = 3
+"""The pieces of a card's figures that are never left out: how busy it is, and its memory."""
+_WIDE, _CARD_HEIGHT = 120, 4
+"""So wide a screen has two cards side by side if there are more; the lines of a card without graphs."""
 
 
 def figures(gpu: GpuSnapshot) -> list[Span]:
@@ -42,13 +46,20 @@ def figures(gpu: GpuSnapshot) -> list[Span]:
     if gpu.power_watts is not None:
         cap = "" if gpu.power_limit_watts is None else f" of {gpu.power_limit_watts:.0f}"
         spans.append((f"   {gpu.power_watts:.0f}{cap} W", "text"))
-    if gpu.sm_clock_mhz is not None:
-        spans.append((f"   {gpu.sm_clock_mhz} MHz", "text"))
     if gpu.throttle:
         spans.append((f"   slowed by {', '.join(gpu.throttle)}", "warning bold"))
-    elif gpu.throttle is not None:
+    if gpu.sm_clock_mhz is not None:
+        spans.append((f"   {gpu.sm_clock_mhz} MHz", "text"))
+    if gpu.throttle is not None and not gpu.throttle:
         spans.append(("   full speed allowed", "muted"))
     return spans
+
+
+def _whole(spans: list[Span], width: int) -> Line:
+    """As many of the figures as fit, none of them cut, if at least the first do."""
+    while len(spans) > _ALWAYS and line_width(spans) > width:
+        spans = spans[:-1]
+    return cut_line(spans, width)
 
 
 def _number(value: float | None) -> str:
@@ -83,7 +94,7 @@ class GpuCard(Painted):
         view, gpu = self._view, self._gpu
         if view is None:
             return []
-        lines = [cut_line(figures(gpu), size.width)]
+        lines = [_whole(figures(gpu), size.width)]
         if gpu.total_bytes:
             lines.append(
                 stacked(gpu_parts(gpu, view.snapshot.models, view.colors), gpu.total_bytes, size.width)
@@ -172,11 +183,14 @@ class GpuScreen(LookingScreen):
 
     def _show_cards(self, snapshot: FleetSnapshot) -> None:
         """The graphs share the height that the cards may take."""
-        view, window = View(snapshot=snapshot), WINDOWS[self._zoom_step]
-        room = int(self.size.height * _CARD_SHARE) // max(1, len(snapshot.gpus))
+        view, window, count = View(snapshot=snapshot), WINDOWS[self._zoom_step], len(snapshot.gpus)
+        height = int(self.size.height * _CARD_SHARE)
+        side_by_side = count > 2 and (self.size.width >= _WIDE or count * _CARD_HEIGHT > height)
+        self.query_one("#cards").set_class(side_by_side, "-two")
+        room = height // max(1, (count + 1) // 2 if side_by_side else count)
         for gpu in snapshot.gpus:
             if gpu.uuid in self._cards:
-                self._cards[gpu.uuid].show(view, gpu, window, min(14, room - 5))
+                self._cards[gpu.uuid].show(view, gpu, window, min(14, room - _CARD_HEIGHT - 1))
 
     async def _show_processes(self, snapshot: FleetSnapshot) -> None:
         processes = await self._fleet.processes()

@@ -49,20 +49,30 @@ class WrappedLog(RichLog):
         super().__init__(max_lines=4 * KEPT_LINES, wrap=True, min_width=1, id=id)
         self._kept: deque[str] = deque(maxlen=KEPT_LINES)
         self._laid_out_for = 0
+        self._is_followed = True
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        """Who leaves the end reads; who comes back to it follows again."""
+        super().watch_scroll_y(old_value, new_value)
+        self._is_followed = self.is_vertical_scroll_end
 
     def write_lines(self, lines: Iterable[str]) -> None:
         """Append; of more than can be kept the last are."""
         new = list(lines)[-KEPT_LINES:]
         self._kept.extend(new)
-        self.write(painted(new, palette_of(self)), scroll_end=self.is_vertical_scroll_end)
+        self.write(painted(new, palette_of(self)), scroll_end=self._is_followed)
 
     def on_resize(self, event: Resize) -> None:
-        """Break the lines anew for another width; RichLog's own handler runs besides."""
-        width = self.scrollable_content_region.width
+        """Break the lines anew for another width, the end in sight; RichLog's own handler runs besides."""
+        width, was_followed = self.scrollable_content_region.width, self._is_followed
         if width != self._laid_out_for and self._laid_out_for and self._kept:
             kept = list(self._kept)
+            self._kept.clear()
             self.clear()
+            self._is_followed = was_followed  # without a line it is at its end
             self.write_lines(kept)
+        elif was_followed:
+            self.scroll_end(animate=False)
         self._laid_out_for = width
 
 

@@ -12,14 +12,14 @@ from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static, TextArea
 
 from vllm_sleep_tui.config.parameters import ParameterError, Parameters, parameters
 from vllm_sleep_tui.paths import here
 from vllm_sleep_tui.text import one_line
-from vllm_sleep_tui.tui.screens.dialogs import Choice, Chooser, Question
+from vllm_sleep_tui.tui.screens.dialogs import Choice, Chooser, KeyedBox, Question
 
 _LINES = {
     "temperature": ("temperature", "0 to 100"),
@@ -32,6 +32,7 @@ _LINES = {
     "logprobs": ("logprobs", "alternatives of each token, 0 to 20"),
 }
 """Of each parameter that is one line: its title, and what is written there."""
+_KEYS = "esc cancels  ⏎ take  ^o presets  ^s keep as preset  ^g delete it  ^r clear"
 _AS_JSON = ("stop", "schema", "tools")
 
 
@@ -67,9 +68,8 @@ class ParametersScreen(ModalScreen[Parameters | None]):
 
     def compose(self) -> ComposeResult:
         """A line each, and what is wrong with one."""
-        with Vertical(classes="dialog wide") as box:
+        with KeyedBox(_KEYS, classes="dialog wide") as box:
             box.border_title = Text(f"How {self._model} is asked in this conversation").markup
-            box.border_subtitle = "⏎ take  ^o presets  ^s keep as preset  ^g delete it  ^r clear  esc"
             with VerticalScroll(id="parameters", can_focus=False):
                 with Horizontal():
                     yield Label("system")

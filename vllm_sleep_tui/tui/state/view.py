@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, ModelSnapshot, Prediction
@@ -33,10 +34,10 @@ class View:
     """How far the panel's benchmark is; empty while none runs."""
     running: Mapping[str, Running] = field(default_factory=dict)
     troubles: Mapping[str, Trouble] = field(default_factory=dict)
-    places: dict[str, int] = field(init=False)
-    """The place of each model in the file, from 0."""
     colors: dict[str, str] = field(init=False)
     """The paint of each model."""
+    shapes: dict[str, int] = field(init=False)
+    """How many models before it in the file have its paint: they need another shape beside it."""
 
     @property
     def model(self) -> ModelSnapshot | None:
@@ -44,8 +45,10 @@ class View:
         return None if self.selected is None else self.snapshot.model(self.selected)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "places", {model.name: at for at, model in enumerate(self.snapshot.models)})
-        object.__setattr__(self, "colors", _colors(self.snapshot.models))
+        models = self.snapshot.models
+        looks = list(zip(models, _looks(tuple(model.gpus for model in models)), strict=True))
+        object.__setattr__(self, "colors", {model.name: f"m{color}" for model, (color, _) in looks})
+        object.__setattr__(self, "shapes", {model.name: shape for model, (_, shape) in looks})
 
     @property
     def awake(self) -> tuple[ModelSnapshot, ...]:
@@ -58,16 +61,20 @@ class View:
         return any(gpu.simulated for gpu in self.snapshot.gpus)
 
 
-def _colors(models: Sequence[ModelSnapshot]) -> dict[str, str]:
-    """By the place in the file; of more than COLORS, by that among those on the same GPUs.
+@lru_cache(maxsize=4)
+def _looks(gpus: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, int], ...]:
+    """Colour and shape of each model, in the order of the file, by its GPUs; no two have both in common.
 
-    So neighbours on the bar of a GPU differ, as long as there are colours.
+    A model gets the colour that the fewest on its GPUs have, of those the one that the fewest have at all: so
+    neighbours on a bar differ as long as there are colours, and COLORS models differ wherever they are.
     """
-    if len(models) <= COLORS:
-        return {model.name: f"m{index}" for index, model in enumerate(models)}
-    before: Counter[tuple[int, ...]] = Counter()
-    colors = {}
-    for model in models:
-        colors[model.name] = f"m{(before[model.gpus] + sum(model.gpus)) % COLORS}"
-        before[model.gpus] += 1
-    return colors
+    near: Counter[tuple[int, int]] = Counter()
+    all_of: Counter[int] = Counter()
+    looks = []
+    for mine in gpus:
+        taken = [(sum(near[gpu, color] for gpu in mine), all_of[color]) for color in range(COLORS)]
+        color = taken.index(min(taken))
+        looks.append((color, all_of[color]))
+        near.update((gpu, color) for gpu in mine)
+        all_of[color] += 1
+    return tuple(looks)

@@ -39,7 +39,7 @@ ROOM_TOKENS = 256
 """What an answer needs at least; a prompt that leaves less is asked about."""
 GO_ON = "Go on exactly where you stopped."
 _NOTHING: Line = (("Nothing said yet.", "muted"),)
-_HINT: Line = (("Nothing said yet. c goes to the input below.", "muted"),)
+_HINT: Line = (("Nothing said yet; c asks.", "muted"),)
 _TOLD = (State.AWAKE, State.ASLEEP, State.STOPPED, State.FAILED)
 
 
@@ -167,10 +167,12 @@ class ChatPane(Vertical):
     def on_descendant_focus(self) -> None:
         """Into the input."""
         self._turn_hint()
+        self._name_keys()
 
     def on_descendant_blur(self) -> None:
         """Out of it."""
         self._turn_hint()
+        self._name_keys()
 
     def _show_status(self) -> None:
         if self._view is not None:
@@ -201,8 +203,12 @@ class ChatPane(Vertical):
         asked = self._talk.parameters.words() if self._talk is not None else ""
         title = ("Chat with ", (name, f"bold {color}"), f" · {asked}" if asked else "")
         self.border_title = Text.assemble(*title).markup
-        self.border_subtitle = "new ^n · all h · ask p · zoom z"
+        self._name_keys()
         self.input.placeholder = f"Ask {name} …  alt+⏎ new line"
+
+    def _name_keys(self) -> None:
+        """Only keys that do what is said: in the input letters are text."""
+        self.border_subtitle = "new ^n" if self.input.has_focus else "new ^n · all h · ask p · zoom z"
 
     def recolor(self) -> None:
         """Follow a change of theme."""

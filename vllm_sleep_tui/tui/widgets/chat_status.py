@@ -75,7 +75,7 @@ class ChatStatus(Painted):
         meter = context_words(self._used, self._limit)
         is_full = self._used and self._limit and self._used > FULL_SHARE * self._limit
         right: Line = ((meter, "warning bold" if is_full else "muted"),) if meter else ()
-        head, cost = _who(view, model), _cost(view, model)
+        head, cost = _who(view, model), self._cost(view, model)
         one = (*head, (" ", ""), *cost) if cost else head
         if line_width(one) + line_width(right) + 1 <= size.width or not cost:
             gap = size.width - line_width(one) - line_width(right)
@@ -86,6 +86,17 @@ class ChatStatus(Painted):
             cut_line((*head, (" " * max(1, gap), ""), *right), size.width),
             cut_line((("  ", ""), *below), size.width),
         ]
+
+    def _cost(self, view: View, model: ModelSnapshot) -> tuple[Span, ...]:
+        """Why it cannot answer, unless that stands in full beside the chat; else what an answer costs."""
+        is_alone = self.screen.has_class("-narrow") or self.screen.has_class("-zoomed")
+        return (_failure(model) if is_alone else ()) or _cost(view, model)
+
+
+def _failure(model: ModelSnapshot) -> tuple[Span, ...]:
+    if model.state is State.FAILED and model.reason:
+        return ((f"· {model.reason}", "bad"),)
+    return ((f"· {model.last_failure.sentence}", "bad"),) if model.last_failure is not None else ()
 
 
 def _who(view: View, model: ModelSnapshot) -> tuple[Span, ...]:
@@ -99,10 +110,6 @@ def _who(view: View, model: ModelSnapshot) -> tuple[Span, ...]:
 
 
 def _cost(view: View, model: ModelSnapshot) -> tuple[Span, ...]:
-    if model.state is State.FAILED and model.reason:
-        return ((f"· {model.reason}", "bad"),)
-    if model.last_failure is not None:
-        return ((f"· {model.last_failure.sentence}", "bad"),)
     if model.operation is not None or model.state in (State.STARTING, State.WAKING, State.FALLING_ASLEEP):
         return (
             ((f"· {model.phase or ''} {model.progress or ''}".rstrip(" ·"), "warning"),)

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rich.cells import cell_len
 from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import SETTLED, StartPhase, State
 from vllm_sleep_tui.tui.drawing.bars import large, phase_bar, progress
-from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, cut, cut_line, rule, wrap
+from vllm_sleep_tui.tui.drawing.paint import (
+    Line,
+    Shown,
+    Span,
+    cut,
+    cut_line,
+    line_width,
+    middle,
+    rule,
+    wrap,
+)
 from vllm_sleep_tui.tui.state.operations import Running
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.words import DOING, PARTS_OF_WAKE, phases_of
@@ -18,6 +29,9 @@ from vllm_sleep_tui.units import clock, counted, time_sum, took
 
 _INDENT = "  "
 _START = [phase.value for phase in StartPhase]
+_THAN_A_START = " than a start"
+_RULE_WIDTH = 3
+"""Of a rule beside its title."""
 NOTED_SHARE = 0.05
 """Time of a switch that belongs to no phase is shown when it is more than this share of it."""
 AIRY_HEIGHT, TALL_WIDTH = 36, 48
@@ -119,9 +133,9 @@ def _times(elapsed: float, eta: float | None) -> str:
 
 
 def _step(phase: str, detail: str, fraction: float | None, width: int) -> list[Line]:
-    if fraction is None and phase in _START:
-        # A first start is of unknown length, but its phases are known.
-        lines: list[Line] = [cut_line(((_INDENT, ""), *_track(phase)), width)]
+    if (fraction is None or fraction >= 1) and phase in _START:
+        # A first start is of unknown length, but its phases are known; and one that is over is not the start.
+        lines: list[Line] = [((_INDENT, ""), *_track(phase, width - len(_INDENT)))]
         return [*lines, ((_INDENT, ""), (cut(detail, width - len(_INDENT)), "text"))] if detail else lines
     per_cent = "" if fraction is None else f" {fraction * 100:3.0f} %"
     bar = progress(fraction, width - len(_INDENT) - len(per_cent) - 1)
@@ -129,15 +143,16 @@ def _step(phase: str, detail: str, fraction: float | None, width: int) -> list[L
     return [((_INDENT, ""), (words, "text")), ((_INDENT, ""), *bar, (per_cent, "muted"))]
 
 
-def _track(phase: str) -> list[Span]:
+def _track(phase: str, width: int) -> Line:
     """The phases of a start, those that are over and the one under way marked."""
     at = _START.index(phase)
+    between = " › " if len(" › ".join(_START)) <= width else "›"
     spans: list[Span] = []
     for number, name in enumerate(_START):
-        paint = "warning bold" if number == at else "muted" if number < at else "faint"
-        spans += [(" › ", "faint")] if spans else []
+        paint = "warning bold" if number == at else "text" if number < at else "muted"
+        spans += [(between, "muted")] if spans else []
         spans.append((name, paint))
-    return spans
+    return cut_line(spans, width)
 
 
 def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
@@ -169,17 +184,18 @@ def last_switch_lines(view: View, model: ModelSnapshot, width: int, *, is_tall: 
     ]
     figure = took(times.total)
     if is_tall:
-        said = [
-            [(_path(view.past, model), "text bold")],
-            [(gain, "good")] if gain else [],
-            [(saved_words(view.past, model), "muted")],
-        ]
+        said = (
+            (_path(view.past, model), "text bold"),
+            (gain, "good"),
+            (saved_words(view.past, model), "muted"),
+        )
         lines = [rule(title, width)]
-        for row, words in zip(large(figure, "accent bold"), said, strict=True):
-            lines.append(cut_line(((_INDENT, ""), *row, ("   ", ""), *words), width))
+        for row, (words, paint) in zip(large(figure, "accent bold"), said, strict=True):
+            start: Line = ((_INDENT, ""), *row, ("   ", ""))
+            lines.append((*start, (_shortened(words, width - line_width(start)), paint)))
     else:
-        title += [(f"  {figure}", "accent bold"), (f"  {gain}" if gain else "", "good")]
-        lines = [rule(title, width)]
+        title += [(f"  {figure}", "accent bold"), ("  " if gain else "", "")]
+        lines = [rule([*title, (_shortened(gain, width - line_width(title) - _RULE_WIDTH), "good")], width)]
     phases = [phase for phase in phases_of(times) if phase[0] not in PARTS_OF_WAKE]
     if phases:
         rest = times.total - sum(seconds for _, seconds in phases)
@@ -201,6 +217,14 @@ def _phase_words(phases: list[tuple[str, float]], all_phases: list[tuple[str, fl
     ]
 
 
+def _shortened(words: str, width: int) -> str:
+    """Of `words` what fits into `width` cells and says something by itself: all, or without its end."""
+    for shorter in (words, words.removesuffix(_THAN_A_START), words.partition(" · ")[0]):
+        if cell_len(shorter) <= width:
+            return shorter
+    return middle(words, width)
+
+
 def _was_start(times: SwitchTimes) -> bool:
     return times.phases.get("wake") is None
 
@@ -210,7 +234,7 @@ def _gain(past: Past, model: ModelSnapshot) -> str:
     cold, last = past.cold_starts.get(model.name), model.last_switch
     if cold is None or last is None or _was_start(last) or cold < 2 * last.total:
         return ""
-    return f"{cold / last.total:.0f} × faster than a start"
+    return f"{cold / last.total:.0f} × faster{_THAN_A_START}"
 
 
 def _path(past: Past, model: ModelSnapshot) -> str:

@@ -16,7 +16,7 @@ from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.snapshot import ModelSnapshot
 from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, left, middle, right, rule
-from vllm_sleep_tui.tui.state.view import COLORS, View
+from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.words import LOOKS, memory_words, state_words
 from vllm_sleep_tui.units import NONE, clock, counted, took
 
@@ -33,15 +33,19 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def wakes_in(past: Past, model: ModelSnapshot) -> str:
-    """What the next wake of a model takes, by those that were; of one without a server what a start takes."""
+    """What the next wake of a model takes, by those that were; of one that does not run, its start."""
     if model.state in {State.STOPPED, State.FAILED}:
         start = past.cold_starts.get(model.name)
         return NONE if start is None else f"start {_roughly(start)}"
+    if model.state in {State.STARTING, State.STOPPING}:
+        return NONE
     level = model.level if model.level is not None else int(model.resolved_level or -1)
     usual = past.percentiles.get(model.name, {}).get(level)
     if usual is not None:
         return took(usual.p50)
     last = model.last_switch
+    if last is not None and model.level is not None and str(model.level) != (model.resolved_level or ""):
+        return NONE  # it was from another level, as a rule
     return NONE if last is None or last.phases.get("wake") is None else took(last.total)
 
 
@@ -57,7 +61,9 @@ def _tokens(view: View, model: ModelSnapshot) -> str:
     if serving is None or serving.generation_tokens_per_s is None:
         return NONE
     top = max(course, default=0.0)
-    picture = "".join(_LEVELS[min(7, int(8 * value / top))] for value in course) if top > 0 else ""
+    # One moment has no course, and of less than a token a full bar would stand beside a 0.
+    is_course = len(course) > 1 and top >= 1
+    picture = "".join(_LEVELS[min(7, int(8 * value / top))] for value in course) if is_course else ""
     return f"{picture} {serving.generation_tokens_per_s:.0f}".strip()
 
 
@@ -140,7 +146,7 @@ def layout_for(width: int, longest_name: int, gpus: int = 1) -> Layout:
 
 
 def header(layout: Layout, shown: str) -> Line:
-    """The titles of the columns; `shown` says which rows are, if not all."""
+    """The titles of the columns; `shown` says which rows are, if not all, and in which order."""
     numbers = "".join(right(column.title, column.width) for column in layout.columns)
     names = f"model  {shown}".rstrip()
     if len(names) < layout.name:  # else what is shown takes the place of a word that states do without
@@ -151,7 +157,7 @@ def header(layout: Layout, shown: str) -> Line:
 
 def swatch(view: View, name: str) -> str:
     """The shape beside a model's colour, which tells apart those that share one."""
-    return _SWATCHES[view.places[name] // COLORS % len(_SWATCHES)]
+    return _SWATCHES[view.shapes[name] % len(_SWATCHES)]
 
 
 def row(view: View, model: ModelSnapshot, layout: Layout, *, is_selected: bool, is_focused: bool) -> Line:
@@ -251,15 +257,15 @@ class ModelTable(Shown, can_focus=True):
         if self.selected not in names:
             # With no row, keys act on nobody.
             self._select(names[0] if names else None)
+        self.refresh(layout=True)
         self.repaint()
 
-    def reorder(self) -> str:
-        """Sort the rows by the next of the orders; its name."""
+    def reorder(self) -> None:
+        """Sort the rows by the next of the orders."""
         self.order = ORDERS[(ORDERS.index(self.order) + 1) % len(ORDERS)]
         self._first = 0
         self.refresh(layout=True)
         self.repaint()
-        return self.order.name
 
     def _models(self) -> list[ModelSnapshot]:
         """Those that have a row, in their order."""
@@ -296,11 +302,17 @@ class ModelTable(Shown, can_focus=True):
         count = sum(isinstance(each, ModelSnapshot) for each in rows[: self._first])
         places = [number for number, name in enumerate(filter(None, self._seen), count + 1)]
         shown = f"{places[0]}–{places[-1]} of {len(models)}" if places and len(places) < len(models) else ""
-        return [header(layout, shown), *lines]
+        by = "" if self.order.key is None else f"by {self.order.name}"
+        return [header(layout, ", ".join(filter(None, [shown, by]))), *lines]
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         """One line for each model and group, and one for the titles."""
-        return 1 + len(self._rows(self._models()))
+        return 1 + self.rows
+
+    @property
+    def rows(self) -> int:
+        """The lines below the titles, if there is room for all."""
+        return len(self._rows(self._models()))
 
     def _rows(self, models: Sequence[ModelSnapshot]) -> list[ModelSnapshot | tuple[int, ...]]:
         """What stands in the table: models, and before the first one of each group its GPUs."""
