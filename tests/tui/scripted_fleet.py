@@ -16,7 +16,7 @@ from vllm_sleep_tui.fleet.advice import Advice, apply_text
 from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.pictures import Picture
-from vllm_sleep_tui.fleet.server_log import ServerLog
+from vllm_sleep_tui.fleet.server_log import ServerLog, earlier_at, earlier_of
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
     FleetSnapshot,
@@ -193,8 +193,15 @@ class ScriptedFleet:
         async def forget() -> None:
             self.change(name, last_failure=None)
 
-        died = {one.name: one.last_failure for one in self.now.models}
-        return ServerLog(self.logs / f"{name}.log", died.get(name), forget)
+        died = {one.name: one.last_failure for one in self.now.models}.get(name)
+        earlier = None if died is None else earlier_of(died)
+        return ServerLog(self.logs / f"{name}.log", earlier, None if died is None else forget)
+
+    async def log_at(self, name: str, event: FleetEvent) -> ServerLog:
+        log = self.log(name)
+        launches = await asyncio.to_thread(self.history.launches_around, name, event.time)
+        earlier = earlier_at(log.path, event, *launches)
+        return log if earlier is None else ServerLog(log.path, earlier)
 
     def change(self, name: str, **fields: Any) -> None:
         """Another snapshot, with one model changed."""

@@ -78,7 +78,13 @@ async def test_a_failure_of_the_night_is_found_and_explained_in_three_keys(
                 time=now - 3600 + at, kind=Kind.STATE, model="qwen", state=State.AWAKE, operation="wake"
             ),
         )
-    (tmp_path / "coder.log").write_text("the last words of coder\n")
+    died = now - 6 * 3600
+    for start in (died - 100, died + 1):
+        fleet.history.record_state("coder", State.STARTING, at=start)
+    dead = tmp_path / "coder.log.died"
+    dead.write_text("".join(f"before {number}\n" for number in range(100)) + "the last words of coder\n")
+    os.utime(dead, (died, died))
+    (tmp_path / "coder.log").write_text("".join(f"since {number}\n" for number in range(100)))
     async with panel(fleet, tmp_path) as pilot:
         await pilot.press("n")
         await until_seen(pilot, "Events", "awake by wake")
@@ -88,8 +94,14 @@ async def test_a_failure_of_the_night_is_found_and_explained_in_three_keys(
         assert "awake by wake" not in text_of(pilot.app)
         await pilot.press("up")
         await until_seen(pilot, "─ coder ")
+        # Of the server that died, in sight at once, though another has said more since.
         await pilot.press("l")
-        await until_seen(pilot, "the last words of coder")
+        await until_seen(pilot, "the last words of coder", "failed: the engine was killed by SIGKILL.")
+        assert "since " not in text_of(pilot.app).replace("since then", "")
+        await pilot.resize_terminal(100, 30)
+        await until_seen(pilot, "the last words of coder", "failed: the engine was killed by SIGKILL.")
+        await pilot.press("end")
+        await until_seen(pilot, "since 99")
         await pilot.press("escape")
         await until_seen(pilot, "failures only")
         await pilot.press("enter")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,8 +31,10 @@ def demo(tmp_path: Path) -> LoadedConfig:
 
 
 @asynccontextmanager
-async def real_panel(demo: LoadedConfig, state_dir: Path) -> AsyncIterator[tuple[Pilot[None], Fleet]]:
-    async with Fleet(demo, state_dir) as fleet:
+async def real_panel(
+    demo: LoadedConfig, state_dir: Path, *, leads: bool = False
+) -> AsyncIterator[tuple[Pilot[None], Fleet]]:
+    async with Fleet(demo, state_dir, leads=leads) as fleet:
         app = PanelApp(fleet, state_dir=state_dir, theme_folders=[package_folder()])
         try:
             async with app.run_test(size=(120, 40), notifications=True) as pilot:
@@ -92,6 +96,34 @@ async def test_stopping_all_on_quit_leaves_nothing_and_the_log_can_be_read_befor
         await pilot.press("s")
         await until(pilot, lambda: not pilot.app.is_running or pilot.app._exit, "the end")
         assert all(model.state is State.STOPPED for model in fleet.snapshot().models)
+
+
+async def test_a_death_at_night_is_explained_in_three_keys_as_the_docs_show_it(
+    demo: LoadedConfig, tmp_path: Path
+) -> None:
+    def plain(text: str) -> str:
+        return re.sub(r"\d+", "0", re.sub(r"[│\s]+", " ", text))
+
+    page = (Path(__file__).parents[2] / "docs/serve.md").read_text(encoding="utf-8")
+    walk = page.partition("<!-- night:")[2].partition("<!-- /night -->")[0]
+    head, failure, words = re.findall(r"```\n(.*?)\n```", walk, re.DOTALL)
+    async with real_panel(demo, tmp_path / "state", leads=True) as (pilot, fleet):
+        await pilot.press("enter")
+        await until(pilot, lambda: "● awake" in row_of(pilot, "qwen"), "qwen awake")
+        server = fleet.snapshot().models[0].pid
+        engine = Path(f"/proc/{server}/task/{server}/children").read_text().split()[0]
+        os.kill(int(engine), signal.SIGKILL)
+        # The panel started it again, and nobody has looked yet.
+        await until(pilot, lambda: plain(head) in plain(text_of(pilot.app)), head)
+        await pilot.press("n", "f")
+        await until(pilot, lambda: plain(failure) in plain(text_of(pilot.app)), failure)
+        await pilot.press("l")
+        await until(pilot, lambda: plain(words) in plain(text_of(pilot.app)), words)
+        # Seen, so the head is quiet; the event leads to that server's words all the same.
+        await pilot.press("escape")
+        await until(pilot, lambda: "died, restarted" not in text_of(pilot.app), "a quiet head")
+        await pilot.press("l")
+        await until_seen(pilot, "EngineDeadError", "failed: The engine process was killed. What follows")
 
 
 async def test_escape_during_a_start_leaves_the_model_stopped(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from vllm_sleep_tui.fleet.operations.chat import answer, check_sees
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor, ended
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.pictures import Picture
-from vllm_sleep_tui.fleet.server_log import ServerLog, log_of
+from vllm_sleep_tui.fleet.server_log import ServerLog, log_at, log_of
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
     FleetSnapshot,
@@ -242,6 +242,11 @@ class Fleet:
     def log(self, name: str) -> ServerLog:
         """What the model's servers said; raises OperationError if its record cannot be read."""
         return log_of(self._core.records, name, forgets=not self.is_read_only)
+
+    async def log_at(self, name: str, event: FleetEvent) -> ServerLog:
+        """As `log`, but it begins with what the server of an event said, if another was started since."""
+        launches = await asyncio.to_thread(self._core.history.launches_around, name, event.time)
+        return log_at(self._core.records, name, event, launches, forgets=not self.is_read_only)
 
     # ── for who carries requests to the servers ──────────────────────────────────────────────────────────
 

@@ -606,11 +606,14 @@ class Server:
 
     # ── proof ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def take_reference(self) -> None:
-        """Ask the proof's question of a model that is known to be well, with nothing cached."""
+    async def take_reference(self, seconds: float | None = None) -> None:
+        """Ask the proof's question, with nothing cached, of a model that is known to be well.
+
+        It has `seconds` for the answer, or as long as any call.
+        """
         with contextlib.suppress(EngineRefused):
             await self.client.reset_prefix_cache(self.core.limits.call)
-        reference = await proof.ask(self.client, self.name, self.core.limits.call)
+        reference = await proof.ask(self.client, self.name, seconds or self.core.limits.call)
         self.model.write(reference=reference)
 
     def ask_along(self, level: int) -> asyncio.Future[bool | None] | None:

@@ -74,7 +74,7 @@ NO_GUARD_CURE = (
     "Look in its log what became of `--middleware`; name a vLLM 0.24 or newer itself in `vllm_command`."
 )
 WARM_UP_LIMIT = 300.0
-"""The first request of a fresh server took 26 s on a CPU (vLLM 0.32)."""
+"""The first request of a fresh server took 26 s on a CPU (vLLM 0.32); the next, longer, 60 s under load."""
 
 
 def check_startable(model: Model) -> None:
@@ -451,7 +451,7 @@ class Start:
         if self.is_asked_to_stop():
             raise OperationError(f"{self.name} was asked to stop.")
         if warm:
-            await server.take_reference()
+            await server.take_reference(WARM_UP_LIMIT)
         await self.measure()
         seconds = time.monotonic() - self.began
         self.model.remember(lambda known: known.with_time("start", seconds))

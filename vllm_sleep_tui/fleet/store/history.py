@@ -226,6 +226,15 @@ class History:
                 )
         return spans
 
+    def launches_around(self, model: str, moment: float) -> tuple[float, float]:
+        """When the last start before a moment began and the first after it; -inf, inf where none is known."""
+        ((before, after),) = self._read(
+            "SELECT MAX(CASE WHEN time <= ?4 THEN time END), MIN(CASE WHEN time > ?4 THEN time END) "
+            "FROM states WHERE config = ?1 AND model = ?2 AND state = ?3",
+            (self._config, model, State.STARTING.value, moment),
+        ) or ((None, None),)
+        return -math.inf if before is None else before, math.inf if after is None else after
+
     def served_between(self, start: float, end: float, step: int = BUCKET) -> list[Served]:
         """What was served in stretches of `step` seconds, a multiple of `BUCKET`; by model, oldest first."""
         rows = self._read(

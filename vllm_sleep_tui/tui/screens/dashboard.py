@@ -557,12 +557,12 @@ class Dashboard(ChatKeys):
         await self.run_action(action)
         self.changed()
 
-    def action_log(self) -> None:
+    async def action_log(self) -> None:
         """The selected model's log."""
         from vllm_sleep_tui.tui.screens.logs import show_log
 
         if self.selected is not None:
-            show_log(self, self.fleet, self.selected)
+            await show_log(self, self.fleet, self.selected)
 
     @work
     async def action_events(self) -> None:

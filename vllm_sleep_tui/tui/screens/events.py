@@ -246,7 +246,7 @@ class EventScreen(Screen["FleetEvent | None"]):
         """A double click."""
         self.action_moment()
 
-    def action_log(self) -> None:
-        """The log of the selected event's model."""
+    async def action_log(self) -> None:
+        """What the server said that the selected event is about, though others were started since."""
         if (event := self._list.selected) is not None and event.models:
-            show_log(self, self._fleet, event.models[0])
+            await show_log(self, self._fleet, event.models[0], event)

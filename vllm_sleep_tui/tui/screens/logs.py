@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.events import Resize
+from textual.geometry import Size
 from textual.screen import Screen
 from textual.widgets import RichLog
 
 from vllm_sleep_tui.errors import PanelError
+from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.server_log import ServerLog
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot
 from vllm_sleep_tui.text import clean
@@ -48,7 +50,7 @@ class WrappedLog(RichLog):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(max_lines=4 * KEPT_LINES, wrap=True, min_width=1, id=id)
         self._kept: deque[str] = deque(maxlen=KEPT_LINES)
-        self._laid_out_for = 0
+        self._laid_out_for = Size()
         self._is_followed = True
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
@@ -56,24 +58,35 @@ class WrappedLog(RichLog):
         super().watch_scroll_y(old_value, new_value)
         self._is_followed = self.is_vertical_scroll_end
 
-    def write_lines(self, lines: Iterable[str]) -> None:
-        """Append; of more than can be kept the last are."""
+    def write_lines(self, lines: Iterable[str], *, follows: bool = True) -> None:
+        """Append; of more than can be kept the last are. Who is at the end stays there if it `follows`."""
         new = list(lines)[-KEPT_LINES:]
         self._kept.extend(new)
-        self.write(painted(new, palette_of(self)), scroll_end=self._is_followed)
+        self.write(painted(new, palette_of(self)), scroll_end=follows and self._is_followed)
+
+    def begin(self, before: Sequence[str], after: Sequence[str]) -> None:
+        """Begin with two parts, the end of the first in view: that is what is looked for."""
+        self.write_lines(before, follows=False)
+        seam, height = len(self.lines), self.scrollable_content_region.height
+        self.write_lines(after, follows=False)
+        top = max(0, seam - height)
+        self._is_followed = top + height >= len(self.lines)
+        self.scroll_to(y=top, animate=False)
 
     def on_resize(self, event: Resize) -> None:
-        """Break the lines anew for another width, the end in sight; RichLog's own handler runs besides."""
-        width, was_followed = self.scrollable_content_region.width, self._is_followed
-        if width != self._laid_out_for and self._laid_out_for and self._kept:
-            kept = list(self._kept)
+        """Break the lines anew for another width, with what was in view; RichLog has a handler besides."""
+        size, before, followed = self.scrollable_content_region.size, self._laid_out_for, self._is_followed
+        if size.width != before.width and before.width and self._kept:
+            kept, bottom = list(self._kept), (self.scroll_y + before.height) / max(1, len(self.lines))
             self._kept.clear()
             self.clear()
-            self._is_followed = was_followed  # without a line it is at its end
-            self.write_lines(kept)
-        elif was_followed:
+            self.write_lines(kept, follows=False)
+            self._is_followed = followed  # without a line it was at its end
+            if not followed:  # who reads further up stays there, as near as other breaks allow
+                self.scroll_to(y=max(0, round(bottom * len(self.lines)) - size.height), animate=False)
+        if followed:
             self.scroll_end(animate=False)
-        self._laid_out_for = width
+        self._laid_out_for = size
 
 
 class LogScreen(LookingScreen):
@@ -92,6 +105,8 @@ class LogScreen(LookingScreen):
         self._look = look
         self._is_empty = True
         self._is_reading = False
+        self._words = 0
+        """How many of the lines that come next are the last ones of an earlier server."""
         self._read = self._first
 
     def compose(self) -> ComposeResult:
@@ -128,11 +143,17 @@ class LogScreen(LookingScreen):
                 log.border_subtitle = str(self._log.path).replace("[", r"\[")
             elif (left_out := len(lines) - STEP_LINES) > 0:
                 lines = [f"… {left_out:,} lines are left out here; the file has them", *lines[left_out:]]
-            log.write_lines(clean(line).expandtabs(4) for line in lines[-KEPT_LINES:])
+            shown = [clean(line).expandtabs(4) for line in lines[-KEPT_LINES:]]
+            words, self._words = self._words, 0
+            if words:
+                log.begin(shown[:words], shown[words:])
+            else:
+                log.write_lines(shown)
 
     def _first(self) -> list[str]:
         """What is there when the screen opens: the end of a long log, not its beginning."""
         words = self._log.last_words(KEPT_LINES // 2)
+        self._words = len(words)
         return [*words, *self._log.last(KEPT_LINES - len(words))]
 
     def action_end(self) -> None:
@@ -144,10 +165,15 @@ class LogScreen(LookingScreen):
         self.dismiss()
 
 
-def show_log(screen: Screen[Any], fleet: PanelFleet, model: str) -> None:
-    """Open the log of a model over a screen; whoever reads it has seen why its server died."""
+async def show_log(
+    screen: Screen[Any], fleet: PanelFleet, model: str, event: FleetEvent | None = None
+) -> None:
+    """Open the log of a model over a screen, at an event if one is told.
+
+    Whoever reads the last words of a server that died has seen why.
+    """
     try:
-        log = fleet.log(model)
+        log = fleet.log(model) if event is None else await fleet.log_at(model, event)
     except PanelError as error:  # a record that cannot be read, or a model that the config had once
         screen.notify(f"{error.what}\n{error.cure}", severity="error", timeout=12, markup=False)
         return

@@ -79,6 +79,10 @@ class PanelFleet(Protocol):
         """What the model's servers said."""
         ...
 
+    async def log_at(self, name: str, event: FleetEvent) -> ServerLog:
+        """As `log`, below what the server of an event said, if another was started since."""
+        ...
+
     async def start(self, names: Sequence[str], *, report: Report | None = None) -> object:
         """Start models."""
         ...
