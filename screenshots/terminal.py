@@ -170,6 +170,7 @@ def differences(terminal: str, picture: str, shows: Sequence[str]) -> list[str]:
 
 
 def _words_of(text: str) -> list[str]:
+    text = text.replace("by this panel", "by process")  # what one of the two did, the other says by its pid
     return [_CHANGING.sub(" ", line).strip() for line in text.rstrip().splitlines()]
 
 
