@@ -40,6 +40,8 @@ AGREE_SECONDS = 60.0
 """So long the two may differ: each looks at the models by its own clock."""
 _CHANGING = re.compile(r"[\d.:/%░▒█▁▂▃▄▅▆▇╷│·–\s\u2800-\u28ff]+")
 """What goes on while one looks: figures, the course of lines, bars and curves."""
+_WHO = re.compile(r"by (this panel|process \d+) ─+")
+"""One of the two did it, the other gives its pid; the line goes on to the same edge."""
 _TMUX_CONFIG = "set -g status off\nset -g escape-time 0\n"
 _MORE_GPU = "  - {name: Demo, memory: 24GiB}\n"
 _MORE = """\
@@ -170,7 +172,7 @@ def differences(terminal: str, picture: str, shows: Sequence[str]) -> list[str]:
 
 
 def _words_of(text: str) -> list[str]:
-    text = text.replace("by this panel", "by process")  # what one of the two did, the other says by its pid
+    text = _WHO.sub("by somebody", text)
     return [_CHANGING.sub(" ", line).strip() for line in text.rstrip().splitlines()]
 
 
