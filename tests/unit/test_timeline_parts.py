@@ -118,10 +118,10 @@ def test_the_title_names_who_served_and_leaves_off_whole_what_does_not_fit() -> 
     def words(entries: list[Served], width: int = 80) -> str:
         return "".join(part for part, _ in title("a", "m0", awake, entries, "12:00:00", width))
 
-    assert words(entries) == "12:00:00  a  ● awake  all: 3 requests · 1,230 tokens in 10 s  esc"
-    assert words(entries[:1]) == "12:00:00  a  ● awake  2 requests · 1,200 tokens in 10 s  esc"
-    assert words(entries[1:]) == "12:00:00  a  ● awake  b: 1 request · 30 tokens in 10 s  esc"
-    assert words([]) == "12:00:00  a  ● awake  esc"
+    assert words(entries) == "12:00:00  a  ● awake  all: 3 requests · 1,230 tokens in 10 s  esc ends"
+    assert words(entries[:1]) == "12:00:00  a  ● awake  2 requests · 1,200 tokens in 10 s  esc ends"
+    assert words(entries[1:]) == "12:00:00  a  ● awake  b: 1 request · 30 tokens in 10 s  esc ends"
+    assert words([]) == "12:00:00  a  ● awake  esc ends"
     assert words(entries, 54) == "12:00:00  a  ● awake  all: 3 requests · 1,230 tokens"
     assert words(entries, 40) == "12:00:00  a  ● awake"
 

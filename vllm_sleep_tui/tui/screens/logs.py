@@ -84,7 +84,7 @@ class WrappedLog(RichLog):
             self._is_followed = followed  # without a line it was at its end
             if not followed:  # who reads further up stays there, as near as other breaks allow
                 self.scroll_to(y=max(0, round(bottom * len(self.lines)) - size.height), animate=False)
-        if followed:
+        if followed and self._kept:
             self.scroll_end(animate=False)
         self._laid_out_for = size
 
