@@ -18,8 +18,9 @@ from textual import work
 from textual.app import App
 from textual.driver import Driver
 from textual.drivers.linux_driver import LinuxDriver
-from textual.events import Event, InputEvent
+from textual.events import InputEvent
 from textual.filter import LineFilter
+from textual.message import Message
 from textual.notifications import Notification, Notify, SeverityLevel
 from textual.theme import Theme
 
@@ -175,11 +176,11 @@ class PanelApp(App[None]):
         """The last gate before the terminal: whatever a widget was given, it gets no order of others."""
         return [*super().get_line_filters(), CLEANED]
 
-    async def on_event(self, event: Event) -> None:
+    def post_message(self, message: Message) -> bool:
         """As every app's; that hands have moved is kept."""
-        if isinstance(event, InputEvent):
+        if isinstance(message, InputEvent):
             self._hands.move()
-        await super().on_event(event)
+        return super().post_message(message)
 
     def _look_for_garbage(self) -> None:
         """Look through all that the panel holds, which takes as long as ten keys, between two of them."""
