@@ -8,7 +8,6 @@ import gc
 import importlib
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -63,10 +62,9 @@ if TYPE_CHECKING:
 
 READING_SECONDS = 1.0
 REST_SECONDS = 0.5
-CLEAN_SECONDS, CLEAN_AT_LAST_SECONDS = 100.0, 600.0
-"""Garbage is looked for in all memory each time that many seconds are over, if no key came just before."""
-NEVER = 1_000_000
-"""Of the youngest generations' collections before the oldest is looked at too."""
+CLEAN_DUE, CLEAN_OVERDUE = 10, 60
+"""So many looks for garbage in what is young, and it is looked for in all memory: once no key came for a
+moment, and at last although keys come: what a storm of keys and tokens leaves is 2 MB a second."""
 """After the first screen."""
 MAX_MEMORY = 2**16
 _TOAST_WIDTH, _TOAST_SHARE = 54, 6
@@ -125,7 +123,6 @@ class PanelApp(App[None]):
         self._begin, self._hint = begin, hint
         self._failures = ToldFailures()
         self._hands = Hands()
-        self._cleaned = time.monotonic()
         self.is_told_to_leave = False
         """By a signal or the terminal's end, and not by the person."""
         self._memory = state_dir / "panel.json"
@@ -184,12 +181,8 @@ class PanelApp(App[None]):
 
     def _look_for_garbage(self) -> None:
         """Look through all that the panel holds, which takes as long as ten keys, between two of them."""
-        if (
-            self._hands.rest_seconds > REST_SECONDS
-            or time.monotonic() - self._cleaned > CLEAN_AT_LAST_SECONDS
-        ):
+        if gc.get_count()[2] >= CLEAN_DUE and self._hands.rest_seconds > REST_SECONDS:
             gc.collect()
-            self._cleaned = time.monotonic()
 
     def on_mount(self) -> None:
         """Open the dashboard."""
@@ -200,7 +193,7 @@ class PanelApp(App[None]):
         self.set_interval(READING_SECONDS, self._keep_reading)
         self.set_interval(READING_SECONDS, self._look_at_config)
         self.set_interval(READING_SECONDS, self._take_back)
-        self.set_interval(CLEAN_SECONDS, self._look_for_garbage)
+        self.set_interval(READING_SECONDS, self._look_for_garbage)
         self.dashboard.call_after_refresh(self.set_timer, REST_SECONDS, self._import_rest)
         for complaint in self._complaints:
             self.notify(complaint, severity="warning", timeout=12, markup=False)
@@ -223,7 +216,7 @@ class PanelApp(App[None]):
         await asyncio.to_thread(_import_rest)
         self._take_themes((await asyncio.to_thread(load_themes, [package_folder()]))[0])
         gc.freeze()  # what was loaded is no garbage to look for, which held up a key for 44 ms
-        gc.set_threshold(*gc.get_threshold()[:2], NEVER)  # nor in the midst of keys, see `_look_for_garbage`
+        gc.set_threshold(*gc.get_threshold()[:2], CLEAN_OVERDUE)
 
     async def _look_at_config(self) -> None:
         """Go on with a config that was changed on disk, and say what is another than before."""
