@@ -185,8 +185,7 @@ class Dashboard(ChatKeys):
             await self.look()
 
     def on_screen_suspend(self) -> None:
-        """Figures as often as ever for the screen in front."""
-        super().on_screen_suspend()
+        """Figures as often as ever for the screen in front; the base's own handler runs besides."""
         self.fleet.look_less(False)
 
     async def _hear(self) -> None:
