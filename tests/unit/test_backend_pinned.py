@@ -53,6 +53,21 @@ def test_a_pool_is_of_just_the_size_and_goes_as_it_came(size: int) -> None:
     assert shared_memory() == before
 
 
+def test_something_else_is_done_meanwhile_and_if_that_fails_nothing_stays() -> None:
+    cuda, before, done = Cuda(), shared_memory(), []
+    pool = PinnedPool(PIECE, cuda.register, cuda.unregister, lambda: done.append("once"))
+    assert done == ["once"]
+    pool.close()
+
+    def fail() -> None:
+        raise ValueError("no compiler")
+
+    with pytest.raises(ValueError, match="no compiler"):
+        PinnedPool(PIECE, cuda.register, cuda.unregister, fail)
+    assert not cuda.registered
+    assert shared_memory() == before
+
+
 def test_no_copy_crosses_the_edge_of_what_is_registered() -> None:
     cuda = Cuda()
     pool = PinnedPool(2 * PIECE + BLOCK, cuda.register, cuda.unregister)

@@ -85,10 +85,8 @@ class CudaDriver:
 
     def digests(self, regions: Sequence[Region]) -> list[Digests]:
         """See `block_digests`; all regions are looked at before the first number is waited for."""
-        device = torch.device("cuda", torch.cuda.current_device())
-        factors = random_factors(self._seed, device)
-        sums = self._sums = self._sums or sums_like_torch(regions, factors)
-        numbers: list[int] = sums(regions, factors).cpu().tolist()
+        factors = random_factors(self._seed, torch.device("cuda", torch.cuda.current_device()))
+        numbers: list[int] = self._chosen_sums(factors)(regions, factors).cpu().tolist()
         found: list[Digests] = []
         start = 0
         for _, size in regions:
@@ -97,14 +95,15 @@ class CudaDriver:
         return found
 
     def pin(self, size: int) -> PinnedPool:
-        """Pinned by CUDA's runtime."""
+        """Pinned by CUDA's runtime; the way of the sums is chosen meanwhile, which may compile a kernel."""
         cudart, device = torch.cuda.cudart(), torch.cuda.current_device()
+        factors = random_factors(self._seed, torch.device("cuda", device))
 
         def register(address: int, length: int) -> int:
             with torch.cuda.device(device):  # a thread begins with another one
                 return int(cudart.cudaHostRegister(address, length, 0))
 
-        return PinnedPool(size, register, cudart.cudaHostUnregister)
+        return PinnedPool(size, register, cudart.cudaHostUnregister, lambda: self._chosen_sums(factors))
 
     def move(self, source: Any, offset: int, target: Any, to: int, length: int) -> None:
         """Within RAM."""
@@ -129,6 +128,14 @@ class CudaDriver:
         self._copying.synchronize()
         self._clearing.synchronize()
 
+    def _chosen_sums(self, factors: Any) -> Sums:
+        """Chosen once in the life of the process, by two blocks of random content."""
+        if self._sums is None:
+            content = factors * factors
+            at = content.data_ptr()
+            self._sums = sums_like_torch([(at, BLOCK), (at + BLOCK, BLOCK)], factors)
+        return self._sums
+
     def tidy(self) -> None:
         """Of the caching allocator; the sleep pool is not its."""
         torch.cuda.empty_cache()
@@ -144,10 +151,9 @@ def random_factors(seed: int, device: Any) -> Any:
 
 
 def sums_like_torch(regions: Sequence[Region], factors: Any) -> Sums:
-    """Our kernel if it says of some blocks of two regions what torch says, else torch's operations."""
-    few = [(address, min(size, ROWS * BLOCK)) for address, size in (regions[0], regions[-1])]
+    """Our kernel if it says of these regions what torch says, else torch's operations."""
     with contextlib.suppress(Exception):  # whatever Triton, or the compiler that it needs, may lack
-        if torch.equal(sums_by_kernel(few, factors), sums_by_torch(few, factors)):
+        if torch.equal(sums_by_kernel(regions, factors), sums_by_torch(regions, factors)):
             return sums_by_kernel
     return sums_by_torch
 

@@ -38,11 +38,16 @@ def _libc() -> Any:
 class PinnedPool:
     """Registered with CUDA by `register(address, size)`, which answers 0; raises NoPool without the RAM.
 
+    `meanwhile` is done once while other threads fill it, which takes seconds.
     The mapping is shared, as CUDA's own are: it shows as ``RssShmem``, which is what the panel reads.
     """
 
     def __init__(
-        self, size: int, register: Callable[[int, int], int], unregister: Callable[[int], object]
+        self,
+        size: int,
+        register: Callable[[int, int], int],
+        unregister: Callable[[int], object],
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
         self.size = size
         self._unregister = unregister
@@ -56,7 +61,7 @@ class PinnedPool:
         self._libc.madvise(self.address, size, mmap.MADV_HUGEPAGE)  # only where the kernel has them to give
         self._registered: list[int] = []
         try:
-            self._fill(register)
+            self._fill(register, meanwhile)
         except BaseException:
             self._leave()
             raise
@@ -80,7 +85,7 @@ class PinnedPool:
             self._unregister(address)
         self._libc.munmap(self.address, self.size)
 
-    def _fill(self, register: Callable[[int, int], int]) -> None:
+    def _fill(self, register: Callable[[int, int], int], meanwhile: Callable[[], object]) -> None:
         """Have every page there and registered, by several threads: one clears 1 GiB in about a second."""
         pieces = list(range(0, self.size, PIECE))
         errors: list[str] = []
@@ -101,8 +106,11 @@ class PinnedPool:
         threads = [threading.Thread(target=work, args=(pieces[number::count],)) for number in range(count)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            meanwhile()
+        finally:  # what they write to is not given back under them
+            for thread in threads:
+                thread.join()
         if errors:
             raise NoPool(errors[0])
 
