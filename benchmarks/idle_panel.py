@@ -3,8 +3,8 @@
     python benchmarks/idle_panel.py [--seconds 30] [--peers] [--json]
 
 Each subject runs alone in a terminal of 160×48; its processes' CPU time is read before and after. Ours shows
-simulated servers that are all started, one a GPU awake. `--peers` installs vllmstat and vllmops from PyPI
-into a folder that is removed afterwards.
+simulated servers that are all started, one a GPU awake. `--peers` installs vllmstat, vllmops and, where NVML
+finds a GPU, nvitop from PyPI into a folder that is removed afterwards.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+import pynvml
 
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.fleet.fleet import Fleet
@@ -204,7 +205,7 @@ def install(package: str, folder: Path) -> Path:
 
 
 def measure_peers(seconds: float) -> list[Cost]:
-    """vllmstat with its invented figures, vllmops with eight models, none of which it has started."""
+    """vllmstat with its invented figures, vllmops with eight models, none of which it has started; nvitop."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         home = {"HOME": name, "XDG_CONFIG_HOME": name, "XDG_STATE_HOME": name}
@@ -222,10 +223,24 @@ def measure_peers(seconds: float) -> list[Cost]:
                 stdout=subprocess.DEVNULL,
             )
         label = f"vllmops {version(ops)}, 8 models stopped"
-        return [
+        costs = [
             measure(f"vllmstat {version(stat[0])} --mock", stat, None, seconds, env=home, folder=folder),
             measure(label, [ops, "tui"], [ops, "status"], seconds, env=home, folder=folder),
         ]
+        if gpus := gpus_here():
+            top = str(install("nvitop", folder) / "nvitop")
+            label = f"nvitop {version(top)}, {gpus} GPU{'s' * (gpus > 1)}"
+            costs.append(measure(label, [top], [top, "--once"], seconds, env=home, folder=folder))
+        return costs
+
+
+def gpus_here() -> int:
+    """How many GPUs NVML finds."""
+    try:
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return 0
 
 
 def version(program: str) -> str:
@@ -257,7 +272,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0, help="how long each one is watched")
-    parser.add_argument("--peers", action="store_true", help="also install and measure vllmstat and vllmops")
+    parser.add_argument("--peers", action="store_true", help="also install and measure others")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     given = parser.parse_args()
     costs = [

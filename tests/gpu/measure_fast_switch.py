@@ -25,7 +25,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from vllm_sleep_tui.fleet.fleet import Fleet
 from vllm_sleep_tui.fleet.pool import pools_here
 from vllm_sleep_tui.fleet.store.records import RecordStore
 from vllm_sleep_tui.paths import APP
+from vllm_sleep_tui.sizing.footprints import FootprintStore
 
 STOCK = {"sb": "VLLM_GPU_MODEL_B", "sa": "VLLM_GPU_MODEL_A"}
 FAST = {"ob": "VLLM_GPU_MODEL_B", "oc": "VLLM_GPU_MODEL_MOE", "oa": "VLLM_GPU_MODEL_A"}
@@ -71,7 +72,7 @@ def write_fleet(options: argparse.Namespace, level: int) -> Path:
     models = {
         name: {
             "model": os.environ[variable],
-            "gpus": list(range(options.gpus)),
+            "gpus": list(range(options.first_gpu, options.first_gpu + options.gpus)),
             "level": level if name in FAST else 1,
             "sleep_backend": "auto" if name in FAST else "stock",
             "args": args,
@@ -79,7 +80,7 @@ def write_fleet(options: argparse.Namespace, level: int) -> Path:
         }
         for name, variable in MODELS.items()
     }
-    simulated = [{"name": "Simulated", "memory": options.simulated}] * options.gpus
+    simulated = [{"name": "Simulated", "memory": options.simulated}] * (options.first_gpu + options.gpus)
     more = {"simulated_gpus": simulated} if options.simulated else {}
     command = shlex.split(os.environ["VLLM_GPU_COMMAND"])
     return write_config(options.out / "fast-switch.yaml", command, models, **more)
@@ -239,6 +240,14 @@ class Run:
         await self.by_panel(f"after {what} was killed", other)
         await self.memory(f"after {what} was killed")
 
+    def first_sleeps(self, names: Sequence[str]) -> None:
+        """What the sleep at the end of each start took, which has the RAM pinned."""
+        for name in names:
+            record = self.store.read(name)
+            assert record.digest is not None
+            known = FootprintStore(self.state).get(record.digest, record.vllm_version)
+            self.note(first_sleep=name, took=known.times.get("sleep1-first"))
+
     def summary(self) -> None:
         """Medians against the calls by hand; the first of each kind is left out."""
         by_kind: dict[tuple[str, str], list[float]] = {}
@@ -264,6 +273,7 @@ async def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs: starts in half the time")
     parser.add_argument("--dummy", action="store_true", help="load-format dummy: no files of weights")
     parser.add_argument("--gpus", type=int, default=1, help="that each model spans, by tensor parallelism")
+    parser.add_argument("--first-gpu", type=int, default=0, help="where others are measured on too")
     parser.add_argument("--share", type=float, default=0.75, help="gpu-memory-utilization of each.")
     parser.add_argument("--simulated", help="Try it without a GPU: the memory of one, such as 80GiB.")
     options = parser.parse_args()
@@ -278,9 +288,11 @@ async def main() -> None:
         run = Run(fleet, configs, state, options.out / "fast-switch.jsonl")
         names = TURN if options.fast_only else list(MODELS)
         for name in names:
+            began = time.perf_counter()
             await fleet.start([name])
+            took = time.perf_counter() - began
             model = fleet.snapshot().model(name)
-            run.note(started=name, sleep_backend=model.sleep_backend, why=model.sleep_backend_why)
+            run.note(started=name, took=took, sleep_backend=model.sleep_backend, why=model.sleep_backend_why)
         for _ in range(0 if options.fast_only else options.rounds):
             await run.round(verbs=options.verbs)
         run.summary()
@@ -289,6 +301,7 @@ async def main() -> None:
             await run.prove(options.wakes, garbage=not options.dummy)
         if options.kills:
             await run.kills()
+        run.first_sleeps(names)
         run.summary()
         if options.keep:
             return
