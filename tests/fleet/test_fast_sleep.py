@@ -26,7 +26,7 @@ FITS = {"VLLM_SIM_VERSION": "0.26.0"}
 
 
 def fast(model: str, **other: object) -> dict[str, object]:
-    return {"model": model, "env": dict(FITS), **other}
+    return {"model": model, "env": dict(FITS)} | other
 
 
 def verb(machine: Box, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,8 +41,11 @@ def verb(machine: Box, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
-async def test_level_1_pins_just_the_weights_and_level_2_gives_the_ram_back(box: MakeBox) -> None:
-    async with box({"a": fast("sim/4GiB")}).open() as fleet:
+@pytest.mark.parametrize("version", ["0.24.0", "0.26.0"])
+async def test_level_1_pins_just_the_weights_and_level_2_gives_the_ram_back(
+    box: MakeBox, version: str
+) -> None:
+    async with box({"a": fast("sim/4GiB", env={"VLLM_SIM_VERSION": version})}).open() as fleet:
         await fleet.start(["a"])
         assert seen(fleet, "a").sleep_backend == "own"
         await fleet.sleep("a", level=1)
@@ -54,8 +57,9 @@ async def test_level_1_pins_just_the_weights_and_level_2_gives_the_ram_back(box:
         assert seen(fleet, "a").proof == "proven"
 
 
-async def test_at_level_0_the_weights_stay_and_the_wake_is_proven(box: MakeBox) -> None:
-    async with box({"a": fast("sim/4GiB", level=0)}).open() as fleet:
+@pytest.mark.parametrize("version", ["0.24.0", "0.26.0"])
+async def test_at_level_0_the_weights_stay_and_the_wake_is_proven(box: MakeBox, version: str) -> None:
+    async with box({"a": fast("sim/4GiB", level=0, env={"VLLM_SIM_VERSION": version})}).open() as fleet:
         await fleet.start(["a"])
         await fleet.sleep("a")
         model = seen(fleet, "a")
