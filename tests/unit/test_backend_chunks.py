@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_sleep_tui.engine.backend.chunks import Chunks, Handle
-from vllm_sleep_tui.engine.backend.holder import Holder
+from vllm_sleep_tui.engine.backend.holder import ANSWER_SECONDS, Holder
 from vllm_sleep_tui.engine.backend.mover import Mover
 from vllm_sleep_tui.engine.backend.plan import BLOCK, CHUNK, SLACK, Digests, Region, whole_chunks
 from vllm_sleep_tui.fleet import keeper, pool_holder
@@ -35,6 +35,8 @@ from vllm_sleep_tui.fleet.pool import Pool
 
 GPU = "GPU-0"
 KV = (4 << 40, 6 << 40)
+PATIENT = 60.0
+"""Seconds that a busy machine may take to answer."""
 """Addresses of two tensors of KV cache."""
 WEIGHTS = 2 << 40
 REST = 70 * BLOCK
@@ -196,10 +198,17 @@ class Allocation:
 class Engine:
     """One worker: a region of weights, two of KV cache. It is the mover's driver, by chunks."""
 
-    def __init__(self, gpu: Gpu, folder: str | None, kv: int = 3 * CHUNK + REST, weights: int = 8) -> None:
+    def __init__(
+        self,
+        gpu: Gpu,
+        folder: str | None,
+        kv: int = 3 * CHUNK + REST,
+        weights: int = 8,
+        answers_within: float = PATIENT,
+    ) -> None:
         self.memory = Memory(gpu)
         gpu.memories.append(self.memory)
-        self.holder = Holder(folder, GPU, "launch-1")
+        self.holder = Holder(folder, GPU, "launch-1", answers_within)
         self.chunks = Chunks(self.memory, self.holder)
         self.allocations: dict[int, Allocation] = {}
         self.cells: list[Any] = []
@@ -533,7 +542,8 @@ def test_a_holder_that_dies_takes_the_free_memory_with_it_and_nothing_else(gpu: 
 
 
 def test_a_holder_that_hangs_is_left_after_a_moment(gpu: Gpu, place: Place) -> None:
-    _, other = pair(gpu, place)
+    other = Engine(gpu, str(place.folder), answers_within=ANSWER_SECONDS)
+    other.mover.sleep(1)
     os.kill(place.pid, signal.SIGSTOP)
     try:
         began = time.monotonic()
@@ -573,7 +583,7 @@ def test_an_engine_that_dies_leaves_no_memory(gpu: Gpu, place: Place) -> None:
     child = os.fork()
     if child == 0:
         try:
-            other.chunks = Chunks(other.memory, Holder(str(place.folder), GPU, "launch-2"))
+            other.chunks = Chunks(other.memory, Holder(str(place.folder), GPU, "launch-2", PATIENT))
             other.mover.wake(None)
             os.write(tell, b"%d" % other.mover.last["taken_bytes"])
             signal.pause()

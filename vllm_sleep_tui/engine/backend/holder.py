@@ -25,12 +25,18 @@ WORD_SIZE = 256
 
 
 class Holder:
-    """The holder of one GPU, if there is a folder for them; it must be this user's alone."""
+    """The holder of one GPU, if there is a folder for them; it must be this user's alone.
 
-    def __init__(self, folder: str | None, gpu: str, launch: str) -> None:
+    `answers_within` are the seconds that it has for all that one sleep or wake asks.
+    """
+
+    def __init__(
+        self, folder: str | None, gpu: str, launch: str, answers_within: float = ANSWER_SECONDS
+    ) -> None:
         self._folder = folder
         self._gpu = gpu
         self._launch = launch
+        self._answers_within = answers_within
         self._connection: socket.socket | None = None
         self._patience = 0.0
         """Seconds that are left to it."""
@@ -38,7 +44,7 @@ class Holder:
 
     def begin(self) -> bool:
         """A sleep or a wake begins: find out whether there is a holder, and let it have its time."""
-        self._patience = ANSWER_SECONDS
+        self._patience = self._answers_within
         if self._connection is not None:
             self._ask({"op": "state"})  # it may have died, and another one come, since the last time
         if self._connection is None and self._folder is not None:
