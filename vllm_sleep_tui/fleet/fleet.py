@@ -392,10 +392,6 @@ class Fleet:
                     happened, last = await asyncio.to_thread(history.events_after, last)
                 for event in happened:
                     yield event
-                if not happened and last and not self._is_closed:
-                    newest = await asyncio.to_thread(history.last_event_id)
-                    if newest is not None and newest < last:
-                        last = 0  # the history was broken and begins anew
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(written.wait(), OTHERS_SECONDS)
         finally:
