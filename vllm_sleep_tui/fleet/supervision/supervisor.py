@@ -103,7 +103,8 @@ class Watcher:
                 elif model.record.sleep_backend == "own":
                     self._tasks.begin(f"pools of {model.name}", self._have_pools(model))
         await self._core.close_retired()
-        await asyncio.to_thread(self._core.flush)
+        if self._core.has_to_flush:
+            await asyncio.to_thread(self._core.flush)
 
     async def _have_pools(self, model: Model) -> None:
         """Have holders of the KV pools again, should one have died: without, switches are slower.
