@@ -41,6 +41,7 @@ from vllm_sleep_tui.fleet.operations.chat import answer, check_sees
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor, ended
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.pictures import Picture
+from vllm_sleep_tui.fleet.poller import until_beat
 from vllm_sleep_tui.fleet.server_log import ServerLog, log_at, log_of
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
@@ -393,7 +394,7 @@ class Fleet:
                 for event in happened:
                     yield event
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(written.wait(), OTHERS_SECONDS)
+                    await asyncio.wait_for(written.wait(), until_beat(OTHERS_SECONDS))
         finally:
             self._subscribers.discard(written)
 

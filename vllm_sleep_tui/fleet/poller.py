@@ -5,9 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterator
 
 log = logging.getLogger(__name__)
+_BEGAN = time.monotonic()
+
+
+def until_beat(interval: float) -> float:
+    """Seconds until the next whole `interval` of this process's life.
+
+    Who waits for beats wakes with the others: at rest, to wake a process takes longer than most looks.
+    """
+    return interval - (time.monotonic() - _BEGAN) % interval
 
 
 class FaultLog:
@@ -29,7 +39,7 @@ class FaultLog:
 
 
 class Poller:
-    """Calls `look` every `interval` seconds from `start` to `close`, the first time at once."""
+    """Calls `look` at each beat of `interval` seconds from `start` to `close`, the first time at once."""
 
     def __init__(self, name: str, interval: float, look: Callable[[], Awaitable[None]]) -> None:
         self._name = name
@@ -52,4 +62,4 @@ class Poller:
         while True:
             with self._faults.catch(self._name):
                 await self._look()
-            await asyncio.sleep(self._interval)
+            await asyncio.sleep(until_beat(self._interval))
