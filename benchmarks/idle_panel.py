@@ -39,6 +39,10 @@ SIZE = (48, 160)
 SETTLING = 10.0
 """Seconds after the start that are not counted: imports, the first screen, the first looks."""
 
+STOCK, OWN = "0.32.0", "0.26.0"
+"""Versions of vLLM whose own sleep mode and ours are used."""
+BACKENDS = {STOCK: "vLLM's sleep mode", OWN: "ours"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
@@ -142,7 +146,7 @@ def measure(
     )
 
 
-def write_config(folder: Path, models: int, gpus: int) -> Path:
+def write_config(folder: Path, models: int, gpus: int, version: str = STOCK) -> Path:
     """So many models, spread over so many GPUs; half (of many: all) sleep at level 2, as RAM goes."""
     content = {
         "vllm_command": [sys.executable, "-m", "vllm_sleep_tui.simulator"],
@@ -153,7 +157,7 @@ def write_config(folder: Path, models: int, gpus: int) -> Path:
                 "gpus": [index % gpus],
                 "level": 1 + (2 * index >= models or models > 16),
                 "args": {"max-model-len": 2048, "gpu-memory-utilization": 0.5},
-                "env": {"VLLM_SIM_TIMES": "instant"},
+                "env": {"VLLM_SIM_TIMES": "instant", "VLLM_SIM_VERSION": version},
             }
             for index in range(models)
         },
@@ -163,16 +167,16 @@ def write_config(folder: Path, models: int, gpus: int) -> Path:
     return path
 
 
-def measure_ours(models: int, gpus: int, seconds: float, goal: str) -> Cost:
+def measure_ours(models: int, gpus: int, seconds: float, goal: str, version: str = STOCK) -> Cost:
     """The panel over a fleet of simulated servers."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = write_config(folder, models, gpus)
+        config = write_config(folder, models, gpus, version)
         command = [sys.executable, "-m", "vllm_sleep_tui", "--config", str(config)]
         env = {"XDG_STATE_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
         try:
             asyncio.run(start_all(config, folder / "vllm-sleep-tui", gpus))
-            label = f"vllm-sleep-tui, {models} models on {gpus} GPUs"
+            label = f"vllm-sleep-tui, {models} models on {gpus} GPUs, {BACKENDS[version]}"
             report = [*command, "status"]
             return measure(label, command, report, seconds, env=env, folder=folder, goal=goal)
         finally:
@@ -279,6 +283,7 @@ def main() -> None:
         measure_ours(8, 2, given.seconds, "≤ 3 %, ≤ 60 MB, ≤ 0.35 s"),
         measure_ours(16, 8, given.seconds, "≤ 6 %"),
         measure_ours(64, 8, given.seconds, "≤ 2 %"),
+        measure_ours(64, 8, given.seconds, "≤ 2 %", OWN),
     ]
     if given.peers:
         costs += measure_peers(given.seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,27 @@ import pytest
 from pty_terminal import PANEL, Terminal
 
 from vllm_sleep_tui.cli.demo import write_demo
+
+_ECHO = """
+import threading
+
+from textual.app import App
+from textual.widgets import Label
+
+from vllm_sleep_tui.tui.terminal import PanelDriver
+
+
+class Echo(App):
+    def compose(self):
+        yield Label()
+
+    def on_key(self, event):
+        reader = next(thread for thread in threading.enumerate() if thread.name == "textual-input")
+        self.query_one(Label).update(f"{event.key} by {reader.native_id}")
+
+
+Echo(driver_class=PanelDriver).run()
+"""
 
 
 @contextmanager
@@ -65,3 +87,24 @@ def test_without_colours_and_with_16_the_state_is_told_by_glyph_and_word(
         colors = set(re.findall(rb"\x1b\[[0-9;]*?[34]8;2;(\d+);(\d+);(\d+)m", terminal.written))
         grey = all(len(set(color)) == 1 for color in colors)
         assert grey if "NO_COLOR" in variables else not colors
+
+
+def test_who_reads_keys_wakes_for_keys_alone_and_takes_a_lone_escape_for_one() -> None:
+    environment = {**os.environ, "TERM": "xterm-256color", "ESCDELAY": "2000"}
+    terminal = Terminal([sys.executable, "-c", _ECHO], environment, 80, 24)
+    try:
+        terminal.press_until("é", "é by ")
+        terminal.wait_until(lambda: re.search(r"by \d+ ", terminal.text))
+        thread = re.findall(r"by (\d+) ", terminal.text)[-1]
+        before = waits(terminal.process.pid, thread)
+        terminal.press("\x1b")
+        terminal.wait_for("escape")  # after two seconds in which it could be the begin of something
+        assert waits(terminal.process.pid, thread) - before < 10
+    finally:
+        terminal.close()
+
+
+def waits(pid: int, thread: str) -> int:
+    """How often a thread has gone to sleep so far."""
+    status = Path(f"/proc/{pid}/task/{thread}/status").read_text()
+    return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_sleep_tui.fleet.events import FleetEvent, Kind
 from vllm_sleep_tui.fleet.past import Served, StateSpan
 from vllm_sleep_tui.fleet.snapshot import SwitchTimes
 from vllm_sleep_tui.fleet.states import State
@@ -235,6 +236,24 @@ def test_a_broken_file_is_set_aside_and_a_new_one_begins(tmp_path: Path) -> None
         assert history.note is not None
         assert "kept as history.db.broken-" in history.note
     assert len(list(tmp_path.glob("history.db.broken-*"))) == 1
+
+
+def test_who_follows_a_history_that_begins_anew_is_told_what_happens_from_then_on(tmp_path: Path) -> None:
+    def happen(history: History, *times: float) -> None:
+        for at in times:
+            history.record_event(FleetEvent(time=at, kind=Kind.STATE, model="qwen"))
+
+    with closing(History(tmp_path)) as history:
+        happen(history, 1.0, 2.0, 3.0)
+        told, last = history.events_after(0)
+        assert [event.time for event in told] == [1.0, 2.0, 3.0]
+        assert history.events_after(last) == ([], last)
+    for path in tmp_path.glob("history.db*"):
+        path.unlink()
+    with closing(History(tmp_path)) as history:
+        happen(history, 4.0)
+        told, last = history.events_after(last)
+        assert [event.time for event in history.events_after(last)[0]] == [4.0]
 
 
 def test_a_new_file_is_not_set_aside_by_who_saw_the_broken_one_too(tmp_path: Path) -> None:

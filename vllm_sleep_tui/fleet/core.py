@@ -183,6 +183,11 @@ class Core:
 
         return History(self.state_dir, self.loaded.path)
 
+    @property
+    def has_to_flush(self) -> bool:
+        """Whether there is something to write."""
+        return bool(self._happened) or self.footprints.has_to_flush
+
     def flush(self) -> None:
         """Write the measurements and the past; blocks for milliseconds."""
         with self._flushing:  # who closes waits for who is writing still

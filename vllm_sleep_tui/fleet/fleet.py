@@ -33,7 +33,7 @@ from vllm_sleep_tui.fleet.events import FleetEvent, Kind
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.observe.predict import memory_in, waits
 from vllm_sleep_tui.fleet.observe.processes import held_processes
-from vllm_sleep_tui.fleet.observe.serving import ServingPoller
+from vllm_sleep_tui.fleet.observe.serving import INTERVAL, ServingPoller
 from vllm_sleep_tui.fleet.observe.snapshotter import Snapshotter
 from vllm_sleep_tui.fleet.operations import groups
 from vllm_sleep_tui.fleet.operations.acquire import waiting_words
@@ -41,6 +41,7 @@ from vllm_sleep_tui.fleet.operations.chat import answer, check_sees
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor, ended
 from vllm_sleep_tui.fleet.past import Past
 from vllm_sleep_tui.fleet.pictures import Picture
+from vllm_sleep_tui.fleet.poller import until_beat
 from vllm_sleep_tui.fleet.server_log import ServerLog, log_at, log_of
 from vllm_sleep_tui.fleet.snapshot import (
     ChatEvent,
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
     from vllm_sleep_tui.sizing.advice import Advice
 
 T = TypeVar("T")
-LESS_SECONDS = 2 * SAMPLE_SECONDS
 OTHERS_SECONDS = 1.0
 """Between two looks at what other processes have added to the history."""
 
@@ -145,7 +145,11 @@ class Fleet:
 
         What fails is seen and told as soon as ever.
         """
-        self._sampler.interval = LESS_SECONDS if less else SAMPLE_SECONDS
+        seconds, times = self._sampler.interval, 2 if less else 1
+        self._sampler.interval, self._serving.interval = times * SAMPLE_SECONDS, times * INTERVAL
+        if self._sampler.interval < seconds:
+            self._sampler.refresh()
+            self._serving.hurry()
 
     @property
     def is_leader(self) -> bool:
@@ -392,12 +396,8 @@ class Fleet:
                     happened, last = await asyncio.to_thread(history.events_after, last)
                 for event in happened:
                     yield event
-                if not happened and last and not self._is_closed:
-                    newest = await asyncio.to_thread(history.last_event_id)
-                    if newest is not None and newest < last:
-                        last = 0  # the history was broken and begins anew
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(written.wait(), OTHERS_SECONDS)
+                    await asyncio.wait_for(written.wait(), until_beat(OTHERS_SECONDS))
         finally:
             self._subscribers.discard(written)
 

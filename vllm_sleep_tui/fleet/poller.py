@@ -5,9 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterator
 
 log = logging.getLogger(__name__)
+_BEGAN = time.monotonic()
+
+
+def until_beat(interval: float) -> float:
+    """Seconds until the next whole `interval` of this process's life.
+
+    Who waits for beats wakes with the others: at rest, to wake a process takes longer than most looks.
+    """
+    return interval - (time.monotonic() - _BEGAN) % interval
 
 
 class FaultLog:
@@ -29,14 +39,16 @@ class FaultLog:
 
 
 class Poller:
-    """Calls `look` every `interval` seconds from `start` to `close`, the first time at once."""
+    """Calls `look` at each beat of `interval` seconds from `start` to `close`, the first time at once."""
 
     def __init__(self, name: str, interval: float, look: Callable[[], Awaitable[None]]) -> None:
         self._name = name
-        self._interval = interval
+        self.interval = interval
+        """May be changed at any time."""
         self._look = look
         self._faults = FaultLog()
         self._task: asyncio.Task[None] | None = None
+        self._rest: asyncio.Future[None] | None = None
 
     def start(self) -> None:
         """Begin to look."""
@@ -48,8 +60,19 @@ class Poller:
             self._task.cancel()
             await asyncio.wait({self._task})
 
+    def hurry(self) -> None:
+        """Look at once, without waiting for the next beat."""
+        if self._rest is not None and not self._rest.done():
+            self._rest.set_result(None)
+
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             with self._faults.catch(self._name):
                 await self._look()
-            await asyncio.sleep(self._interval)
+            self._rest = loop.create_future()
+            beat = loop.call_later(until_beat(self.interval), self.hurry)
+            try:
+                await self._rest
+            finally:
+                beat.cancel()

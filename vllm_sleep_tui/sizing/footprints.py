@@ -110,6 +110,11 @@ class FootprintStore:
             self._noted[key] = change(before)
             self._changes.append((key, change))
 
+    @property
+    def has_to_flush(self) -> bool:
+        """Whether something was noted that is not written."""
+        return bool(self._changes)
+
     def flush(self) -> None:
         """Write what was noted, between processes one at a time; a full disk loses it, nothing else.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import select
@@ -9,15 +10,18 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from rich.segment import Segment
 from textual._ansi_sequences import ANSI_SEQUENCES_KEYS
+from textual._xterm_parser import XTermParser
 from textual.color import Color
+from textual.constants import ESCAPE_DELAY
 from textual.drivers.linux_driver import LinuxDriver
 from textual.filter import LineFilter
 from textual.keys import Keys
+from textual.message import Message
 
 from vllm_sleep_tui.text import OBEYED, clean
 
@@ -123,7 +127,8 @@ def write_in_place(descriptor: int, data: bytes) -> None:
 class PanelDriver(LinuxDriver):
     """Textual's, which would wait for the terminal in the event loop and take any SIGCONT for a resume.
 
-    Its own writer is idle here: its queue is short, and who finds it full waits.
+    Its own writer is idle here: its queue is short, and who finds it full waits. Its reader would wake ten
+    times a second, a fifth of what a panel at rest takes.
     """
 
     def __init__(
@@ -136,6 +141,7 @@ class PanelDriver(LinuxDriver):
         self._writer: Writer | None = None
         self._attrs_inside: list[Any] | None = None
         """Of the terminal while it is ours; None while it is not."""
+        self._input_ends = os.eventfd(0, os.EFD_CLOEXEC)
 
     def write(self, data: str) -> None:
         """Have it written; never waits."""
@@ -156,6 +162,32 @@ class PanelDriver(LinuxDriver):
         if self._writer is not None:
             self._writer.drop()
             super().stop_application_mode()
+
+    def run_input_thread(self) -> None:
+        """Pass on what is typed. All that it wakes for besides is an escape that nothing follows: a key."""
+        parser, decoder = XTermParser(self._debug), codecs.getincrementaldecoder("utf-8")()
+        waiting = select.poll()
+        for descriptor in (self.fileno, self._input_ends):
+            waiting.register(descriptor, select.POLLIN)
+        patience: float | None = None
+        messages: Iterable[Message]
+        while self._input_ends not in (ready := dict(waiting.poll(patience))):
+            if not ready:
+                patience, messages = None, parser.tick()
+            else:
+                data = os.read(self.fileno, MOST_AT_ONCE)
+                if not data:  # no terminal, and at its end
+                    return
+                text = decoder.decode(data)  # nothing if the rest of a letter is still to come
+                patience, messages = 1000 * ESCAPE_DELAY, parser.feed(text) if text else ()
+            for message in messages:
+                self.process_message(message)
+
+    def disable_input(self) -> None:
+        """End the reader."""
+        os.eventfd_write(self._input_ends, 1)
+        super().disable_input()
+        os.eventfd_read(self._input_ends)
 
     def abandon(self, words: str) -> None:
         """In another thread, for want of another end: give the terminal back, if it reads, and speak."""

@@ -17,7 +17,7 @@ from vllm_sleep_tui.engine.failures import EngineError
 from vllm_sleep_tui.engine.metrics import Page
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.model import Model
-from vllm_sleep_tui.fleet.poller import FaultLog, Poller
+from vllm_sleep_tui.fleet.poller import Poller
 from vllm_sleep_tui.fleet.snapshot import Serving
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.telemetry import prometheus
@@ -136,7 +136,7 @@ def _hit_share(base: Page, page: Page) -> float | None:
     return hits / queries if queries else None
 
 
-class ServingPoller:
+class ServingPoller(Poller):
     """Looks at every awake model; `figures` is what is known now, by model.
 
     While `keeps` says so, what was served goes into the history.
@@ -145,21 +145,12 @@ class ServingPoller:
     def __init__(
         self, core: Core, interval: float = INTERVAL, *, keeps: Callable[[], bool] = lambda: False
     ) -> None:
+        super().__init__("the look at how models serve", interval, self.look)
         self._core = core
         self._keeps = keeps
         self._seen_awake: set[str] = set()
         self._watches: dict[str, tuple[str | None, Watch]] = {}
-        self._faults = FaultLog()
-        self._poller = Poller("the look at how models serve", interval, self.look)
         self.figures: dict[str, Serving] = {}
-
-    def start(self) -> None:
-        """Begin to look."""
-        self._poller.start()
-
-    async def close(self) -> None:
-        """Stop looking."""
-        await self._poller.close()
 
     async def look(self) -> None:
         """One look at every model that is awake, and at those that fell asleep since the last one."""

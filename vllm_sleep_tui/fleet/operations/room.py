@@ -13,6 +13,7 @@ from vllm_sleep_tui.errors import RefusedError
 from vllm_sleep_tui.fleet.core import Core
 from vllm_sleep_tui.fleet.levels import installed_version, never_level2
 from vllm_sleep_tui.fleet.model import Model
+from vllm_sleep_tui.fleet.pool import Pool
 from vllm_sleep_tui.fleet.states import RUNNING, State
 from vllm_sleep_tui.fleet.store.records import Record
 from vllm_sleep_tui.sizing import budget
@@ -108,6 +109,13 @@ def have_holders(core: Core, gpus: Collection[int]) -> None:
     for pool in core.pools(gpus).values():
         if pool.holder() is None and pool.is_used():
             pool.start_holder()
+
+
+def kept_pools(core: Core, gpus: Collection[int]) -> dict[int, Pool]:
+    """The pools in which memory is left, by GPU, after those of these GPUs have their holders; blocks."""
+    have_holders(core, gpus)
+    states = ((gpu, pool, pool.state()) for gpu, pool in core.pools(gpus).items())
+    return {gpu: pool for gpu, pool, state in states if state is not None and state.free_bytes}
 
 
 def give_up_for_weights(model: Model, memory: Mapping[int, GpuMemory], level: int) -> None:

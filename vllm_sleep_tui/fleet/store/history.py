@@ -257,13 +257,18 @@ class History:
     def events_after(self, last: int, limit: int = 1000) -> tuple[list[FleetEvent], int]:
         """The events that were kept after the one with this id, the oldest first, and the id to go on after.
 
-        `limit` at most; what a newer version wrote and this one does not know is left out.
+        `limit` at most; what a newer version wrote and this one does not know is left out. A history that was
+        broken begins anew, and so do its ids.
         """
         rows = self._read(
-            "SELECT id, event FROM events WHERE config = ? AND id > ? ORDER BY id LIMIT ?",
+            "SELECT * FROM (SELECT id, event FROM events WHERE config = ? AND id > ? ORDER BY id LIMIT ?)"
+            " UNION ALL SELECT COALESCE(MAX(id), 0), NULL FROM events",
             (self._config, last, limit),
         )
-        return _events(rows), rows[-1][0] if rows else last
+        *rows, (newest, _) = rows or [(last, None)]
+        if rows:
+            return _events(rows), rows[-1][0]
+        return [], last if newest >= last else 0
 
     def latest_events(self, count: int, *, only_failures: bool = False) -> list[FleetEvent]:
         """The last `count` events, or the last that are failures, the oldest first."""

@@ -24,7 +24,7 @@ from vllm_sleep_tui.fleet.operations.acquire import gpus_of
 from vllm_sleep_tui.fleet.operations.end import cut_off_words, is_cut_off
 from vllm_sleep_tui.fleet.operations.operation import Operation
 from vllm_sleep_tui.fleet.operations.reconcile import is_unfinished, needs_care, reconcile
-from vllm_sleep_tui.fleet.operations.room import have_holders
+from vllm_sleep_tui.fleet.operations.room import kept_pools
 from vllm_sleep_tui.fleet.poller import FaultLog, Poller
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.fleet.store.locks import LockBusyError, hold, holder
@@ -36,6 +36,8 @@ from vllm_sleep_tui.fleet.supervision.restart import PAUSES, Restarter
 
 INTERVAL = 0.5
 """Seconds between two looks at the records, and between two tries for the leader's seat."""
+POOLS_INTERVAL = 5.0
+"""Seconds between two looks at the KV pools, which every operation looks at besides."""
 SETTLING = 5.0
 """Seconds until what is left unsettled counts as an orphan."""
 log = logging.getLogger(__name__)
@@ -78,21 +80,26 @@ class Tasks:
 
 
 class Watcher:
-    """What every open fleet does: it looks twice a second and settles what nobody is at."""
+    """What every open fleet does: it settles what nobody is at, and sees to the KV pools."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._tasks = Tasks()
         self._faults = FaultLog()
-        self._poller = Poller("the look at what is unfinished", INTERVAL, self._look)
+        self._pollers = (
+            Poller("the look at what is unfinished", INTERVAL, self._look),
+            Poller("the look at the KV pools", POOLS_INTERVAL, self._have_pools),
+        )
 
     def start(self) -> None:
         """Begin to look."""
-        self._poller.start()
+        for poller in self._pollers:
+            poller.start()
 
     async def close(self) -> None:
         """Stop looking; care under way is cut off, to be settled by whoever comes next."""
-        await self._poller.close()
+        for poller in self._pollers:
+            await poller.close()
         await self._tasks.close()
 
     async def _look(self) -> None:
@@ -100,25 +107,23 @@ class Watcher:
             with self._faults.catch(f"the look at {model.name}"):
                 if needs_care(model):
                     self._tasks.begin(f"care of {model.name}", self._look_after(model))
-                elif model.record.sleep_backend == "own":
-                    self._tasks.begin(f"pools of {model.name}", self._have_pools(model))
         await self._core.close_retired()
-        await asyncio.to_thread(self._core.flush)
+        if self._core.has_to_flush:
+            await asyncio.to_thread(self._core.flush)
 
-    async def _have_pools(self, model: Model) -> None:
+    async def _have_pools(self) -> None:
         """Have holders of the KV pools again, should one have died: without, switches are slower.
 
         What a switch left in a pool that was cut off is given up, unless the next one is under way.
         """
-        with self._faults.catch(f"the pools of {model.name}"):
-            await asyncio.to_thread(have_holders, self._core, model.record.gpus)
-            for gpu, pool in self._core.pools(model.record.gpus).items():
-                state = await asyncio.to_thread(pool.state)
-                if state is not None and state.free_bytes:
-                    paths = self._core.gpu_locks({gpu})
-                    with contextlib.suppress(LockBusyError):
-                        async with hold(paths, holder("settling", model.name), limit=0.0):
-                            await asyncio.to_thread(pool.give_up)
+        pooled = [model for model in self._core.readable() if model.record.sleep_backend == "own"]
+        gpus = {gpu for model in pooled for gpu in model.record.gpus}
+        if not gpus:
+            return
+        for gpu, pool in (await asyncio.to_thread(kept_pools, self._core, gpus)).items():
+            with contextlib.suppress(LockBusyError):
+                async with hold(self._core.gpu_locks({gpu}), holder("settling", f"GPU {gpu}"), limit=0.0):
+                    await asyncio.to_thread(pool.give_up)
 
     async def _look_after(self, model: Model) -> None:
         """Settle one model, unless somebody else holds its locks: then it is in good hands."""

@@ -47,11 +47,10 @@ if TYPE_CHECKING:
     from vllm_sleep_tui.tui.state.bench_runner import BenchRunner
 
 
-TICK_SECONDS = 0.25
-IDLE_TICKS, CALM_TICKS = 4, 8
-"""While nothing is under way, every fourth tick looks at the fleet, or every eighth if no key came either."""
-CALM_SECONDS = 10.0
-"""Without a key."""
+BUSY_SECONDS, IDLE_SECONDS = 0.25, 1.0
+"""Between two looks at the fleet while something is under way, and while nothing is."""
+CALM_SECONDS, CALM_TICKS = 10.0, 2
+"""After so long without a key, one of so many idle looks is taken."""
 MIN_WIDTH, MIN_HEIGHT = 60, 20
 NARROW_WIDTH, LOW_HEIGHT = 100, 30
 TIMELINE_HEIGHT, SERVED_HEIGHT = 29, 2
@@ -107,11 +106,12 @@ class Dashboard(ChatKeys):
         yield Static(id="too-small", markup=False)
 
     async def on_mount(self) -> None:
-        """Show the first moment, then look again four times a second."""
+        """Show the first moment, then look again and again."""
         self._table.focus()
+        self._busy_timer = self.set_interval(BUSY_SECONDS, self._busy_tick, pause=True)
         await self.look()
         self.call_after_refresh(self._painted)
-        self.look_every(TICK_SECONDS, self._tick)
+        self.look_every(IDLE_SECONDS, self._tick)
         self.run_worker(self._hear(), group="events")
 
     def _painted(self) -> None:
@@ -181,7 +181,11 @@ class Dashboard(ChatKeys):
         self._ticks += 1
         calm = not self._is_busy and not self.is_answering and self._hands.rest_seconds > CALM_SECONDS
         self.fleet.look_less(calm)
-        if self._is_busy or self._ticks % (CALM_TICKS if calm else IDLE_TICKS) == 0:
+        if not self._is_busy and (not calm or self._ticks % CALM_TICKS == 0):
+            await self.look()
+
+    async def _busy_tick(self) -> None:
+        if self.is_current or self.app.screen.is_modal:
             await self.look()
 
     def on_screen_suspend(self) -> None:
@@ -221,6 +225,7 @@ class Dashboard(ChatKeys):
         view = self.view()
         moving = any(model.state not in SETTLED or model.operation for model in view.snapshot.models)
         self._is_busy = moving or bool(view.running)
+        (self._busy_timer.resume if self._is_busy else self._busy_timer.pause)()
         self.readings.see(view.snapshot)
         self.query_one(TopBand).show(view)
         self.query_one(BottomBand).show_keys(read_only=view.snapshot.read_only)
