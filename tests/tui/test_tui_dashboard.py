@@ -337,6 +337,9 @@ async def test_long_lines_of_the_log_are_broken_at_the_edge_anew_for_each_width(
         await until(pilot, lambda: text_of(pilot.app).count("word-") == 40, "all of it in fewer columns")
         assert all(len(line) <= 60 for line in lines_of(pilot.app))
         await until_seen(pilot, "ERROR 11-23", "word-39")
+        await pilot.resize_terminal(200, 60)
+        await until_seen(pilot, " ".join(words.split()[:18]))  # 80 columns are no limit
+        await pilot.resize_terminal(60, 24)
         with (tmp_path / "phi.log").open("a") as file:
             file.writelines(f"INFO line {number} of the log\n" for number in range(100))
         await until_seen(pilot, "line 99 of")
@@ -573,6 +576,7 @@ async def test_of_many_models_a_few_letters_find_the_one(tmp_path: Path) -> None
             lambda: rows(lines_of(pilot.app)) == ["extra-4", *(f"extra-4{n}" for n in range(10))],
             "rows",
         )
+        await until_seen(pilot, "/ extra-4")
         assert fleet.calls == []  # letters are text here
         await pilot.press("down", "down", "enter")
         await until_seen(pilot, "▶ ▞ extra-41", "enter → extra-41")

@@ -414,7 +414,7 @@ class ChatPane(Vertical):
         if talk is None or question is None or (pair := talk.pair()) is None:
             self.notify("One question has to be answered by two models first (d).", markup=False)
             return
-        self.app.push_screen(DuelScreen(question, pair))
+        self.app.push_screen(DuelScreen(question, pair, self._fleet.snapshot))
 
     async def _stream(
         self,
