@@ -274,6 +274,26 @@ async def test_every_size_shows_all_models_the_bars_and_what_enter_does(
         assert all(name in "\n".join(lines) for name in ("qwen", "phi", "coder", "vision"))
 
 
+async def test_in_60_columns_the_head_counts_who_is_awake_where_names_have_no_room(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.change("phi", state=State.AWAKE)
+    fleet.change("coder", last_failure=LastFailure(reason="It died.", at=NOW))
+    async with panel(fleet, tmp_path, size=(60, 20)) as pilot:
+        await until_seen(pilot, "coder died, restarted   ● 2 models awake")
+        fleet.change("vision", state=State.FAILED, reason="It died.", cure="Look.")
+        await until_seen(pilot, "✗ vision failed    ✗ coder died, restarted")
+        assert "…" not in lines_of(pilot.app)[0]
+        await pilot.resize_terminal(120, 40)
+        await until_seen(pilot, "● qwen  ● phi awake")
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40), (200, 60)])
+async def test_between_a_name_and_its_state_are_two_cells(tmp_path: Path, size: tuple[int, int]) -> None:
+    async with panel(ScriptedFleet(), tmp_path, size=size) as pilot:
+        await until_seen(pilot, "vision  ", "model   ")
+        assert "vision ○" not in text_of(pilot.app)
+
+
 async def test_a_terminal_that_is_too_small_says_what_is_needed_and_recovers(tmp_path: Path) -> None:
     async with panel(ScriptedFleet(), tmp_path, size=(50, 12)) as pilot:
         await until_seen(pilot, "needs 60×20 at least", "50×12")
@@ -361,6 +381,7 @@ async def test_help_lists_every_key_and_the_palette_knows_the_same_words(tmp_pat
     async with panel(ScriptedFleet(), tmp_path) as pilot:
         await pilot.press("question_mark")
         await until_seen(pilot, "Put it to sleep at level 2", "Follow its log", "Choose a theme")
+        await until_seen(pilot, "Find models: only those whose name, source, state or GPU holds a text")
         await pilot.press("escape")
         await until(pilot, lambda: "Choose a theme" not in text_of(pilot.app), "the end of the help")
         await find(pilot, "follow")

@@ -275,23 +275,23 @@ def _switches(count: int) -> str:
 
 
 def serving_lines(model: ModelSnapshot, width: int) -> list[Line]:
-    """How an awake model serves, as far as it is known."""
+    """How an awake model serves, as far as it is known; what is nothing now is left out."""
     serving = model.serving
     if serving is None:
         return []
-    words = [f"{serving.running} running"] if serving.running is not None else []
+    words = [f"{serving.running} running"] if serving.running else []
     if serving.waiting:
         words.append(f"{serving.waiting} waiting")
-    if serving.kv_use is not None:
+    if serving.kv_use and serving.kv_use >= 0.005:
         words.append(f"KV {serving.kv_use * 100:.0f} %")
-    if serving.generation_tokens_per_s is not None:
+    if serving.generation_tokens_per_s and serving.generation_tokens_per_s >= 0.5:
         words.append(f"{serving.generation_tokens_per_s:.0f} tok/s")
     if serving.ttft_p50 is not None and serving.ttft_p95 is not None:
         words.append(f"TTFT p50 {took(serving.ttft_p50)}, p95 {took(serving.ttft_p95)}")
     if serving.inter_token_p50 is not None and serving.inter_token_p95 is not None:
         p50, p95 = took(serving.inter_token_p50), took(serving.inter_token_p95)
         words.append(f"between tokens p50 {p50}, p95 {p95}")
-    if serving.prefix_hit_share is not None:
+    if serving.prefix_hit_share and serving.prefix_hit_share >= 0.005:
         words.append(f"prefix hits {serving.prefix_hit_share * 100:.0f} %")
     if serving.cached_tokens:
         words.append(f"{counted(serving.cached_tokens, 'token')} cached")

@@ -97,7 +97,7 @@ _GPU = Column("GPU", 5, 0, lambda _, model: ",".join(map(str, model.gpus)) or NO
 _COLUMNS = (
     _GPU,
     Column("VRAM", 6, 7, lambda _, model: memory_words(model.vram_bytes)),
-    Column("RAM", 7, _RAM_STAYS, lambda _, model: memory_words(model.ram_bytes)),
+    Column("RAM", 6, _RAM_STAYS, lambda _, model: memory_words(model.ram_bytes)),
     Column("pinned", 8, 1, lambda _, model: memory_words(model.pinned_bytes)),
     Column("for", 8, 3, _time_in_state),
     Column("wakes in", 12, 6, lambda view, model: wakes_in(view.past, model)),
@@ -128,12 +128,15 @@ def layout_for(width: int, longest_name: int, gpus: int = 1) -> Layout:
         stays[_GPU] = _RAM_STAYS + 0.5
     while True:
         numbers = sum(column.width for column in columns)
-        for state in (_STATE_WIDTH, _MIN_STATE_WIDTH):
-            spare = width - _MARK_WIDTH - name - state - numbers
-            if spare >= 0:
-                return Layout(name + min(spare // 2, 8), state + min(spare - spare // 2, 6), tuple(columns))
+        spare = width - _MARK_WIDTH - name - _MIN_STATE_WIDTH - numbers
+        if spare >= 0:
+            gap = min(spare, 1)  # as between all columns, before states take what they would like
+            state = min(_MIN_STATE_WIDTH + spare - gap, _STATE_WIDTH)
+            rest = spare - gap - (state - _MIN_STATE_WIDTH)
+            return Layout(name + gap + min(rest // 2, 7), state + min(rest - rest // 2, 6), tuple(columns))
         if len(columns) == 1:
-            return Layout(max(4, width - _MARK_WIDTH - state - numbers), state, tuple(columns))
+            name = max(4, width - _MARK_WIDTH - _MIN_STATE_WIDTH - numbers)
+            return Layout(name, _MIN_STATE_WIDTH, tuple(columns))
         columns.remove(min(columns, key=stays.__getitem__))
 
 
