@@ -448,6 +448,16 @@ async def test_a_long_toast_takes_a_few_lines_of_a_low_terminal(tmp_path: Path) 
         assert sum("word-" in line for line in lines_of(pilot.app)) == 4
 
 
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])
+async def test_the_last_line_of_a_toast_is_not_behind_the_keys(size: tuple[int, int], tmp_path: Path) -> None:
+    async with panel(ScriptedFleet(), tmp_path, size=size) as pilot:
+        for cells in range(46, 62):  # around what one line holds, in whichever width it is measured
+            pilot.app.notify("x" * (cells - 8) + " the-end", timeout=60)
+            await until_seen(pilot, "the-end")
+            pilot.app.clear_notifications()
+            await until(pilot, lambda: "the-end" not in text_of(pilot.app), "its end")
+
+
 async def test_quitting_asks_when_servers_run_and_leaves_them_on_l(tmp_path: Path) -> None:
     fleet = ScriptedFleet()
     async with panel(fleet, tmp_path) as pilot:
