@@ -433,6 +433,17 @@ async def test_the_palette_knows_every_action_of_every_model_and_copies_what_the
         await until(pilot, lambda: pilot.app.clipboard == "4004", "the pid")
 
 
+@pytest.mark.parametrize("size", [(60, 20), (120, 40)])
+async def test_a_long_cause_that_y_would_copy_stays_on_the_screen(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    fleet = ScriptedFleet(logs=tmp_path)
+    fleet.change("vision", state=State.FAILED, reason="No room. " * 20, cure="Stop qwen.")
+    async with panel(fleet, tmp_path, size=size) as pilot:
+        await pilot.press("end", "Y")
+        await until_seen(pilot, "─ Copy of vision ─", "cause  No room.", "─ ⏎ copies, esc does not ─╯")
+
+
 async def test_the_head_says_which_gpu_is_full(tmp_path: Path) -> None:
     fleet = ScriptedFleet()
     full = msgspec.structs.replace(fleet.now.gpus[0], used_bytes=gib(79.0))
