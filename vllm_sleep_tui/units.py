@@ -41,13 +41,8 @@ def gib_cell(size: int | None) -> str:
 # ── how long something takes ────────────────────────────────────────────────────────────────────────────
 
 
-def time_text(seconds: float) -> str:
-    """An expected time, for a sentence: 0.48 s, 12 s. It is known no better than that."""
-    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
-
-
 def took(seconds: float) -> str:
-    """A measured time, for the panel, where it has nine cells: 26 ms, 0.48 s, 12.3 s, 88 s."""
+    """A time, measured or expected by what was, in at most six cells: 26 ms, 0.48 s, 12.3 s, 88 s."""
     if seconds < 0.0995:
         return milliseconds(seconds)
     if seconds < 9.95:
@@ -55,9 +50,9 @@ def took(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 59.95 else f"{seconds:.0f} s"
 
 
-def hundredths(seconds: float) -> str:
-    """A measured time, for verbs, so that the points of a column stand below each other: 0.36 s, 88.40 s."""
-    return f"{seconds:.2f} s"
+def start_time(seconds: float) -> str:
+    """What a start takes as a rule, which is known no better: <1 s, 5 s, 127 s."""
+    return "<1 s" if seconds < 0.5 else f"{seconds:.0f} s"
 
 
 def milliseconds(seconds: float) -> str:

@@ -145,6 +145,7 @@ class ScriptedFleet:
         self.is_gated = True
         self.waits_for: str | None = None
         self.history = History(logs)
+        self.takes = {"phi": {"wake1": 0.46}}
         self.held: tuple[HeldProcess, ...] = ()
         self.asked_processes = 0
         self.loaded = load(write_config(logs)) if logs.is_dir() else None
@@ -173,7 +174,8 @@ class ScriptedFleet:
 
     async def past(self, window: float) -> Past:
         names = [one.name for one in self.now.models]
-        return await asyncio.to_thread(self.history.past, names, window)
+        past = await asyncio.to_thread(self.history.past, names, window)
+        return msgspec.structs.replace(past, takes=self.takes)
 
     async def recent_events(self, count: int, *, only_failures: bool = False) -> list[FleetEvent]:
         return await asyncio.to_thread(self.history.latest_events, count, only_failures=only_failures)

@@ -262,20 +262,23 @@ async def test_conversations_are_found_gone_on_with_renamed_exported_and_deleted
         await until(pilot, lambda: len(fleet.asked) == 2, "the other question")
         await until(pilot, lambda: not pilot.app.dashboard.is_answering, "its answer")  # type: ignore[attr-defined]
         await pilot.press("escape", "h")
-        await until_seen(pilot, "Conversations", "sea?", "other  2", "x delete  e export  J as JSON ─")
+        await until_seen(pilot, "Conversations", "sea?", "other · 2", "x delete  e export  J as JSON ─")
         await pilot.resize_terminal(60, 20)
         await until_seen(pilot, "─ esc back  ⏎ open  / find  r rename  x delete ─")  # whole keys
         await pilot.resize_terminal(120, 40)
         await pilot.press("slash", *"blue")
-        await until(pilot, lambda: not any("other  2" in line for line in lines_of(pilot.app)), "the search")
+        await until(pilot, lambda: not any("other · 2" in line for line in lines_of(pilot.app)), "the search")
+        await until_seen(pilot, "/ blue")
         await pilot.press("enter", "e")
         await until_seen(pilot, "Exported as")
         assert "## qwen\n\nThe sea is <blue>." in (tmp_path / "sea.md").read_text()
         assert (tmp_path / "sea.md").stat().st_mode & 0o777 == 0o600
         await pilot.press("J")
         await until(pilot, lambda: (tmp_path / "sea.json").exists(), "the export as JSON")
-        await pilot.press("r", "end", "x", "enter")
-        await until_seen(pilot, "sea?x  2")  # in the list, the input being left
+        await pilot.press("r", "end", "x")
+        await until_seen(pilot, "title sea?x")
+        await pilot.press("enter")
+        await until_seen(pilot, "sea?x · 2")  # in the list, the input being left
         await pilot.press("enter")
         await until_seen(pilot, "Chat with qwen", "The sea is <blue>.")
         await pilot.press("h")

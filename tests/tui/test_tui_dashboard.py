@@ -45,7 +45,8 @@ async def test_the_first_screen_says_who_is_awake_what_it_costs_and_that_it_is_s
         assert "H100" in lines[0]
         assert "qwen 69.2" in line_with(lines, "GPU 0")
         assert "phi 10.1" in line_with(lines, "pinned", "servers")
-        row = line_with(lines, "phi", "asleep L1")
+        await until_seen(pilot, "0.46 s           –")  # from the history, which is asked behind the screen
+        row = line_with(lines_of(pilot.app), "phi", "asleep L1")
         assert row.split("│")[1].split()[5:] == ["1.6", "12.0", "0.46", "s", "–"]
 
 
@@ -273,6 +274,26 @@ async def test_every_size_shows_all_models_the_bars_and_what_enter_does(
         assert all(name in "\n".join(lines) for name in ("qwen", "phi", "coder", "vision"))
 
 
+async def test_in_60_columns_the_head_counts_who_is_awake_where_names_have_no_room(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.change("phi", state=State.AWAKE)
+    fleet.change("coder", last_failure=LastFailure(reason="It died.", at=NOW))
+    async with panel(fleet, tmp_path, size=(60, 20)) as pilot:
+        await until_seen(pilot, "coder died, restarted   ● 2 models awake")
+        fleet.change("vision", state=State.FAILED, reason="It died.", cure="Look.")
+        await until_seen(pilot, "✗ vision failed    ✗ coder died, restarted")
+        assert "…" not in lines_of(pilot.app)[0]
+        await pilot.resize_terminal(120, 40)
+        await until_seen(pilot, "● qwen  ● phi awake")
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40), (200, 60)])
+async def test_between_a_name_and_its_state_are_two_cells(tmp_path: Path, size: tuple[int, int]) -> None:
+    async with panel(ScriptedFleet(), tmp_path, size=size) as pilot:
+        await until_seen(pilot, "vision  ", "model   ")
+        assert "vision ○" not in text_of(pilot.app)
+
+
 async def test_a_terminal_that_is_too_small_says_what_is_needed_and_recovers(tmp_path: Path) -> None:
     async with panel(ScriptedFleet(), tmp_path, size=(50, 12)) as pilot:
         await until_seen(pilot, "needs 60×20 at least", "50×12")
@@ -336,6 +357,9 @@ async def test_long_lines_of_the_log_are_broken_at_the_edge_anew_for_each_width(
         await until(pilot, lambda: text_of(pilot.app).count("word-") == 40, "all of it in fewer columns")
         assert all(len(line) <= 60 for line in lines_of(pilot.app))
         await until_seen(pilot, "ERROR 11-23", "word-39")
+        await pilot.resize_terminal(200, 60)
+        await until_seen(pilot, " ".join(words.split()[:18]))  # 80 columns are no limit
+        await pilot.resize_terminal(60, 24)
         with (tmp_path / "phi.log").open("a") as file:
             file.writelines(f"INFO line {number} of the log\n" for number in range(100))
         await until_seen(pilot, "line 99 of")
@@ -357,6 +381,7 @@ async def test_help_lists_every_key_and_the_palette_knows_the_same_words(tmp_pat
     async with panel(ScriptedFleet(), tmp_path) as pilot:
         await pilot.press("question_mark")
         await until_seen(pilot, "Put it to sleep at level 2", "Follow its log", "Choose a theme")
+        await until_seen(pilot, "Find models: only those whose name, source, state or GPU holds a text")
         await pilot.press("escape")
         await until(pilot, lambda: "Choose a theme" not in text_of(pilot.app), "the end of the help")
         await find(pilot, "follow")
@@ -408,6 +433,17 @@ async def test_the_palette_knows_every_action_of_every_model_and_copies_what_the
         await until(pilot, lambda: pilot.app.clipboard == "4004", "the pid")
 
 
+@pytest.mark.parametrize("size", [(60, 20), (120, 40)])
+async def test_a_long_cause_that_y_would_copy_stays_on_the_screen(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    fleet = ScriptedFleet(logs=tmp_path)
+    fleet.change("vision", state=State.FAILED, reason="No room. " * 20, cure="Stop qwen.")
+    async with panel(fleet, tmp_path, size=size) as pilot:
+        await pilot.press("end", "Y")
+        await until_seen(pilot, "─ Copy of vision ─", "cause  No room.", "─ ⏎ copies, esc does not ─╯")
+
+
 async def test_the_head_says_which_gpu_is_full(tmp_path: Path) -> None:
     fleet = ScriptedFleet()
     full = msgspec.structs.replace(fleet.now.gpus[0], used_bytes=gib(79.0))
@@ -421,6 +457,16 @@ async def test_a_long_toast_takes_a_few_lines_of_a_low_terminal(tmp_path: Path) 
         pilot.app.notify(" ".join(f"word-{number}" for number in range(200)), title="Long")
         await until_seen(pilot, "Long", "word-0", " …")
         assert sum("word-" in line for line in lines_of(pilot.app)) == 4
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])
+async def test_the_last_line_of_a_toast_is_not_behind_the_keys(size: tuple[int, int], tmp_path: Path) -> None:
+    async with panel(ScriptedFleet(), tmp_path, size=size) as pilot:
+        for cells in range(46, 62):  # around what one line holds, in whichever width it is measured
+            pilot.app.notify("x" * (cells - 8) + " the-end", timeout=60)
+            await until_seen(pilot, "the-end")
+            pilot.app.clear_notifications()
+            await until(pilot, lambda: "the-end" not in text_of(pilot.app), "its end")
 
 
 async def test_quitting_asks_when_servers_run_and_leaves_them_on_l(tmp_path: Path) -> None:
@@ -572,6 +618,7 @@ async def test_of_many_models_a_few_letters_find_the_one(tmp_path: Path) -> None
             lambda: rows(lines_of(pilot.app)) == ["extra-4", *(f"extra-4{n}" for n in range(10))],
             "rows",
         )
+        await until_seen(pilot, "/ extra-4")
         assert fleet.calls == []  # letters are text here
         await pilot.press("down", "down", "enter")
         await until_seen(pilot, "▶ ▞ extra-41", "enter → extra-41")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from screen_text import panel, text_of, until_seen
+from screen_text import lines_of, panel, text_of, until_seen
 from scripted_fleet import ScriptedFleet
 from test_tui_chat import answer, ask
 from textual.pilot import Pilot
@@ -45,6 +45,7 @@ async def test_two_answers_stand_beside_each_other_and_stream(tmp_path: Path, si
         await until_seen(pilot, "Both have to come to their")
         fleet.gate.set()
         await until_seen(pilot, "three five <b>", "TTFT 26 ms", "cut off: the token")
+        assert "SIMULATED" in lines_of(pilot.app)[0]
         beside = text_of(pilot.app)
         together = [row for row in beside.splitlines() if "one two three" in row]
         assert len(together) == 2

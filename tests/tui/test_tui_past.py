@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from screen_text import lines_of, panel, text_of, until, until_seen
 from scripted_fleet import TIMES, ScriptedFleet
@@ -168,3 +169,10 @@ async def test_an_awake_model_shows_how_it_serves(tmp_path: Path) -> None:
     async with panel(fleet, tmp_path) as pilot:
         await until_seen(pilot, "3 running · 1 waiting · KV 42 % · 212 tok/s", "p95 0.50 s", "12,000 tokens")
         assert "between tokens p50 8 ms" in text_of(pilot.app)
+        idle = msgspec.structs.replace(
+            serving, running=0, waiting=0, kv_use=0.0, generation_tokens_per_s=0.0, prefix_hit_share=0.0
+        )
+        fleet.change("qwen", serving=idle)
+        # The table says the rest, and nothing said twice is nothing.
+        await until_seen(pilot, "│   TTFT p50 26 ms", "12,000 tokens")
+        assert "prefix hits" not in text_of(pilot.app)

@@ -70,6 +70,31 @@ async def test_one_key_starts_a_model_and_the_next_switches_and_another_panel_ag
             assert states["phi"] is State.ASLEEP
 
 
+async def test_a_wake_takes_the_same_in_the_table_and_under_enter_and_its_proof_is_in_it(
+    demo: LoadedConfig, tmp_path: Path
+) -> None:
+    async with real_panel(demo, tmp_path / "state") as (pilot, fleet):
+        for model in ("qwen", "phi", "qwen"):
+            await fleet.switch(model)
+        last = fleet.snapshot().model("qwen").last_switch
+        assert last is not None
+        await pilot.press("s")
+        await until_seen(pilot, "enter → qwen  ≈ ")
+        told = re.search(r"enter → qwen  ≈ (\S+ m?s)", text_of(pilot.app))
+        assert told is not None
+        await until(pilot, lambda: told[1] in row_of(pilot, "qwen"), "the same time in its row")
+        figure, unit = told[1].split()
+        seconds = float(figure) / (1000 if unit == "ms" else 1)
+        assert seconds + 0.005 > (last.phases["wake"] or 0) + (last.phases["prove"] or 0)
+        await pilot.press("x")
+        await until_seen(pilot, "Stop qwen?")
+        await pilot.press("y")
+        await until_seen(pilot, "enter → qwen  ≈ ", "○ stopped")
+        start = re.search(r"enter → qwen  ≈ (\S+ s)", text_of(pilot.app))
+        assert start is not None
+        await until(pilot, lambda: f"start {start[1]}" in row_of(pilot, "qwen"), "its start in its row")
+
+
 async def test_a_chat_with_a_stopped_model_starts_it_and_streams_its_answer(
     demo: LoadedConfig, tmp_path: Path
 ) -> None:

@@ -168,11 +168,11 @@ def test_level_0_is_told_with_what_it_keeps_what_it_leaves_and_how_fast_it_is() 
     assert told is not None
     assert (told.beside, told.resident) == (("phi",), gib(1.1))
     assert (told.stay, told.kv_tokens) == (("phi",), gib(50) // (112 * 1024))
-    assert "beside phi: 1.1 GiB, and it wakes in 0.03 s (estimate)." in told.sentence
+    assert "beside phi: 1.1 GiB, and it wakes in 30 ms (estimate)." in told.sentence
     assert "KV cache of 50.0 GiB, 468,114 tokens, beside the weights of phi" in told.sentence
     measured = of(advice, "phi").level_0
     assert measured is not None
-    assert "wakes in 0.03 s." in measured.sentence
+    assert "wakes in 27 ms." in measured.sentence
     assert [model.level for model in advice.models] == ["auto", "auto"]  # 1 would forbid it
     assert of(advise(H100, [QWEN, PHI]), "qwen").level_0 is None
 

@@ -35,7 +35,7 @@ from vllm_sleep_tui.fleet.advice import (
     proposed_text,
 )
 from vllm_sleep_tui.paths import here, state_dir
-from vllm_sleep_tui.units import KIB, gib, time_text
+from vllm_sleep_tui.units import KIB, gib, start_time, took
 
 
 @click.command()
@@ -167,10 +167,10 @@ def _time_lines(estimate: Estimate) -> list[str]:
     if times is None:
         return []
     return [
-        f"  start         {time_text(times.start)}, the first {time_text(times.first_start)} (on an H100)",
-        f"  level 1       sleeps in {time_text(times.sleep1)}, first in {time_text(times.sleep1_first)}; "
-        f"wakes in {time_text(times.wake1)}",
-        f"  level 2       sleeps in {time_text(times.sleep2)}; wakes in {time_text(times.wake2)}",
+        f"  start         {start_time(times.start)}, the first {start_time(times.first_start)} (on an H100)",
+        f"  level 1       sleeps in {took(times.sleep1)}, first in {took(times.sleep1_first)}; "
+        f"wakes in {took(times.wake1)}",
+        f"  level 2       sleeps in {took(times.sleep2)}; wakes in {took(times.wake2)}",
     ]
 
 

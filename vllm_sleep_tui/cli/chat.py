@@ -32,7 +32,7 @@ from vllm_sleep_tui.fleet.snapshot import CallDelta, TokenChance, cut_words
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.text import Cleaner, clean, one_line
-from vllm_sleep_tui.units import hundredths, milliseconds
+from vllm_sleep_tui.units import milliseconds, took
 
 if TYPE_CHECKING:
     from vllm_sleep_tui.cli.line_editor import LineEditor
@@ -397,7 +397,7 @@ def _add_calls(calls: dict[int, dict[str, str]], deltas: Sequence[CallDelta]) ->
 def _timings(answer: dict[str, Any], *, was_started: bool) -> str:
     """Such as: woke in 0.36 s · TTFT 26 ms · 212 tok/s."""
     switched, ttft, tokens = answer["switch_seconds"], answer["ttft"], answer["completion_tokens"]
-    parts = [f"{'started' if was_started else 'woke'} in {hundredths(switched)}"] if switched else []
+    parts = [f"{'started' if was_started else 'woke'} in {took(switched)}"] if switched else []
     if ttft is not None:
         parts.append(f"TTFT {milliseconds(ttft)}")
     streamed = answer["seconds"] - (switched or 0) - (ttft or 0)

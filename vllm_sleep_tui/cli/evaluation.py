@@ -12,7 +12,7 @@ from vllm_sleep_tui.cli.running import Reporter, with_fleet
 from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.errors import CancelledByUser, OperationError
 from vllm_sleep_tui.paths import absolute
-from vllm_sleep_tui.units import hundredths, milliseconds
+from vllm_sleep_tui.units import milliseconds, took
 
 AGAIN = "The same command asks what is missing, and nothing else."
 
@@ -70,7 +70,7 @@ def _table(tallies: Sequence[Tally]) -> list[str]:
         (
             tally.model,
             f"{tally.answered}/{tally.answered + tally.missing}",
-            "–" if tally.switch_seconds is None else hundredths(tally.switch_seconds),
+            "–" if tally.switch_seconds is None else took(tally.switch_seconds),
             "–" if tally.ttft is None else milliseconds(tally.ttft),
             "–" if tally.tokens_per_s is None else f"{tally.tokens_per_s:.0f}",
             str(tally.completion_tokens),

@@ -26,7 +26,7 @@ from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, GpuSnapshot, ModelSnaps
 from vllm_sleep_tui.fleet.survey import looking, read_once
 from vllm_sleep_tui.paths import APP, state_dir
 from vllm_sleep_tui.text import clean
-from vllm_sleep_tui.units import NONE, age, gib, hundredths
+from vllm_sleep_tui.units import NONE, age, gib, took
 
 MODEL_FIELDS = (
     "name",
@@ -175,7 +175,7 @@ def _row(model: ModelSnapshot, now: float) -> tuple[str, ...]:
         ",".join(str(gpu) for gpu in model.gpus) or (NONE if model.frees_memory else "CPU"),
         str(model.port or NONE),
         age(now - model.since) if model.since else NONE,
-        hundredths(switch.total) if switch else NONE,
+        took(switch.total) if switch else NONE,
     )
 
 

@@ -186,7 +186,12 @@ class Fleet:
 
     async def past(self, window: float) -> Past:
         """What the history says about the last `window` seconds, and about today."""
-        return await asyncio.to_thread(self._core.history.past, list(self._core.config.models), window)
+        return await asyncio.to_thread(self._past, self._core.models(), window)
+
+    def _past(self, models: Sequence[Model], window: float) -> Past:
+        past = self._core.history.past([model.name for model in models], window)
+        takes = {model.name: model.footprint.all_typical() for model in models}
+        return msgspec.structs.replace(past, takes=takes)
 
     @property
     def history_note(self) -> str | None:

@@ -72,6 +72,9 @@ class Past(msgspec.Struct, frozen=True, kw_only=True):
     """Of switches, by model and level."""
     cold_starts: Mapping[str, float] = {}
     """The usual one of each model, in seconds; a model whose is not known is left out."""
+    takes: Mapping[str, Mapping[str, float]] = {}
+    """What each model's operations take as a rule, in seconds, by their names in `Footprint.times`: what a
+    Prediction adds up."""
     switches_today: int = 0
     """To models that slept; a start is none."""
     saved_today: Saved = Saved(switches=0, seconds=0.0)

@@ -36,6 +36,11 @@ class SwitchTimes(msgspec.Struct, frozen=True, kw_only=True):
     """Keys: drain, sleep, settle, wake, weights, reload, kv_cache, reset, prove."""
     total: float
 
+    @property
+    def is_wake(self) -> bool:
+        """Whether the model slept before; else it was started."""
+        return self.phases.get("wake") is not None
+
 
 class LastFailure(msgspec.Struct, frozen=True, kw_only=True):
     """Why a server died that was started again unasked, told until a person has seen it: see `died`."""

@@ -16,7 +16,7 @@ from vllm_sleep_tui.sizing.figures import Figures, Machine
 from vllm_sleep_tui.sizing.footprints import AWAKE_OVERHEAD
 from vllm_sleep_tui.sizing.residents import Level0, level_0
 from vllm_sleep_tui.sizing.sharing import GpuAdvice, asleep_on, listed, on_gpu, share_out
-from vllm_sleep_tui.units import GIB, gib, time_text
+from vllm_sleep_tui.units import GIB, gib, start_time, took
 
 RARELY = 1.0
 """Switches a day below which a sleeper's memory is not worth its time."""
@@ -293,7 +293,8 @@ def _beside(gpus: Sequence[GpuAdvice], figures: Figures) -> tuple[str, ...]:
 
 def _time(figures: Figures, what: str) -> str:
     seconds: float = getattr(figures, what)
-    return f"{time_text(seconds)}{' (estimate)' if what in figures.estimated else ''}"
+    words = start_time(seconds) if what == "start" else took(seconds)
+    return f"{words}{' (estimate)' if what in figures.estimated else ''}"
 
 
 def _ram(figures: Figures) -> str:

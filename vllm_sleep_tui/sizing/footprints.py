@@ -48,13 +48,17 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     pinned: int | None = None
     weights: int | None = None
     times: dict[str, tuple[float, ...]] = {}
-    """The last seconds measured, by what was done: start, sleep1-first, sleep0, sleep1,
-    sleep2, wake0, wake1, wake2."""
+    """The last seconds measured, by what was done: start, sleep1-first, sleep0, sleep1, sleep2, wake0, wake1,
+    wake2; a sleep until its memory is seen gone, a wake until it is proven."""
 
     def typical(self, what: str) -> float | None:
         """The median of the seconds measured for `what`; None if it was never done."""
         samples = self.times.get(what)
         return median(samples) if samples else None
+
+    def all_typical(self) -> dict[str, float]:
+        """The same of everything that was done."""
+        return {what: median(samples) for what, samples in self.times.items() if samples}
 
     def with_memory(self, *, awake: Mapping[str, int], asleep: Mapping[str, int]) -> Footprint:
         """With VRAM seen awake and asleep, by GPU index; what was not seen stays as it was."""

@@ -8,7 +8,7 @@ import msgspec
 
 from vllm_sleep_tui.sizing.figures import Figures
 from vllm_sleep_tui.sizing.sharing import listed
-from vllm_sleep_tui.units import gib, time_text
+from vllm_sleep_tui.units import gib, took
 
 WAKE_SECONDS = 0.03
 """A wake from level 0 moves no weights, so its size hardly matters: 0.027 s measured for 0.6B and 3.8B (H100,
@@ -49,7 +49,7 @@ def level_0(figures: Figures, neighbours: Iterable[Figures]) -> Level0 | None:
         about = " (estimate)" if is_estimate else ""
         sentences.append(
             f"At level 0 its weights stay in VRAM beside {listed(beside)}: {gib(figures.resident)}, and it "
-            f"wakes in {time_text(wake)}{about}."
+            f"wakes in {took(wake)}{about}."
         )
     elif figures.resident is not None:
         sentences.append(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from vllm_sleep_tui.fleet.snapshot import SwitchTimes
+from vllm_sleep_tui.fleet.snapshot import Prediction, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.units import NONE, gib_cell
+from vllm_sleep_tui.units import NONE, gib_cell, start_time, took
 
 
 class Look(NamedTuple):
@@ -64,6 +64,13 @@ def state_words(state: State, level: int | None) -> str:
     if level is not None and state in {State.ASLEEP, State.FALLING_ASLEEP}:
         return f"{word} L{level}"
     return word
+
+
+def expected_time(prediction: Prediction) -> str | None:
+    """How long what is predicted takes; None if a part of it was never timed here."""
+    if prediction.seconds is None:
+        return None
+    return (start_time if prediction.action == "start" else took)(prediction.seconds)
 
 
 def memory_words(size: int | None) -> str:

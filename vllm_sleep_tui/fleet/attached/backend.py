@@ -103,7 +103,13 @@ class Attached:
             return Prediction(target=name, action="refused", sentence=f"{name} cannot be started here. {why}")
         if seen.state is State.AWAKE:
             return Prediction(target=name, action="nothing", sentence=f"{name} is awake.")
-        return Prediction(target=name, action="wake", sentence=f"Wakes {name} on its own server.")
+        last = self.model.record.last_switch  # of it alone: nobody sleeps for it
+        return Prediction(
+            target=name,
+            action="wake",
+            seconds=last.total if last is not None and last.is_wake else None,
+            sentence=f"Wakes {name} on its own server.",
+        )
 
     async def state(self) -> State:
         """Its state, asked now; raises RefusedError if its server does not answer."""

@@ -232,10 +232,12 @@ class Server:
         """
         self.operation.tell(self.name, "sleep")
         log = self.log_instead(before)
+        began = time.perf_counter()
         with self.operation.timed("sleep"):
-            seconds = await self.call_sleep(level)
+            await self.call_sleep(level)
         with self.operation.timed("settle"):
             settled = await self.settle(before, level, log)
+        seconds = time.perf_counter() - began
         what = "sleep1-first" if level == 1 and not pool else f"sleep{level}"
         pinned = pool if pool or level == 0 else self.model.pinned_now()
         self.remember_sleep(what, seconds, before, settled, pinned, level)
@@ -330,16 +332,14 @@ class Server:
             self.model.write(sleep_backend="stock", sleep_backend_why=why)
             raise NoLevel0Error(*no_level_0(self.record))
 
-    async def call_sleep(self, level: int) -> float:
-        """The call itself; seconds it took."""
-        began = time.perf_counter()
+    async def call_sleep(self, level: int) -> None:
+        """The call itself."""
         try:
             await sleeping.sleep(self.client, level, self.limit(), is_own=self.is_own)
         except EngineRefused as error:
             await self.fail(Failure.SLEEP_REFUSED, error)
         except EngineError as error:
             await self.fail(Failure.SILENT, error)
-        return time.perf_counter() - began
 
     async def is_sleeping(self) -> bool:
         """Ask; waits through an operation under way. Fails the model if there is no answer."""
@@ -518,7 +518,6 @@ class Server:
         asked = self.ask_along(level)
         try:
             await self.bring_back(level, more_room, is_asked=asked is not None)
-            seconds = time.perf_counter() - began
             # What of the pool nobody has taken is given up beside the proof, not after it.
             giving_up = asyncio.ensure_future(asyncio.to_thread(give_up, self.core, self.record.gpus))
             try:
@@ -529,6 +528,7 @@ class Server:
             if asked is not None:
                 asked.cancel()
                 await asyncio.gather(asked, return_exceptions=True)
+        seconds = time.perf_counter() - began
         self.operation.emptied |= set(self.record.gpus)
         await self.open_gate()
         self.model.remember(lambda known: known.with_time(f"wake{level}", seconds))

@@ -343,6 +343,6 @@ def _flowed(head: Sequence[Span], items: Sequence[str], width: int) -> list[Line
         if line_width(lines[-1]) + len(separator) + len(item) > width:
             lines.append([])
             separator = _INDENT
-        lines[-1] += [(separator, "faint"), (item, "text")]
+        lines[-1] += [(separator, "muted"), (item, "text")]
         separator = " · "
     return [cut_line(line, width) for line in lines]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+from rich.cells import cell_len
 from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
@@ -20,11 +21,15 @@ from vllm_sleep_tui.files import is_taken, write_private
 from vllm_sleep_tui.fleet.conversations import Conversations, Kept, as_json, as_markdown
 from vllm_sleep_tui.paths import here
 from vllm_sleep_tui.text import clean
+from vllm_sleep_tui.tui.drawing.paint import left, middle
 from vllm_sleep_tui.tui.screens.dialogs import Choice, KeyedBox, Question
+from vllm_sleep_tui.tui.widgets.find_line import FindLine
 from vllm_sleep_tui.units import counted, date_and_time
 
 PAGE = 200
 """Conversations that are read at once; at the end of them the next ones are."""
+_MAX_NAME = 16
+"""Cells of a model's name."""
 _KEYS = "esc back  ⏎ open  / find  r rename  x delete  e export  J as JSON"
 
 
@@ -55,7 +60,7 @@ class ConversationList(ModalScreen[int | None]):
         """Words to find by, and the list."""
         with KeyedBox(_KEYS, classes="dialog wide") as box:
             box.border_title = "Conversations"
-            yield Input(placeholder="/ finds by words of titles, questions and answers", compact=True)
+            yield FindLine(Input(placeholder="words of titles, questions and answers"))
             yield OptionList(id="conversations")
 
     def on_mount(self) -> None:
@@ -71,7 +76,8 @@ class ConversationList(ModalScreen[int | None]):
         options = self.query_one(OptionList)
         ids = [kept.id for kept in self._kept]
         options.clear_options()
-        options.add_options([Option(_line(kept), id=str(kept.id)) for kept in self._kept])
+        widest = max((cell_len(clean(kept.model)) for kept in self._kept), default=0)
+        options.add_options([Option(_line(kept, widest), id=str(kept.id)) for kept in self._kept])
         if self._kept:
             options.highlighted = ids.index(before.id) if before is not None and before.id in ids else 0
         elif not words:
@@ -117,6 +123,7 @@ class ConversationList(ModalScreen[int | None]):
 
     def _end_renaming(self) -> None:
         self._renaming = None
+        self.query_one(FindLine).mark()
         self.query_one(Input).value = ""
         self._fill()
 
@@ -145,6 +152,7 @@ class ConversationList(ModalScreen[int | None]):
         """Type another title."""
         if (kept := self._at) is not None:
             self._renaming = kept.id
+            self.query_one(FindLine).mark("title")
             self.query_one(Input).value = kept.title
             self.set_focus(self.query_one(Input))
 
@@ -179,12 +187,13 @@ class ConversationList(ModalScreen[int | None]):
             self._fill()
 
 
-def _line(kept: Kept) -> Text:
+def _line(kept: Kept, widest: int) -> Text:
+    """One row; `widest` is the cells that the longest model's name takes."""
+    width = min(widest, _MAX_NAME)
     return Text.assemble(
-        (f"{date_and_time(kept.changed)}  ", "dim"),
-        (f"{clean(kept.model):<12.12} ", "bold"),
-        clean(kept.title),
-        (f"  {counted(kept.turns, 'turn')}", "dim"),
+        f"{date_and_time(kept.changed)}  ",
+        (left(middle(clean(kept.model), width), width), "bold"),
+        f"  {clean(kept.title)} · {counted(kept.turns, 'turn')}",
         no_wrap=True,
         overflow="ellipsis",
     )

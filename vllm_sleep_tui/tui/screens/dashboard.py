@@ -34,6 +34,7 @@ from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.widgets.bands import BottomBand, TopBand
 from vllm_sleep_tui.tui.widgets.chat import ChatPane
 from vllm_sleep_tui.tui.widgets.detail import Detail
+from vllm_sleep_tui.tui.widgets.find_line import FindLine
 from vllm_sleep_tui.tui.widgets.memory import MemoryPanel
 from vllm_sleep_tui.tui.widgets.models import FindInput, ModelTable
 from vllm_sleep_tui.tui.widgets.timeline import Timeline
@@ -97,7 +98,7 @@ class Dashboard(ChatKeys):
         with Horizontal(id="body"):
             with Vertical(id="models") as box:
                 box.border_title = "Models"
-                yield FindInput(placeholder="name, state, gpu 1 …", id="find")
+                yield FindLine(FindInput(placeholder="name, state, gpu 1 …"), id="find")
                 yield self._table
                 with VerticalScroll(id="scroll", can_focus=True):
                     yield Detail(id="detail")
@@ -486,12 +487,12 @@ class Dashboard(ChatKeys):
         self.add_class("-finding")
         self.set_focus(self.query_one(FindInput))
 
-    @on(Input.Changed, "#find")
+    @on(Input.Changed, "FindInput")
     def _find(self, event: Input.Changed) -> None:
         self._table.find(event.value)
         self.changed()
 
-    @on(Input.Submitted, "#find")
+    @on(Input.Submitted, "FindInput")
     def _found(self) -> None:
         """The rows stay as they are; letters are keys again."""
         if not self._table.wanted:

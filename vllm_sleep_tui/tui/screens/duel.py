@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from rich.text import Text
@@ -13,6 +14,7 @@ from textual.containers import Container
 from textual.events import Resize
 from textual.widgets import Static
 
+from vllm_sleep_tui.fleet.snapshot import FleetSnapshot
 from vllm_sleep_tui.text import clean
 from vllm_sleep_tui.tui.drawing.differing import Differing, difference
 from vllm_sleep_tui.tui.drawing.flow import Row
@@ -20,7 +22,7 @@ from vllm_sleep_tui.tui.drawing.turns import Answer, Turn
 from vllm_sleep_tui.tui.screens.looking import LookingScreen
 from vllm_sleep_tui.tui.state.talk import Entry
 from vllm_sleep_tui.tui.theme import palette_of
-from vllm_sleep_tui.tui.widgets.bands import KeyLine
+from vllm_sleep_tui.tui.widgets.bands import FollowingBand, KeyLine
 from vllm_sleep_tui.tui.widgets.transcript import Transcript
 
 STEP_SECONDS = 0.1
@@ -81,8 +83,9 @@ class DuelScreen(LookingScreen):
         Binding("y", "copy", "copy", show=False),
     ]
 
-    def __init__(self, question: str, pair: tuple[Entry, Entry]) -> None:
+    def __init__(self, question: str, pair: tuple[Entry, Entry], look: Callable[[], FleetSnapshot]) -> None:
         super().__init__()
+        self._fleet_now = look
         self._question = question
         self._sides = [Side(entry) for entry in pair]
         self._differs = False
@@ -91,6 +94,7 @@ class DuelScreen(LookingScreen):
         """The question, two answers, the keys."""
         short = clean(self._question)
         short = short if len(short) <= QUESTION_LENGTH else short[:QUESTION_LENGTH] + "…"
+        yield FollowingBand(self._fleet_now, id="top")
         yield Static(Text.assemble(("you  ", "bold"), short), id="duel-question", markup=False)
         with Container(id="sides"):
             for number in range(len(self._sides)):

@@ -15,7 +15,7 @@ from vllm_sleep_tui.fleet.snapshot import FleetSnapshot
 from vllm_sleep_tui.text import one_line
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, left, right, wrap
 from vllm_sleep_tui.tui.widgets.bands import FollowingBand, KeyLine
-from vllm_sleep_tui.units import UNKNOWN, counted, time_text
+from vllm_sleep_tui.units import UNKNOWN, counted, took
 
 if TYPE_CHECKING:  # with an HTTP server, for who opens it
     from vllm_sleep_tui.gateway.asks import AskView
@@ -87,7 +87,7 @@ def _row(ask: AskView) -> list[Span]:
 
 
 def _seconds(value: float | None) -> str:
-    return UNKNOWN if value is None else time_text(value)
+    return UNKNOWN if value is None else took(value)
 
 
 class GatewayScreen(Screen[None]):

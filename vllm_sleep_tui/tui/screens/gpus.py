@@ -28,10 +28,15 @@ PROCESS_STEPS = 2
 """Every second step looks at the processes, which reads all of /proc."""
 _KEYS = "esc back   + − time   o order   ↑ ↓ scroll"
 _CARD_SHARE = 0.6
-"""Of the screen's height that the cards may take together."""
+"""Of the screen's height that the cards have for their graphs, and more where the processes leave it."""
+_MOST_SHARE = 0.65
+"""The same for cards that must be scrolled."""
+_BANDS = 4
+"""Lines of the screen that belong to neither: the first, the last and the frame of the processes."""
 _AXIS_WIDTH = 6
-_ALWAYS = 3
-"""The pieces of a card's figures that are never left out: how busy it is, and its memory."""
+_ALWAYS, _SNUG = 3, 28
+"""The pieces of a card's figures that are never left out: how busy it is, and its memory; and the cells below
+which they stand closer, in all cards alike."""
 _WIDE, _CARD_HEIGHT = 120, 4
 """So wide a screen has two cards side by side if there are more; the lines of a card without graphs."""
 
@@ -56,9 +61,11 @@ def figures(gpu: GpuSnapshot) -> list[Span]:
 
 
 def _whole(spans: list[Span], width: int) -> Line:
-    """As many of the figures as fit, none of them cut, if at least the first do."""
+    """As many of the figures as fit, none of them cut; in a narrow card the first stand closer."""
     while len(spans) > _ALWAYS and line_width(spans) > width:
         spans = spans[:-1]
+    if width < _SNUG:
+        spans = [(words.replace("   ", "  ").replace(" / ", "/"), paint) for words, paint in spans]
     return cut_line(spans, width)
 
 
@@ -184,7 +191,9 @@ class GpuScreen(LookingScreen):
     def _show_cards(self, snapshot: FleetSnapshot) -> None:
         """The graphs share the height that the cards may take."""
         view, window, count = View(snapshot=snapshot), WINDOWS[self._zoom_step], len(snapshot.gpus)
-        height = int(self.size.height * _CARD_SHARE)
+        others = _BANDS + (self.query_one(ProcessTable).height or self.size.height)
+        height = max(int(self.size.height * _CARD_SHARE), self.size.height - others)
+        self.query_one("#cards").styles.max_height = max(height, int(self.size.height * _MOST_SHARE))
         side_by_side = count > 2 and (self.size.width >= _WIDE or count * _CARD_HEIGHT > height)
         self.query_one("#cards").set_class(side_by_side, "-two")
         room = height // max(1, (count + 1) // 2 if side_by_side else count)

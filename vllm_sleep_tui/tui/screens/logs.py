@@ -62,7 +62,9 @@ class WrappedLog(RichLog):
         """Append; of more than can be kept the last are. Who is at the end stays there if it `follows`."""
         new = list(lines)[-KEPT_LINES:]
         self._kept.extend(new)
-        self.write(painted(new, palette_of(self)), scroll_end=follows and self._is_followed)
+        # Rich takes a terminal that it cannot ask, as in a browser, for one of 80 columns.
+        width = self.scrollable_content_region.width or None
+        self.write(painted(new, palette_of(self)), width=width, scroll_end=follows and self._is_followed)
 
     def begin(self, before: Sequence[str], after: Sequence[str]) -> None:
         """Begin with two parts, the end of the first in view: that is what is looked for."""

@@ -87,18 +87,28 @@ class TopBand(Shown):
             product += [("   ", ""), (view.bench, "warning")]
         long = [*product, ("   ", ""), (hardware(view.snapshot.gpus), "muted")]
         wrong = [span for words in alarms(view) for span in ((f" {words} ", ALARM), ("  ", ""))]
-        end = [*wrong, *self._awake(view)]
-        clock = (time.strftime("%H:%M", time.localtime(view.snapshot.time)), "muted")
-        for start in (long, product, badge):
-            if line_width(start) + line_width(end) + 9 <= size.width:
-                return [spread(start, [*end, ("   ", ""), clock], size.width)]
-        return [cut_line([*badge, *end], size.width)]
+        clock = [("   ", ""), (time.strftime("%H:%M", time.localtime(view.snapshot.time)), "muted")]
+        names, count = [*wrong, *self._awake(view)], [*wrong, *self._awake(view, named=0)]
+        for start, end in (
+            (long, [*names, *clock]),
+            (product, [*names, *clock]),
+            (badge, [*names, *clock]),
+            (badge, [*count, *clock]),
+            (badge, count),
+            (badge, [*wrong, *clock]),
+            (badge, wrong[:-1]),
+        ):
+            if line_width(start) + line_width(end) < size.width:
+                return [spread(start, end, size.width)]
+        return [cut_line([*badge, *wrong], size.width)]
 
-    def _awake(self, view: View) -> list[Span]:
+    def _awake(self, view: View, named: int = _NAMED_AWAKE) -> list[Span]:
+        """Who is awake, up to so many by their names."""
         if not view.awake:
             return [("no model awake", "muted")]
-        if len(view.awake) > _NAMED_AWAKE:
-            return [("  ● ", "good"), (f"{len(view.awake)} models", "text bold"), (" awake", "good")]
+        if len(view.awake) > named:
+            count = counted(len(view.awake), "model")
+            return [("● ", "good"), (count, "text bold"), (" awake", "good")]
         spans: list[Span] = []
         for model in view.awake:
             spans += [("  ● ", "good"), (model.name, "text bold")]

@@ -29,8 +29,8 @@ from vllm_sleep_tui.tui.theme import palette_of
 from vllm_sleep_tui.tui.widgets.chat_input import ChatInput
 from vllm_sleep_tui.tui.widgets.chat_status import ChatStatus
 from vllm_sleep_tui.tui.widgets.transcript import Transcript
-from vllm_sleep_tui.tui.words import phases_of, state_words
-from vllm_sleep_tui.units import time_of_day, time_text, took
+from vllm_sleep_tui.tui.words import expected_time, phases_of, state_words
+from vllm_sleep_tui.units import time_of_day, took
 
 FLUSH_SECONDS = 0.1
 KEEP_SECONDS = 2.0
@@ -414,7 +414,7 @@ class ChatPane(Vertical):
         if talk is None or question is None or (pair := talk.pair()) is None:
             self.notify("One question has to be answered by two models first (d).", markup=False)
             return
-        self.app.push_screen(DuelScreen(question, pair))
+        self.app.push_screen(DuelScreen(question, pair, self._fleet.snapshot))
 
     async def _stream(
         self,
@@ -650,5 +650,5 @@ def _phases(times: SwitchTimes | None) -> list[Line]:
 
 def _sentence(prediction: Prediction) -> str:
     """What would be done and how long that takes, for a question; all that `cost_words` names is in it."""
-    about = "" if prediction.seconds is None else f"About {time_text(prediction.seconds)}. "
-    return about + prediction.sentence
+    about = expected_time(prediction)
+    return (f"About {about}. " if about else "") + prediction.sentence

@@ -8,8 +8,7 @@ from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.drawing.paint import Line, Painted, Span, cut_line, line_width
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.words import LOOKS, state_words
-from vllm_sleep_tui.units import time_text
+from vllm_sleep_tui.tui.words import LOOKS, expected_time, state_words
 
 FULL_SHARE = 0.8
 """Of the context, from which on its meter warns."""
@@ -27,8 +26,8 @@ def cost_words(prediction: Prediction) -> str:
         return ""
     if prediction.action == "refused":
         return prediction.sentence
-    known = prediction.seconds is not None
-    parts = [f"about {time_text(prediction.seconds or 0)}" if known else "not timed yet"]
+    about = expected_time(prediction)
+    parts = [f"about {about}" if about else "not timed yet"]
     if prediction.sleeps:
         parts.append(f"puts {listing(prediction.sleeps)} to sleep")
     if prediction.stops:

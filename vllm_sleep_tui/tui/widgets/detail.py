@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from textual.geometry import Size
 
 from vllm_sleep_tui.fleet.past import Past
-from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction, SwitchTimes
+from vllm_sleep_tui.fleet.snapshot import ModelSnapshot, Prediction
 from vllm_sleep_tui.fleet.states import SETTLED, StartPhase, State
 from vllm_sleep_tui.tui.drawing.bars import large, phase_bar, progress
 from vllm_sleep_tui.tui.drawing.paint import (
@@ -24,7 +24,7 @@ from vllm_sleep_tui.tui.drawing.paint import (
 )
 from vllm_sleep_tui.tui.state.operations import Running
 from vllm_sleep_tui.tui.state.view import View
-from vllm_sleep_tui.tui.words import DOING, PARTS_OF_WAKE, phases_of
+from vllm_sleep_tui.tui.words import DOING, PARTS_OF_WAKE, expected_time, phases_of
 from vllm_sleep_tui.units import clock, counted, time_sum, took
 
 _INDENT = "  "
@@ -162,8 +162,8 @@ def enter_lines(view: View, prediction: Prediction, width: int) -> list[Line]:
     if prediction.action == "nothing":
         return [rule([*title, ("  is awake already", "muted")], width)]
     if prediction.action != "refused":
-        about = None if prediction.seconds is None else f"  ≈ {took(prediction.seconds)}"
-        title.append((about, "text bold") if about else ("  not timed yet", "muted"))
+        about = expected_time(prediction)
+        title.append((f"  ≈ {about}", "text bold") if about else ("  not timed yet", "muted"))
     paint = "warning" if prediction.action == "refused" else "text"
     lines = [rule(title, width), *_wrapped(prediction.sentence, width, paint)]
     if view.waits is not None and prediction.action != "refused":
@@ -176,7 +176,7 @@ def last_switch_lines(view: View, model: ModelSnapshot, width: int, *, is_tall: 
     times = model.last_switch
     if times is None:
         return []
-    was_start = _was_start(times)
+    was_start = not times.is_wake
     color, gain = view.colors[model.name], _gain(view.past, model)
     title: list[Span] = [
         ("last start of " if was_start else "last switch to ", "muted"),
@@ -225,14 +225,10 @@ def _shortened(words: str, width: int) -> str:
     return middle(words, width)
 
 
-def _was_start(times: SwitchTimes) -> bool:
-    return times.phases.get("wake") is None
-
-
 def _gain(past: Past, model: ModelSnapshot) -> str:
     """How the last switch compares with a start of the model, where both are known."""
     cold, last = past.cold_starts.get(model.name), model.last_switch
-    if cold is None or last is None or _was_start(last) or cold < 2 * last.total:
+    if cold is None or last is None or not last.is_wake or cold < 2 * last.total:
         return ""
     return f"{cold / last.total:.0f} × faster{_THAN_A_START}"
 
@@ -250,7 +246,7 @@ def saved_words(past: Past, model: ModelSnapshot) -> str:
     """What the last switch saved, and what the day's did."""
     cold, last = past.cold_starts.get(model.name), model.last_switch
     words = []
-    if cold is not None and last is not None and not _was_start(last) and cold > last.total:
+    if cold is not None and last is not None and last.is_wake and cold > last.total:
         words.append(f"{took(cold - last.total)} saved")
     if words and past.switches_today == 1:
         words.append("today 1 switch")  # whose saving stands before it
@@ -279,23 +275,23 @@ def _switches(count: int) -> str:
 
 
 def serving_lines(model: ModelSnapshot, width: int) -> list[Line]:
-    """How an awake model serves, as far as it is known."""
+    """How an awake model serves, as far as it is known; what is nothing now is left out."""
     serving = model.serving
     if serving is None:
         return []
-    words = [f"{serving.running} running"] if serving.running is not None else []
+    words = [f"{serving.running} running"] if serving.running else []
     if serving.waiting:
         words.append(f"{serving.waiting} waiting")
-    if serving.kv_use is not None:
+    if serving.kv_use and serving.kv_use >= 0.005:
         words.append(f"KV {serving.kv_use * 100:.0f} %")
-    if serving.generation_tokens_per_s is not None:
+    if serving.generation_tokens_per_s and serving.generation_tokens_per_s >= 0.5:
         words.append(f"{serving.generation_tokens_per_s:.0f} tok/s")
     if serving.ttft_p50 is not None and serving.ttft_p95 is not None:
         words.append(f"TTFT p50 {took(serving.ttft_p50)}, p95 {took(serving.ttft_p95)}")
     if serving.inter_token_p50 is not None and serving.inter_token_p95 is not None:
         p50, p95 = took(serving.inter_token_p50), took(serving.inter_token_p95)
         words.append(f"between tokens p50 {p50}, p95 {p95}")
-    if serving.prefix_hit_share is not None:
+    if serving.prefix_hit_share and serving.prefix_hit_share >= 0.005:
         words.append(f"prefix hits {serving.prefix_hit_share * 100:.0f} %")
     if serving.cached_tokens:
         words.append(f"{counted(serving.cached_tokens, 'token')} cached")

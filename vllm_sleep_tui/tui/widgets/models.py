@@ -18,7 +18,7 @@ from vllm_sleep_tui.fleet.states import SETTLED, State
 from vllm_sleep_tui.tui.drawing.paint import Line, Shown, Span, left, middle, right, rule
 from vllm_sleep_tui.tui.state.view import View
 from vllm_sleep_tui.tui.words import LOOKS, memory_words, state_words
-from vllm_sleep_tui.units import NONE, clock, counted, took
+from vllm_sleep_tui.units import NONE, clock, counted, start_time, took
 
 _MARK_WIDTH = 4
 """The cursor and the model's swatch."""
@@ -34,24 +34,16 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 
 def wakes_in(past: Past, model: ModelSnapshot) -> str:
     """What the next wake of a model takes, by those that were; of one that does not run, its start."""
+    takes = past.takes.get(model.name, {})
     if model.state in {State.STOPPED, State.FAILED}:
-        start = past.cold_starts.get(model.name)
-        return NONE if start is None else f"start {_roughly(start)}"
+        return f"start {start_time(takes['start'])}" if "start" in takes else NONE
     if model.state in {State.STARTING, State.STOPPING}:
         return NONE
-    level = model.level if model.level is not None else int(model.resolved_level or -1)
-    usual = past.percentiles.get(model.name, {}).get(level)
-    if usual is not None:
-        return took(usual.p50)
-    last = model.last_switch
-    if last is not None and model.level is not None and str(model.level) != (model.resolved_level or ""):
-        return NONE  # it was from another level, as a rule
-    return NONE if last is None or last.phases.get("wake") is None else took(last.total)
-
-
-def _roughly(seconds: float) -> str:
-    """The time of a start in the four cells that it has beside its word: 5 s, 52 s, 2:07."""
-    return "<1 s" if seconds < 1 else f"{seconds:.0f} s" if seconds < 99.5 else clock(seconds)
+    if model.is_external:  # nobody sleeps for it, so that a switch to it is a wake
+        last = model.last_switch
+        return took(last.total) if last is not None and last.is_wake else NONE
+    wake = takes.get(f"wake{model.resolved_level if model.level is None else model.level}")
+    return NONE if wake is None else took(wake)
 
 
 def _tokens(view: View, model: ModelSnapshot) -> str:
@@ -105,10 +97,10 @@ _GPU = Column("GPU", 5, 0, lambda _, model: ",".join(map(str, model.gpus)) or NO
 _COLUMNS = (
     _GPU,
     Column("VRAM", 6, 7, lambda _, model: memory_words(model.vram_bytes)),
-    Column("RAM", 7, _RAM_STAYS, lambda _, model: memory_words(model.ram_bytes)),
+    Column("RAM", 6, _RAM_STAYS, lambda _, model: memory_words(model.ram_bytes)),
     Column("pinned", 8, 1, lambda _, model: memory_words(model.pinned_bytes)),
     Column("for", 8, 3, _time_in_state),
-    Column("wakes in", 11, 6, lambda view, model: wakes_in(view.past, model)),
+    Column("wakes in", 12, 6, lambda view, model: wakes_in(view.past, model)),
     Column("tok/s", 12, 4, _tokens),
     Column("KV", 6, 2, _kv_use),
     Column("queue", 7, 1, _queue),
@@ -136,12 +128,15 @@ def layout_for(width: int, longest_name: int, gpus: int = 1) -> Layout:
         stays[_GPU] = _RAM_STAYS + 0.5
     while True:
         numbers = sum(column.width for column in columns)
-        for state in (_STATE_WIDTH, _MIN_STATE_WIDTH):
-            spare = width - _MARK_WIDTH - name - state - numbers
-            if spare >= 0:
-                return Layout(name + min(spare // 2, 8), state + min(spare - spare // 2, 6), tuple(columns))
+        spare = width - _MARK_WIDTH - name - _MIN_STATE_WIDTH - numbers
+        if spare >= 0:
+            gap = min(spare, 1)  # as between all columns, before states take what they would like
+            state = min(_MIN_STATE_WIDTH + spare - gap, _STATE_WIDTH)
+            rest = spare - gap - (state - _MIN_STATE_WIDTH)
+            return Layout(name + gap + min(rest // 2, 7), state + min(rest - rest // 2, 6), tuple(columns))
         if len(columns) == 1:
-            return Layout(max(4, width - _MARK_WIDTH - state - numbers), state, tuple(columns))
+            name = max(4, width - _MARK_WIDTH - _MIN_STATE_WIDTH - numbers)
+            return Layout(name, _MIN_STATE_WIDTH, tuple(columns))
         columns.remove(min(columns, key=stays.__getitem__))
 
 

@@ -124,6 +124,13 @@ class ProcessTable(Painted):
         self._processes, self._colors = processes, colors
         self.repaint()
 
+    @property
+    def height(self) -> int:
+        """The lines that it fills; 0 while they are not known."""
+        return (
+            0 if self._processes is None else 1 + max(1, len(rows(self._processes, self.order, self._colors)))
+        )
+
     def turn(self) -> None:
         """Sort by the next column."""
         self.order = ORDERS[(ORDERS.index(self.order) + 1) % len(ORDERS)]
