@@ -41,7 +41,7 @@ def verb(machine: Box, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("version", ["0.24.0", "0.26.0"])
+@pytest.mark.parametrize("version", ["0.24.0", "0.25.1", "0.26.0"])
 async def test_level_1_pins_just_the_weights_and_level_2_gives_the_ram_back(
     box: MakeBox, version: str
 ) -> None:
@@ -57,7 +57,7 @@ async def test_level_1_pins_just_the_weights_and_level_2_gives_the_ram_back(
         assert seen(fleet, "a").proof == "proven"
 
 
-@pytest.mark.parametrize("version", ["0.24.0", "0.26.0"])
+@pytest.mark.parametrize("version", ["0.24.0", "0.25.1", "0.26.0"])
 async def test_at_level_0_the_weights_stay_and_the_wake_is_proven(box: MakeBox, version: str) -> None:
     async with box({"a": fast("sim/4GiB", level=0, env={"VLLM_SIM_VERSION": version})}).open() as fleet:
         await fleet.start(["a"])

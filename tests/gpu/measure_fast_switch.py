@@ -237,8 +237,9 @@ class Run:
         self.note(killed=what, of=name, state=model.state, why=model.reason, seen=time.perf_counter() - began)
         await self.memory(f"{what} of {name} killed")
         other = "ob" if name == "oa" else "sa"
-        await self.by_panel(f"after {what} was killed", other)
-        await self.memory(f"after {what} was killed")
+        if self.fleet.snapshot().model(other).state == "asleep":  # vLLM's own are not started by --fast-only
+            await self.by_panel(f"after {what} was killed", other)
+            await self.memory(f"after {what} was killed")
 
     def first_sleeps(self, names: Sequence[str]) -> None:
         """What the sleep at the end of each start took, which has the RAM pinned."""

@@ -35,7 +35,7 @@ CPU_KV_CACHE_BYTES = 4 * GIB
 TINY_KV_CACHE_BYTES = 1 << 20
 """Too little for one request of any length a model is served with."""
 TITLE = "VLLM::EngineCore"
-BACKEND_MINORS = (24, 26)
+BACKEND_MINORS = (24, 25, 26)
 """Of the versions with which the panel's own sleep mode puts itself in place."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from .plan import BLOCK
 
-PROVEN = ("0.24", "0.26")
+PROVEN = ("0.24", "0.25", "0.26")
 """The releases of vLLM with which it has been seen to work on a GPU; others keep vLLM's own sleep mode."""
 
 
