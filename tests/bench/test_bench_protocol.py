@@ -120,11 +120,18 @@ def test_the_environments_of_both_models_are_kept(pair: MakePair, tmp_path: Path
 
 
 def test_models_end_as_they_were_found_bystanders_too(pair: MakePair) -> None:
-    bench = pair(other={"model": "sim/2GiB"})
+    broken = {"model": "sim/2GiB", "env": {"VLLM_SIM_FAULTS": "cuda_oom"}}
+    bench = pair(other={"model": "sim/2GiB"}, broken=broken)
     bench("start", "small", "large", "other")
+    assert bench.run("start", "broken").returncode != 0
     bench("switch", "other")
     found = bench.states()
-    assert found == {"small": ("asleep", 1), "large": ("asleep", 1), "other": ("awake", None)}
+    assert found == {
+        "small": ("asleep", 1),
+        "large": ("asleep", 1),
+        "other": ("awake", None),
+        "broken": ("failed", None),
+    }
     bench(
         "bench",
         "run",

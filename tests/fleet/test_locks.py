@@ -11,11 +11,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.fleet.conftest import until
 from vllm_sleep_tui.errors import OperationError
-from vllm_sleep_tui.fleet.store.locks import Holder, LockBusyError, hold, holder, open_shared, read_holder
+from vllm_sleep_tui.fleet.store.locks import (
+    Holder,
+    LockBusyError,
+    describe,
+    hold,
+    holder,
+    open_shared,
+    read_holder,
+)
 from vllm_sleep_tui.fleet.supervision.leader import LeaderLock
 
 
@@ -54,6 +63,8 @@ async def test_who_waits_is_told_for_whom_and_gets_it_afterwards(tmp_path: Path)
     assert order == ["first", "second"]
     assert told[0] is not None
     assert told[0].model == "qwen"
+    assert describe(told[0]) == "the switch of qwen", "one's own is nobody's"
+    assert describe(msgspec.structs.replace(told[0], user="ada", pid=1)) == "ada's switch of qwen"
 
 
 async def test_the_kernel_frees_it_when_the_holder_is_killed(tmp_path: Path) -> None:

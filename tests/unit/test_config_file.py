@@ -242,7 +242,7 @@ MISTAKES = {
     "empty": ("", 1, "the file is empty"),
     "only a comment": ("# nothing\n", 1, "the file is empty"),
     "a list": ("- a\n", 1, "must be a mapping"),
-    "a word": ("hello\n", 1, "must be a mapping"),
+    "a word": ("hello\n", 1, "must be a mapping, lines of `key: value`, not text"),
     "a tag": ("models: {a: {model: !!python/name:os.system ''}}\n", 1, "models.a.model: a tag"),
     "a control character": ("models:\n  a: {model: x\x01}\n", 2, "a control character"),
     "an alias of itself": ("models: &a {x: *a}\n", 1, "models.x: must be a mapping"),

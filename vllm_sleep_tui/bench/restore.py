@@ -39,8 +39,9 @@ async def put_aside(fleet: Fleet, names: Sequence[str], report: Report | None) -
 
 
 async def put_back(fleet: Fleet, states: Sequence[Found], report: Report | None) -> None:
-    """Bring each model to its state of before: stopped ones first, awake ones last; failed ones end stopped.
+    """Bring each model to its state of before: stopped ones first, awake ones last.
 
+    One that had failed ends stopped if the run has started it, else as it is.
     Goes on after a failure and raises OperationError that names all of them.
     """
     failures: list[str] = []
@@ -61,7 +62,7 @@ async def put_back(fleet: Fleet, states: Sequence[Found], report: Report | None)
 async def _put_back_one(fleet: Fleet, before: Found, report: Report | None) -> None:
     now = fleet.snapshot().model(before.name)
     if before.state in (State.STOPPED, State.FAILED):
-        if now.state is not State.STOPPED:
+        if now.state not in (State.STOPPED, before.state):
             await fleet.stop([before.name], report=report)
     elif before.state is State.ASLEEP:
         await put_asleep(fleet, before.name, 1 if before.level is None else before.level, report)

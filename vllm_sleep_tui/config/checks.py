@@ -176,7 +176,8 @@ def _check_gpus(document: Document, key: Key, model: ModelConfig, *, simulated: 
         if index in model.gpus[:position]:
             raise document.error((*key, "gpus"), f"GPU {index} is there twice", "Name each GPU once.")
         if simulated and index >= simulated:
-            cure = f"Use 0 to {simulated - 1}, or add one to `simulated_gpus`."
+            there = "0" if simulated == 1 else f"0 to {simulated - 1}"
+            cure = f"Use {there}, or add one to `simulated_gpus`."
             raise document.error((*key, "gpus"), f"there is no simulated GPU {index}", cure)
     needed = ServeArgs(model.args).gpus
     if model.gpus and needed is not None and len(model.gpus) < needed:

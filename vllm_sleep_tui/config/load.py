@@ -320,7 +320,9 @@ def _nearest(name: str, words: Iterable[str], likeness: float = 0.0) -> str | No
 
 
 def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), "nothing")
+    """Of what a YAML file holds, whose reader marks some words and numbers by classes of its own."""
+    kinds = (_KINDS[kind] for kind in type(value).__mro__ if kind in _KINDS)
+    return next(kinds, "nothing" if value is None else "something else")
 
 
 def _shown(value: Any) -> str:

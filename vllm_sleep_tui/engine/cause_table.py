@@ -349,8 +349,10 @@ _MEMORY = (
     _cause(
         r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|CUDA_ERROR_OUT_OF_MEMORY",
         "The GPU ran out of memory.",
-        "Lower `gpu-memory-utilization` or `max-model-len`, or put other models to sleep first.",
-        "Lower `max-model-len` or `max-num-seqs`, or put other models to sleep first.",
+        "Lower `gpu-memory-utilization` or `max-model-len`, or put other models to sleep first. Weights "
+        "larger than the GPU need more GPUs (`tensor-parallel-size`) or a quantized checkpoint.",
+        "Lower `max-model-len` or `max-num-seqs`, or put other models to sleep first. Weights larger than "
+        "the GPU need more GPUs (`tensor-parallel-size`) or a quantized checkpoint.",
     ),
     _cause(
         r"DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|^MemoryError",

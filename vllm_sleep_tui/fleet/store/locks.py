@@ -248,7 +248,7 @@ def locking(*files: os.stat_result, exclusive: bool = False) -> list[int]:
 
 
 def describe(who: Holder | None) -> str:
-    """A holder in words, such as: ada's switch of phi, about 12 s."""
+    """A holder in words, such as: ada's switch of phi, about 12 s; what is our own is "the switch"."""
     if who is None:
         return "another operation"
     stopped = " (stopped)" if who.stopped else ""
@@ -258,7 +258,8 @@ def describe(who: Holder | None) -> str:
     if who.stopped:
         return f"{who.user}'s {what} (process {who.pid}, which is stopped)"
     left = "" if who.until is None else f", about {max(1, round(who.until - time.time()))} s"
-    return f"{who.user}'s {what}{left}"
+    whose = "the" if who.pid == os.getpid() else f"{who.user}'s"
+    return f"{whose} {what}{left}"
 
 
 def cure_for(who: Holder | None, path: Path) -> str:
