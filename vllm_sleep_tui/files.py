@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import msgspec
@@ -74,29 +74,74 @@ def read_regular(path: Path, limit: int, *, follow: bool = False) -> bytes:
     return content
 
 
+Mark = tuple[int, ...] | None
+"""By which a file, and a link to it, is known to be the same; None if it is not there."""
+
+
+def mark(path: Path) -> Mark:
+    """The mark of a file as it is now, links followed."""
+    try:
+        found = os.lstat(path)
+        there = os.stat(path) if stat.S_ISLNK(found.st_mode) else None
+    except OSError:  # gone, or for a moment: editors rename
+        return None
+    return _mark(found) if there is None else (*_mark(found), *_mark(there))
+
+
+def _mark(found: os.stat_result) -> tuple[int, ...]:
+    return (
+        found.st_dev,
+        found.st_ino,
+        found.st_mode,
+        found.st_size,
+        found.st_mtime_ns,
+        found.st_ctime_ns,
+    )
+
+
+class _Made(NamedTuple, Generic[T]):
+    """What was made of files."""
+
+    marks: dict[Path, Mark]
+    since: float
+    """When the files were seen first as they were then, by our own clock."""
+    is_kept: bool
+    what: T
+
+    def is_so(self) -> bool:
+        """Whether the files are the same still."""
+        return all(mark(file) == seen for file, seen in self.marks.items())
+
+
 class Unchanged(Generic[T]):
     """What was made of small files, kept while they are the same: another look costs a `stat` each."""
 
-    def __init__(self, make: Callable[[Path], T]) -> None:
+    def __init__(
+        self, make: Callable[[Path, dict[Path, Mark]], T], *, tick: float = SAME_TICK, most: int = 1024
+    ) -> None:
+        """`make` notes the marks of what it reads beside its file; of more than `most` the oldest goes.
+
+        Two writes within `tick` seconds may leave a file's mark as it is.
+        """
         self._make = make
-        self._kept: dict[Path, tuple[tuple[int, ...], T]] = {}
-        self._since: dict[Path, tuple[tuple[int, ...], float]] = {}
-        """Of each file that was looked at: its mark, and when that was seen first, by our own clock."""
+        self._tick = tick
+        self._most = most
+        self._made: dict[Path, _Made[T]] = {}
 
     def get(self, path: Path) -> T:
-        """What `make` made of the file as it is now; raises what `make` raises, and OSError."""
-        seen = os.stat(path, follow_symlinks=False)
-        mark = (seen.st_dev, seen.st_ino, seen.st_mode, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
-        kept = self._kept.get(path)
-        if kept is not None and kept[0] == mark:
-            return kept[1]
-        now, since = time.monotonic(), self._since.get(path)
-        if since is None or since[0] != mark:
-            since = self._since[path] = (mark, now)
-        made = self._make(path)
-        if now - since[1] > SAME_TICK:  # a write from now on bears another time, whoever's clock tells it
-            self._kept[path] = (mark, made)
-        return made
+        """What `make` made of the file as it is now; raises what `make` raises."""
+        before = self._made.get(path)
+        if before is not None and before.is_kept and before.is_so():
+            return before.what
+        now, marks = time.monotonic(), {path: mark(path)}
+        what = self._make(path, marks)
+        since = before.since if before is not None and before.marks == marks else now
+        # A write from now on bears another time, whoever's clock tells it.
+        is_kept = marks[path] is not None and now - since >= self._tick
+        self._made[path] = _Made(marks, since, is_kept, what)
+        if len(self._made) > self._most:
+            self._made.pop(next(iter(self._made)), None)
+        return what
 
 
 def private_dir(folder: Path) -> Path:

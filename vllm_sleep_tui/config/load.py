@@ -27,10 +27,10 @@ from vllm_sleep_tui.config.types import (
     parse_duration,
 )
 from vllm_sleep_tui.config.values import fill_in, read_args, read_env
-from vllm_sleep_tui.config.yaml import Document, Key, Mark, is_null, mark, parse, spell, typed
+from vllm_sleep_tui.config.yaml import Document, Key, is_null, parse, spell, typed
 from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.files import digest_with
+from vllm_sleep_tui.files import Mark, digest_with, mark
 
 __all__ = ["LoadedConfig", "load", "parse_bytes", "parse_duration"]
 
@@ -114,10 +114,6 @@ class LoadedConfig:
     marks: Mapping[Path, Mark] = field(default_factory=dict, repr=False)
     """The file as it was found and all that were read for it: those that it includes, those of keys, schemas
     and tools; each as it was just before it was read."""
-
-    def is_current(self) -> bool:
-        """Whether none of these files was written since."""
-        return all(mark(path) == seen for path, seen in self.marks.items())
 
     def agreement(self) -> str:
         """What a person agrees to who agrees to this file: a digest of it and of the files it names."""

@@ -20,7 +20,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.reader import ReaderError
 
 from vllm_sleep_tui.errors import UsageError
-from vllm_sleep_tui.files import open_regular
+from vllm_sleep_tui.files import Mark, mark, open_regular
 
 Key = tuple[str | int, ...]
 """Where a value stands: ("models", "qwen", "gpus", 0)."""
@@ -120,20 +120,6 @@ def as_yaml(value: Any) -> str:
     if isinstance(value, Written) and value.kind != "text":
         return str(value) or "null"
     return json.dumps(value, ensure_ascii=False)
-
-
-Mark = tuple[int, ...] | None
-"""By which a file, and a link to it, is known to be the same; None if it is not there."""
-
-
-def mark(path: Path) -> Mark:
-    """The mark of a file as it is now, links followed."""
-    try:
-        there, link = os.stat(path), os.lstat(path)
-    except OSError:  # gone, or for a moment: editors rename
-        return None
-    own = there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns
-    return *own, link.st_ino, link.st_ctime_ns
 
 
 class Document(msgspec.Struct, frozen=True):

@@ -254,8 +254,12 @@ class Fleet:
 
     async def log_at(self, name: str, event: FleetEvent) -> ServerLog:
         """As `log`, but it begins with what the server of an event said, if another was started since."""
-        launches = await asyncio.to_thread(self._core.history.launches_around, name, event.time)
-        return log_at(self._core.records, name, event, launches, forgets=not self.is_read_only)
+
+        def find() -> ServerLog:
+            launches = self._core.history.launches_around(name, event.time)
+            return log_at(self._core.records, name, event, launches, forgets=not self.is_read_only)
+
+        return await asyncio.to_thread(find)
 
     # ── for who carries requests to the servers ──────────────────────────────────────────────────────────
 

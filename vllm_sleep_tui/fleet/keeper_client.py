@@ -90,7 +90,7 @@ def read_status(path: Path) -> KeeperStatus:
         raise unreadable(path, error) from error
 
 
-def _read_word(path: Path) -> KeeperStatus:
+def _read_word(path: Path, _: object) -> KeeperStatus:
     return msgspec.json.decode(read_regular(path, MAX_WORD).strip() or b"{}", type=KeeperStatus)
 
 

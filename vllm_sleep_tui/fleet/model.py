@@ -184,6 +184,13 @@ class Model:
         """What was measured of it with the arguments that the config gives it now."""
         return self.core.footprints.get(self.digest, self.record.vllm_version)
 
+    @property
+    def moving_seconds(self) -> float:
+        """How long a call which moves its weights may take."""
+        footprint, limits = self.footprint, self.core.limits
+        weights = footprint.weights or max(footprint.awake.values(), default=0)
+        return limits.call + limits.call_per_gib * weights / GIB
+
     def remember(self, change: Callable[[Footprint], Footprint]) -> None:
         """Keep a measurement of the record's launch; it is written after the operation."""
         record = self.record

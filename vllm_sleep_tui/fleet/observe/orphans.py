@@ -9,17 +9,16 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import psutil
 
-from vllm_sleep_tui.config.load import LoadedConfig, load
-from vllm_sleep_tui.config.types import ModelConfig
+from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.engine.failures import NOT_JSON
 from vllm_sleep_tui.errors import OperationError, UsageError
-from vllm_sleep_tui.files import path_of
+from vllm_sleep_tui.files import Unchanged, path_of
 from vllm_sleep_tui.fleet.keeper_client import KeeperStatus, read_status
 from vllm_sleep_tui.fleet.observe.discovery import launch_of
 from vllm_sleep_tui.fleet.pool import Pool
@@ -140,16 +139,11 @@ def fault_of(pid: int, launch: str) -> str | None:
     return fault_of_config(record)
 
 
-_read: dict[Path, LoadedConfig] = {}
-"""Of 64 keepers most have the same config, and at the next look it is as it was: to read it takes 0.1 s."""
+_CONFIGS = Unchanged(load, tick=0.0, most=8)
+"""Of 64 keepers most have the same config, and at the next look it is as it was: to read it takes 0.1 s.
 
-
-def _models_in(path: Path) -> Mapping[str, ModelConfig]:
-    """The models of a config file as it is now; raises UsageError."""
-    loaded = _read.get(path)
-    if loaded is None or not loaded.is_current():
-        loaded = _read[path] = load(path)
-    return loaded.config.models
+A person writes it, and not twice within the tick of a file system.
+"""
 
 
 def fault_of_config(record: Record) -> str | None:
@@ -162,7 +156,7 @@ def fault_of_config(record: Record) -> str | None:
     except OSError:
         return None
     try:
-        model = _models_in(path).get(record.name)
+        model = _CONFIGS.get(path).config.models.get(record.name)
     except UsageError:
         return None
     if model is None:

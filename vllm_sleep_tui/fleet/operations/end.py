@@ -112,8 +112,11 @@ async def fail(model: Model, reason: str, cure: str, *, died_from: State | None 
 async def fail_as(model: Model, failure: Failure, why: object = "") -> NoReturn:
     """The end after a failure in an operation: its row's reason, or the log's if the server died.
 
-    Raises OperationError with it.
+    Raises OperationError with it. A server that is cut off is kept.
     """
+    if is_cut_off(model.record):
+        what, cure = cut_off_words(model.record)
+        raise OperationError(f"{model.name}: {what}", cure)
     is_engine_dead = await is_dead(model.record, why)
     reason, cure = CURES[Failure.ENGINE_DEAD if is_engine_dead else failure].told(
         *(() if is_engine_dead else (why,))

@@ -41,6 +41,7 @@ from vllm_sleep_tui.fleet.operations.end import (
 from vllm_sleep_tui.fleet.operations.failures import Failure
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
+from vllm_sleep_tui.fleet.operations.prove import Proof
 from vllm_sleep_tui.fleet.operations.server import GATE_LIMIT, Server
 from vllm_sleep_tui.fleet.operations.start import Start
 from vllm_sleep_tui.fleet.states import Event, State
@@ -220,7 +221,7 @@ async def after_wake(server: Server, *, sleeping: bool) -> None:
     level = server.model.record.level
     if sleeping or level == 2:
         await server.bring_back(1 if level is None else level)
-    verdict = await server.prove()
+    verdict = await server.proof.prove()
     await server.open_gate()
     server.model.enter(Event.WOKE, proof=verdict)
 
@@ -324,7 +325,7 @@ async def ask(model: Model, operation: Operation) -> None:
         fell=None,
     )
     if not is_asleep:
-        await Server(model, operation).take_reference()
+        await Proof(model, operation).take_reference()
 
 
 async def with_backend(record: Record, client: VllmClient) -> Record:

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 import msgspec
 
-from vllm_sleep_tui.engine import proof, sleeping
+from vllm_sleep_tui.engine import sleeping
 from vllm_sleep_tui.engine.failures import EngineError, EngineRefused
 from vllm_sleep_tui.engine.logs import MAX_WHY, LogTail, sleepers_in
 from vllm_sleep_tui.engine.proof import Verdict
-from vllm_sleep_tui.engine.serve_args import ServeArgs
 from vllm_sleep_tui.engine.sleeping import Told
 from vllm_sleep_tui.engine.versions import capabilities
-from vllm_sleep_tui.errors import OperationError, PanelError, RefusedError
+from vllm_sleep_tui.errors import PanelError, RefusedError
 from vllm_sleep_tui.fleet.levels import never_level2, why_no_level2
 from vllm_sleep_tui.fleet.model import Model
 from vllm_sleep_tui.fleet.operations.end import cut_off_words, fail_as, is_cut_off, stop_server
 from vllm_sleep_tui.fleet.operations.failures import CURES, Failure, may_wake_again, wake_failure
 from vllm_sleep_tui.fleet.operations.operation import Operation, actor
 from vllm_sleep_tui.fleet.operations.patience import patiently
+from vllm_sleep_tui.fleet.operations.prove import Proof
 from vllm_sleep_tui.fleet.operations.room import (
     LEAST_GONE,
     LEAST_LISTED,
@@ -47,7 +47,7 @@ from vllm_sleep_tui.fleet.states import Event, State
 from vllm_sleep_tui.fleet.store.locks import LockBusyError, cure_for, describe, hold, holder
 from vllm_sleep_tui.fleet.store.records import Intent, Record
 from vllm_sleep_tui.sizing.footprints import Footprint
-from vllm_sleep_tui.units import GIB, gib
+from vllm_sleep_tui.units import gib
 
 if TYPE_CHECKING:  # `status` asks no server, and does without it
     from vllm_sleep_tui.engine.client import Gate, VllmClient
@@ -97,6 +97,7 @@ class Server:
         self.core = model.core
         self.name = model.name
         self.operation = operation
+        self.proof = Proof(model, operation)
 
     @property
     def record(self) -> Record:
@@ -132,12 +133,6 @@ class Server:
             target = self.operation.target
             self.model.enter(event, None if target == self.name else f"for {target}", intent=intent)
         self.operation.tell(self.name, phase)
-
-    def limit(self) -> float:
-        """Seconds that a call which moves the weights may take."""
-        footprint = self.model.footprint
-        weights = footprint.weights or max(footprint.awake.values(), default=0)
-        return self.core.limits.call + self.core.limits.call_per_gib * weights / GIB
 
     # ── sleep ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -255,7 +250,7 @@ class Server:
             await self.drain(force=True)
             await self.sleep_and_settle(1, pool, await self.read_memory())
         await self.bring_back(1)
-        await self.prove()
+        await self.proof.prove()
 
     async def drain(self, *, force: bool, unless: asyncio.Future[None] | None = None) -> None:
         """Close the gate and wait for answers under way, within the limit for it; forced: not at all.
@@ -298,7 +293,7 @@ class Server:
             with self.operation.timed("sleep"):
                 try:
                     workers = await sleeping.sleep_deeper(
-                        self.client, level, self.limit(), is_own=self.is_own
+                        self.client, level, self.model.moving_seconds, is_own=self.is_own
                     )
                 except EngineError as error:
                     await self.fail(Failure.SLEEP_REFUSED, error)
@@ -335,7 +330,7 @@ class Server:
     async def call_sleep(self, level: int) -> None:
         """The call itself."""
         try:
-            await sleeping.sleep(self.client, level, self.limit(), is_own=self.is_own)
+            await sleeping.sleep(self.client, level, self.model.moving_seconds, is_own=self.is_own)
         except EngineRefused as error:
             await self.fail(Failure.SLEEP_REFUSED, error)
         except EngineError as error:
@@ -344,7 +339,7 @@ class Server:
     async def is_sleeping(self) -> bool:
         """Ask; waits through an operation under way. Fails the model if there is no answer."""
         try:
-            return await self.client.is_sleeping(self.limit())
+            return await self.client.is_sleeping(self.model.moving_seconds)
         except EngineError as error:
             await self.fail(Failure.SILENT, error)
 
@@ -515,19 +510,14 @@ class Server:
         self.intend("wake", level=level, event=Event.WAKE)
         began = time.perf_counter()
         await self.leave_room(memory, level)
-        asked = self.ask_along(level)
-        try:
+        async with self.proof.asked_along(level) as asked:
             await self.bring_back(level, more_room, is_asked=asked is not None)
             # What of the pool nobody has taken is given up beside the proof, not after it.
             giving_up = asyncio.ensure_future(asyncio.to_thread(give_up, self.core, self.record.gpus))
             try:
-                verdict = await self.prove(asked)
+                verdict = await self.proof.prove(asked)
             finally:
                 await giving_up
-        finally:
-            if asked is not None:
-                asked.cancel()
-                await asyncio.gather(asked, return_exceptions=True)
         seconds = time.perf_counter() - began
         self.operation.emptied |= set(self.record.gpus)
         await self.open_gate()
@@ -578,7 +568,7 @@ class Server:
                     await sleeping.wake(
                         self.client,
                         level,
-                        self.limit(),
+                        self.model.moving_seconds,
                         self.step,
                         quick=self.core.limits.call,
                         told=told,
@@ -604,93 +594,7 @@ class Server:
         with self.operation.timed(phase):
             yield
 
-    # ── proof ────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def take_reference(self, seconds: float | None = None) -> None:
-        """Ask the proof's question, with nothing cached, of a model that is known to be well.
-
-        It has `seconds` for the answer, or as long as any call.
-        """
-        with contextlib.suppress(EngineRefused):
-            await self.client.reset_prefix_cache(self.core.limits.call)
-        reference = await proof.ask(self.client, self.name, seconds or self.core.limits.call)
-        self.model.write(reference=reference)
-
-    def ask_along(self, level: int) -> asyncio.Future[bool | None] | None:
-        """Ask the proof's question while it wakes; vLLM keeps it until everything is awake.
-
-        None where a wake takes more than one call, and without our sleep mode.
-        """
-        if level == 2 or not self.is_own or self.record.reference is None:
-            return None
-        return asyncio.ensure_future(self.is_itself_soon())
-
-    async def is_itself_soon(self) -> bool | None:
-        """Whether it is itself, asked while it wakes; None, and never an EngineError, if it does not say."""
-        await asyncio.sleep(sleeping.ALONG_SECONDS)
-        with contextlib.suppress(EngineError):
-            return await self.is_itself(self.limit() + self.core.limits.call)
-        return None
-
-    async def prove(self, asked: asyncio.Future[bool | None] | None = None) -> str:
-        """The first token after a wake, compared with the reference; twice wrong is reloaded, then failed.
-
-        An answer to what was `asked` while it woke counts; if it is right, then it is awake as well.
-        """
-        self.operation.tell(self.name, "prove")
-        with self.operation.timed("prove"):
-            try:
-                if self.record.reference is None:
-                    if not await self.client.health(self.core.limits.call):
-                        await self.fail(Failure.PROOF_REFUSED, "its health is bad.")
-                    return Verdict.UNPROVEN
-                limit = self.core.limits.call
-                is_well = None
-                if asked is not None:
-                    begun = time.monotonic()
-                    await asyncio.wait({asked}, timeout=limit)
-                    is_well = asked.result() if asked.done() else None
-                    # Who hangs is not given all of the time once more: others wait for this GPU.
-                    limit = max(limit - (time.monotonic() - begun), limit / 4)
-                    if not is_well:
-                        await self.check_awake()
-                answers = is_well or await self.is_itself(limit)
-                if answers or (is_well is None and await self.is_itself(limit)):
-                    return proof.proven(self.replicas, self.record.reference)
-            except EngineError as error:
-                await self.fail(Failure.PROOF_REFUSED, error)
-            return await self.reload_and_prove()
-
-    async def check_awake(self) -> None:
-        """Fail it if the wake has left it asleep: then it would keep the proof's question for ever."""
-        try:
-            await sleeping.check_awake(self.client, self.limit())
-        except EngineRefused as error:
-            await self.fail(wake_failure(self.record, error), error)
-        except EngineError as error:
-            await self.fail(Failure.SILENT, error)
-
-    async def reload_and_prove(self) -> str:
-        """The cure of wrong answers, tried once; raises OperationError if they stay wrong."""
-        self.operation.tell(self.name, "prove", "wrong answers: its weights are loaded again")
-        try:
-            await sleeping.reload(self.client, self.limit(), quick=self.core.limits.call)
-            if await self.is_itself() and self.record.reference is not None:
-                return proof.proven(self.replicas, self.record.reference)
-        except EngineError as error:
-            await self.fail(Failure.ANSWER_WRONG, f"Its weights could not be loaded again: {error}")
-        return await self.fail(Failure.ANSWER_WRONG)
-
-    async def is_itself(self, seconds: float | None = None) -> bool:
-        """Whether it answers, within `seconds` or the limit of a call, as when it was known to be well."""
-        assert self.record.reference is not None
-        limit = self.core.limits.call if seconds is None else seconds
-        return await proof.is_itself(self.client, self.name, self.record.reference, limit, self.replicas)
-
-    @property
-    def replicas(self) -> int:
-        """How many data parallel replicas are to be proven."""
-        return ServeArgs(self.model.config.args).replicas
+    # ── its gate, its end ────────────────────────────────────────────────────────────────────────────────
 
     async def set_gate(self, *, closed: bool) -> Gate:
         """Close or open the gate; raises EngineError if the server is silent or refuses."""
@@ -709,8 +613,5 @@ class Server:
             await self.fail(Failure.SILENT, error)
 
     async def fail(self, failure: Failure, why: object = "") -> NoReturn:
-        """End the server, keep the reason; raises OperationError with it. One that is cut off is kept."""
-        if is_cut_off(self.record):
-            what, cure = cut_off_words(self.record)
-            raise OperationError(f"{self.name}: {what}", cure)
+        """End the server, keep the reason; raises OperationError with it."""
         await fail_as(self.model, failure, why)

@@ -207,7 +207,7 @@ class Start:
         server = Server(self.model, self.operation)
         if await server.is_sleeping():
             await server.bring_back(1)
-            await server.prove()
+            await server.proof.prove()
         await server.open_gate()
 
     async def guarded(self, begin: Coroutine[None, None, None]) -> Server:
@@ -451,7 +451,7 @@ class Start:
         if self.is_asked_to_stop():
             raise OperationError(f"{self.name} was asked to stop.")
         if warm:
-            await server.take_reference(WARM_UP_LIMIT)
+            await server.proof.take_reference(WARM_UP_LIMIT)
         await self.measure()
         seconds = time.monotonic() - self.began
         self.model.remember(lambda known: known.with_time("start", seconds))

@@ -150,7 +150,7 @@ class RecordStore:
         private_dir(self.folder)
         self.config = as_text(config_path.resolve())
         self._suffix = hashlib.sha256(self.config.encode()).hexdigest()[:8]
-        self._records = Unchanged(read_record)
+        self._records = Unchanged(lambda path, _: read_record(path))
         self._paths: dict[tuple[str, str], Path] = {}
         """Made once each: with 64 models half of what a look at the fleet takes."""
 

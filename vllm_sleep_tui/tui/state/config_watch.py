@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vllm_sleep_tui.config.load import LoadedConfig, load
-from vllm_sleep_tui.config.yaml import Mark, mark
 from vllm_sleep_tui.errors import RefusedError
+from vllm_sleep_tui.files import Mark, mark
 
 Agrees = Callable[[LoadedConfig], bool]
 """Whether the person has agreed to what a file says: it was named, is their own, or was asked about."""
