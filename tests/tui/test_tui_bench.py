@@ -16,6 +16,8 @@ from vllm_sleep_tui.config.load import LoadedConfig
 from vllm_sleep_tui.fleet.states import State
 from vllm_sleep_tui.tui.widgets.bench import BenchForm
 
+BAR = re.compile(r"1  qwen → phi +█+ +[0-9.]+ m?s")
+
 __all__ = ["demo"]
 
 
@@ -55,10 +57,13 @@ async def test_a_run_shows_a_bar_as_each_switch_ends_and_is_listed_afterwards(
         await pilot.press(*["down"] * 5, "space", "down", "space", "minus", "minus", "r")
         await until_seen(pilot, "Run the benchmark?", "qwen and phi answer nobody else")
         await pilot.press("y")
-        await until(pilot, lambda: "level1 1  qwen → phi" in text_of(pilot.app), "a switch", limit=120)
+        await until(pilot, lambda: "1  qwen → phi" in text_of(pilot.app), "a switch", limit=120)
+        await until_seen(pilot, "─ sleep level 1, the newest first ─")  # by the word of the form
         await until_seen(pilot, "median switch between qwen and phi")
         await until(pilot, lambda: "The benchmark is done." in text_of(pilot.app), "its end", limit=120)
         await until_seen(pilot, "qwen ⇄ phi")
+        await pilot.resize_terminal(80, 24)
+        await until(pilot, lambda: bool(BAR.search(text_of(pilot.app))), "a time with its unit")
         assert {model.state for model in fleet.snapshot().models} == {State.STOPPED}
         await pilot.press("escape")
         await until_seen(pilot, "enter → qwen")

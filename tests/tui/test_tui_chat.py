@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from screen_text import panel, text_of, until, until_seen
-from scripted_fleet import ScriptedFleet
+from scripted_fleet import TIMES, ScriptedFleet
 from textual.events import Paste
 from textual.pilot import Pilot
 
@@ -24,6 +24,23 @@ async def ask(pilot: Pilot[None], text: str) -> None:
 def answer(model: str, *texts: str, **first: float) -> list[ChatEvent | float]:
     pieces: list[ChatEvent | float] = [ChatEvent(model=model, text=text) for text in texts]
     return [ChatEvent(model=model, **first), *pieces, ChatEvent(model=model, finish_reason="stop")]
+
+
+async def test_a_phase_and_its_time_stay_together_in_every_width(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.answers["qwen"] = [
+        ChatEvent(model="qwen", switch_seconds=0.46, switch_times=TIMES),
+        ChatEvent(model="qwen", text="Yes."),
+        ChatEvent(model="qwen", finish_reason="stop"),
+    ]
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("c", *"ok?", "enter")
+        await until_seen(pilot, "Yes.")
+        for width in range(100, 130):
+            await pilot.resize_terminal(width, 40)
+            await until(
+                pilot, lambda: text_of(pilot.app).count("wake 0.36 s") == 2, "here and under the table"
+            )
 
 
 async def test_an_answer_says_who_answers_how_it_woke_and_how_fast_it_was(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -53,6 +54,19 @@ async def test_what_fits_is_chosen_already_and_what_was_chosen_is_the_result(tmp
     assert app.return_value is not None
     assert app.return_value.environment == new  # the one that can sleep
     assert [model.name for model in app.return_value.models] == ["a/usual"]
+
+
+async def test_in_60_columns_the_first_line_is_whole_and_no_full_stop_hangs_on_the_path(
+    tmp_path: Path,
+) -> None:
+    machine = surroundings()
+    app = FirstRun(
+        machine, offers_of(machine), Path("/home/person/.config/vllm-sleep-tui/vllm-sleep-tui.yaml")
+    )
+    async with app.run_test(size=(60, 20)) as pilot:
+        await until_seen(pilot, "vllm-sleep-tui   no config yet: this was found here")
+        await until_seen(pilot, "vllm-sleep-tui.yaml")
+        assert not re.search(r"\n +\.\n|yaml\.", text_of(app))
 
 
 async def test_without_a_vllm_it_asks_for_the_binary_and_takes_no_other_file(tmp_path: Path) -> None:

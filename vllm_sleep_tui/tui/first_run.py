@@ -93,7 +93,7 @@ class FirstRun(App[Wish]):
 
     def compose(self) -> ComposeResult:
         """The vLLMs, the GPUs, the models, and what will be done."""
-        yield Static("vllm-sleep-tui   there is no config yet: this is what was found here", id="head")
+        yield Static("vllm-sleep-tui   no config yet: this was found here", id="head")
         with VerticalScroll(id="parts", can_focus=False):
             found = [
                 Option(Text(f"{one.version or 'version unknown':<16}{one.command}  ({one.place})"))
@@ -147,7 +147,7 @@ class FirstRun(App[Wish]):
         smallest = min(chosen, key=lambda model: model.bytes, default=None)
         words = f"Starts {smallest.name}" if smallest else ""
         words += "; the others wait for u or ⏎." if len(chosen) > 1 else "."
-        words += f"\nWrites {counted(len(chosen), 'model')} to {self._target}."
+        words += f"\nWrites {counted(len(chosen), 'model')} to {self._target}"
         self.query_one("#words", Static).update(words if chosen else "Choose at least one model (space).")
 
     def on_descendant_focus(self) -> None:

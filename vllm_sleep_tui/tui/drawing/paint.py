@@ -66,6 +66,11 @@ def cut_line(line: Iterable[Span], width: int) -> Line:
     return tuple(spans)
 
 
+def beside(facts: Iterable[str]) -> str:
+    """Facts in a row that breaks between them alone, each separator at the end of what it follows."""
+    return "\N{NO-BREAK SPACE}· ".join(fact.replace(" ", "\N{NO-BREAK SPACE}") for fact in facts)
+
+
 def spread(start: Sequence[Span], end: Sequence[Span], width: int) -> Line:
     """`start` at the left and `end` at the right edge; `end` is dropped when both do not fit."""
     gap = width - line_width(start) - line_width(end)

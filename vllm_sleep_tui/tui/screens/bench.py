@@ -96,7 +96,7 @@ class BenchScreen(LookingScreen):
         results.clear_options()
         results.add_options(Option(Text(_title(run))) for _, run in self._past)
         if not self._past:
-            results.add_option(Option(Text(" None yet: r runs one."), disabled=True))
+            results.add_option(Option(Text("None yet: r runs one."), disabled=True))
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Show a past result."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import ClassVar, NamedTuple
 
+from rich.cells import cell_len
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.geometry import Size
@@ -12,7 +14,7 @@ from textual.geometry import Size
 from vllm_sleep_tui.bench.figures import summary
 from vllm_sleep_tui.bench.plan import Mode
 from vllm_sleep_tui.bench.results import Run
-from vllm_sleep_tui.tui.drawing.paint import Line, Painted, cut, left, right, rule, wrap
+from vllm_sleep_tui.tui.drawing.paint import Line, Painted, cut, left, middle, right, rule, wrap
 from vllm_sleep_tui.units import took
 
 MAX_REPEATS = 99
@@ -115,54 +117,69 @@ class BenchForm(Painted, can_focus=True):
 
 
 _MODE_PAINT = {Mode.LEVEL1: "good", Mode.LEVEL2: "accent", Mode.COLD: "bad"}
-_LABEL, _TIME = 26, 9
+_TIME, _MIN_BAR, _GAP = 9, 6, 3
 _WIDE = 64
 
 
-def bar_line(label: str, seconds: float, most: float, paint: str, width: int, after: str = "") -> Line:
-    """One bar on a scale that ends at `most` seconds; where it is narrow, without what comes after it."""
-    after = after if width >= _WIDE else ""
-    room = max(4, width - _LABEL - _TIME - len(after) - 1)
-    filled = max(1, round(seconds / most * room)) if most > 0 else 1
-    return (
-        (left(label, _LABEL), "muted"),
-        ("█" * filled, paint),
-        (" " * (room - filled), ""),
-        (right(took(seconds), _TIME), "text"),
-        (f" {after}" if after else "", "muted"),
-    )
+class Bar(NamedTuple):
+    """One time as a bar, beside what it is the time of."""
+
+    label: str
+    seconds: float
+    paint: str
+    after: str = ""
 
 
-def median_lines(run: Run, width: int) -> list[Line]:
-    """The median switch of each mode, to each model."""
-    rows = [row for row in summary(run).rows if row.switch is not None]
-    most = max((row.switch.median for row in rows if row.switch), default=0.0)
+def bar_lines(bars: Sequence[Bar], label: int, width: int) -> list[Line]:
+    """Bars on one scale, behind labels of `label` cells; a narrow screen has not what comes after."""
+    most = max((bar.seconds for bar in bars), default=0.0)
+    after = max((len(bar.after) for bar in bars), default=0) + _GAP if width >= _WIDE else 0
+    room = max(1, width - label - _TIME - after)
     lines: list[Line] = []
-    for row in rows:
-        if row.switch is not None:
-            label = f"{row.mode} → {row.target}"
-            spread = f"{took(row.switch.low)} – {took(row.switch.high)}"
-            lines.append(
-                bar_line(label, row.switch.median, most, _MODE_PAINT[row.mode], width, right(spread, 17))
-            )
-    refused = [f"{total.mode}: {total.refused}" for total in summary(run).totals if total.refused]
-    return [*lines, *(((cut(words, width), "warning"),) for words in refused)]
-
-
-def step_lines(run: Run, width: int, count: int) -> list[Line]:
-    """The last `count` switches, the newest first, each with its first token."""
-    steps = [(each.key, step) for each in run.passes for step in each.steps][-count:]
-    most: dict[Mode, float] = {}
-    for key, step in steps:
-        most[key.mode] = max(most.get(key.mode, 0.0), step.switch)
-    lines: list[Line] = []
-    for key, step in reversed(steps):
-        first = "no text" if step.ttft is None else f"TTFT {took(step.ttft)}"
-        label = f"{key.mode} {key.repeat}  {step.leaving or '–'} → {step.target}"
+    for bar in bars:
+        filled = max(1, round(bar.seconds / most * room)) if most > 0 else 1
         lines.append(
-            bar_line(label, step.switch, most[key.mode], _MODE_PAINT[key.mode], width, right(first, 12))
+            (
+                (left(middle(bar.label, label - 1), label), "muted"),
+                ("█" * filled, bar.paint),
+                (" " * (room - filled), ""),
+                (right(took(bar.seconds), _TIME), "text"),
+                (right(bar.after, after) if after else "", "muted"),
+            )
         )
     return lines
+
+
+def medians(run: Run) -> list[Bar]:
+    """The median switch of each mode, to each model."""
+    return [
+        Bar(
+            f"{row.mode.words} → {row.target}",
+            row.switch.median,
+            _MODE_PAINT[row.mode],
+            f"{took(row.switch.low)} – {took(row.switch.high)}",
+        )
+        for row in summary(run).rows
+        if row.switch is not None
+    ]
+
+
+def switches(run: Run) -> list[tuple[Mode, list[Bar]]]:
+    """All switches by mode, the newest first, each with its repeat and its first token."""
+    steps = [(each.key, step) for each in reversed(run.passes) for step in reversed(each.steps)]
+    found: list[tuple[Mode, list[Bar]]] = []
+    for mode, group in groupby(steps, key=lambda step: step[0].mode):
+        bars = [
+            Bar(
+                f"{key.repeat}  {step.leaving or '–'} → {step.target}",
+                step.switch,
+                _MODE_PAINT[mode],
+                "no text" if step.ttft is None else f"TTFT {took(step.ttft)}",
+            )
+            for key, step in group
+        ]
+        found.append((mode, bars))
+    return found
 
 
 class BenchBars(Painted):
@@ -180,21 +197,22 @@ class BenchBars(Painted):
 
     def paint(self, size: Size) -> list[Line]:
         """Now, the medians, and as many switches as fit."""
-        lines: list[Line] = []
-        if self._now:
-            lines += [((cut(self._now, size.width), "warning"),)]
+        width = size.width
+        lines: list[Line] = [((line, "warning"),) for line in wrap(self._now, width)] if self._now else []
         run = self._run
         if run is None:
-            hint = wrap("Choose two models and the modes, then press r.", size.width)
+            hint = wrap("Choose two models and the modes, then press r.", width)
             return lines or [((line, "muted"),) for line in hint]
-        medians = median_lines(run, size.width)
-        if medians:
+        usual, by_mode = medians(run), switches(run)
+        labels = [bar.label for bars in (usual, *(bars for _, bars in by_mode)) for bar in bars]
+        label = min(max(map(cell_len, labels), default=0) + 2, max(4, width - _TIME - _MIN_BAR))
+        if usual:
             title = f"median switch between {run.plan.a} and {run.plan.b}"
-            lines += [rule([(title, "muted")], size.width), *medians]
-        room = size.height - len(lines) - 1
-        if room > 0 and any(each.steps for each in run.passes):
-            lines += [
-                rule([("switches, the newest first, each mode on its own scale", "muted")], size.width),
-                *step_lines(run, size.width, room),
-            ]
-        return lines
+            lines += [rule([(title, "muted")], width), *bar_lines(usual, label, width)]
+        for total in summary(run).totals:
+            if total.refused:
+                lines.append(((cut(f"{total.mode.words}: {total.refused}", width), "warning"),))
+        for mode, bars in by_mode:
+            lines += [rule([(f"{mode.words}, the newest first", "muted")], width)]
+            lines += bar_lines(bars, label, width)
+        return lines[: size.height]

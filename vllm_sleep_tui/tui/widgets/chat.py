@@ -17,7 +17,7 @@ from vllm_sleep_tui.fleet.conversations import Conversations
 from vllm_sleep_tui.fleet.pictures import pictures_in
 from vllm_sleep_tui.fleet.snapshot import FleetSnapshot, Prediction, Progress, SwitchTimes
 from vllm_sleep_tui.fleet.states import State
-from vllm_sleep_tui.tui.drawing.paint import Line
+from vllm_sleep_tui.tui.drawing.paint import Line, beside
 from vllm_sleep_tui.tui.drawing.preview import Preview, looked_at
 from vllm_sleep_tui.tui.drawing.turns import Answer
 from vllm_sleep_tui.tui.screens.dialogs import Choice, Question
@@ -342,7 +342,7 @@ class ChatPane(Vertical):
         if used is None or limit is None or used + ROOM_TOKENS <= limit:
             return talk
         words = (
-            f"The conversation has about {used} tokens of the {limit} that {name} can hold, "
+            f"The conversation has about {used:,} tokens of the {limit:,} that {name} can hold, "
             "which leaves little or nothing for an answer."
         )
         choices = [
@@ -644,7 +644,7 @@ class ChatPane(Vertical):
 def _phases(times: SwitchTimes | None) -> list[Line]:
     """What a switch took, phase by phase, in a line above the answer; none without one."""
     phases = [] if times is None else phases_of(times)
-    words = " · ".join(f"{phase} {took(seconds)}" for phase, seconds in phases)
+    words = beside(f"{phase} {took(seconds)}" for phase, seconds in phases)
     return [((words, "muted"),)] if words else []
 
 

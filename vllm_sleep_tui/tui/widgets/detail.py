@@ -15,6 +15,7 @@ from vllm_sleep_tui.tui.drawing.paint import (
     Line,
     Shown,
     Span,
+    beside,
     cut,
     cut_line,
     line_width,
@@ -44,9 +45,7 @@ def _wrapped(text: str, width: int, paint: str) -> list[Line]:
 
 
 def _facts(words: Iterable[str], width: int, paint: str) -> list[Line]:
-    """Facts beside each other, each in one piece and with its separator at the end of what it follows."""
-    pieces = [word.replace(" ", "\N{NO-BREAK SPACE}") for word in words]
-    return _wrapped("\N{NO-BREAK SPACE}· ".join(pieces), width, paint)
+    return _wrapped(beside(words), width, paint)
 
 
 def failure_lines(model: ModelSnapshot, width: int) -> list[Line]:
