@@ -76,7 +76,7 @@ def test_a_conversation_goes_on_and_is_listed_shown_exported_and_deleted(
     first = json.loads(shell(line, "chat", "qwen", "second question", "--json").stdout)
     assert second["prompt_tokens"] > first["prompt_tokens"]  # the model was told of the first one
     found = json.loads(line("conversations", "list", "--json"))["conversations"]
-    assert [(kept["title"], kept["turns"]) for kept in found] == [("first question", 4)]
+    assert [(kept["title"], kept["turns"]) for kept in found] == [("first question", 2)]
     number = str(found[0]["id"])
     assert "## You\n\nsecond question" in line("conversations", "show", number)
     file = tmp_path / "one.json"

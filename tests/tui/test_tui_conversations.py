@@ -64,6 +64,7 @@ async def test_again_and_edit_replace_the_last_question_and_keep_what_was_said(t
         kept = store.latest("qwen").result()
         texts = [turn.text for turn in store.turns(kept.id).result()]
         assert texts[:6] == ["q1", "first answer", "q1", "second answer", "q1x", "third answer"]
+        assert kept.turns == 2  # q1x, and to go on: what was replaced is none
 
 
 async def test_an_answer_stays_where_the_person_does_not_agree_to_what_asking_again_costs(
@@ -262,12 +263,12 @@ async def test_conversations_are_found_gone_on_with_renamed_exported_and_deleted
         await until(pilot, lambda: len(fleet.asked) == 2, "the other question")
         await until(pilot, lambda: not pilot.app.dashboard.is_answering, "its answer")  # type: ignore[attr-defined]
         await pilot.press("escape", "h")
-        await until_seen(pilot, "Conversations", "sea?", "other · 2", "x delete  e export  J as JSON ─")
+        await until_seen(pilot, "Conversations", "sea?", "other · 1", "x delete  e export  J as JSON ─")
         await pilot.resize_terminal(60, 20)
         await until_seen(pilot, "─ esc back  ⏎ open  / find  r rename  x delete ─")  # whole keys
         await pilot.resize_terminal(120, 40)
         await pilot.press("slash", *"blue")
-        await until(pilot, lambda: not any("other · 2" in line for line in lines_of(pilot.app)), "the search")
+        await until(pilot, lambda: not any("other · 1" in line for line in lines_of(pilot.app)), "the search")
         await until_seen(pilot, "/ blue")
         await pilot.press("enter", "e")
         await until_seen(pilot, "Exported as")
@@ -278,7 +279,7 @@ async def test_conversations_are_found_gone_on_with_renamed_exported_and_deleted
         await pilot.press("r", "end", "x")
         await until_seen(pilot, "title sea?x")
         await pilot.press("enter")
-        await until_seen(pilot, "sea?x · 2")  # in the list, the input being left
+        await until_seen(pilot, "sea?x · 1")  # in the list, the input being left
         await pilot.press("enter")
         await until_seen(pilot, "Chat with qwen", "The sea is <blue>.")
         await pilot.press("h")

@@ -66,7 +66,7 @@ def test_what_was_said_is_there_for_the_next_one_and_private(store: Conversation
     other = Conversations(tmp_path, "a.yaml")
     kept = other.latest("qwen").result()
     assert kept is not None
-    assert (kept.title, kept.turns) == ("Why <b>?", 2)
+    assert (kept.title, kept.turns) == ("Why <b>?", 1)
     assert [turn.text for turn in other.turns(kept.id).result()] == ["Why <b>?", "Because."]
     assert other.latest("phi").result() is None
     other.close()

@@ -52,7 +52,8 @@ _ADDED = "ALTER TABLE conversations ADD COLUMN parameters TEXT NOT NULL DEFAULT 
 """What a file of a version that knew no parameters lacks."""
 _LISTED = (
     "SELECT id, model, title, begun, changed, "
-    "(SELECT COUNT(*) FROM turns WHERE conversation = id) FROM conversations"
+    "(SELECT COUNT(*) FROM turns WHERE conversation = id AND json_extract(turn, '$.role') = 'user'"
+    " AND json_extract(turn, '$.is_dropped') IS NULL) FROM conversations"
 )
 
 
@@ -104,6 +105,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     """UTC seconds."""
     changed: float
     turns: int
+    """Its questions, without those that others took the place of."""
 
 
 class Whole(msgspec.Struct, frozen=True, kw_only=True):

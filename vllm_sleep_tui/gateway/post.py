@@ -54,7 +54,9 @@ class Post:
         self._ending: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to try for the seat."""
+        """Begin to try for the seat; who tries already tries again now."""
+        if self._task is not None:
+            self._task.cancel()
         self._task = asyncio.create_task(self._keep())
 
     @property

@@ -50,13 +50,13 @@ class Requests(Painted):
             return []
         state: Span = ("open", "good bold") if view.is_open else ("closed", "warning bold")
         head: list[Span] = [(view.url, "accent bold"), ("   ", ""), state]
-        if view.note:
-            head.append((f"   {one_line(view.note)}", "muted"))
         lines = [cut_line(head, size.width)]
+        if view.note:
+            lines += [((line, "muted"),) for line in wrap(one_line(view.note), size.width)]
         if view.is_open:
             running = sum(ask.state == "running" for ask in view.asks)
             caused = counted(view.switches, "switch", "switches")
-            figures = f"{running} answered, {len(view.asks) - running} waiting, {caused} caused"
+            figures = f"{running} being answered, {len(view.asks) - running} waiting, {caused} caused"
             lines.append(cut_line([(figures, "text")], size.width))
         lines += [
             cut_line([(left(name, 20), "text"), (url, "muted")], size.width) for name, url in self._ports
@@ -131,9 +131,11 @@ class GatewayScreen(Screen[None]):
 
     def action_open_or_close(self) -> None:
         """Open it if it is closed, else close it, which waits for a switch under way."""
-        if self._post.is_started:
+        if self._post.view().is_open:
             self.app.run_worker(self._post.close(), group="gateway")
         elif not self._post.is_closing:
+            if self._post.is_started:  # what kept it closed may be there still: nothing else would be seen
+                self.notify("Trying again; it is tried every few seconds, too.", markup=False)
             self._post.start()
         self._look()
 
