@@ -128,7 +128,7 @@ class PanelDriver(LinuxDriver):
     """Textual's, which would wait for the terminal in the event loop and take any SIGCONT for a resume.
 
     Its own writer is idle here: its queue is short, and who finds it full waits. Its reader would wake ten
-    times a second, a fifth of what a panel at rest takes.
+    times a second, a tenth of what a panel at rest takes.
     """
 
     def __init__(
