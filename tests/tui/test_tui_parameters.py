@@ -241,7 +241,7 @@ async def test_a_question_that_is_edited_stands_until_the_new_one_is_sent(tmp_pa
         await until_seen(pilot, "first answer")
         await pilot.press(*"begun")
         await pilot.press("ctrl+l", "escape")
-        await until_seen(pilot, "q1", "first answer")
+        await until_seen(pilot, "q1", "first answer", "What was not asked is kept")
         field = pilot.app.screen.query_one("#question", TextArea)
         await until(pilot, lambda: field.text == "q1", "the question in the input")
         await pilot.press("c", "up")
