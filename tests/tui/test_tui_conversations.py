@@ -52,9 +52,16 @@ async def test_again_and_edit_replace_the_last_question_and_keep_what_was_said(t
         await until_seen(pilot, "second answer")
         assert "first answer" not in text_of(pilot.app)
         assert fleet.asked[1][1] == [{"role": "user", "content": "q1"}]
-        fleet.answers["qwen"] = answer("qwen", "third answer")
-        await pilot.press("ctrl+l", "x", "enter")
-        await until_seen(pilot, "q1x", "third answer")
+        await pilot.press("ctrl+t")
+        await until_seen(pilot, "That answer was not cut.")
+        fleet.answers["qwen"] = [
+            ChatEvent(model="qwen", text="third answer"),
+            ChatEvent(model="qwen", finish_reason="length"),
+        ]
+        await pilot.press("ctrl+l")
+        await until_seen(pilot, "⏎ replace the last question")
+        await pilot.press("x", "enter")
+        await until_seen(pilot, "q1x", "third answer", "⏎ send")
         assert fleet.asked[2][1] == [{"role": "user", "content": "q1x"}]
         fleet.answers["qwen"] = answer("qwen", "more")
         await pilot.press("ctrl+t")
@@ -87,6 +94,26 @@ async def test_an_answer_stays_where_the_person_does_not_agree_to_what_asking_ag
         await pilot.press("y")
         await until(pilot, lambda: len(fleet.asked) == 2, "the question again")
         assert fleet.asked[1][1] == [{"role": "user", "content": "q1"}]
+
+
+async def test_an_edited_question_that_was_not_asked_still_replaces_the_last(tmp_path: Path) -> None:
+    fleet = ScriptedFleet()
+    fleet.answers["qwen"] = answer("qwen", "first answer")
+    async with panel(fleet, tmp_path) as pilot:
+        await ask(pilot, "q1")
+        await until_seen(pilot, "first answer")
+        fleet.change("qwen", state=State.ASLEEP, level=1)
+        fleet.change("phi", state=State.AWAKE)
+        await pilot.press("ctrl+l", "x", "enter")
+        for _ in range(2):
+            await until_seen(pilot, "Switch to qwen?")
+            await pilot.press("escape")
+            await until_seen(pilot, "⏎ replace the last question", "first answer")
+            await pilot.press("enter")
+        await until_seen(pilot, "Switch to qwen?")
+        await pilot.press("y")
+        await until(pilot, lambda: len(fleet.asked) == 2, "the edited question")
+        assert fleet.asked[1][1] == [{"role": "user", "content": "q1x"}]
 
 
 async def test_what_cannot_be_kept_is_told(tmp_path: Path) -> None:

@@ -77,6 +77,34 @@ async def test_what_is_set_is_sent_shown_and_kept_and_a_new_conversation_begins_
         assert fleet.asked[2][1] == [{"role": "user", "content": "two"}]
 
 
+async def test_the_form_begins_in_its_first_field_and_escape_loses_nothing_unasked(tmp_path: Path) -> None:
+    fleet = with_presets(tmp_path)
+    fleet.answers["qwen"] = answer("qwen", "done")
+    async with panel(fleet, tmp_path) as pilot:
+        await pilot.press("p")
+        await until_seen(pilot, "How qwen is asked")
+        await pilot.press("escape")  # nothing was written
+        await until(pilot, lambda: "How qwen is asked" not in text_of(pilot.app), "an end of the form")
+        await pilot.press("p")
+        await until_seen(pilot, "How qwen is asked")
+        await pilot.press(*"brief", "ctrl+j", *"kind", "up", "down", "down", "1")
+        await pilot.press("escape")
+        await until_seen(pilot, "Drop what was written here?")
+        await pilot.press("escape")
+        await until_seen(pilot, "How qwen is asked", "brief", "kind")
+        await pilot.press("up", "enter")
+        await until_seen(pilot, "Chat with qwen · system prompt · temp")
+        await pilot.press("p")
+        await until_seen(pilot, "How qwen is asked")
+        await pilot.press(*"un", "escape")
+        await until_seen(pilot, "Drop what was written here?")
+        await pilot.press("y")
+        await until(pilot, lambda: "How qwen is asked" not in text_of(pilot.app), "an end of the form")
+        await ask(pilot, "one")
+        await until_seen(pilot, "done")
+        assert fleet.asked[0][1][0] == {"role": "system", "content": "brief\nkind"}
+
+
 async def test_a_wrong_value_is_told_with_its_cure_and_the_form_stays(tmp_path: Path) -> None:
     async with panel(with_presets(tmp_path), tmp_path, size=(80, 24)) as pilot:
         await pilot.press("c")
@@ -213,7 +241,7 @@ async def test_a_question_that_is_edited_stands_until_the_new_one_is_sent(tmp_pa
         await until_seen(pilot, "first answer")
         await pilot.press(*"begun")
         await pilot.press("ctrl+l", "escape")
-        await until_seen(pilot, "q1", "first answer")
+        await until_seen(pilot, "q1", "first answer", "What was not asked is kept")
         field = pilot.app.screen.query_one("#question", TextArea)
         await until(pilot, lambda: field.text == "q1", "the question in the input")
         await pilot.press("c", "up")

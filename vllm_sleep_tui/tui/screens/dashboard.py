@@ -58,6 +58,7 @@ TIMELINE_HEIGHT, SERVED_HEIGHT = 29, 2
 """The lanes need so many lines beside the table's and their own; requests and tokens so many more."""
 _WHY_BELOW = "Why stands below the table."
 _FINDING_HINT = "⏎ to the table   ↑ ↓ move   esc all models   letters are text"
+_EDITING_HINT = "⏎ replace the last question  alt+⏎ line  ↑ earlier  esc leave the input"
 _TYPING_HINT = "⏎ send  alt+⏎ line  ↑ earlier  esc leave the input   letters are text"
 
 
@@ -270,8 +271,13 @@ class Dashboard(ChatKeys):
         """Say which keys work now."""
         self._hint()
 
+    def on_chat_pane_edited(self) -> None:
+        """Say what enter does now."""
+        self._hint()
+
     def _hint(self) -> None:
-        hint = _TYPING_HINT if self.query_one(ChatPane).input.has_focus else ""
+        chat = self.query_one(ChatPane)
+        hint = (_EDITING_HINT if chat.is_editing else _TYPING_HINT) if chat.input.has_focus else ""
         hint = _FINDING_HINT if self.query_one(FindInput).has_focus else hint
         self.query_one(BottomBand).show_typing(hint)
 

@@ -36,11 +36,31 @@ _KEYS = "esc cancels  ⏎ take  ^o presets  ^s keep as preset  ^g delete it  ^r 
 _AS_JSON = ("stop", "schema", "tools")
 
 
+class SystemPrompt(TextArea):
+    """Several lines, begun as in the chat's input; ↓ in the last one leaves it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+j,alt+enter,shift+enter", "newline", "new line", show=False)
+    ]
+
+    def action_newline(self) -> None:
+        """Begin a line."""
+        self.replace("\n", *self.selection, maintain_selection_offset=False)
+
+    def action_cursor_down(self, select: bool = False) -> None:
+        """A line down, or to the next field."""
+        if not select and self.navigator.is_last_wrapped_line(self.cursor_location):
+            self.screen.focus_next()
+        else:
+            super().action_cursor_down(select)
+
+
 class ParametersScreen(ModalScreen[Parameters | None]):
     """A form; its result is what to ask with from now on. An empty line is the server's to choose."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "dismiss", "cancel", show=False),
+        Binding("escape", "cancel", "cancel", show=False),
+        Binding("enter", "take", "take", show=False, priority=True),
         Binding("ctrl+o", "choose", "presets", show=False),
         Binding("ctrl+s", "keep", "keep", show=False),
         Binding("ctrl+g", "forget", "delete", show=False),
@@ -65,6 +85,8 @@ class ParametersScreen(ModalScreen[Parameters | None]):
         self._of_config = of_config
         self._keep = keep
         self._forget = forget
+        self._filled: dict[str, Any] = {}
+        """What stood in the form when it was opened."""
 
     def compose(self) -> ComposeResult:
         """A line each, and what is wrong with one."""
@@ -73,8 +95,12 @@ class ParametersScreen(ModalScreen[Parameters | None]):
             with VerticalScroll(id="parameters", can_focus=False):
                 with Horizontal():
                     yield Label("system")
-                    yield TextArea(
-                        id="system", compact=True, tab_behavior="focus", highlight_cursor_line=False
+                    yield SystemPrompt(
+                        id="system",
+                        placeholder="alt+⏎ new line",
+                        compact=True,
+                        tab_behavior="focus",
+                        highlight_cursor_line=False,
                     )
                 for name, (title, hint) in _LINES.items():
                     with Horizontal():
@@ -88,10 +114,11 @@ class ParametersScreen(ModalScreen[Parameters | None]):
     def on_mount(self) -> None:
         """What holds now."""
         self._fill(self._given)
-        self.query_one("#temperature").focus()
+        self._filled = self._written()
+        self.query_one(SystemPrompt).focus()
 
     def _fill(self, given: Parameters) -> None:
-        self.query_one(TextArea).text = given.system or ""
+        self.query_one(SystemPrompt).text = given.system or ""
         for name in _LINES:
             self.query_one(f"#{name}", Input).value = _as_text(name, getattr(given, name))
         self._tell("")
@@ -99,21 +126,33 @@ class ParametersScreen(ModalScreen[Parameters | None]):
     def _tell(self, words: str) -> None:
         self.query_one("#wrong", Static).update(words)
 
+    def _written(self) -> dict[str, Any]:
+        values: dict[str, Any] = {name: self.query_one(f"#{name}", Input).value for name in _LINES}
+        return {**values, "system": self.query_one(SystemPrompt).text.strip()}
+
     def _read(self) -> Parameters | None:
         """What is written; None after telling what is wrong with it."""
-        values: dict[str, Any] = {name: self.query_one(f"#{name}", Input).value for name in _LINES}
-        values["system"] = self.query_one(TextArea).text.strip()
         try:
-            return parameters(values, here())
+            return parameters(self._written(), here())
         except ParameterError as error:
             self._tell(f"{error.what}\n{error.cure}")
             self.query_one(f"#{error.name}").focus()
             return None
 
-    def on_input_submitted(self) -> None:
+    def action_take(self) -> None:
         """Take what is written."""
         if (read := self._read()) is not None:
             self.dismiss(read)
+
+    @work
+    async def action_cancel(self) -> None:
+        """Leave it as it was, after a question where something was written."""
+        if self._written() != self._filled:
+            words = "The conversation goes on as it was asked before."
+            question = Question("Drop what was written here?", words, [Choice("y", "Drop it", "drop")])
+            if not await self.app.push_screen_wait(question):
+                return
+        self.dismiss(None)
 
     @work
     async def action_choose(self) -> None:

@@ -12,7 +12,7 @@ import msgspec
 from vllm_sleep_tui.config.parameters import Parameters
 from vllm_sleep_tui.fleet.conversations import Conversations, Handle, KeptCall, KeptTurn
 from vllm_sleep_tui.fleet.pictures import said
-from vllm_sleep_tui.fleet.snapshot import ChatEvent, cut_words
+from vllm_sleep_tui.fleet.snapshot import WHOLE, ChatEvent, cut_words
 from vllm_sleep_tui.tui.drawing.paint import Line
 from vllm_sleep_tui.tui.drawing.preview import Preview
 from vllm_sleep_tui.tui.drawing.turns import Answer, Notice, Question, Turn
@@ -80,6 +80,11 @@ class Entry(msgspec.Struct, eq=False):
     is_dropped: bool = False
     parameters: Parameters = msgspec.field(default_factory=Parameters)
     """What an answer was asked with."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether an answer ended where the model wanted it to; what is not known was cut, as by a kill."""
+        return self.error is None and self.pace.finish_reason in WHOLE
 
     def note(self) -> list[Line]:
         """How an answer went, in lines below it."""

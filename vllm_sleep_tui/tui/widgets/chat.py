@@ -10,6 +10,7 @@ from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
 from textual.containers import Vertical
+from textual.message import Message
 from textual.timer import Timer
 
 from vllm_sleep_tui.errors import OperationError, PanelError
@@ -45,6 +46,9 @@ _TOLD = (State.AWAKE, State.ASLEEP, State.STOPPED, State.FAILED)
 
 class ChatPane(Vertical):
     """A conversation for each model, and one input for the selected one."""
+
+    class Edited(Message):
+        """What enter does in the input may be something else now."""
 
     def __init__(
         self,
@@ -150,6 +154,7 @@ class ChatPane(Vertical):
 
     def _turn_to(self, talk: Talk) -> None:
         self.input.earlier = talk.questions
+        self.post_message(self.Edited())
         self.transcript.show(talk.turns, self._hint, at=talk.row_at_top)
         self._show_status()
         if self._view is not None:
@@ -231,20 +236,29 @@ class ChatPane(Vertical):
         """Ask the selected model."""
         message.stop()
         if self._model is not None:
-            edited, self._edited = self._edited, None
-            replaces = edited is not None and self._talk is not None and edited is self._talk.last_asked
-            self._send(self._model, message.text, again=replaces)
+            replaces, edited = self.is_editing, self._edited
+            self._edit(None)
+            self._send(self._model, message.text, again=replaces, edited=edited)
 
     def on_text_area_changed(self) -> None:
         """A question that is being edited is left as it is once nothing of it is in the input."""
         if not self.input.text:
-            self._edited = None
+            self._edit(None)
+
+    @property
+    def is_editing(self) -> bool:
+        """Whether what is sent takes the place of the last question and its answer."""
+        return self._edited is not None and self._talk is not None and self._edited is self._talk.last_asked
+
+    def _edit(self, entry: Entry | None) -> None:
+        self._edited = entry
+        self.post_message(self.Edited())
 
     @work
-    async def _send(self, name: str, text: str, *, again: bool = False) -> None:
+    async def _send(self, name: str, text: str, *, again: bool = False, edited: Entry | None = None) -> None:
         """Ask, once the person knows what it costs; a question that is not asked goes back into the input.
 
-        One that is asked `again`, edited or as it was, takes the place of the last question and its answer,
+        One that is asked `again`, `edited` or as it was, takes the place of the last question and its answer,
         and not before.
         """
         is_same = again and text == self._talks[name].asked
@@ -266,13 +280,18 @@ class ChatPane(Vertical):
                     talk.tell(words, "warning")
                 self._ask(name, talk, text, shows)
                 return
-        if not is_same:
-            self._give_back(text)
+        if (not is_same or edited is not None) and self._give_back(text):
+            self._edit(edited)
 
-    def _give_back(self, text: str) -> None:
-        if not self.input.give_back(text):
-            words = "What was not asked is kept while you write something else: ↑ in the input goes to it."
-            self.notify(words, markup=False)
+    def _give_back(self, text: str) -> bool:
+        """Whether it is in the input again; else the person is told where it is."""
+        if not (is_back := self.input.give_back(text)):
+            self._tell_aside()
+        return is_back
+
+    def _tell_aside(self) -> None:
+        words = "What was not asked is kept while you write something else: ↑ in the input goes to it."
+        self.notify(words, markup=False)
 
     async def _shows(self, name: str, text: str) -> list[Preview] | None:
         """The pictures that a question names; None if they cannot be sent, and the person is told why."""
@@ -370,6 +389,7 @@ class ChatPane(Vertical):
         was_started = view.snapshot.model(name).state not in (State.AWAKE, State.ASLEEP)
         entry = talk.ask(text, name, view.colors[name], was_started=was_started, shows=shows)
         self.input.earlier = talk.questions
+        self.post_message(self.Edited())
         self._shown(talk)
         if talk is self._talk:
             self.transcript.to_end()
@@ -549,8 +569,9 @@ class ChatPane(Vertical):
         """Put the last question into the input; once sent, it takes the place of that and its answer."""
         text, talk = self._asked_last(), self._talk
         if text is not None and talk is not None:
-            self.input.put(text)
-            self._edited = talk.last_asked
+            if self.input.put(text):
+                self._tell_aside()
+            self._edit(talk.last_asked)
             self.screen.set_focus(self.input)
 
     def _asked_last(self) -> str | None:
@@ -569,10 +590,13 @@ class ChatPane(Vertical):
 
     def go_on(self) -> None:
         """Have an answer that was cut gone on with."""
-        if self._model is None or self._talk is None or self._talk.answer is None:
+        last = None if self._talk is None else self._talk.last
+        if self._model is None or last is None:
             self.notify("There is no answer to go on with.", markup=False)
-            return
-        self._send(self._model, GO_ON)
+        elif last.is_whole:
+            self.notify("That answer was not cut.", markup=False)
+        else:
+            self._send(self._model, GO_ON)
 
     @work
     async def choose_parameters(self) -> None:

@@ -90,12 +90,13 @@ class ChatInput(TextArea):
         self.select_all()
         return True
 
-    def put(self, text: str) -> None:
-        """Have this changed and sent; ↑ goes to what was begun here."""
-        if self.text.strip() and self.text != text:
+    def put(self, text: str) -> bool:
+        """Have this changed and sent; True if something was begun here, to which ↑ goes."""
+        if was_begun := bool(self.text.strip()) and self.text != text:
             self._set_aside(self.text)
         self._recalled, self.text = None, text
         self.move_cursor(self.document.end)
+        return was_begun
 
     def _set_aside(self, text: str) -> None:
         self._aside = [*(aside for aside in self._aside if aside != text), text]
