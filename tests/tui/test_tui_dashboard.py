@@ -632,8 +632,13 @@ async def test_of_many_models_a_few_letters_find_the_one(tmp_path: Path) -> None
         await pilot.press(*" no such")
         await until_seen(pilot, "No model matches /failed no such; esc shows all 64.")
         calls = len(fleet.calls)
-        await pilot.press("enter", "s", "x", "w")  # to a table without a row: on nobody
-        await pilot.pause()
+        await pilot.press("enter")
+        for count, key in enumerate(
+            ["s", "x", "w", "enter", "l", "c"], 1
+        ):  # without a row: on nobody, and told
+            await pilot.press(key)
+            told = [toast.message for toast in pilot.app._notifications]
+            assert told.count("No model matches /failed no such; esc shows all 64.") == count, key
         assert len(fleet.calls) == calls
         await pilot.press("slash", *["backspace"] * len("failed no such"), *"gpu 1")
         await until(pilot, lambda: len(rows(lines_of(pilot.app))) > 5, "the models of a GPU")

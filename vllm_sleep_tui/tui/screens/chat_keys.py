@@ -29,10 +29,15 @@ class ChatKeys(LookingScreen):
         """The model under the table's cursor, with which the chat is."""
         raise NotImplementedError
 
+    def acted_on(self) -> str | None:
+        """The same, for a key; where there is none, the person is told."""
+        raise NotImplementedError
+
     def action_chat(self) -> None:
         """Into the chat's input, at once: what is typed next is a question already."""
-        self.add_class("-chatting")
-        self.set_focus(self.query_one(ChatPane).input)
+        if self.acted_on() is not None:
+            self.add_class("-chatting")
+            self.set_focus(self.query_one(ChatPane).input)
 
     def action_chat_zoom(self) -> None:
         """The chat over the whole screen, or beside the models again."""

@@ -320,11 +320,17 @@ class Dashboard(ChatKeys):
         )
 
     def _model(self) -> ModelSnapshot | None:
-        return None if self.selected is None else self.fleet.snapshot().model(self.selected)
+        return None if (name := self.acted_on()) is None else self.fleet.snapshot().model(name)
+
+    def acted_on(self) -> str | None:
+        """The selected model, for a key that acts on it; without a row there is none, which is told."""
+        if self.selected is None:
+            self.notify(self._table.no_match, markup=False)
+        return self.selected
 
     def action_switch(self) -> None:
         """Switch to the selected model."""
-        if (name := self.selected) is not None:
+        if (name := self.acted_on()) is not None:
             self.switch_to(name)
 
     def switch_to(self, name: str) -> None:
@@ -338,7 +344,7 @@ class Dashboard(ChatKeys):
 
     def action_sleep(self) -> None:
         """Put it to sleep at its own level."""
-        if (name := self.selected) is not None:
+        if (name := self.acted_on()) is not None:
             self.sleep(name)
 
     def sleep(self, name: str) -> None:
@@ -347,7 +353,7 @@ class Dashboard(ChatKeys):
 
     def action_sleep_at(self, level: int) -> None:
         """Put it to sleep at a level."""
-        if (name := self.selected) is not None:
+        if (name := self.acted_on()) is not None:
             self.begin(
                 name,
                 f"{DOING['sleep']} at level {level}",
@@ -356,12 +362,12 @@ class Dashboard(ChatKeys):
 
     def action_wake(self) -> None:
         """Wake it beside the others."""
-        if (name := self.selected) is not None:
+        if (name := self.acted_on()) is not None:
             self.begin(name, DOING["wake"], lambda report: self.fleet.wake(name, report=report))
 
     def action_start(self) -> None:
         """Start it."""
-        if (name := self.selected) is not None:
+        if (name := self.acted_on()) is not None:
             self.start([name])
 
     def start(self, names: Sequence[str]) -> None:
@@ -544,7 +550,7 @@ class Dashboard(ChatKeys):
     @work
     async def action_copy_of(self, kind: str = "") -> None:
         """Something of the selected model, asked which, to the clipboard."""
-        if (name := self.selected) is None:
+        if (name := self.acted_on()) is None:
             return
         copies = await copies_of(self.fleet, name)
         if not copies:
@@ -572,8 +578,8 @@ class Dashboard(ChatKeys):
         """The selected model's log."""
         from vllm_sleep_tui.tui.screens.logs import show_log
 
-        if self.selected is not None:
-            await show_log(self, self.fleet, self.selected)
+        if (name := self.acted_on()) is not None:
+            await show_log(self, self.fleet, name)
 
     @work
     async def action_events(self) -> None:

@@ -255,6 +255,12 @@ class ModelTable(Shown, can_focus=True):
         self.refresh(layout=True)
         self.repaint()
 
+    @property
+    def no_match(self) -> str:
+        """Why there is no row, and what brings them back."""
+        count = len(self._view.snapshot.models) if self._view else 0
+        return f"No model matches /{self.wanted}; esc shows all {count}."
+
     def reorder(self) -> None:
         """Sort the rows by the next of the orders."""
         self.order = ORDERS[(ORDERS.index(self.order) + 1) % len(ORDERS)]
@@ -278,9 +284,7 @@ class ModelTable(Shown, can_focus=True):
         """The titles and as many rows as fit, the selected one among them."""
         models = self._models()
         if not models and view.snapshot.models:
-            return [
-                ((f"No model matches /{self.wanted}; esc shows all {len(view.snapshot.models)}.", "warning"),)
-            ]
+            return [((self.no_match, "warning"),)]
         longest, gpus = max((len(model.name) for model in models), default=0), len(view.snapshot.gpus)
         layout = layout_for(size.width, longest, gpus)
         rows = self._rows(models)
