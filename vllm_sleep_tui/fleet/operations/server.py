@@ -239,7 +239,7 @@ class Server:
         return settled
 
     async def prime(self) -> None:
-        """One sleep and wake while starting, so that the first real switch need not pin RAM.
+        """One sleep and wake while starting: the first real switch need not pin RAM, and its time is known.
 
         The first level 1 sleep is up to 29 times slower than the next (H100, vLLM 0.24). Raises RefusedError
         if the RAM for it is not there; nothing was done then.
@@ -249,8 +249,11 @@ class Server:
             self.intend("priming", level=1)
             await self.drain(force=True)
             await self.sleep_and_settle(1, pool, await self.read_memory())
+        began = time.perf_counter()
         await self.bring_back(1)
         await self.proof.prove()
+        seconds = time.perf_counter() - began
+        self.model.remember(lambda known: known.with_time("wake1", seconds))
 
     async def drain(self, *, force: bool, unless: asyncio.Future[None] | None = None) -> None:
         """Close the gate and wait for answers under way, within the limit for it; forced: not at all.
