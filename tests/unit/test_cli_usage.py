@@ -64,6 +64,9 @@ def test_a_missing_given_config_is_named() -> None:
     ("arguments", "what", "cure"),
     [
         (["frobnicate"], "No such command", "--help"),
+        (["swich", "qwen"], "No such command 'swich'. Did you mean 'switch'?", "--help"),
+        (["logs", "qwen", "-n", "abc"], "'abc' is not a valid whole number.", "logs --help"),
+        (["demo", "--speed", "fast"], "'fast' is not a valid number.", "demo --help"),
         (["status", "--frob"], "No such option", "status --help"),
         (["sleep"], "Missing argument", "sleep --help"),
         (["sleep", "qwen", "--level", "3"], "3 is not in the range", "sleep --help"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import errno
 import gc
 import importlib
@@ -77,6 +78,18 @@ class Verbs(click.Group):
         _look_for_garbage()
         command: click.Command = getattr(module, cmd_name)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As ever, but with the nearest verb named: click looks for that among those that are imported."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if not (near := difflib.get_close_matches(args[0], VERBS, n=1)):
+                raise
+            words = f"{error.format_message()} Did you mean {near[0]!r}?"
+            raise click.UsageError(words, error.ctx) from None
 
 
 @click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

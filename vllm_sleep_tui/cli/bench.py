@@ -15,6 +15,8 @@ from vllm_sleep_tui.bench.plan import PassKey, Plan, order, parse_modes, parse_o
 from vllm_sleep_tui.bench.progress import left, line
 from vllm_sleep_tui.bench.results import Run, Step, new_file, read
 from vllm_sleep_tui.cli.common import (
+    Number,
+    WholeNumber,
     complete_model,
     config_option,
     given_config,
@@ -48,15 +50,15 @@ def bench() -> None:
 @bench.command("run")
 @click.argument("names", metavar="[A B]", nargs=-1, shell_complete=complete_model)
 @click.option("--modes", default="level1,level2,cold", show_default=True, help="cold:1 is cold, one repeat.")
-@click.option("--repeats", type=click.IntRange(1, 99), default=3, show_default=True, help="Passes a mode.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Shuffles the order of the modes.")
+@click.option("--repeats", type=WholeNumber(1, 99), default=3, show_default=True, help="Passes a mode.")
+@click.option("--seed", type=WholeNumber(), default=0, show_default=True, help="Shuffles the modes' order.")
 @click.option("--no-warmup", is_flag=True, help="No warm-up after the initial loads.")
 @click.option(
     "--set", "changes", metavar="NAME.args.FLAG=VALUE", multiple=True, help="For this run alone; * is both."
 )
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The result; else it is named.")
 @click.option("--resume", type=click.Path(path_type=Path, dir_okay=False), help="Go on with this result.")
-@click.option("--limit", type=click.FloatRange(min=1), metavar="SECONDS", help="Stop then; see --resume.")
+@click.option("--limit", type=Number(min=1), metavar="SECONDS", help="Stop then; see --resume.")
 @json_option
 @config_option
 @click.pass_context
@@ -106,7 +108,7 @@ def run_verb(
     "--html", type=click.Path(path_type=Path, dir_okay=False), help="A page with charts, by itself."
 )
 @click.option("--md", type=click.Path(path_type=Path, dir_okay=False), help="Markdown, else on stdout.")
-@click.option("--switches-per-day", type=click.FloatRange(min=0), default=50.0, show_default=True)
+@click.option("--switches-per-day", type=Number(min=0), default=50.0, show_default=True)
 def report_verb(file: Path, html: Path | None, md: Path | None, switches_per_day: float) -> None:
     """Show a result beside the post's figures, and whether sleeping pays."""
     document = report.report(read(file), switches_per_day)

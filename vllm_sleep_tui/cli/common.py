@@ -26,6 +26,18 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _GIVEN = "vllm_sleep_tui.config.types"
 
 
+class WholeNumber(click.IntRange):
+    """A whole number, called so where something else is given: click says `integer range`."""
+
+    name = "whole number"
+
+
+class Number(click.FloatRange):
+    """Any number, called so."""
+
+    name = "number"
+
+
 def config_option(function: Command) -> Command:
     """The --config option, before or after the verb; the one nearest to the verb wins."""
     return click.option(

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vllm_sleep_tui.cli.common import config_option, json_option, load_config, put, put_done, put_json, say
+from vllm_sleep_tui.cli.common import (
+    WholeNumber,
+    config_option,
+    json_option,
+    load_config,
+    put,
+    put_done,
+    put_json,
+    say,
+)
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.paths import state_dir
 from vllm_sleep_tui.text import one_line
@@ -19,7 +28,7 @@ if TYPE_CHECKING:
     from vllm_sleep_tui.fleet.conversations import Conversations
 
 
-_NUMBER = click.IntRange(1, 2**63 - 1)
+_NUMBER = WholeNumber(1, 2**63 - 1)
 """What SQLite can count to."""
 
 

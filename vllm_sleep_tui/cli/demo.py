@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from vllm_sleep_tui.cli.common import need_terminal, put_done, say
+from vllm_sleep_tui.cli.common import Number, need_terminal, put_done, say
 from vllm_sleep_tui.config.load import load
 from vllm_sleep_tui.config.schema import write_schema
 from vllm_sleep_tui.config.types import CONFIG_NAME, SCHEMA_NAME
@@ -62,7 +62,7 @@ models:
     help="Only write the demo's config there, for use with --config.",
 )
 @click.option(
-    "--speed", type=float, help="How many times faster than on an H100.  [default: 5; with --init: 1]"
+    "--speed", type=Number(), help="How many times faster than on an H100.  [default: 5; with --init: 1]"
 )
 def demo(folder: Path | None, speed: float | None) -> None:
     """Try it without a GPU: the panel on simulated ones."""

@@ -7,7 +7,15 @@ from itertools import chain
 
 import click
 
-from vllm_sleep_tui.cli.common import config_option, json_option, json_text, load_config, put, put_json
+from vllm_sleep_tui.cli.common import (
+    WholeNumber,
+    config_option,
+    json_option,
+    json_text,
+    load_config,
+    put,
+    put_json,
+)
 from vllm_sleep_tui.fleet.events import FleetEvent
 from vllm_sleep_tui.fleet.survey import coming_events, latest_events
 from vllm_sleep_tui.paths import state_dir
@@ -17,7 +25,7 @@ from vllm_sleep_tui.units import time_of_day
 
 @click.command()
 @click.option("-f", "--follow", is_flag=True, help="Go on with what happens from now on, until Ctrl-C.")
-@click.option("-n", "count", type=click.IntRange(0), default=50, show_default=True, help="How many.")
+@click.option("-n", "count", type=WholeNumber(0), default=50, show_default=True, help="How many.")
 @json_option
 @config_option
 @click.pass_context

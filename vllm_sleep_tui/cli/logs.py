@@ -7,7 +7,7 @@ import time
 
 import click
 
-from vllm_sleep_tui.cli.common import complete_model, config_option, load_config, put
+from vllm_sleep_tui.cli.common import WholeNumber, complete_model, config_option, load_config, put
 from vllm_sleep_tui.errors import OperationError
 from vllm_sleep_tui.fleet.survey import log_of
 from vllm_sleep_tui.paths import state_dir
@@ -18,7 +18,7 @@ POLL_SECONDS = 0.2
 @click.command()
 @click.argument("name", shell_complete=complete_model)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is said from now on, until Ctrl-C.")
-@click.option("-n", "count", type=click.IntRange(0), default=100, show_default=True, help="How many lines.")
+@click.option("-n", "count", type=WholeNumber(0), default=100, show_default=True, help="How many lines.")
 @config_option
 @click.pass_context
 def logs(ctx: click.Context, name: str, follow: bool, count: int) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vllm_sleep_tui.cli.common import (
+    WholeNumber,
     complete_model,
     config_option,
     json_option,
@@ -79,7 +80,7 @@ def restart(ctx: click.Context, names: tuple[str, ...], force: bool, as_json: bo
 
 @click.command()
 @click.argument("name", shell_complete=complete_model)
-@click.option("--level", type=click.IntRange(0, 2), help="Weights in VRAM (0), in RAM (1), on disk (2).")
+@click.option("--level", type=WholeNumber(0, 2), help="Weights in VRAM (0), in RAM (1), on disk (2).")
 @force_option
 @json_option
 @config_option

@@ -7,12 +7,12 @@ import sys
 
 import click
 
-from vllm_sleep_tui.cli.common import config_option, given_config, load_config, put, say
+from vllm_sleep_tui.cli.common import WholeNumber, config_option, given_config, load_config, put, say
 from vllm_sleep_tui.errors import UsageError
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="On this port.  [default: a free one]")
+@click.option("--port", type=WholeNumber(0, 65535), default=0, help="On this port.  [default: a free one]")
 @click.option("--read-only", is_flag=True, help="Panels that only look: they change no server.")
 @config_option
 @click.pass_context
