@@ -579,7 +579,7 @@ async def test_an_operation_cancelled_before_its_first_step_is_over(tmp_path: Pa
         dashboard = pilot.app.screen
         assert isinstance(dashboard, Dashboard)
         dashboard.begin("phi", "waking {}", lambda report: fleet.wake("phi", report=report))
-        assert dashboard.operations.cancel("phi") == "phi"
+        assert dashboard.operations.cancel("phi")
         await until_seen(pilot, "Stopped waking phi.")
         assert fleet.calls == []
         await pilot.press("down", "w")

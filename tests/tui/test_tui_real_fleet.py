@@ -152,7 +152,7 @@ async def test_a_death_at_night_is_explained_in_three_keys_as_the_docs_show_it(
         await until_seen(pilot, "EngineDeadError", "failed: The engine process was killed. What follows")
 
 
-async def test_escape_during_a_start_leaves_the_model_stopped(tmp_path: Path) -> None:
+async def test_escape_during_a_start_asks_and_leaves_the_model_stopped(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     slow = load(write_demo(tmp_path / "slow", 4))  # so that it still starts when escape is heard
     async with real_panel(slow, tmp_path / "state") as (pilot, fleet):
@@ -160,6 +160,13 @@ async def test_escape_during_a_start_leaves_the_model_stopped(tmp_path: Path) ->
         await until_seen(pilot, "switching to qwen")
         await until(pilot, lambda: fleet.snapshot().model("qwen").state is State.STARTING, "the start")
         await pilot.press("escape")
+        await until_seen(pilot, "Stop the start of qwen?", "What it has loaded so far is lost")
+        await pilot.press("escape")  # once too often: it starts on
+        await until(pilot, lambda: "Stop the start" not in text_of(pilot.app), "the question's end")
+        assert fleet.snapshot().model("qwen").state is State.STARTING
+        await pilot.press("escape")
+        await until_seen(pilot, "Stop the start of qwen?")
+        await pilot.press("y")
         await until(pilot, lambda: "switching to qwen" not in text_of(pilot.app), "the end of the switch")
         await until(pilot, lambda: "○ stopped" in row_of(pilot, "qwen"), "qwen stopped")
         assert "did not work" not in text_of(pilot.app)

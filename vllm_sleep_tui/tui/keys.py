@@ -221,7 +221,7 @@ KEYS: tuple[Key, ...] = (
         in_footer=False,
         shown="esc",
         help="Leave the input; else put the timeline's cursor away; else stop the answer; else stop the "
-        "operation at its next safe point; else show all models again",
+        "operation at its next safe point (a start after a question); else show all models again",
     ),
     Key(
         key="z",

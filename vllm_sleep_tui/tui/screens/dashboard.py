@@ -538,14 +538,25 @@ class Dashboard(ChatKeys):
             self._look_back()
         elif chat.stop_answer():
             self.notify("Stopped the answer; what was said is kept.", markup=False)
-        elif (name := self.operations.cancel(self.selected)) is not None:
-            self.notify(f"{name}: stops at the next safe point.", markup=False)
-            self.changed()
+        elif (name := self.operations.next_to_cancel(self.selected)) is not None:
+            self._break_off(name)
         elif self.has_class("-finding") and self._shows_models():
             self._find_all()
         else:
             self.remove_class("-chatting", "-zoomed")
             self._table.focus()
+
+    @work
+    async def _break_off(self, name: str) -> None:
+        """Have what is under way on a model stop at its next safe point; a start after a question."""
+        if self.fleet.snapshot().model(name).state is State.STARTING:
+            text = "What it has loaded so far is lost; the next start begins anew."
+            choices = [Choice("y", f"Stop starting {name}", "stop")]
+            if not await self.app.push_screen_wait(Question(f"Stop the start of {name}?", text, choices)):
+                return
+        if self.operations.cancel(name):
+            self.notify(f"{name}: stops at the next safe point.", markup=False)
+            self.changed()
 
     @work
     async def action_copy_of(self, kind: str = "") -> None:

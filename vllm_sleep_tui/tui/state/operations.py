@@ -121,15 +121,20 @@ class Operations:
         task.add_done_callback(self._others.discard)
         return task
 
-    def cancel(self, preferred: str | None) -> str | None:
-        """Ask one operation to stop at its next safe point; its model, or None if there is none to ask."""
+    def next_to_cancel(self, preferred: str | None) -> str | None:
+        """The model whose operation is to be asked to stop; None if there is none to ask."""
         open_ones = [name for name, running in self.running.items() if not running.cancelled]
         if not open_ones:
             return None
-        name = preferred if preferred in open_ones else open_ones[-1]
-        self.running[name] = msgspec.structs.replace(self.running[name], cancelled=True)
-        self._tasks[name].cancel()
-        return name
+        return preferred if preferred in open_ones else open_ones[-1]
+
+    def cancel(self, model: str) -> bool:
+        """Ask its operation to stop at its next safe point; False if it has ended already."""
+        if model not in self.running:
+            return False
+        self.running[model] = msgspec.structs.replace(self.running[model], cancelled=True)
+        self._tasks[model].cancel()
+        return True
 
     def brings(self, model: str) -> Running | None:
         """The operation at whose end the model is to be awake; None if there is none."""
