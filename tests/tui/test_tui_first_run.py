@@ -80,6 +80,9 @@ async def test_without_a_vllm_it_asks_for_the_binary_and_takes_no_other_file(tmp
         await until(pilot, lambda: "no such program" not in text_of(app), "the complaint's end")
         await pilot.press("enter")
         await until_seen(pilot, "There is no such program: ~nobody-of-that-name/vllm.")
+        app.query_one("#binary", Input).value = str(tmp_path)
+        await pilot.press("enter")
+        await until_seen(pilot, "is a folder: name the binary.")
         await pilot.press("escape", "q")
     assert app.return_value is None
 
@@ -98,6 +101,20 @@ async def test_a_binary_named_from_here_is_the_one_that_the_config_means(
     assert app.return_value is not None
     assert app.return_value.environment is not None
     assert app.return_value.environment.command == tmp_path / "vllm"
+
+
+async def test_a_program_that_nothing_says_is_vllm_is_taken_at_the_second_time(tmp_path: Path) -> None:
+    (tmp_path / "serve.sh").touch(mode=0o755)
+    machine = surroundings()
+    app = FirstRun(machine, offers_of(machine), tmp_path / "config.yaml")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until_seen(pilot, "none was found; where is its binary?")
+        app.query_one("#binary", Input).value = str(tmp_path / "serve.sh")
+        await pilot.press("enter")
+        await until_seen(pilot, "No vLLM is found beside", "once more takes it all the same")
+        assert app.return_value is None
+        await pilot.press("enter")
+        await until(pilot, lambda: app.return_value is not None, "the choice")
 
 
 def test_a_config_that_came_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from vllm_sleep_tui.fleet.observe.discovery import (
     find_foreign_servers,
     find_models,
     find_vllm,
+    vllm_version,
 )
 from vllm_sleep_tui.fleet.observe.orphans import Orphan, end_orphans, find_orphans
 from vllm_sleep_tui.fleet.observe.snapshotter import looking, read_once
@@ -63,6 +64,7 @@ __all__ = [
     "looking",
     "read_arguments",
     "read_once",
+    "vllm_version",
 ]
 
 

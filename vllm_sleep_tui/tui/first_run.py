@@ -15,7 +15,7 @@ from textual.containers import Vertical, VerticalScroll
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
-from vllm_sleep_tui.fleet.survey import CachedModel, Surroundings, VllmEnvironment
+from vllm_sleep_tui.fleet.survey import CachedModel, Surroundings, VllmEnvironment, vllm_version
 from vllm_sleep_tui.tui.theme import DEFAULT_THEME, Palette, package_folder, read_theme, textual_theme
 from vllm_sleep_tui.tui.widgets.bands import KeyLine
 from vllm_sleep_tui.units import GIB, MIB, counted, gib
@@ -82,6 +82,8 @@ class FirstRun(App[Wish]):
         self._offers = offers
         self._target = target
         self._taken = {number for number, offer in enumerate(offers) if offer.is_chosen}
+        self._doubted: Path | None = None
+        """The program that was said to be none of vLLM's."""
         theme = read_theme(package_folder() / f"{DEFAULT_THEME}.yaml")
         self.register_theme(textual_theme(theme))
         self.theme = theme.name
@@ -181,23 +183,34 @@ class FirstRun(App[Wish]):
         """Take what is chosen."""
         environment, models = self._environment(), self._chosen()
         if environment is None:
-            typed = self.query_one("#binary", Input).value.strip()
-            self._complain(
-                f"There is no such program: {typed}."
-                if typed
-                else "Name the vllm binary of the environment that holds vLLM."
-            )
+            self._complain(self._why_none())
         elif not models:
             self._complain("Choose at least one model with the space bar.")
+        elif _is_doubtful(environment) and environment.command != self._doubted:
+            self._doubted = environment.command
+            self._complain(
+                f"No vLLM is found beside {environment.command}; ⏎ once more takes it all the same."
+            )
         else:
             self.exit(Wish(environment=environment, models=models))
+
+    def _why_none(self) -> str:
+        typed = self.query_one("#binary", Input).value.strip()
+        if not typed:
+            return "Name the vllm binary of the environment that holds vLLM."
+        is_folder = Path(os.path.expanduser(typed)).is_dir()
+        return (
+            f"{typed} is a folder: name the binary." if is_folder else f"There is no such program: {typed}."
+        )
 
     def _environment(self) -> VllmEnvironment | None:
         if self._environments:
             return self._environments[self.query_one("#environments", OptionList).highlighted or 0]
         # A path in a config counts from the config's folder; what is typed, from the current one.
         typed = Path(os.path.abspath(os.path.expanduser(self.query_one("#binary", Input).value.strip())))
-        return VllmEnvironment(command=typed, version=None, place="named") if typed.is_file() else None
+        if not typed.is_file():
+            return None
+        return VllmEnvironment(command=typed, version=vllm_version(typed), place="named")
 
     def _complain(self, words: str) -> None:
         self.query_one("#wrong", Static).update(words)
@@ -213,3 +226,8 @@ class FirstRun(App[Wish]):
     def action_leave_input(self) -> None:
         """Letters are keys again."""
         self.query_one("#models").focus()
+
+
+def _is_doubtful(environment: VllmEnvironment) -> bool:
+    """Whether nothing says that it is vLLM; a script around it is called vllm as a rule."""
+    return environment.version is None and environment.command.name != "vllm"
