@@ -87,7 +87,7 @@ async def test_the_cache_of_a_sleeper_goes_to_whoever_wakes_and_the_rows_stay_tr
         assert json.loads(verb(machine, "status", "--json").stdout)["gpus"][0]["pool_bytes"] == 0
         checks = json.loads(verb(machine, "doctor", "--json").stdout)["checks"]
         held = [check["what"] for check in checks if check["name"] == "kv pool"]
-        assert f"pid {holder_of(fleet).pid} holds" in held[0]
+        assert f"pid {holder_of(fleet).pid} keeps" in held[0]
         assert held[0].endswith("2 engines")
 
 

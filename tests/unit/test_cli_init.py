@@ -177,14 +177,14 @@ def test_all_is_well_with_a_model_on_the_cpu(machine: Path) -> None:
     )
     assert code == 0
     assert checks["vllm"] == {"name": "vllm", "verdict": "ok", "what": f"0.24.0, {binary}", "cure": ""}
-    assert checks["token"]["what"].startswith("Hugging Face token: no")
+    assert checks["token"]["what"].startswith("Hugging Face's is not there")
     assert checks["state folder"]["verdict"] == "ok"
 
 
 def test_a_token_is_only_said_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
     done = run("--config", write("models: {a: {model: x/y, gpus: []}}\n"), "doctor")
-    assert "token: yes" in done.stdout
+    assert "Hugging Face's is there" in done.stdout
     assert "very_secret" not in done.stdout + done.stderr
 
 

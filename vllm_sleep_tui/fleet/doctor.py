@@ -261,10 +261,10 @@ def _machine(machine: Surroundings, loaded: LoadedConfig | None) -> Iterator[Che
         yield Check(
             "token",
             Verdict.OK,
-            "Hugging Face token: " + ("yes" if machine.token else "no, gated models need one"),
+            "Hugging Face's is " + ("there" if machine.token else "not there: gated models need one"),
         )
         yield from _foreign_checks(machine)
-    yield from _pool_checks()
+    yield from _pool_checks(simulated=simulated)
     yield from _logout_checks()
     for orphan in find_orphans(state_dir()):
         cure = "End it with: vllm-sleep-tui orphans --end"
@@ -323,22 +323,22 @@ def _foreign_checks(machine: Surroundings) -> Iterator[Check]:
         yield Check("another vLLM", Verdict.WARN, what, cure)
 
 
-def _pool_checks() -> Iterator[Check]:
-    """The KV pools of this user: who holds them, and whether they can be had."""
+def _pool_checks(*, simulated: bool) -> Iterator[Check]:
+    """The KV pools of this user: who holds them, and whether they can be had; of GPUs as these ones."""
     if why := why_no_pool():
         cure = f"Without it switches are slower: remove it, or set {POOL_VARIABLE} to another, short path."
         yield Check("kv pool", Verdict.WARN, why, cure)
     for pool in pools_here():
         holder, state = pool.holder(), pool.state()
-        if holder is None:
-            continue  # it has ended meanwhile
+        if holder is None or pool.is_simulated is not simulated:
+            continue  # it has ended meanwhile, or is a demo's beside real GPUs
         who = f"pid {holder.pid}"
         if state is None:
             cure = f"Switches are slower until it does; end it and it is started anew: kill -9 {holder.pid}"
             yield Check("kv pool", Verdict.WARN, f"{pool.uuid}: {who} does not answer", cure)
         else:
             whose = counted(len(state.engines), "engine")
-            what = f"{pool.uuid}: {who} holds {gib(state.free_bytes)} for {whose}"
+            what = f"{pool.uuid}: {who} keeps {gib(state.free_bytes)} of KV cache for the next of {whose}"
             yield Check("kv pool", Verdict.OK, what)
 
 

@@ -55,6 +55,10 @@ MOST_FOLDER = MOST_PATH - len("/GPU-01234567-89ab-cdef-0123-456789abcdef.sock")
 _NAME = re.compile(r"[A-Za-z0-9-]{1,80}")
 
 
+SIMULATED = "SIM-"
+"""Begins the uuid of a simulated GPU."""
+
+
 class PoolUser(msgspec.Struct, frozen=True):
     """An engine that is connected."""
 
@@ -115,6 +119,11 @@ class Pool:
 
     def __repr__(self) -> str:
         return f"Pool({self.uuid!r})"
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether it is of a GPU that a config made up."""
+        return self.uuid.startswith(SIMULATED)
 
     def _file(self, kind: str) -> Path:
         return self._path.with_name(f"{self._path.name}.{kind}")
