@@ -45,6 +45,7 @@ def test_a_key_shows_it_with_its_requests_and_another_closes_and_opens_it(
     panel.press("\x1b")
     panel.wait_for("awake")
     panel.press_until("q", "Leave them running")  # the first may be one with the escape, or close its screen
+    panel.wait_for("The gateway closes with the panel.")
     panel.press("l")
     assert panel.end() == 0
 

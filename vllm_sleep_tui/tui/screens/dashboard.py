@@ -169,6 +169,10 @@ class Dashboard(ChatKeys):
             if name in models and trouble.stands(models[name], now)
         }
 
+    def _has_open_gateway(self) -> bool:
+        post: Post | None = getattr(self.app, "post", None)
+        return post is not None and post.view().is_open
+
     def _waiting(self) -> int:
         """The requests that wait in the gateway, if it is open here."""
         post: Post | None = getattr(self.app, "post", None)
@@ -475,9 +479,11 @@ class Dashboard(ChatKeys):
             self.app.exit()
             return
         text = f"Running: {', '.join(running)}." if running else "No server runs."
-        for operation in self.operations.running.values():
-            text += f"\nStill {operation.doing}: leaving stops that at its next safe point."
+        if doings := [operation.doing for operation in self.operations.running.values()]:
+            each = "that" if len(doings) == 1 else "each of that"
+            text += f"\nStill {', '.join(doings)}: leaving stops {each} at its next safe point."
         text += f"\n{background}" if background else ""
+        text += "\nThe gateway closes with the panel." if self._has_open_gateway() else ""
         choices = [Choice("l", "Leave them running", "leave"), Choice("s", "Stop them", "stop")]
         answer = await self.app.push_screen_wait(Question("Quit the panel?", text, choices))
         if answer == "leave":
