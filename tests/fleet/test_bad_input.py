@@ -218,7 +218,7 @@ def test_a_gpu_that_does_not_exist(shell: Shell) -> None:
     shell.write({"a": MODEL | {"gpus": [3]}})
     what, cure = shell.refused("start", "a", code=2)
     assert "models.a.gpus: there is no simulated GPU 3" in what
-    assert "0 to 0" in cure
+    assert "Use 0, or add one" in cure
 
 
 def test_two_models_with_one_port(shell: Shell) -> None:

@@ -13,6 +13,7 @@ import pytest
 from screen_text import lines_of, text_of, until, until_seen
 from textual.pilot import Pilot
 
+from tests.fleet.beside import core_of
 from vllm_sleep_tui.cli.demo import write_demo
 from vllm_sleep_tui.config.load import LoadedConfig, load
 from vllm_sleep_tui.fleet.fleet import Fleet
@@ -85,7 +86,9 @@ async def test_a_wake_takes_the_same_in_the_table_and_under_enter_and_its_proof_
         await until(pilot, lambda: told[1] in row_of(pilot, "qwen"), "the same time in its row")
         figure, unit = told[1].split()
         seconds = float(figure) / (1000 if unit == "ms" else 1)
-        assert seconds + 0.005 > (last.phases["wake"] or 0) + (last.phases["prove"] or 0)
+        known = core_of(fleet).model("qwen").footprint
+        assert known.times["wake1"][-1] > (last.phases["wake"] or 0) + (last.phases["prove"] or 0)
+        assert seconds == pytest.approx(known.typical("wake1"), abs=0.005)
         await pilot.press("x")
         await until_seen(pilot, "Stop qwen?")
         await pilot.press("y")
