@@ -217,6 +217,8 @@ class MemoryPanel(Shown):
         }
         slides = self._slide.go(goal, at_once=self.app.animation_level == "none")
         super().show(view)
+        if self.content_size.width and self.content_size.height != len(self._lines):
+            self.refresh(layout=True)  # at 120×40 the first moment's height, one line, can stay (tmux, seen)
         if slides and self._timer is None:
             self._timer = self.set_interval(STEP_SECONDS, self._step)
 
